@@ -1,0 +1,1 @@
+"""Estimators and losses as pure tensor mathematics: no files, no Ray, no models."""

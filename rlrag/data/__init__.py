@@ -1,0 +1,1 @@
+"""Readers and built-in texts: from files to passages and questions, checked and hashed."""

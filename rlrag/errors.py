@@ -1,0 +1,58 @@
+"""Every error that the package raises on purpose.
+
+One root, `RlragError`. Each child is also the standard class it specialises, so that callers may
+catch either. No class has an `__init__` of its own: an exception with one message argument crosses
+a Ray actor boundary unchanged.
+"""
+
+
+class RlragError(Exception):
+    """Root of all errors of this package; its message says what is wrong and what to do."""
+
+
+class ConfigError(RlragError, ValueError):
+    """A configuration value is unknown, out of range or contradicts another."""
+
+
+class DataError(RlragError, ValueError):
+    """A corpus or question file is malformed, empty or inconsistent."""
+
+
+class ModelNotFoundError(RlragError, FileNotFoundError):
+    """A model is neither a local path, nor an installed model package, nor reachable on a hub."""
+
+
+class IndexMismatchError(RlragError, ValueError):
+    """An index on disk was built from another corpus, encoder or parameters."""
+
+
+class PromptTooLongError(RlragError, ValueError):
+    """A question with its few-shot examples leaves no room within the model's context."""
+
+
+class GenerationError(RlragError, RuntimeError):
+    """A generator failed, returned something unusable or can no longer be restarted."""
+
+
+class GeneratorTimeoutError(GenerationError, TimeoutError):
+    """A generator did not answer within the configured time."""
+
+
+class RewardError(RlragError, RuntimeError):
+    """A reward function raised, returned something that is not a finite number, or hung."""
+
+
+class NonFiniteLossError(RlragError, FloatingPointError):
+    """A loss or gradient is NaN or infinite; the run ends rather than train on it."""
+
+
+class CheckpointError(RlragError, RuntimeError):
+    """A checkpoint or bundle is truncated, altered or belongs to another configuration."""
+
+
+class RunDirectoryError(RlragError, FileExistsError):
+    """A run directory already belongs to another configuration."""
+
+
+class SetupError(RlragError, EnvironmentError):
+    """Something the machine must provide is missing: a compiler, a package, disk space."""

@@ -1,0 +1,64 @@
+"""What the rest of the package asks of a generator: answers, and the probability of given answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from rlrag.records import Generation, Prompt, Score
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are decoded; part of the cache key of every generation."""
+
+    max_new_tokens: int = 12
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ("\n",)
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class TokenCount:
+    """Tokens that a generator computed (`spent`) and that a cache saved (`saved`).
+
+    Each counts prompt tokens plus answer tokens of every request.
+    """
+
+    spent: int = 0
+    saved: int = 0
+    num_requests: int = 0
+    num_cached: int = 0
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A language model with fixed weights.
+
+    Calls keep the order of their arguments: element i of the result answers element i of the
+    input. An empty input gives an empty list. Implementations raise `GenerationError` (or
+    `GeneratorTimeoutError`) and never return a partial list.
+    """
+
+    @property
+    def identity(self) -> str:
+        """Hash of weights, dtype and back end; equal identities give equal results."""
+        ...
+
+    @property
+    def tokens(self) -> TokenCount:
+        """Tokens counted since this object was made."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+        """Decode one answer a prompt; text ends before the first stop string and is stripped."""
+        ...
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
+        """Teacher-forced log p(answer | prompt); `answers[i]` are token ids that follow prompt i."""
+        ...
+
+    def close(self) -> None:
+        """Free engines and actors; the object is unusable afterwards."""
+        ...

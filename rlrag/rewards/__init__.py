@@ -1,0 +1,1 @@
+"""Rewards: from a generation and its golden answers to a number."""

@@ -1,0 +1,1 @@
+"""Selection policies: from candidates to a distribution over ordered selections."""

@@ -1,0 +1,1 @@
+"""Experience, learner, checkpoints and the loop."""
