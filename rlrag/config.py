@@ -1,7 +1,8 @@
 """What a person decides about a run: typed, frozen, checked, importable without torch.
 
-A recipe returns one `RunConfig`. Every field is a command-line flag (`--dro.num-samples 8`) and a key of the saved
-`config.json`, which loads back to an equal object. Nothing that a run finds out is written here.
+A recipe returns one `RunConfig`. Every field is a command-line flag (`--dro.num-samples 8`) and a
+key of the saved `config.json`, which loads back to an equal object. Nothing that a run finds out is
+written here.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class SelectorConfig(_Section):
     """Small network on frozen features, or a trained encoder that reads the texts."""
     hidden_size: int = Field(default=64, ge=1)
     """Width of the feature network."""
-    projection_size: int = Field(default=64, ge=1)
+    projection_size: int = Field(default=32, ge=1)
     """Length to which frozen question and passage embeddings are projected."""
     prior_scale: float = Field(default=0.5, gt=0)
     """Logit lost per retriever rank before training; larger means less exploration."""
@@ -214,8 +215,19 @@ class DROConfig(_Section):
     """Permutations drawn a question (m); one sample carries no signal after normalisation."""
     reward_temperature: float = Field(default=1.0, gt=0)
     """w = softmax(reward / temperature); 1 with `answer_logp` is the paper's weight."""
+    weighting: Literal["self_normalised", "raw"] = "self_normalised"
+    """`self_normalised`: weights of a question sum to 1; `raw`: exp(reward / temperature) / m."""
     baseline: Literal["none", "mean"] = "mean"
     """`mean` subtracts 1/m from each weight: the same mean gradient, less variance."""
+
+    @model_validator(mode="after")
+    def _baseline_fits(self) -> Self:
+        if self.weighting == "raw" and self.baseline == "mean":
+            raise ValueError(
+                "dro.baseline 'mean' subtracts 1/m, the mean of self-normalised weights; "
+                "with dro.weighting 'raw' use baseline 'none'"
+            )
+        return self
 
 
 class TrainingConfig(_Section):
@@ -225,6 +237,12 @@ class TrainingConfig(_Section):
     """`ray`: Ray Train workers and generator actors; `local`: this process alone."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers; each takes a shard of every batch."""
+    worker_cpus: float = Field(default=0.5, gt=0)
+    """Ray CPU reservation of a worker."""
+    worker_gpus: float = Field(default=0, ge=0)
+    """Ray GPU reservation of a worker."""
+    collective_timeout_s: float = Field(default=1800, gt=0)
+    """Longest time that workers wait for each other."""
     num_epochs: int = Field(default=3, ge=1)
     """Passes over the training questions."""
     batch_size: int = Field(default=32, ge=1)
@@ -248,7 +266,8 @@ class TrainingConfig(_Section):
     max_failed_share: float = Field(default=0.05, ge=0, lt=1)
     """The run ends when a larger share of a batch's rewards could not be computed."""
     max_generator_tokens: int | None = Field(default=None, ge=1)
-    """Prompt and answer tokens that training may spend; it then stops and evaluates."""
+    """Training stops and evaluates once it asked for this many prompt and answer tokens, computed
+    or cached, so that a run and its repetition stop at the same step."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Besides `metrics.jsonl`, which is always written."""
 
@@ -291,6 +310,11 @@ class RunConfig(_Section):
                 f"environment.num_selected is {k} but retrieval.num_candidates only {n}; "
                 "pick at most as many passages as are retrieved"
             )
+        if self.training.batch_size % self.training.num_workers:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} does not divide among "
+                f"training.num_workers {self.training.num_workers}; make it a multiple"
+            )
         if self.training.launcher == "local" and self.training.num_workers != 1:
             raise ValueError(
                 "training.launcher 'local' is one process; set training.num_workers to 1"
@@ -299,13 +323,12 @@ class RunConfig(_Section):
             raise ValueError(
                 "training.launcher 'local' runs without vLLM; use generator.backend transformers"
             )
-        if (
-            self.generator.max_model_len
-            < self.generator.prompt.max_prompt_tokens + self.generator.max_new_tokens
-        ):
+        generator = self.generator
+        if generator.max_model_len < generator.prompt.max_prompt_tokens + generator.max_new_tokens:
             raise ValueError(
-                f"generator.max_model_len {self.generator.max_model_len} is shorter than max_prompt_tokens "
-                f"{self.generator.prompt.max_prompt_tokens} plus max_new_tokens {self.generator.max_new_tokens}"
+                f"generator.max_model_len {generator.max_model_len} is shorter than "
+                f"max_prompt_tokens {generator.prompt.max_prompt_tokens} plus max_new_tokens "
+                f"{generator.max_new_tokens}"
             )
         return self
 

@@ -1,7 +1,7 @@
 """Model names to local directories, and directories to hashes and number formats.
 
-A model is named by a built-in name, by a path or by a Hugging Face id; whoever loads it gets a directory or an id that
-transformers, sentence-transformers and vLLM all understand.
+A model is named by a built-in name, by a path or by a Hugging Face id; whoever loads it gets a
+directory that transformers, sentence-transformers and vLLM all understand.
 """
 
 from __future__ import annotations

@@ -1,24 +1,23 @@
 """The values that flow through the pipeline, in the order in which they arise.
 
-Question -> Candidates -> Selection -> Prompt -> Generation | Score -> RewardResult. All are frozen; numbers are in
-the units that their names give, log-probabilities are sums in nats.
+Question -> Selection -> Prompt -> Generation | Score -> RewardResult. All are frozen. Numbers are
+in the units that their names give; log-probabilities are sums in nats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One retrievable piece of text.
+    r"""One retrievable piece of text.
 
     Example:
         >>> Passage(id="fr-capital", title="France", text="The capital is Paris.").contents
-        'France\\nThe capital is Paris.'
+        'France\nThe capital is Paris.'
     """
 
     id: str
@@ -43,7 +42,7 @@ class Question:
     id: str
     question: str
     golden_answers: tuple[str, ...]
-    metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def gold_ids(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a generator: answers, and the probability of given answers."""
+"""What the rest of the package asks of a generator: answers, and how probable given ones are."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Generator(Protocol):
         ...
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
-        """Teacher-forced log p(answer | prompt); `answers[i]` are token ids that follow prompt i."""
+        """Teacher-forced log p(answer | prompt); `answers[i]` are the token ids after prompt i."""
         ...
 
     def close(self) -> None:

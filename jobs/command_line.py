@@ -1,0 +1,98 @@
+"""Words of a command line in; a typed value, or one clear error and an exit code, out.
+
+Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+from pydantic import ValidationError
+
+from rlrag.config import RunConfig, describe_validation_error
+from rlrag.errors import (
+    ConfigError,
+    DataError,
+    ModelNotFoundError,
+    RlragError,
+    RunDirectoryError,
+    SetupError,
+)
+
+Arguments = TypeVar("Arguments")
+
+_EXIT_CODES = (
+    ((ConfigError, RunDirectoryError), 2),
+    ((DataError,), 3),
+    ((SetupError, ModelNotFoundError), 4),
+)
+
+
+def parse(
+    kind: type[Arguments], default: Arguments | None, argv: Sequence[str], prog: str
+) -> Arguments:
+    """Read flags; those that are not given have the values of `default` where there is one.
+
+    Raises:
+        ConfigError: when the values contradict each other. Unknown flags end the process with
+            code 2 and the nearest valid name, as the parser does.
+    """
+    try:
+        return tyro.cli(
+            kind,
+            default=default,
+            args=list(argv),
+            prog=prog,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(error)) from error
+
+
+def pick_recipe(
+    argv: Sequence[str], recipes: dict[str, Callable[[], RunConfig]], prog: str
+) -> tuple[RunConfig, list[str]]:
+    """The recipe that the first word names, and the words after it.
+
+    Raises:
+        ConfigError: when the name is missing or unknown.
+    """
+    listing = "\n".join(f"  {name:12} {_summary(make)}" for name, make in recipes.items())
+    usage = f"usage: {prog} RECIPE [--run-dir DIR] [flags]\n\nrecipes:\n{listing}"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{usage}\n\n{prog} RECIPE --help lists every flag of a recipe.")
+        raise SystemExit(0 if argv else 2)
+    name, *rest = argv
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(recipes)}"
+        raise ConfigError(f"unknown recipe {name!r}; {hint}")
+    return recipes[name](), rest
+
+
+def _summary(make: Callable[[], RunConfig]) -> str:
+    return (make.__doc__ or "").splitlines()[0]
+
+
+def run_program(main: Callable[[Sequence[str]], None]) -> None:
+    """Run `main` on the command line's words and end the process with the right code."""
+    try:
+        main(sys.argv[1:])
+    except RlragError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(exit_code(error)) from None
+    except KeyboardInterrupt:
+        print("error: stopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def exit_code(error: RlragError) -> int:
+    """The process exit code for an error."""
+    for kinds, code in _EXIT_CODES:
+        if isinstance(error, kinds):
+            return code
+    return 1

@@ -1,0 +1,96 @@
+r"""Compare a trained bundle with its baselines on any corpus and questions.
+
+    python -m jobs.evaluate --bundle runs/nq/bundle --output evaluation.json \
+        --corpus corpus.jsonl.gz --questions questions.jsonl --limit 100
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from jobs.cluster import cluster
+from jobs.command_line import parse, run_program
+from rlrag.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Flags of `jobs.evaluate`."""
+
+    bundle: Path
+    """Bundle directory of a finished run."""
+    corpus: str
+    """Corpus in any form that `data.corpus` takes."""
+    questions: str
+    """Questions in any form that `data.eval_questions` takes."""
+    output: Path
+    """JSON file to write."""
+    limit: int | None = None
+    """Evaluate a seeded sample of this many questions."""
+    launcher: Literal["ray", "local"] | None = None
+    """Where the generator runs; as in training when unset."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Load, answer, compare, write."""
+    arguments = parse(EvaluateArguments, None, argv, "python -m jobs.evaluate")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit is {arguments.limit}; give at least 1")
+    if not arguments.output.parent.is_dir():
+        raise ConfigError(
+            f"--output {arguments.output}: the directory {arguments.output.parent} does not exist"
+        )
+
+    from rlrag.bundle import load_bundle
+    from rlrag.evaluation.systems import evaluate
+    from rlrag.evaluation.table import render
+    from rlrag.generation.build import open_generator
+    from rlrag.pipeline import open_evaluation_data, open_library, open_reward
+    from rlrag.training.reporting import library_chatter_in
+
+    bundle = load_bundle(arguments.bundle)
+    launcher = arguments.launcher or bundle.config.training.launcher
+    config = bundle.config.model_copy(
+        update={
+            "data": bundle.config.data.model_copy(
+                update={
+                    "corpus": arguments.corpus,
+                    "eval_questions": arguments.questions,
+                    "max_eval_questions": arguments.limit,
+                }
+            )
+        }
+    )
+    log = Path(tempfile.gettempdir()) / "rlrag-evaluate.log"
+    with library_chatter_in(log), cluster(launcher):
+        generator, prompts = open_generator(config.generator, launcher, config.cache_path)
+        try:
+            library = open_library(config)
+            candidates, questions_hash = open_evaluation_data(config, library)
+            table = evaluate(
+                config,
+                bundle.policy,
+                candidates,
+                open_reward(config, generator, prompts),
+                progress=lambda name: print(name, file=sys.stderr, flush=True),
+            )
+        finally:
+            generator.close()
+    record = table.to_json() | {
+        "hashes": {"corpus": library.corpus.content_hash, "questions": questions_hash},
+        "bundle_step": bundle.facts.step,
+    }
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    Console().print(render(table))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,92 @@
+"""Complete configurations by name; a recipe is a function that returns one.
+
+Each says what it needs and about how long it takes. Change single fields by flags; write a function
+here for a setting of your own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from rlrag.config import (
+    DATA_DIR_VARIABLE,
+    DataConfig,
+    DROConfig,
+    EnvironmentConfig,
+    FewShotExample,
+    GeneratorConfig,
+    PromptConfig,
+    RetrievalConfig,
+    RunConfig,
+    SelectorConfig,
+    TrainingConfig,
+)
+
+SHORT_ANSWERS = PromptConfig(
+    instruction="",
+    passage_template="Context: [{number}] Title: {title} {text}\n",
+    question_template="Question: {question}\nAnswer:",
+    few_shot=(
+        FewShotExample(
+            title="Danube",
+            text="The Danube is Europe's second-longest river, after the Volga. It flows through "
+            "ten countries, rising in Germany and emptying into the Black Sea.",
+            question="which sea does the danube flow into?",
+            answer="Black Sea",
+        ),
+        FewShotExample(
+            title="Apollo 11",
+            text="Apollo 11 was the spaceflight that first landed humans on the Moon. Commander "
+            "Neil Armstrong and pilot Buzz Aldrin landed on July 20, 1969.",
+            question="who was the first person to walk on the moon?",
+            answer="Neil Armstrong",
+        ),
+        FewShotExample(
+            title="Penicillin",
+            text="Penicillin was discovered in 1928 by the Scottish scientist Alexander Fleming at "
+            "St Mary's Hospital in London.",
+            question="when was penicillin discovered?",
+            answer="1928",
+        ),
+    ),
+)
+"""Three worked examples that keep a small model's answers to a few words."""
+
+
+def quickstart() -> RunConfig:
+    """The World Factbook, built-in models; about ten minutes on two cores, nothing to download."""
+    return RunConfig(
+        recipe="quickstart",
+        data=DataConfig(max_train_questions=420, max_eval_questions=240, passage_words=60),
+        retrieval=RetrievalConfig(kind="hybrid", num_candidates=8),
+        environment=EnvironmentConfig(num_selected=1),
+        generator=GeneratorConfig(prompt=SHORT_ANSWERS),
+        training=TrainingConfig(num_epochs=6, batch_size=32, learning_rate=2e-3),
+    )
+
+
+def nq() -> RunConfig:
+    """Natural Questions from the data folder; under an hour on two cores."""
+    folder = os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
+    return RunConfig(
+        recipe="nq",
+        data=DataConfig(
+            corpus=f"{folder}/corpus/nq.jsonl.gz",
+            train_questions=f"{folder}/questions/nq.train.jsonl",
+            eval_questions=f"{folder}/questions/nq.dev.jsonl",
+            num_validation_questions=200,
+        ),
+        retrieval=RetrievalConfig(kind="dense", num_candidates=8),
+        selector=SelectorConfig(prior_scale=0.5),
+        generator=GeneratorConfig(
+            prompt=SHORT_ANSWERS.model_copy(
+                update={"question_template": "Question: {question}?\nAnswer:"}
+            ),
+        ),
+        dro=DROConfig(num_samples=8),
+        training=TrainingConfig(num_epochs=3, batch_size=32, learning_rate=1e-3),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {"quickstart": quickstart, "nq": nq}

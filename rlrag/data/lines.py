@@ -1,0 +1,213 @@
+"""A file of text lines in, plain or gzip; numbered JSON objects or text lines out, or a DataError.
+
+Every error names the file and the line as `file:line: what is wrong; what was expected`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlrag.config import DATA_DIR_VARIABLE
+from rlrag.errors import DataError
+
+MAX_LINE_BYTES = 64 * 2**20
+_GZIP_MAGIC = b"\x1f\x8b"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def check_exists(path: Path) -> None:
+    """Raise DataError, with a way out, unless `path` is there."""
+    if path.exists():
+        return
+    message = f"{path} does not exist; check the path"
+    if path.parts and path.parts[0].strip("${}") == DATA_DIR_VARIABLE:
+        message += f", or set the environment variable {DATA_DIR_VARIABLE} to the data folder"
+    raise DataError(message)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (`file:line`, text) for every line that is not blank.
+
+    Gzip is known by its first bytes, not by the file's name.
+
+    Raises:
+        DataError: for a file that is missing, unreadable, truncated, not UTF-8 or has a line of
+            more than `MAX_LINE_BYTES`.
+    """
+    check_exists(path)
+    number = 0
+    with _open(path) as file:
+        while True:
+            number += 1
+            place = f"{path}:{number}"
+            line = _next_line(file, place)
+            if not line:
+                return
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{place}: byte {error.start} of the line is not UTF-8; expected UTF-8 text"
+                ) from error
+            if text.strip():
+                yield place, text
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[io.BufferedIOBase]:
+    try:
+        raw = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; expected a readable file"
+        ) from error
+    with raw:
+        if raw.peek(2).startswith(_GZIP_MAGIC):
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield unpacked
+        else:
+            yield raw
+
+
+def _next_line(file: io.BufferedIOBase, place: str) -> bytes:
+    try:
+        line = file.readline(MAX_LINE_BYTES + 1)
+    except (EOFError, zlib.error, OSError) as error:
+        raise DataError(
+            f"{place}: the file is damaged or truncated ({error}); expected a complete gzip or "
+            "text file, fetch it again"
+        ) from error
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(
+            f"{place}: the line is longer than {MAX_LINE_BYTES} bytes; expected one record a line"
+        )
+    return line
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (`file:line`, object) for every line of a JSONL file.
+
+    Raises:
+        DataError: as `read_lines`, and for a line that is not one JSON object.
+    """
+    for place, text in read_lines(path):
+        try:
+            value = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{place}: not JSON ({error}); expected one JSON object a line"
+            ) from error
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{place}: {_shown(value)} is not an object; expected one JSON object a line"
+            )
+        yield place, value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def take_text(record: dict[str, Any], keys: tuple[str, ...], place: str) -> str:
+    """The text under the first of `keys` that the record has.
+
+    Raises:
+        DataError: when no key is there, or its value is not Unicode text.
+    """
+    for key in keys:
+        if key in record:
+            value = record[key]
+            if not isinstance(value, str):
+                raise DataError(f"{place}: {key!r} is {_shown(value)}; expected a string")
+            return checked_text(value, f"{place}: {key!r}")
+    raise _missing_key(record, keys, place)
+
+
+def take_id(record: dict[str, Any], keys: tuple[str, ...], place: str) -> str:
+    """The id under the first of `keys`: a string that is not blank, or an integer as a string.
+
+    Raises:
+        DataError: when it is missing, blank or of another type.
+    """
+    for key in keys:
+        value = record.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+    text = take_text(record, keys, place)
+    if not text.strip():
+        raise DataError(f"{place}: the id is blank; expected a string that names the record")
+    return text
+
+
+def take_texts(
+    record: dict[str, Any], key: str, place: str, *, required: bool = False
+) -> tuple[str, ...]:
+    """The list of strings under `key`; without `required`, empty when the key is missing.
+
+    Raises:
+        DataError: when it is not a list of strings with text in them.
+    """
+    if required and key not in record:
+        raise _missing_key(record, (key,), place)
+    values = record.get(key, [])
+    if not isinstance(values, list):
+        raise DataError(f"{place}: {key!r} is {_shown(values)}; expected a list of strings")
+    for value in values:
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{place}: {key!r} holds {_shown(value)}; expected strings that are not blank"
+            )
+        checked_text(value, f"{place}: {key!r}")
+    return tuple(values)
+
+
+def take_metadata(record: dict[str, Any], place: str) -> dict[str, Any]:
+    """The object under `metadata`; empty when the key is missing or null.
+
+    Raises:
+        DataError: when it is no object, or its `gold_ids` are not strings.
+    """
+    metadata = record.get("metadata")
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict):
+        raise DataError(f"{place}: 'metadata' is {_shown(metadata)}; expected an object")
+    take_texts(metadata, "gold_ids", f"{place}: metadata")
+    return metadata
+
+
+def checked_text(text: str, place: str) -> str:
+    """The same text, when it is Unicode text.
+
+    Raises:
+        DataError: when it holds half of a surrogate pair, which JSON can spell but no file store.
+    """
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place} holds the lone surrogate {text[error.start]!r}; expected Unicode text"
+        ) from error
+    return text
+
+
+def _missing_key(record: dict[str, Any], keys: tuple[str, ...], place: str) -> DataError:
+    wanted = " or ".join(repr(key) for key in keys)
+    found = ", ".join(_shown(key) for key in list(record)[:10]) or "no keys"
+    return DataError(f"{place}: key {wanted} is missing; expected it beside {found}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,146 @@
+"""A policy, candidates and a generator in; every system's answers and metrics out.
+
+A system is a way to choose passages: nothing, the retriever's first K, K at random, the trained
+policy's pick, or for each question the single candidate that turns out best (the oracle).
+
+Shape letters: Q questions, N candidates, K selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+
+from rlrag.config import RunConfig
+from rlrag.evaluation.ranking import ndcg_at_k, recall_at_k
+from rlrag.evaluation.table import EvaluationTable, SystemMetrics, build_table
+from rlrag.records import Passage, Question
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
+from rlrag.rewards.answering import AnsweringReward
+from rlrag.selection.protocol import SelectionPolicy
+
+_POLICY_BATCH = 64
+
+Picks = Sequence[Sequence[int]]
+"""For each question the positions of the picked candidates, best first."""
+
+
+def evaluate(
+    config: RunConfig,
+    policy: SelectionPolicy,
+    candidates: CandidateTable,
+    answering: AnsweringReward,
+    progress: Callable[[str], None] = lambda text: None,
+) -> EvaluationTable:
+    """Answer every question under every configured system and compare them.
+
+    Args:
+        config: Systems, resamples and K.
+        policy: The trained selection policy.
+        candidates: The questions, which must not have been trained on.
+        answering: Builds prompts and asks the generator; equal requests are asked once.
+        progress: Called with the name of each system before its answers are asked for.
+    """
+    num_selected = config.environment.num_selected
+    systems: dict[str, SystemMetrics] = {}
+    for name in config.evaluation.systems:
+        progress(name)
+        if name == "oracle":
+            systems[name] = _oracle(candidates, answering)
+        else:
+            picks = _picks(name, policy, candidates, num_selected, config.seed)
+            systems[name] = _measure(candidates, picks, answering, ranked=name != "no_retrieval")
+    return build_table(systems, num_selected, config.evaluation.num_bootstrap, config.seed)
+
+
+def greedy_picks(policy: SelectionPolicy, candidates: CandidateTable) -> np.ndarray:
+    """The policy's most probable selection for every question, shape (Q, K)."""
+    rows = range(len(candidates))
+    batches = [rows[start : start + _POLICY_BATCH] for start in rows[::_POLICY_BATCH]]
+    return np.concatenate([policy.greedy(candidates.batch(batch)) for batch in batches])
+
+
+def _picks(
+    name: str, policy: SelectionPolicy, candidates: CandidateTable, num_selected: int, seed: int
+) -> Picks:
+    num_questions = len(candidates)
+    if name == "no_retrieval":
+        return [()] * num_questions
+    if name == "retriever_order":
+        return [tuple(range(num_selected))] * num_questions
+    if name == "random_order":
+        rng = np.random.default_rng(seed)
+        return [
+            rng.permutation(candidates.num_candidates)[:num_selected] for _ in range(num_questions)
+        ]
+    return greedy_picks(policy, candidates)
+
+
+def _measure(
+    candidates: CandidateTable, picks: Picks, answering: AnsweringReward, ranked: bool
+) -> SystemMetrics:
+    selections = _passages(candidates, picks)
+    answers = [a.text for a in answering.answer(candidates.questions, selections)]
+    metrics = _answer_metrics(candidates.questions, answers)
+    if not ranked:
+        return SystemMetrics(**metrics)
+    ids = [[passage.id for passage in selection] for selection in selections]
+    return SystemMetrics(
+        **metrics,
+        recall=_ranking(recall_at_k, ids, candidates.questions),
+        ndcg=_ranking(ndcg_at_k, ids, candidates.questions),
+    )
+
+
+def _ranking(
+    measure: Callable[[Sequence[str], Collection[str], int], float],
+    ids: Sequence[Sequence[str]],
+    questions: Sequence[Question],
+) -> np.ndarray:
+    """A ranking measure of every question at the length of its selection; NaN without gold ids."""
+    return np.array(
+        [
+            measure(picked, question.gold_ids, len(picked)) if question.gold_ids else np.nan
+            for picked, question in zip(ids, questions, strict=True)
+        ]
+    )
+
+
+def _oracle(candidates: CandidateTable, answering: AnsweringReward) -> SystemMetrics:
+    """The best answer that any single candidate leads to, by exact match and then F1."""
+    num_questions, num_candidates = candidates.rows_QN.shape
+    questions = [q for q in candidates.questions for _ in range(num_candidates)]
+    picks = [[n] for _ in range(num_questions) for n in range(num_candidates)]
+    owners = np.repeat(np.arange(num_questions), num_candidates)
+    passages = [candidates.passages(q)[pick[0]] for q, pick in zip(owners, picks, strict=True)]
+    answers = answering.answer(questions, [[passage] for passage in passages])
+    metrics = _answer_metrics(questions, [answer.text for answer in answers])
+    shape = (num_questions, num_candidates)
+    order_QN = metrics["em"].reshape(shape) * 2 + metrics["f1"].reshape(shape)
+    best = order_QN.argmax(axis=1)
+    rows = np.arange(num_questions)
+    return SystemMetrics(**{name: v.reshape(shape)[rows, best] for name, v in metrics.items()})
+
+
+def _passages(candidates: CandidateTable, picks: Picks) -> list[list[Passage]]:
+    return [
+        [candidates.passages(question)[position] for position in positions]
+        for question, positions in enumerate(picks)
+    ]
+
+
+def _answer_metrics(
+    questions: Sequence[Question], answers: Sequence[str]
+) -> dict[str, np.ndarray]:
+    measures = {"em": exact_match, "f1": token_f1, "accuracy": answer_contained}
+    return {
+        name: np.array(
+            [
+                measure(answer=answer, golden_answers=question.golden_answers)
+                for question, answer in zip(questions, answers, strict=True)
+            ]
+        )
+        for name, measure in measures.items()
+    }

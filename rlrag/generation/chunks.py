@@ -1,0 +1,45 @@
+"""Prompts in, the pieces in which a pool hands them to its actors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_LARGEST_IN_BATCHES = 4
+
+
+def plan_chunks(
+    prompts: Sequence[Sequence[int]], num_workers: int, batch_size: int
+) -> list[list[int]]:
+    """Split prompts into chunks for workers that pull the next one when they are free.
+
+    Prompts are sorted by their token ids, so that those with equal beginnings stay together and an
+    engine computes the common part once. Chunks hold about as many tokens as half of each worker's
+    fair share of what is left: large ones first, so that an engine has many sequences to
+    interleave, small ones at the end, so that all workers finish together. A chunk has at least
+    `batch_size` prompts while there are that many, and at most four times as many: that bounds
+    what is lost with a dead worker.
+
+    Returns:
+        Indices into `prompts`; each index occurs once. The plan depends on the arguments alone.
+
+    Example:
+        >>> plan_chunks([(7, 7), (1, 2), (7, 8), (1, 3)], num_workers=1, batch_size=1)
+        [[1, 3], [0], [2]]
+    """
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+    remaining = sum(len(prompt) for prompt in prompts)
+    smallest = max(1, min(batch_size, -(-len(prompts) // num_workers)))
+    chunks: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        target = remaining / (2 * num_workers)
+        size, tokens = 0, 0
+        while start + size < len(order) and size < _LARGEST_IN_BATCHES * batch_size:
+            if size >= smallest and tokens >= target:
+                break
+            tokens += len(prompts[order[start + size]])
+            size += 1
+        chunks.append(order[start : start + size])
+        start += size
+        remaining -= tokens
+    return chunks

@@ -1,0 +1,19 @@
+"""Weights, number format and back end in, the name under which results are cached out."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from rlrag.models import resolve_dtype, weights_hash
+
+
+def generator_identity(model_dir: Path, backend: str, dtype: str, device: str) -> str:
+    """First 16 hex digits of a SHA-256 over what decides a generator's results.
+
+    Needs no engine: the weights are hashed from their files. `dtype` may be `auto`; `device` is
+    `cpu` or `cuda`. The same model on another device or in another format has another identity,
+    because its log-probabilities differ in their last digits.
+    """
+    parts = (weights_hash(model_dir), backend, resolve_dtype(dtype, device), device)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

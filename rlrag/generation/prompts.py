@@ -1,0 +1,262 @@
+"""Question and ordered passages in, the token ids that a generator reads out.
+
+A prompt is made of segments that are tokenised one by one and joined as ids: the prefix
+(instruction and few-shot examples), each passage, the question. So every prompt starts with exactly
+the same prefix ids, whatever follows, and engines compute that prefix once. The cost is that no
+token spans two segments.
+
+Texts of questions and passages never become control tokens: `<|im_end|>` in a passage is read as
+the characters that it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2.exceptions import TemplateError
+
+from rlrag.config import FewShotExample, PromptConfig
+from rlrag.errors import ConfigError, ModelNotFoundError, PromptTooLongError
+from rlrag.records import Passage, Prompt, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Private-use characters: no chat template and no text has them, none is trimmed as white space.
+_USER_SLOT = "\ue000user\ue000"
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """Tokenizer of the model in `model_dir`, from local files only.
+
+    Raises:
+        ModelNotFoundError: when the directory holds no tokenizer that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"{model_dir} holds no tokenizer that transformers can load ({error}); copy the "
+            "model's tokenizer files there"
+        ) from error
+
+
+class PromptBuilder:
+    """Builds prompts of one style for one tokenizer; keeps no state between calls."""
+
+    def __init__(self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check the templates and tokenise the shared prefix.
+
+        Raises:
+            ConfigError: when a template has a wrong field, or the tokenizer no chat template.
+        """
+        self._config = config
+        self._tokenizer = tokenizer
+        self._before_text, self._after_text = _split_passage_template(config.passage_template)
+        _check_question_template(config.question_template)
+        if config.style == "chat":
+            self._prefix, self._suffix = self._chat_frame()
+            start: tuple[int, ...] = ()  # a chat template writes its own first token
+        else:
+            self._prefix, self._suffix = self._plain_prefix(), ""
+            start = self._first_token()
+        self._prefix_ids = start + self._encode(self._prefix, allow_control=True)
+        self._suffix_ids = self._encode(self._suffix, allow_control=True)
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Token ids that every prompt of this builder starts with."""
+        return self._prefix_ids
+
+    def build(self, question: Question, passages: Sequence[Passage]) -> Prompt:
+        """Prompt for `question` with `passages` in the order given, numbered from 1.
+
+        A prompt over `max_prompt_tokens` loses passage text from the ends, the longest passage
+        first; a passage left without text is not shown.
+
+        Raises:
+            PromptTooLongError: when instruction, examples and question alone are too long.
+        """
+        asked = self._config.question_template.format(question=question.question)
+        asked_ids = self._encode(asked)
+        num_fixed = len(self._prefix_ids) + len(asked_ids) + len(self._suffix_ids)
+        limit = self._config.max_prompt_tokens
+        if num_fixed > limit:
+            raise PromptTooLongError(
+                f"question {question.id!r}: instruction, examples and question take {num_fixed} "
+                f"tokens, but max_prompt_tokens is {limit}; raise it, or use fewer examples"
+            )
+        shown, num_cut = self._fit(passages, limit - num_fixed)
+        return Prompt(
+            token_ids=(
+                *self._prefix_ids,
+                *(token for _, ids in shown for token in ids),
+                *asked_ids,
+                *self._suffix_ids,
+            ),
+            text="".join((self._prefix, *(text for text, _ in shown), asked, self._suffix)),
+            num_passages=len(shown),
+            num_cut_tokens=num_cut,
+        )
+
+    def encode_answer(self, answer: str) -> tuple[int, ...]:
+        """Token ids of `answer` as it follows a prompt: after a space, or alone in a chat turn."""
+        return self._encode(answer if self._config.style == "chat" else f" {answer}")
+
+    def _encode(self, text: str, *, allow_control: bool = False) -> tuple[int, ...]:
+        if not text:
+            return ()
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=not allow_control
+        )
+        return tuple(encoded["input_ids"])
+
+    def _first_token(self) -> tuple[int, ...]:
+        """The beginning-of-text token, for tokenizers that put one before every text."""
+        bos = self._tokenizer.bos_token_id
+        ids = self._tokenizer("")["input_ids"]
+        return (bos,) if bos is not None and ids[:1] == [bos] else ()
+
+    def _passage(self, number: int, title: str, text: str) -> str:
+        before = self._before_text.format(number=number, title=title)
+        return before + text + self._after_text.format(number=number, title=title)
+
+    def _example_question(self, example: FewShotExample) -> str:
+        asked = self._config.question_template.format(question=example.question)
+        return self._passage(1, example.title, example.text) + asked
+
+    def _plain_prefix(self) -> str:
+        examples = (f"{self._example_question(e)} {e.answer}\n\n" for e in self._config.few_shot)
+        return self._config.instruction + "".join(examples)
+
+    def _chat_frame(self) -> tuple[str, str]:
+        """Text of the chat before and after the user's last message."""
+        messages = []
+        if self._config.instruction.strip():
+            messages.append({"role": "system", "content": self._config.instruction.strip()})
+        for example in self._config.few_shot:
+            messages.append({"role": "user", "content": self._example_question(example)})
+            messages.append({"role": "assistant", "content": example.answer})
+        messages.append({"role": "user", "content": _USER_SLOT})
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (ValueError, TemplateError) as error:
+            raise ConfigError(
+                f"the tokenizer of {self._tokenizer.name_or_path!r} cannot write this chat "
+                f"({error}); use prompt.style plain"
+            ) from error
+        parts = str(text).split(_USER_SLOT)
+        if len(parts) != 2:
+            raise ConfigError(
+                f"the chat template of {self._tokenizer.name_or_path!r} shows the user's message "
+                f"{len(parts) - 1} times instead of once; use prompt.style plain"
+            )
+        return parts[0], parts[1]
+
+    def _fit(
+        self, passages: Sequence[Passage], budget: int
+    ) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
+        """Text and ids of each passage shown within `budget` tokens, and the tokens cut away."""
+        whole = [self._passage(i, p.title, p.text) for i, p in enumerate(passages, start=1)]
+        ids = [self._encode(text) for text in whole]
+        num_all = sum(map(len, ids))
+        if num_all <= budget:
+            return list(zip(whole, ids, strict=True)), 0
+        frames, texts, starts = [], [], []
+        for number, passage in enumerate(passages, start=1):
+            before = self._before_text.format(number=number, title=passage.title)
+            after = self._after_text.format(number=number, title=passage.title)
+            texts.append(
+                self._tokenizer(
+                    passage.text,
+                    add_special_tokens=False,
+                    split_special_tokens=True,
+                    return_offsets_mapping=True,
+                )
+            )
+            starts.append((before, after))
+            frames.append((self._encode(before), self._encode(after)))
+        kept = cut_lengths(
+            [len(text["input_ids"]) for text in texts],
+            [len(before) + len(after) for before, after in frames],
+            budget,
+        )
+        shown = []
+        for i, length in enumerate(kept):
+            if length:
+                before, after = starts[i]
+                end = texts[i]["offset_mapping"][length - 1][1]
+                head, tail = frames[i]
+                cut_ids = (*head, *texts[i]["input_ids"][:length], *tail)
+                shown.append((before + passages[i].text[:end] + after, cut_ids))
+        return shown, num_all - sum(len(ids) for _, ids in shown)
+
+
+def cut_lengths(lengths: Sequence[int], overheads: Sequence[int], budget: int) -> list[int]:
+    """Tokens of text that each passage keeps so that all shown ones fit into `budget`.
+
+    The longest texts are cut first, to a common length; what remains after the division goes to
+    the first passages. A passage with text costs its overhead too. When not even one token of
+    each fits, the last passage is dropped (length 0), then the one before it.
+
+    Example:
+        >>> cut_lengths([10, 3, 8], [1, 1, 1], budget=20)
+        [7, 3, 7]
+        >>> cut_lengths([10, 10], [5, 5], budget=11)
+        [6, 0]
+    """
+    for num_shown in range(len(lengths), 0, -1):
+        shown = [length for length in lengths[:num_shown] if length]
+        room = budget - sum(o for o, n in zip(overheads, lengths[:num_shown], strict=False) if n)
+        if room < len(shown):
+            continue
+        # The common length c with sum(min(length, c)) <= room < sum(min(length, c + 1)).
+        cap, spare = max(shown, default=0), room
+        for rank, length in enumerate(sorted(shown)):
+            share = spare // (len(shown) - rank)
+            if length > share:
+                cap = share
+                break
+            spare -= length
+        kept = [min(length, cap) for length in lengths[:num_shown]]
+        extra = room - sum(kept)
+        for i in range(num_shown):
+            if extra and kept[i] < lengths[i]:
+                kept[i] += 1
+                extra -= 1
+        return kept + [0] * (len(lengths) - num_shown)
+    return [0] * len(lengths)
+
+
+def _split_passage_template(template: str) -> tuple[str, str]:
+    parts = template.split("{text}")
+    try:
+        if len(parts) != 2:
+            raise ValueError(f"it has {{text}} {len(parts) - 1} times instead of once")
+        for part in parts:
+            part.format(number=1, title="")
+    except (LookupError, ValueError) as error:
+        raise ConfigError(
+            f"prompt.passage_template {template!r} cannot be filled in ({error}); its fields are "
+            "{number}, {title} and, exactly once, {text}"
+        ) from error
+    return parts[0], parts[1]
+
+
+def _check_question_template(template: str) -> None:
+    probe = "\ue000"
+    try:
+        filled = template.format(question=probe)
+    except (LookupError, ValueError) as error:
+        raise ConfigError(
+            f"prompt.question_template {template!r} cannot be filled in ({error}); its only field "
+            "is {question}"
+        ) from error
+    if probe not in filled:
+        raise ConfigError(f"prompt.question_template {template!r} lacks the field {{question}}")

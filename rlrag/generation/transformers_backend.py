@@ -1,0 +1,330 @@
+"""Prompts in, answers or the log-probability of given answers out, by transformers.
+
+The model lives in this process. Shapes: B rows of a batch, P prefix tokens, T tokens after the
+prefix, A answer tokens, V vocabulary.
+
+Prompts that start with the same prefix (instruction and examples) read its keys and values from a
+cache that is computed once. The rest of a batch is padded on the left, so that all rows end at the
+same column and one slice holds every position that is needed; position ids and the attention mask
+skip the padding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlrag.errors import GenerationError
+from rlrag.generation.checks import check_answers, check_lengths
+from rlrag.generation.decoding import cut_at_stop, draw_seed
+from rlrag.generation.identity import generator_identity
+from rlrag.generation.prompts import load_tokenizer
+from rlrag.generation.protocol import Sampling, TokenCount
+from rlrag.models import resolve_device, resolve_dtype
+from rlrag.records import Generation, Prompt, Score
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+
+@dataclass(slots=True)
+class _Rows:
+    """A left-padded batch whose prefix is already in `past`."""
+
+    tokens_BT: torch.Tensor
+    mask_BPT: torch.Tensor
+    positions_BT: torch.Tensor
+    past: DynamicCache
+
+
+class TransformersGenerator:
+    """A causal language model in this process; implements `Generator`."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_size: int = 16,
+        shared_prefix: Sequence[int] = (),
+    ) -> None:
+        """Load the model.
+
+        Args:
+            model_dir: Directory with safetensors weights and a tokenizer.
+            dtype: `auto`, `float32`, `bfloat16` or `float16`.
+            device: `auto`, `cpu` or `cuda`.
+            batch_size: Sequences in one forward pass.
+            shared_prefix: Token ids that most prompts start with. Prompts that do not are computed
+                whole; what they give is the same up to rounding.
+
+        Raises:
+            ModelNotFoundError: when `model_dir` holds no weights or no tokenizer.
+            GenerationError: when transformers cannot load the model.
+        """
+        from transformers import AutoModelForCausalLM
+
+        self._device = resolve_device(device)
+        self._identity = generator_identity(model_dir, "transformers", dtype, self._device)
+        self._tokenizer: Any = load_tokenizer(model_dir)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=resolve_dtype(dtype, self._device), local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise GenerationError(
+                f"transformers cannot load the model in {model_dir}: {error}"
+            ) from error
+        self._model = model.to(self._device).eval()
+        self._batch_size = batch_size
+        self._prefix = tuple(shared_prefix)
+        self._prefix_past: DynamicCache | None = None
+        self._stop_ids = _stop_ids(self._model.generation_config, self._tokenizer)
+        self._max_len = getattr(self._model.config, "max_position_embeddings", None)
+        self._tokens = TokenCount()
+
+    @property
+    def identity(self) -> str:
+        """Hash of weights, dtype, device and back end."""
+        return self._identity
+
+    @property
+    def tokens(self) -> TokenCount:
+        """Tokens computed since this object was made."""
+        return self._tokens
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+        """Decode one answer a prompt.
+
+        With a temperature, the draw of a prompt depends on the seed and the prompt alone, so a
+        batch changes nothing, and equal prompts under one seed get equal answers. `logp` and
+        `num_tokens` count every decoded token, the one that ended the answer included; `logp` is
+        the model's own, before the temperature.
+
+        Raises:
+            GenerationError: when a prompt is empty or too long, or memory runs out.
+        """
+        self._check(prompts, [sampling.max_new_tokens] * len(prompts))
+        results: dict[int, Generation] = {}
+        with _memory_errors(), torch.inference_mode():
+            for batch in self._batches([p.token_ids for p in prompts]):
+                chosen = [prompts[i] for i in batch]
+                results.update(zip(batch, self._generate_batch(chosen, sampling), strict=True))
+        self._count(r.num_prompt_tokens + r.num_tokens for r in results.values())
+        return [results[i] for i in range(len(prompts))]
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
+        """Teacher-forced log p(answer | prompt), summed over the answer's tokens.
+
+        Raises:
+            GenerationError: when a prompt or answer is empty or too long, or memory runs out.
+        """
+        check_answers(prompts, answers)
+        self._check(prompts, [len(answer) for answer in answers])
+        asked: dict[tuple[int, ...], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            asked.setdefault(prompt.token_ids, []).append(i)
+        sequences = list(asked)
+        results: dict[int, Score] = {}
+        with _memory_errors(), torch.inference_mode():
+            for batch in self._batches(sequences):
+                pairs = [(row, i) for row, j in enumerate(batch) for i in asked[sequences[j]]]
+                wanted = [(row, answers[i]) for row, i in pairs]
+                logps = self._score_batch([sequences[j] for j in batch], wanted)
+                for (_, i), logp in zip(pairs, logps, strict=True):
+                    results[i] = Score(logp, len(answers[i]), len(prompts[i].token_ids))
+        self._count(r.num_prompt_tokens + r.num_tokens for r in results.values())
+        return [results[i] for i in range(len(prompts))]
+
+    def close(self) -> None:
+        """Drop the model and the prefix cache."""
+        self._model = None
+        self._prefix_past = None
+
+    def _check(self, prompts: Sequence[Prompt], num_new: Sequence[int]) -> None:
+        if self._model is None:
+            raise GenerationError("this generator was closed; open a new one")
+        check_lengths(prompts, num_new, self._max_len)
+
+    def _count(self, tokens: Iterator[int]) -> None:
+        for number in tokens:
+            self._tokens.spent += number
+            self._tokens.num_requests += 1
+
+    def _batches(self, sequences: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+        """Indices of one batch after another: with the prefix or without, and of like length."""
+        order = sorted(
+            range(len(sequences)), key=lambda i: (self._has_prefix(sequences[i]), len(sequences[i]))
+        )
+        batch: list[int] = []
+        for i in order:
+            same = not batch or self._has_prefix(sequences[i]) == self._has_prefix(
+                sequences[batch[0]]
+            )
+            if len(batch) == self._batch_size or not same:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _has_prefix(self, sequence: tuple[int, ...]) -> bool:
+        size = len(self._prefix)
+        return size > 0 and len(sequence) > size and sequence[:size] == self._prefix
+
+    def _rows(self, sequences: Sequence[tuple[int, ...]]) -> _Rows:
+        from transformers import DynamicCache
+
+        size = len(self._prefix) if self._has_prefix(sequences[0]) else 0
+        past = self._prefix_cache(len(sequences)) if size else DynamicCache()
+        width = max(map(len, sequences)) - size
+        tokens_BT = torch.zeros(len(sequences), width, dtype=torch.long)
+        mask_BT = torch.zeros(len(sequences), width, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            start = width - (len(sequence) - size)
+            tokens_BT[row, start:] = torch.tensor(sequence[size:])
+            mask_BT[row, start:] = 1
+        mask_BPT = torch.cat([torch.ones(len(sequences), size, dtype=torch.long), mask_BT], dim=1)
+        positions_BT = (mask_BPT.cumsum(dim=1) - 1).clamp(min=0)[:, size:]
+        device = self._device
+        return _Rows(tokens_BT.to(device), mask_BPT.to(device), positions_BT.to(device), past)
+
+    def _prefix_cache(self, num_rows: int) -> DynamicCache:
+        """A fresh copy of the prefix's keys and values, one for each row."""
+        if self._prefix_past is None:
+            ids = torch.tensor([self._prefix], device=self._device)
+            output = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            self._prefix_past = output.past_key_values
+        past = copy.deepcopy(self._prefix_past)
+        past.batch_repeat_interleave(num_rows)
+        return past
+
+    def _forward(self, rows: _Rows, num_logits: int) -> torch.Tensor:
+        """Log-probabilities in float32 at the last columns (0: at all); fills `rows.past`."""
+        logits = self._model(
+            input_ids=rows.tokens_BT,
+            attention_mask=rows.mask_BPT,
+            position_ids=rows.positions_BT,
+            past_key_values=rows.past,
+            use_cache=True,
+            logits_to_keep=num_logits,
+        ).logits
+        return logits.float().log_softmax(dim=-1)
+
+    def _score_batch(
+        self, prompts: list[tuple[int, ...]], wanted: list[tuple[int, tuple[int, ...]]]
+    ) -> list[float]:
+        """Log-probabilities of (row, answer) pairs; each prompt is read once for all its answers.
+
+        A prompt's last column predicts the first answer token; the others follow from a second,
+        short pass over the answers, padded on the right.
+        """
+        rows = self._rows(prompts)
+        first_BV = self._forward(rows, 1)[:, -1]
+        logps: list[float] = []
+        for start in range(0, len(wanted), self._batch_size):
+            part = wanted[start : start + self._batch_size]
+            is_last = start + self._batch_size >= len(wanted)
+            picks = torch.tensor([row for row, _ in part], device=self._device)
+            past = rows.past if is_last else copy.deepcopy(rows.past)
+            past.batch_select_indices(picks)
+            width = max(len(answer) for _, answer in part)
+            answers_BA = torch.zeros(len(part), width, dtype=torch.long)
+            mask_BA = torch.zeros(len(part), width, dtype=torch.long)
+            for row, (_, answer) in enumerate(part):
+                answers_BA[row, : len(answer)] = torch.tensor(answer)
+                mask_BA[row, : len(answer)] = 1
+            answers_BA, mask_BA = answers_BA.to(self._device), mask_BA.to(self._device)
+            logp_BAV = first_BV[picks].unsqueeze(1)
+            if width > 1:
+                read = _Rows(
+                    tokens_BT=answers_BA[:, :-1],  # the last answer token is never read
+                    mask_BPT=torch.cat([rows.mask_BPT[picks], mask_BA[:, :-1]], dim=1),
+                    positions_BT=rows.positions_BT[picks, -1:]
+                    + torch.arange(1, width, device=self._device),
+                    past=past,
+                )
+                logp_BAV = torch.cat([logp_BAV, self._forward(read, 0)], dim=1)
+            logp_BA = logp_BAV.gather(2, answers_BA.unsqueeze(2)).squeeze(2)
+            logps += logp_BA.masked_fill(mask_BA == 0, 0.0).double().sum(dim=1).tolist()
+        return logps
+
+    def _generate_batch(self, prompts: list[Prompt], sampling: Sampling) -> list[Generation]:
+        rows = self._rows([p.token_ids for p in prompts])
+        draws = [
+            torch.Generator().manual_seed(draw_seed(sampling.seed, p.token_ids)) for p in prompts
+        ]
+        decoded: list[list[int]] = [[] for _ in prompts]
+        logps, texts = [0.0] * len(prompts), [""] * len(prompts)
+        active = list(range(len(prompts)))  # the prompt of each row
+        for _ in range(sampling.max_new_tokens):
+            logp_BV = self._forward(rows, 1)[:, -1]
+            tokens_B = _choose(logp_BV, sampling.temperature, [draws[i] for i in active])
+            logp_B = logp_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1).tolist()
+            going = []
+            for row, (i, token) in enumerate(zip(active, tokens_B.tolist(), strict=True)):
+                decoded[i].append(token)
+                logps[i] += logp_B[row]
+                text = self._tokenizer.decode(decoded[i], skip_special_tokens=True)
+                texts[i], stopped = cut_at_stop(text, sampling.stop)
+                if not stopped and token not in self._stop_ids:
+                    going.append(row)
+            if not going:
+                break
+            _advance(rows, tokens_B, going)
+            active = [active[row] for row in going]
+        return [
+            Generation(texts[i].strip(), logps[i], len(decoded[i]), len(prompts[i].token_ids))
+            for i in range(len(prompts))
+        ]
+
+
+def _advance(rows: _Rows, tokens_B: torch.Tensor, going: list[int]) -> None:
+    """Make `tokens_B` the next column, and drop the rows that have ended."""
+    if len(going) < len(tokens_B):
+        keep = torch.tensor(going, device=tokens_B.device)
+        rows.past.batch_select_indices(keep)
+        tokens_B = tokens_B[keep]
+        rows.mask_BPT, rows.positions_BT = rows.mask_BPT[keep], rows.positions_BT[keep]
+    rows.tokens_BT = tokens_B.unsqueeze(1)
+    rows.mask_BPT = torch.cat([rows.mask_BPT, torch.ones_like(rows.tokens_BT)], dim=1)
+    rows.positions_BT = rows.positions_BT[:, -1:] + 1
+
+
+def _choose(
+    logp_BV: torch.Tensor, temperature: float, draws: Sequence[torch.Generator]
+) -> torch.Tensor:
+    if temperature == 0.0:
+        return logp_BV.argmax(dim=-1)
+    probability_BV = (logp_BV / temperature).softmax(dim=-1).cpu()
+    drawn = [
+        torch.multinomial(probability_V, 1, generator=draw)
+        for probability_V, draw in zip(probability_BV, draws, strict=True)
+    ]
+    return torch.cat(drawn).to(logp_BV.device)
+
+
+def _stop_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer: the model's and the tokenizer's end-of-text tokens."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+class _memory_errors:
+    """Turns a device that is out of memory into an error that says what to lower."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise GenerationError(
+                "the device ran out of memory in a forward pass; lower generator.batch_size or "
+                f"prompt.max_prompt_tokens ({error})"
+            ) from error

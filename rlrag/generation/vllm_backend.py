@@ -1,0 +1,250 @@
+"""Prompts in, answers or the log-probability of given answers out, by a vLLM engine.
+
+The engine lives in this process, normally a Ray actor whose environment `vllm_environment` gives:
+the variables are read when vLLM is imported, so they cannot be set later.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlrag.config import GeneratorConfig
+from rlrag.errors import GenerationError, SetupError
+from rlrag.generation.checks import check_answers, check_lengths
+from rlrag.generation.decoding import draw_seed
+from rlrag.generation.identity import generator_identity
+from rlrag.generation.protocol import Sampling, TokenCount
+from rlrag.models import resolve_device, resolve_dtype
+from rlrag.records import Generation, Prompt, Score
+
+# Prefix hits are whole blocks, so short blocks share more; a CPU prefers multiples of 32 and its
+# default of 128 would lose most of a few-shot prefix.
+_CPU_BLOCK_SIZE = 32
+
+
+def vllm_environment(config: GeneratorConfig) -> dict[str, str]:
+    """Environment variables of a process that holds a vLLM engine."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine shares the actor's fate
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every actor binds to the same core
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def check_compiler() -> None:
+    """Make sure that vLLM will find a C++ compiler; its sampler is compiled on first use.
+
+    Raises:
+        SetupError: when there is none, before minutes go into loading an engine.
+    """
+    named = os.environ.get("CXX")
+    names = (named,) if named else ("c++", "g++", "clang++")
+    if not any(shutil.which(name) for name in names):
+        raise SetupError(
+            f"vLLM compiles its sampler and needs a C++ compiler, but {' , '.join(names)} is not "
+            "on the PATH; install g++ (Debian: apt-get install g++), set CXX, or use "
+            "generator.backend transformers"
+        )
+
+
+class VllmGenerator:
+    """A causal language model in a vLLM engine in this process; implements `Generator`."""
+
+    def __init__(self, model_dir: Path, config: GeneratorConfig) -> None:
+        """Start the engine and compile what it compiles on first use.
+
+        Raises:
+            SetupError: when no C++ compiler is installed.
+            ModelNotFoundError: when `model_dir` holds no weights.
+            GenerationError: when the engine cannot start.
+        """
+        device = resolve_device(config.device)
+        if device == "cpu":
+            check_compiler()
+        self._identity = generator_identity(model_dir, "vllm", config.dtype, device)
+        self._max_len = config.max_model_len
+        self._tokens = TokenCount()
+        dtype: Any = resolve_dtype(config.dtype, device)
+        try:
+            from vllm import LLM
+
+            self._engine: Any = LLM(
+                str(model_dir),
+                dtype=dtype,
+                max_model_len=config.max_model_len,
+                max_num_seqs=config.batch_size,
+                enable_prefix_caching=True,
+                seed=0,
+                **_device_options(config, device),
+            )
+            self._warm_up()
+        except Exception as error:
+            raise GenerationError(
+                f"vLLM could not start an engine for {model_dir}: {type(error).__name__}: {error}"
+            ) from error
+
+    @property
+    def identity(self) -> str:
+        """Hash of weights, dtype, device and back end."""
+        return self._identity
+
+    @property
+    def tokens(self) -> TokenCount:
+        """Tokens asked of the engine since this object was made."""
+        return self._tokens
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+        """Decode one answer a prompt.
+
+        With a temperature, the draw of a prompt depends on the seed and the prompt alone. `logp`
+        and `num_tokens` count every decoded token, the one that ended the answer included; `logp`
+        is the model's own, before the temperature.
+
+        Raises:
+            GenerationError: when a prompt is empty or too long, or the engine fails.
+        """
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                stop=[mark for mark in sampling.stop if mark],
+                logprobs=0,
+                seed=draw_seed(sampling.seed, p.token_ids) if sampling.temperature else None,
+            )
+            for p in prompts
+        ]
+        self._check(prompts, [sampling.max_new_tokens] * len(prompts))
+        results = []
+        outputs = self._ask([list(p.token_ids) for p in prompts], params)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            answer = output.outputs[0]
+            results.append(
+                Generation(
+                    text=answer.text.strip(),
+                    logp=float(answer.cumulative_logprob),
+                    num_tokens=len(answer.token_ids),
+                    num_prompt_tokens=len(prompt.token_ids),
+                )
+            )
+        self._count(results)
+        return results
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
+        """Teacher-forced log p(answer | prompt), summed over the answer's tokens.
+
+        Raises:
+            GenerationError: when a prompt or answer is empty or too long, or the engine fails.
+        """
+        check_answers(prompts, answers)
+        # The engine decodes one token after the answer, which is thrown away.
+        self._check(prompts, [len(answer) + 1 for answer in answers])
+        sequences = [[*p.token_ids, *a] for p, a in zip(prompts, answers, strict=True)]
+        starts = [len(p.token_ids) for p in prompts]
+        outputs = self._ask(sequences, [_score_params(read_cache=True)] * len(sequences))
+        logps = [
+            answer_logp(output.prompt_logprobs, output.num_cached_tokens, start, answer)
+            for output, start, answer in zip(outputs, starts, answers, strict=True)
+        ]
+        redo = [i for i, logp in enumerate(logps) if logp is None]
+        params = [_score_params(read_cache=False)] * len(redo)
+        for i, output in zip(redo, self._ask([sequences[i] for i in redo], params), strict=True):
+            logps[i] = answer_logp(output.prompt_logprobs, 0, starts[i], answers[i])
+        results = []
+        for logp, start, answer in zip(logps, starts, answers, strict=True):
+            if logp is None:
+                raise GenerationError(
+                    "vLLM returned no finite log-probability for an answer of "
+                    f"{len(answer)} tokens after {start} prompt tokens; try dtype float32"
+                )
+            results.append(Score(logp, len(answer), start))
+        self._count(results)
+        return results
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        if self._engine is not None:
+            self._engine.llm_engine.engine_core.shutdown()
+            self._engine = None
+
+    def _warm_up(self) -> None:
+        """Compile the two kernels of log-probabilities before anybody waits for an answer."""
+        prompt = Prompt(token_ids=(1, 2), text="", num_passages=0)
+        self.generate([prompt], Sampling(max_new_tokens=1))
+        self.score([prompt], [(1,)])
+        self._engine.reset_prefix_cache()
+        self._tokens = TokenCount()
+
+    def _ask(self, sequences: list[list[int]], params: list[Any]) -> list[Any]:
+        if not sequences:
+            return []
+        inputs = [{"prompt_token_ids": sequence} for sequence in sequences]
+        try:
+            outputs = self._engine.generate(inputs, params, use_tqdm=False)
+        except Exception as error:
+            raise GenerationError(
+                f"vLLM failed on {len(sequences)} prompts: {type(error).__name__}: {error}"
+            ) from error
+        return list(outputs)
+
+    def _check(self, prompts: Sequence[Prompt], num_new: Sequence[int]) -> None:
+        if self._engine is None:
+            raise GenerationError("this generator was closed; open a new one")
+        check_lengths(prompts, num_new, self._max_len)
+
+    def _count(self, results: Sequence[Generation | Score]) -> None:
+        self._tokens.spent += sum(r.num_prompt_tokens + r.num_tokens for r in results)
+        self._tokens.num_requests += len(results)
+
+
+def answer_logp(
+    prompt_logprobs: Any, num_cached: int, start: int, answer: Sequence[int]
+) -> float | None:
+    """Sum of an answer's log-probabilities in a vLLM result, or None when it cannot be trusted.
+
+    vLLM (0.32) writes log-probabilities only for tokens that it computed. Where the prefix cache
+    held `num_cached` tokens, entries up to and including that index are uninitialised memory, so
+    an answer that starts there has to be asked again without the cache.
+    """
+    if num_cached >= start:
+        return None
+    total = 0.0
+    for offset, token in enumerate(answer):
+        entry = prompt_logprobs[start + offset]
+        if not entry or token not in entry:
+            return None
+        logp = entry[token].logprob
+        if not math.isfinite(logp) or logp > 1e-3:
+            return None
+        total += logp
+    return total
+
+
+def _score_params(read_cache: bool) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        skip_reading_prefix_cache=not read_cache,
+    )
+
+
+def _device_options(config: GeneratorConfig, device: str) -> dict[str, Any]:
+    if device == "cpu":
+        # A compiled graph takes minutes to build and is no faster on a CPU.
+        return {"enforce_eager": True, "block_size": _CPU_BLOCK_SIZE}
+    # Actors that share a GPU each take their part of its memory.
+    return {"gpu_memory_utilization": 0.85 * min(1.0, config.gpus_per_actor or 1.0)}

@@ -1,0 +1,131 @@
+"""Texts to vectors of length 1, by a sentence-transformers model.
+
+Shape letters: B texts, D vector length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from rlrag.errors import ConfigError, DataError
+from rlrag.models import resolve_device, resolve_dtype, weights_hash
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderIdentity:
+    """What determines an encoder's vectors; equal identities give equal vectors."""
+
+    weights_hash: str
+    dtype: str
+    max_tokens: int
+
+
+class Encoder(Protocol):
+    """Turns texts into vectors whose inner product says how alike the texts are."""
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        """Weights, number format and longest text."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Length of a vector (D)."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """One float32 vector of Euclidean length 1 for each text, shape (B, D)."""
+        ...
+
+
+class TextEncoder:
+    """A sentence-transformers model; questions and passages are encoded alike.
+
+    The model is loaded by the first call that needs it, so that a run which finds all its vectors
+    on disk never loads it. Texts are sorted by length before they are cut into batches.
+
+    Args:
+        model_dir: Directory of the model, as `rlrag.models.resolve_model` gives it.
+        dtype: `auto`, `float32` or `bfloat16`; the model computes in it, the vectors are float32.
+        max_tokens: Tokens of a text that are read.
+        batch_size: Texts in one forward pass.
+    """
+
+    def __init__(self, model_dir: Path, dtype: str, max_tokens: int, batch_size: int) -> None:
+        self._model_dir = model_dir
+        self._batch_size = batch_size
+        self._device = resolve_device("auto")
+        self._identity = EncoderIdentity(
+            weights_hash=weights_hash(model_dir),
+            dtype=resolve_dtype(dtype, self._device),
+            max_tokens=max_tokens,
+        )
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        """Weights, number format and longest text."""
+        return self._identity
+
+    @property
+    def size(self) -> int:
+        """Length of a vector (D)."""
+        size = self._model.get_embedding_dimension()
+        if size is None:
+            raise ConfigError(
+                f"the encoder {self._model_dir} does not say how long its vectors are; use a "
+                "sentence-transformers model with a pooling module"
+            )
+        return size
+
+    @cached_property
+    def _model(self) -> SentenceTransformer:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(
+            str(self._model_dir),
+            device=self._device,
+            local_files_only=True,
+            model_kwargs={"dtype": getattr(torch, self._identity.dtype)},
+        )
+        limit = getattr(model.tokenizer, "model_max_length", None)
+        if limit is not None and self._identity.max_tokens > limit:
+            raise ConfigError(
+                f"retrieval.encoder_max_tokens is {self._identity.max_tokens}, but the encoder "
+                f"{self._model_dir} reads at most {limit} tokens; lower it"
+            )
+        model.max_seq_length = self._identity.max_tokens
+        return model
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """One float32 vector of Euclidean length 1 for each text, shape (B, D).
+
+        Raises:
+            DataError: naming the first text whose vector is zero or not finite.
+        """
+        if not texts:
+            return np.zeros((0, self.size), dtype=np.float32)
+        vectors_BD = self._model.encode(
+            list(texts), batch_size=self._batch_size, show_progress_bar=False
+        )
+        # Lengths are taken after the conversion: in bfloat16 they would be off by up to 0.4 %.
+        vectors_BD = np.asarray(vectors_BD, dtype=np.float32)
+        lengths_B = np.linalg.norm(vectors_BD, axis=1, keepdims=True)
+        unusable = np.flatnonzero(~np.isfinite(lengths_B[:, 0]) | (lengths_B[:, 0] == 0))
+        if len(unusable):
+            first = int(unusable[0])
+            raise DataError(
+                f"the encoder {self._model_dir} made a vector of length "
+                f"{float(lengths_B[first, 0])} from {texts[first][:80]!r}; set "
+                "retrieval.encoder_dtype to float32 or use another encoder"
+            )
+        return vectors_BD / lengths_B

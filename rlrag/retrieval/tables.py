@@ -1,0 +1,133 @@
+"""A question set to its table of candidates: computed once, then read from disk.
+
+The file is `cache_dir/candidates/<key>.npz` with rows, scores and question vectors. Its key covers
+the questions, the retrievers and the number of candidates.
+
+Shape letters: Q questions, B questions of a chunk, N candidates, C retriever scores, D vector
+length.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from rlrag.config import RetrievalConfig
+from rlrag.data.corpus import Corpus
+from rlrag.errors import DataError, IndexMismatchError
+from rlrag.records import Question
+from rlrag.retrieval.build import RetrieverSet
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.retrieval.manifest import cannot_write, digest
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_QUESTIONS = 256
+_LOG_EVERY_S = 10.0
+
+
+def candidate_table(
+    questions: tuple[Question, ...],
+    questions_hash: str,
+    corpus: Corpus,
+    retrievers: RetrieverSet,
+    config: RetrievalConfig,
+    cache_dir: Path,
+) -> CandidateTable:
+    """The best `config.num_candidates` passages of every question, in the retriever's order.
+
+    Column 0 of the scores is the ranking score; `CandidateTable.score_names` names them all.
+
+    Raises:
+        ConfigError: when the corpus has fewer passages than candidates are asked.
+        DataError: when there are no questions.
+        IndexMismatchError: when the file on disk is damaged.
+    """
+    if not questions:
+        raise DataError("the question set is empty; give at least one question")
+    # A sample of a question file carries that file's hash, hence the texts themselves as well.
+    key = digest(
+        [
+            questions_hash,
+            digest([question.question for question in questions]),
+            retrievers.manifest_hash,
+            config.num_candidates,
+        ]
+    )
+    path = cache_dir / "candidates" / f"{key}.npz"
+    if path.exists():
+        arrays = _load(path)
+    else:
+        arrays = _compute(questions, retrievers, config.num_candidates)
+        _save(path, arrays)
+    rows_QN, scores_QNC, question_vectors_QD = arrays
+    return CandidateTable(
+        questions=questions,
+        corpus=corpus,
+        rows_QN=rows_QN,
+        scores_QNC=scores_QNC,
+        score_names=retrievers.score_names,
+        question_vectors_QD=question_vectors_QD,
+        passage_vectors_PD=retrievers.passage_vectors,
+    )
+
+
+def _compute(
+    questions: tuple[Question, ...], retrievers: RetrieverSet, num_candidates: int
+) -> tuple[np.ndarray, ...]:
+    parts: list[tuple[np.ndarray, ...]] = []
+    last_logged = time.monotonic()
+    for start in range(0, len(questions), _CHUNK_QUESTIONS):
+        texts = [question.question for question in questions[start : start + _CHUNK_QUESTIONS]]
+        hits = retrievers.primary.search(texts, num_candidates)
+        others = [
+            retrievers.components[name].scores(texts, hits.rows_BK)
+            for name in retrievers.score_names[1:]
+        ]
+        scores_BNC = np.stack([hits.scores_BK, *others], axis=-1)
+        parts.append((hits.rows_BK, scores_BNC, retrievers.question_vectors(texts)))
+        if time.monotonic() - last_logged >= _LOG_EVERY_S:
+            last_logged = time.monotonic()
+            logger.info("retrieved for %d of %d questions", start + len(texts), len(questions))
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+def _save(path: Path, arrays: tuple[np.ndarray, ...]) -> None:
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as stream:
+            rows_QN, scores_QNC, question_vectors_QD = arrays
+            np.savez(
+                stream,
+                rows_QN=rows_QN,
+                scores_QNC=scores_QNC,
+                question_vectors_QD=question_vectors_QD,
+            )
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> tuple[np.ndarray, ...]:
+    try:
+        with np.load(path) as stored:
+            return stored["rows_QN"], stored["scores_QNC"], stored["question_vectors_QD"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise IndexMismatchError(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete it and run again, the "
+            "candidates are then retrieved anew"
+        ) from error

@@ -1,0 +1,190 @@
+"""Questions and ordered picks in, rewards out, through a language model's answers or without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rlrag.errors import ConfigError, PromptTooLongError, RewardError, RlragError
+from rlrag.generation.protocol import Generator, Sampling
+from rlrag.records import Generation, Passage, Prompt, Question, RewardResult
+from rlrag.rewards.answer_match import passages_contain_answer
+from rlrag.rewards.composite import RewardModel, Rollout
+
+if TYPE_CHECKING:  # a prompt builder brings a tokenizer, which PassageReward does without
+    from rlrag.generation.prompts import PromptBuilder
+
+
+class AnsweringReward:
+    """Shows the picked passages to a generator and rewards what it answers.
+
+    A batch makes one `generate` call and one `score` call, each only if some reward function wants
+    its result. Equal pairs of question and picks inside a batch are computed once and share their
+    result; with a temperature above 0 they share the answer that was drawn.
+
+    Each golden answer of a question is scored, and `answer_logp` is the largest of their summed
+    log-probabilities: the likeliest golden answer, in nats. A question without golden answers has
+    none to score, so its reward is then a `RewardError`. A prompt that cannot be built gives its
+    pair the `PromptTooLongError`. A failure of the generator itself is raised, because it concerns
+    the whole batch.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: PromptBuilder,
+        rewards: RewardModel,
+        sampling: Sampling,
+    ) -> None:
+        self._generator = generator
+        self._prompts = prompts
+        self._rewards = rewards
+        self._sampling = sampling
+
+    def __call__(
+        self, questions: Sequence[Question], selections: Sequence[Sequence[Passage]]
+    ) -> list[RewardResult | RlragError]:
+        """Reward each pair; see `SelectionReward`."""
+        rollouts, places = _distinct(questions, selections)
+        results: dict[int, RewardResult | RlragError] = {}
+        if self._rewards.needs_answer or self._rewards.needs_score:
+            prompts = self._build(rollouts, results)
+            if self._rewards.needs_score:
+                self._score(rollouts, prompts, results)
+            if self._rewards.needs_answer:
+                open_rows = [row for row in prompts if row not in results]
+                answers = self._generate([prompts[row] for row in open_rows])
+                for row, answer in zip(open_rows, answers, strict=True):
+                    rollouts[row] = replace(rollouts[row], answer=answer.text)
+        open_rows = [row for row in range(len(rollouts)) if row not in results]
+        rewarded = self._rewards([rollouts[row] for row in open_rows])
+        results.update(zip(open_rows, rewarded, strict=True))
+        return [results[place] for place in places]
+
+    def answer(
+        self, questions: Sequence[Question], selections: Sequence[Sequence[Passage]]
+    ) -> list[Generation]:
+        """Only the generator's answers, for evaluation; equal pairs are answered once.
+
+        Raises:
+            PromptTooLongError: a question leaves no room in the prompt.
+        """
+        rollouts, places = _distinct(questions, selections)
+        prompts = [self._prompts.build(rollout.question, rollout.passages) for rollout in rollouts]
+        answers = self._generate(prompts)
+        return [answers[place] for place in places]
+
+    def _build(
+        self, rollouts: Sequence[Rollout], results: dict[int, RewardResult | RlragError]
+    ) -> dict[int, Prompt]:
+        """Prompts by row; a row that has none gets its error as result."""
+        prompts = {}
+        for row, rollout in enumerate(rollouts):
+            try:
+                prompts[row] = self._prompts.build(rollout.question, rollout.passages)
+            except PromptTooLongError as error:
+                results[row] = error
+        return prompts
+
+    def _generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
+        return self._generator.generate(prompts, self._sampling) if prompts else []
+
+    def _score(
+        self,
+        rollouts: list[Rollout],
+        prompts: dict[int, Prompt],
+        results: dict[int, RewardResult | RlragError],
+    ) -> None:
+        """Put the likeliest golden answer's log-probability into each rollout, or an error."""
+        rows, answers = [], []
+        for row in prompts:
+            golden = [text for text in rollouts[row].question.golden_answers if text.strip()]
+            if not golden:
+                results[row] = _unscorable(rollouts[row].question)
+                continue
+            for tokens in dict.fromkeys(map(self._prompts.encode_answer, golden)):
+                rows.append(row)
+                answers.append(tokens)
+        if not rows:
+            return
+        scores = self._generator.score([prompts[row] for row in rows], answers)
+        for row, score in zip(rows, scores, strict=True):
+            rollout = rollouts[row]
+            if not math.isfinite(score.logp):
+                results[row] = RewardError(
+                    f"answer_logp for question {rollout.question.id!r}: the generator scored a "
+                    f"golden answer as {score.logp}; check its weights and dtype"
+                )
+            elif rollout.answer_logp is None or score.logp > rollout.answer_logp:
+                rollouts[row] = replace(
+                    rollout, answer_logp=score.logp, num_answer_tokens=score.num_tokens
+                )
+
+
+class PassageReward:
+    """Rewards the picks without a language model: golden answer found, less a cost per passage.
+
+    reward = [some picked passage contains a golden answer] - cost_per_passage * number of picks.
+    It depends on the selection alone. An unanswerable question gives 1 iff nothing was picked.
+
+    Raises:
+        ConfigError: `cost_per_passage` is negative or not finite.
+
+    Example:
+        >>> reward = PassageReward(cost_per_passage=0.1)
+        >>> france = Question(id="q1", question="capital of France?", golden_answers=("Paris",))
+        >>> passage = Passage(id="fr", title="France", text="Its capital is Paris.")
+        >>> reward([france, france], [[passage], []])[0].total
+        0.9
+        >>> reward([france, france], [[passage], []])[1].total
+        0.0
+    """
+
+    def __init__(self, cost_per_passage: float = 0.1) -> None:
+        if not (math.isfinite(cost_per_passage) and cost_per_passage >= 0):
+            raise ConfigError(
+                f"cost_per_passage is {cost_per_passage}; give a finite number of at least 0"
+            )
+        self.cost_per_passage = cost_per_passage
+
+    def __call__(
+        self, questions: Sequence[Question], selections: Sequence[Sequence[Passage]]
+    ) -> list[RewardResult | RlragError]:
+        """Reward each pair; see `SelectionReward`."""
+        return [
+            self._reward(question, selection)
+            for question, selection in zip(questions, selections, strict=True)
+        ]
+
+    def _reward(self, question: Question, selection: Sequence[Passage]) -> RewardResult:
+        contained = passages_contain_answer(selection, question.golden_answers)
+        cost = float(-len(selection))
+        return RewardResult(
+            total=contained + self.cost_per_passage * cost,
+            terms={"selection_contains_answer": contained, "selection_cost": cost},
+        )
+
+
+def _distinct(
+    questions: Sequence[Question], selections: Sequence[Sequence[Passage]]
+) -> tuple[list[Rollout], list[int]]:
+    """The distinct pairs of question and picks, and for each given pair its place among them."""
+    rollouts: list[Rollout] = []
+    place_of: dict[tuple[str, tuple[str, ...]], int] = {}
+    places = []
+    for question, selection in zip(questions, selections, strict=True):
+        key = (question.id, tuple(passage.id for passage in selection))
+        if key not in place_of:
+            place_of[key] = len(rollouts)
+            rollouts.append(Rollout(question, tuple(selection)))
+        places.append(place_of[key])
+    return rollouts, places
+
+
+def _unscorable(question: Question) -> RewardError:
+    return RewardError(
+        f"answer_logp for question {question.id!r}: it has no golden answer that could be scored; "
+        "leave such questions out or reward them with exact_match or token_f1"
+    )

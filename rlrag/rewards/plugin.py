@@ -1,0 +1,154 @@
+"""The name of a reward in, the function and the keyword arguments that it wants out.
+
+A name is a built-in one or `package.module:function`. A custom function may be `def` or
+`async def`, takes any of the keywords below by name (`**kwargs` asks for all of them) and returns
+a number or a dict of named numbers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from rlrag.errors import ConfigError
+from rlrag.rewards.builtin import BUILTIN_REWARDS
+
+KEYWORDS: Mapping[str, str] = {
+    "question": "the question's text",
+    "answer": "the text that the generator answered",
+    "golden_answers": "tuple of accepted answers; empty when the question has none",
+    "selection": "tuple of the picked passages' ids, best first",
+    "passages": "tuple of the picked passages (id, title, text), best first",
+    "answer_logp": "log p(golden answer | prompt), summed over its tokens, in nats",
+    "num_answer_tokens": "tokens of the golden answer that answer_logp belongs to",
+    "metadata": "whatever else the question file says of the question",
+}
+"""What a reward function may ask for.
+
+`answer` makes the generator answer; `answer_logp` and `num_answer_tokens` make it score the golden
+answers. What no function asks for is not computed.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFunction:
+    """A reward function that can be called.
+
+    `name` is what the configuration calls it and `wants` the keywords that it is given.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    wants: frozenset[str]
+    is_async: bool
+    is_builtin: bool
+
+
+def load_reward(name: str) -> RewardFunction:
+    """Find a reward function by name.
+
+    Raises:
+        ConfigError: an unknown built-in name (with the nearest valid one), a module that is missing
+            or fails to import, an attribute that is missing or not a function, or a parameter that
+            no keyword fills.
+
+    Example:
+        >>> sorted(load_reward("token_f1").wants)
+        ['answer', 'golden_answers']
+        >>> load_reward("token_f2")
+        Traceback (most recent call last):
+        rlrag.errors.ConfigError: unknown reward 'token_f2'; did you mean 'token_f1'?
+    """
+    if ":" not in name:
+        if name not in BUILTIN_REWARDS:
+            raise ConfigError(_unknown_builtin(name))
+        function = BUILTIN_REWARDS[name]
+        return RewardFunction(name, function, _wants(name, function), False, True)
+    module_name, _, attribute = name.partition(":")
+    if not (all(map(str.isidentifier, module_name.split("."))) and attribute.isidentifier()):
+        raise ConfigError(f"reward {name!r} is not of the form 'package.module:function'")
+    found = _attribute(name, _import(name, module_name), attribute)
+    is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(
+        getattr(found, "__call__", None)  # noqa: B004 - an object with an async __call__
+    )
+    return RewardFunction(name, found, _wants(name, found), is_async, False)
+
+
+def _unknown_builtin(name: str) -> str:
+    near = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1)
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"built-in rewards: {', '.join(BUILTIN_REWARDS)}; "
+        "a function of your own is named 'package.module:function'"
+    )
+    return f"unknown reward {name!r}; {hint}"
+
+
+def _import(name: str, module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"reward {name!r}: there is no module {missing!r}; it must be installed or lie in "
+                "the folder where the program was started"
+            ) from error
+        raise ConfigError(
+            f"reward {name!r}: importing {module_name!r} failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _attribute(name: str, module: ModuleType, attribute: str) -> Callable[..., Any]:
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, vars(module), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"reward {name!r}: module {module.__name__!r} has no {attribute!r}{hint}")
+    found = getattr(module, attribute)
+    if not callable(found) or inspect.isclass(found):
+        raise ConfigError(
+            f"reward {name!r} is a {type(found).__name__}, not a function; "
+            "name a function or an object that can be called"
+        )
+    return found
+
+
+def _wants(name: str, function: Callable[..., Any]) -> frozenset[str]:
+    """The keywords that fill the function's parameters."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"reward {name!r} does not show its parameters ({error}); wrap it in a Python function"
+        ) from error
+    wants = set()
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return frozenset(KEYWORDS)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        if parameter.name not in KEYWORDS or parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ConfigError(_unfillable(name, parameter))
+        wants.add(parameter.name)
+    return frozenset(wants)
+
+
+def _unfillable(name: str, parameter: inspect.Parameter) -> str:
+    if parameter.name in KEYWORDS:
+        return (
+            f"reward {name!r}: parameter {parameter.name!r} is positional-only; rewards are called "
+            "with keywords"
+        )
+    near = difflib.get_close_matches(parameter.name, KEYWORDS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"reward {name!r}: no keyword fills the parameter {parameter.name!r}; "
+        f"{hint}available: {', '.join(KEYWORDS)}"
+    )

@@ -1,0 +1,48 @@
+"""A configuration and the shape of the candidates in; an untrained selection policy out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlrag.config import SelectorConfig
+from rlrag.models import resolve_model
+from rlrag.selection.encoder_scorers import BiEncoderScorer, CrossEncoderScorer
+from rlrag.selection.feature_scorer import FeatureScorer
+from rlrag.selection.plackett_luce import PlackettLucePolicy
+
+
+def build_policy(
+    config: SelectorConfig,
+    num_selected: int,
+    num_scores: int,
+    vector_size: int,
+    cache_dir: Path,
+    seed: int,
+) -> PlackettLucePolicy:
+    """The policy that `config` describes, its initial weights drawn from `seed`.
+
+    Args:
+        config: Kind and sizes of the scorer.
+        num_selected: Passages in a selection (K).
+        num_scores: Retriever scores a candidate (C).
+        vector_size: Length of the frozen embeddings (D); 0 without them.
+        cache_dir: Where built-in models are unpacked.
+        seed: Determines the initial weights, whatever else drew random numbers before.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.kind == "features":
+            scorer: torch.nn.Module = FeatureScorer(
+                num_scores,
+                vector_size,
+                config.hidden_size,
+                config.projection_size,
+                config.prior_scale,
+            )
+        else:
+            kind = BiEncoderScorer if config.kind == "bi_encoder" else CrossEncoderScorer
+            model_dir = resolve_model(config.model, cache_dir)
+            scorer = kind(model_dir, config.max_tokens, config.prior_scale)
+    return PlackettLucePolicy(scorer, num_selected)

@@ -1,0 +1,73 @@
+"""An untrained policy and the questions in; what the run will ask of the generator out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlrag.config import RunConfig
+from rlrag.generation.prompts import PromptBuilder
+from rlrag.pipeline import TrainingData, open_policy
+from rlrag.records import Prompt
+from rlrag.training.schedule import BatchSchedule
+
+_SAMPLE = 40
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Expected work of a run with an empty cache.
+
+    `num_requests` counts distinct (question, selection) pairs that training and validation are
+    expected to reward; `num_tokens` their prompt and answer tokens.
+    """
+
+    num_steps: int
+    num_rollouts: int
+    num_requests: int
+    num_tokens: int
+    sample_prompts: tuple[Prompt, ...]
+
+    def describe(self, tokens_per_s: float) -> str:
+        """One line for people."""
+        minutes = self.num_tokens / tokens_per_s / 60
+        return (
+            f"{self.num_steps} steps, {self.num_rollouts:,} rollouts, about "
+            f"{self.num_requests:,} different prompts = {self.num_tokens / 1e6:.2f} M generator "
+            f"tokens; at {tokens_per_s:,.0f} tokens/s about {minutes:.0f} min, less what the cache "
+            "already holds"
+        )
+
+
+def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -> Budget:
+    """Simulate the draws of the untrained policy on a sample of questions.
+
+    As training sharpens the policy it repeats itself more, so the estimate is on the high side.
+    """
+    schedule = BatchSchedule(config.training, len(data.train), config.seed)
+    policy = open_policy(config, data.train)
+    rows = np.linspace(0, len(data.train) - 1, min(_SAMPLE, len(data.train))).astype(int)
+    passes = schedule.num_steps * config.training.batch_size / len(data.train)
+    num_draws = max(1, round(passes * config.dro.num_samples))
+    drawn = policy.sample(data.train.batch(rows), num_draws, [[config.seed, int(r)] for r in rows])
+    distinct = [np.unique(draws, axis=0) for draws in drawn.positions_BMK]
+    sample = tuple(
+        prompts.build(
+            data.train.questions[row], [data.train.passages(int(row))[i] for i in picks[0]]
+        )
+        for row, picks in zip(rows, distinct, strict=True)
+    )
+    per_question = float(np.mean([len(picks) for picks in distinct]))
+    num_validation = len(data.validation) if data.validation else 0
+    # A validated question is answered anew for each candidate that the policy comes to prefer.
+    num_requests = round(per_question * len(data.train) * min(1.0, passes)) + 2 * num_validation
+    tokens = float(np.mean([len(prompt.token_ids) for prompt in sample]))
+    tokens += config.generator.max_new_tokens / 2
+    return Budget(
+        num_steps=schedule.num_steps,
+        num_rollouts=schedule.num_steps * config.training.batch_size * config.dro.num_samples,
+        num_requests=num_requests,
+        num_tokens=round(num_requests * tokens),
+        sample_prompts=sample,
+    )

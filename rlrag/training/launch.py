@@ -1,0 +1,136 @@
+"""A configuration, a generator and a run directory in; a finished training run out.
+
+`local` runs the loop in this process. `ray` runs it in Ray Train workers, which reach the generator
+through its picklable client, and restarts them when one dies.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlrag.config import RunConfig
+from rlrag.errors import GenerationError, RlragError
+from rlrag.generation.cache import CachedGenerator
+from rlrag.generation.prompts import PromptBuilder
+from rlrag.pipeline import TrainingData, open_library, open_reward, open_training_data
+from rlrag.training.loop import TrainingLoop
+from rlrag.training.run_directory import RunDirectory
+from rlrag.training.workers import SingleWorker, TorchWorkers
+
+
+def train_locally(
+    config: RunConfig,
+    data: TrainingData,
+    generator: CachedGenerator,
+    prompts: PromptBuilder,
+    run_dir: RunDirectory,
+) -> None:
+    """Run the loop in this process, without Ray."""
+    reward = open_reward(config, generator, prompts)
+    TrainingLoop(config, data, generator, reward, run_dir, SingleWorker()).run()
+
+
+@dataclass(frozen=True)
+class _WorkerTask:
+    """What a Ray Train worker needs; everything else it opens from the shared caches."""
+
+    config: str
+    run_dir: str
+    generator: CachedGenerator
+    prompts: PromptBuilder
+
+
+def train_on_ray(
+    config: RunConfig,
+    generator: CachedGenerator,
+    prompts: PromptBuilder,
+    run_dir: RunDirectory,
+) -> None:
+    """Run the loop in Ray Train workers of the initialised Ray cluster.
+
+    The run directory and the cache directory must be the same storage on every node. A worker that
+    dies is restarted up to `training.max_failures` times and continues from the last checkpoint.
+
+    Raises:
+        RlragError: what ended the run in a worker.
+    """
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    task = _WorkerTask(config.to_json(), str(run_dir.path), generator, prompts)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=config.training.num_workers,
+            use_gpu=config.training.worker_gpus > 0,
+            resources_per_worker=_resources(config),
+        ),
+        torch_config=TorchConfig(timeout_s=int(config.training.collective_timeout_s)),
+        run_config=RayRunConfig(
+            name=f"train-{uuid.uuid4().hex[:8]}",
+            storage_path=str(run_dir.logs / "ray_train"),
+            failure_config=FailureConfig(max_failures=config.training.max_failures),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise _cause(error) from error
+    if isinstance(result.return_value, RlragError):
+        raise result.return_value
+
+
+def _resources(config: RunConfig) -> dict[str, float]:
+    resources = {"CPU": config.training.worker_cpus}
+    if config.training.worker_gpus:
+        resources["GPU"] = config.training.worker_gpus
+    return resources
+
+
+def _worker(settings: dict[str, Any]) -> RlragError | None:
+    """One Ray Train worker: open the parts, take part in the loop.
+
+    With a single worker an error of ours is returned, because Ray Train would retry a raised one
+    although it would come again. With several it is raised, so that the others do not wait.
+    """
+    import ray.train
+
+    task: _WorkerTask = settings["task"]
+    config = RunConfig.from_json(task.config)
+    try:
+        data = open_training_data(config, open_library(config))
+        reward = open_reward(config, task.generator, task.prompts)
+        TrainingLoop(
+            config,
+            data,
+            task.generator,
+            reward,
+            RunDirectory(Path(task.run_dir)),
+            TorchWorkers(),
+            on_step=ray.train.report,
+        ).run()
+    except RlragError as error:
+        if ray.train.get_context().get_world_size() > 1:
+            raise
+        return error
+    return None
+
+
+def _cause(error: Exception) -> RlragError:
+    """The error of ours that a worker raised, or one that names what else went wrong."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, RlragError):
+            return cause
+    reasons = "; ".join(f"worker {rank}: {failure}" for rank, failure in failures.items())
+    return GenerationError(
+        f"training failed on Ray: {reasons or error}; the checkpoints stay, and the same command "
+        "continues the run"
+    )

@@ -1,0 +1,206 @@
+"""Metrics of finished steps in; a live line, log lines and experiment trackers out.
+
+On a terminal one line is redrawn; elsewhere each step is one short line. What libraries have to say
+goes to a file, so that neither is disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from rlrag.errors import SetupError
+
+_POLL_S = 0.2
+_JOIN_TIMEOUT_S = 10.0
+
+
+class MetricsConsumer(Protocol):
+    """Something that wants the metrics of every step."""
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of one step, in order."""
+        ...
+
+    def close(self) -> None:
+        """Flush what is pending."""
+        ...
+
+
+class ProgressLine:
+    """Step, reward, EM, ESS, rollouts a second and the time left."""
+
+    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
+        self._num_steps = num_steps
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._em: float | None = None
+        self._first: tuple[float, float] | None = None
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Draw or print one line."""
+        self._em = metrics.get("validation/em", metrics.get("reward/exact_match", self._em))
+        text = self._line(metrics, time.monotonic())
+        self._stream.write(f"\r\x1b[2K{text}" if self._live else f"{text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Leave the cursor on a new line."""
+        if self._live:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _line(self, metrics: Mapping[str, float], now: float) -> str:
+        step = metrics["step"]
+        parts = [f"step {step:.0f}/{self._num_steps}"]
+        for label, key in (("reward", "reward"), ("ESS", "ess"), ("same", "zero_signal_share")):
+            if key in metrics:
+                parts.append(f"{label} {metrics[key]:.2f}")
+        if self._em is not None:
+            parts.insert(1, f"EM {100 * self._em:.1f}")
+        if "rollouts_per_s" in metrics:
+            parts.append(f"{metrics['rollouts_per_s']:.1f} rollouts/s")
+        if self._first is None:
+            self._first = (step, now)
+        elif step > self._first[0]:
+            pace = (now - self._first[1]) / (step - self._first[0])
+            left = pace * (self._num_steps - step)
+            parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
+        return "  ".join(parts)
+
+
+class TensorBoardLog:
+    """Scalars for TensorBoard below the run's `logs/`."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Write one point a metric."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, int(metrics["step"]))
+
+    def close(self) -> None:
+        """Flush to disk."""
+        self._writer.close()
+
+
+class WandbLog:
+    """Metrics for Weights & Biases."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise SetupError("training.loggers names wandb; install the extra 'wandb'") from error
+        self._run = wandb.init(project="rlrag", dir=str(directory))
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Log one step."""
+        self._run.log(dict(metrics), step=int(metrics["step"]))
+
+    def close(self) -> None:
+        """End the tracked run."""
+        self._run.finish()
+
+
+class MlflowLog:
+    """Metrics for MLflow."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            import mlflow
+        except ImportError as error:
+            raise SetupError("training.loggers names mlflow; install the extra 'mlflow'") from error
+        self._mlflow = mlflow
+        mlflow.start_run(run_name=directory.parent.name)
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Log one step."""
+        self._mlflow.log_metrics(dict(metrics), step=int(metrics["step"]))
+
+    def close(self) -> None:
+        """End the tracked run."""
+        self._mlflow.end_run()
+
+
+_LOGS = {"tensorboard": TensorBoardLog, "wandb": WandbLog, "mlflow": MlflowLog}
+
+
+@contextmanager
+def consumers(
+    names: Sequence[str], directory: Path, num_steps: int
+) -> Iterator[list[MetricsConsumer]]:
+    """The progress line and the named trackers, closed at the end of the block."""
+    with ExitStack() as stack:
+        found: list[MetricsConsumer] = [ProgressLine(num_steps)]
+        found += [_LOGS[name](directory) for name in names]
+        for consumer in found:
+            stack.callback(consumer.close)
+        yield found
+
+
+@contextmanager
+def following(path: Path, found: Sequence[MetricsConsumer]) -> Iterator[None]:
+    """Feed every line that is appended to a metrics file, from now to the end of the block.
+
+    The learner may run in another process; the file is all that the two share. A restart of the
+    learner truncates the file and repeats some steps: those are not fed twice.
+    """
+    stop = threading.Event()
+    seen = max((int(line["step"]) for line in _whole_lines(path)), default=-1)
+
+    def feed() -> None:
+        last = seen
+        while True:
+            ending = stop.is_set()
+            for metrics in _whole_lines(path):
+                if metrics["step"] > last:
+                    last = int(metrics["step"])
+                    for consumer in found:
+                        consumer.update(metrics)
+            if ending:
+                return
+            stop.wait(_POLL_S)
+
+    thread = threading.Thread(target=feed, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(_JOIN_TIMEOUT_S)
+
+
+def _whole_lines(path: Path) -> list[dict[str, float]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+@contextmanager
+def library_chatter_in(path: Path) -> Iterator[None]:
+    """Send all logging to a file; of this package, warnings also go to the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(path)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_terminal = logging.StreamHandler()
+    to_terminal.setLevel(logging.WARNING)
+    to_terminal.addFilter(lambda record: record.name.split(".")[0] in {"rlrag", "envs", "jobs"})
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    root.handlers[:], root.level = [to_file, to_terminal], logging.INFO
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = before, level
+        to_file.close()

@@ -1,0 +1,104 @@
+"""The files of one run: its configuration, its metrics, its checkpoints, its bundle, its result.
+
+DIR/config.json       the resolved configuration; the same command continues the run
+DIR/metrics.jsonl     one object a finished step
+DIR/checkpoints/      what a stopped run continues from
+DIR/bundle/           what evaluation and serving load
+DIR/evaluation.json   the final comparison
+DIR/logs/             what libraries say, and TensorBoard's files
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlrag.config import RunConfig
+from rlrag.errors import CheckpointError, RunDirectoryError
+
+
+class RunDirectory:
+    """Paths below one directory, and the records that are appended there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.bundle = self.path / "bundle"
+        self.evaluation = self.path / "evaluation.json"
+        self.logs = self.path / "logs"
+
+    def claim(self, config: RunConfig) -> None:
+        """Create the directory, or check that it belongs to this configuration.
+
+        Raises:
+            RunDirectoryError: when it holds a run with another configuration, naming the fields, or
+                files that are no run.
+        """
+        if self.config.is_file():
+            kept = RunConfig.from_json(self.config.read_text(), str(self.config))
+            if kept != config:
+                raise RunDirectoryError(
+                    f"{self.path} belongs to a run with another configuration "
+                    f"({'; '.join(_differences(kept, config))}); choose another --run-dir, or give "
+                    "the same flags to continue that run"
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise RunDirectoryError(
+                f"{self.path} holds files but no config.json, so it is not a run; choose another "
+                "--run-dir"
+            )
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(config.to_json())
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write to {self.path}: {error.strerror or error}; choose another --run-dir"
+            ) from error
+
+    def truncate_metrics(self, num_steps: int) -> None:
+        """Drop the records of steps that the checkpoint to continue from does not contain."""
+        kept = [line for line in self.read_metrics() if line["step"] <= num_steps]
+        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Add the record of one step.
+
+        Raises:
+            CheckpointError: when the disk is full.
+        """
+        try:
+            with self.metrics.open("a") as stream:
+                stream.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.metrics}: {error.strerror or error}; free space, then run the "
+                "same command again: it continues from the last checkpoint"
+            ) from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole records; a last line cut short by a kill is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def _differences(kept: RunConfig, given: RunConfig) -> list[str]:
+    """`section.field: kept -> given` for every leaf that differs."""
+
+    def leaves(value: Any, path: str) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for n, x in value.items() for k, v in leaves(x, f"{path}.{n}").items()}
+        return {path.lstrip("."): value}
+
+    before = leaves(kept.model_dump(mode="json"), "")
+    after = leaves(given.model_dump(mode="json"), "")
+    names = sorted(before.keys() | after.keys())
+    return [
+        f"{name}: {before.get(name)!r} there, {after.get(name)!r} given"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]

@@ -1,0 +1,138 @@
+"""The comparison of systems: its figures, its JSON form and what is drawn of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rlrag.errors import DataError
+from rlrag.evaluation.significance import (
+    bootstrap_ci,
+    paired_bootstrap_ci,
+    paired_randomization_test,
+)
+from rlrag.evaluation.table import SystemMetrics, build_table, plain_text, render
+
+
+def metrics(em: list[float], **ranking: list[float]) -> SystemMetrics:
+    values = np.array(em)
+    arrays = {name: np.array(given) for name, given in ranking.items()}
+    return SystemMetrics(em=values, f1=(values + 1) / 2, accuracy=values, **arrays)
+
+
+SYSTEMS = {
+    "no_retrieval": metrics([0.0, 0.0, 1.0, 0.0]),
+    "retriever_order": metrics([1.0, 0.0, 0.0, 0.0], recall=[1, 0, 0, math.nan], ndcg=[1, 0, 0, 0]),
+    "trained": metrics([1.0, 1.0, 1.0, 0.0], recall=[1, 1, 0, math.nan], ndcg=[math.nan] * 4),
+}
+
+
+def test_figures_by_hand() -> None:
+    table = build_table(SYSTEMS, num_selected=3, num_resamples=500)
+    trained = table.systems["trained"]
+    assert (trained.em, trained.f1, trained.accuracy) == (0.75, 0.875, 0.75)
+    assert trained.recall == pytest.approx(2 / 3)
+    assert trained.ndcg is None
+    assert table.systems["retriever_order"].ndcg == 0.25
+    assert table.systems["no_retrieval"].recall is None
+    pair = table.paired["trained_vs_retriever_order"]
+    assert (pair.em_diff, pair.f1_diff) == (0.5, 0.25)
+    # Two differences of one sign: 2 of 4 sign patterns are as extreme.
+    assert pair.p_value == pair.f1_p_value == 0.5
+
+
+def test_intervals_and_tests_are_those_of_the_values() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = metrics(list(rng.random(40))), metrics(list(rng.random(40)))
+    systems = {"trained": ours, "retriever_order": theirs}
+    table = build_table(systems, num_selected=1, num_resamples=300, seed=9)
+    assert table.systems["trained"].em_ci95 == bootstrap_ci(ours.em, 300, 9)
+    assert table.systems["trained"].f1_ci95 == bootstrap_ci(ours.f1, 300, 9)
+    pair = table.paired["trained_vs_retriever_order"]
+    assert pair.ci95 == paired_bootstrap_ci(ours.em, theirs.em, 300, 9)
+    assert pair.f1_ci95 == paired_bootstrap_ci(ours.f1, theirs.f1, 300, 9)
+    assert pair.p_value == paired_randomization_test(ours.em, theirs.em, 300, 9)
+    assert pair.f1_p_value == paired_randomization_test(ours.f1, theirs.f1, 300, 9)
+
+
+def test_json_has_the_promised_keys_and_plain_values() -> None:
+    found = build_table(SYSTEMS, num_selected=5, num_resamples=200).to_json()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert set(found) == {"num_questions", "systems", "paired"}
+    assert found["num_questions"] == 4
+    assert list(found["systems"]) == list(SYSTEMS)
+    for system in found["systems"].values():
+        assert set(system) == {
+            "em",
+            "f1",
+            "accuracy",
+            "recall@5",
+            "ndcg@5",
+            "em_ci95",
+            "f1_ci95",
+        }
+    assert set(found["paired"]["trained_vs_retriever_order"]) == {
+        "em_diff",
+        "f1_diff",
+        "ci95",
+        "f1_ci95",
+        "p_value",
+        "f1_p_value",
+    }
+
+
+def test_without_the_two_systems_there_is_no_comparison() -> None:
+    table = build_table({"oracle": SYSTEMS["trained"]}, num_selected=1, num_resamples=200)
+    assert table.to_json()["paired"] == {}
+    assert "minus" not in plain_text(table)
+
+
+def test_plain_text_is_ascii_within_its_width() -> None:
+    text = plain_text(build_table(SYSTEMS, num_selected=3, num_resamples=200), width=80)
+    assert text.isascii()
+    assert text.endswith("\n")
+    assert max(map(len, text.splitlines())) <= 80
+    [trained] = [line for line in text.splitlines() if line.startswith("trained  ")]
+    assert [cell.split()[0] for cell in trained.split("|")] == [
+        "trained",
+        ".750",
+        ".875",
+        ".750",
+        ".667",
+        "-",
+    ]
+    assert "EM +0.500" in text
+    assert "p = 0.5" in text
+    assert "4 questions" in text
+
+
+def test_the_drawn_table_fits_a_terminal_without_folding() -> None:
+    table = build_table(SYSTEMS, num_selected=10, num_resamples=200)
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(render(table))
+    lines = captured.get().splitlines()
+    assert sum(line.startswith(tuple(SYSTEMS)) for line in lines) == 3
+    assert len(lines) == 1 + 2 + 3 + 3
+    assert not any("…" in line for line in lines)
+
+
+def test_bad_input_is_refused() -> None:
+    three = metrics([1.0, 0.0, 0.0])
+    with pytest.raises(DataError, match="'three': 3"):
+        build_table({**SYSTEMS, "three": three}, num_selected=1)
+    with pytest.raises(DataError, match="give the same questions"):
+        build_table({}, num_selected=1)
+    with pytest.raises(DataError, match="shape"):
+        build_table({"none": metrics([])}, num_selected=1)
+    with pytest.raises(DataError, match=r"values\[0\] is nan"):
+        build_table({"nan": replace(three, em=np.array([math.nan, 1.0, 0.0]))}, num_selected=1)
+    with pytest.raises(DataError, match="'short': ndcg has shape"):
+        build_table({"short": metrics([1.0, 0.0], ndcg=[1.0])}, num_selected=1)
+    with pytest.raises(DataError, match="'odd': accuracy"):
+        build_table({"odd": replace(three, accuracy=np.full(3, math.inf))}, num_selected=1)
