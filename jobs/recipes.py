@@ -85,7 +85,7 @@ def nq() -> RunConfig:
             ),
         ),
         dro=DROConfig(num_samples=8),
-        training=TrainingConfig(num_epochs=3, batch_size=32, learning_rate=1e-3),
+        training=TrainingConfig(num_epochs=6, batch_size=32, learning_rate=1e-3),
     )
 
 

@@ -131,12 +131,13 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str | None) -> 
 
 
 def test_a_directory_that_was_not_finished_does_not_appear(tmp_path: Path) -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        staged_directory(tmp_path / "index", EXPECTED) as staging,
-    ):
-        (staging / "file").write_text("half")
-        raise KeyboardInterrupt
+    def stop_in_the_middle() -> None:
+        with staged_directory(tmp_path / "index", EXPECTED) as staging:
+            (staging / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_in_the_middle()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -43,13 +43,14 @@ CORPUS = MemoryCorpus(
     Passage(f"p{i}", f"land{i}", f"capital town{i} river{i % 5}") for i in range(40)
 )
 QUESTIONS = tuple(
-    Question(f"q{i}", f"capital of land{3 * i} on river{i}", (f"town{3 * i}",)) for i in range(9)
+    Question(f"q{i}", f"capital town{3 * i} on river{3 * i % 5}", (f"town{3 * i}",))
+    for i in range(9)
 )
 
 
 def table(
     cache_dir: Path,
-    encoder: WordEncoder | None = None,
+    stand_in: WordEncoder | None = None,
     questions: tuple[Question, ...] = QUESTIONS,
     questions_hash: str = "file",
     **settings: Any,
@@ -59,7 +60,7 @@ def table(
         CORPUS,
         config,
         cache_dir,
-        encoder=None if config.encoder is None else encoder or WordEncoder(),
+        encoder=None if config.encoder is None else stand_in or WordEncoder(),
     )
     return candidate_table(questions, questions_hash, CORPUS, retrievers, config, cache_dir)
 

@@ -219,7 +219,7 @@ def _sampling_key(sampling: Sampling) -> list[Any]:
 
 
 def _way_out(message: str) -> str:
-    if "full" in message or "No space" in message:
+    if any(sign in message for sign in ("full", "No space", "disk I/O")):
         return "free space on its disk, then run the same command again: what is stored stays"
     if "locked" in message:
         return f"another process held it for more than {_BUSY_TIMEOUT_S:.0f} s; try again"

@@ -317,13 +317,13 @@ class GeneratorPool(PoolClient):
             "OMP_WAIT_POLICY": "PASSIVE",
             **environment,
         }
-        make = ray.remote(EngineActor).options(
+        make = ray.remote(
             num_cpus=config.cpus_per_actor,
             num_gpus=config.gpus_per_actor,
             max_restarts=config.max_restarts,
             max_task_retries=0,  # the pool sends again itself, and counts
             runtime_env={"env_vars": variables},
-        )
+        )(EngineActor)
         pool = uuid.uuid4().hex[:6]
         members = []
         for number in range(config.num_actors):
