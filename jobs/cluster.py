@@ -6,11 +6,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rlrag.errors import SetupError
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 _WORKER_START_TIMEOUT_S = "300"
+_CONNECT_TRIES = "1"
 
 
 @contextmanager
@@ -23,6 +25,11 @@ def cluster(launcher: str) -> Iterator[None]:
     if launcher == "local":
         yield
         return
+    address = os.environ.get("RAY_ADDRESS")
+    # Ray Train's default of 60 s is too short for a loaded machine to import torch.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WORKER_START_TIMEOUT_S)
+    if address:  # Ray reads it when it is imported; its default of 20 tries takes 14 minutes
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
     try:
         import ray
     except ImportError as error:
@@ -30,19 +37,17 @@ def cluster(launcher: str) -> Iterator[None]:
             "training.launcher 'ray' needs Ray; install the extra 'vllm-cpu' or 'vllm', or use "
             "--training.launcher local"
         ) from error
-    # Ray Train's default of 60 s is too short for a loaded machine to import torch.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WORKER_START_TIMEOUT_S)
-    address = os.environ.get("RAY_ADDRESS")
-    local = (
-        {} if address else {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-    )
+    # Its import gave Ray's logger the terminal; it belongs where all libraries log.
+    ray_logger = logging.getLogger("ray")
+    ray_logger.handlers, ray_logger.propagate = [], True
+    own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
         ray.init(
             address=address or "local",
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=False,
-            **local,
+            **({} if address else own),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SetupError(

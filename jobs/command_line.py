@@ -5,7 +5,9 @@ Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 1 anything 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -41,16 +43,27 @@ def parse(
         ConfigError: when the values contradict each other. Unknown flags end the process with
             code 2 and the nearest valid name, as the parser does.
     """
+    complaint = io.StringIO()
     try:
-        return tyro.cli(
-            kind,
-            default=default,
-            args=list(argv),
-            prog=prog,
-            config=(tyro.conf.FlagConversionOff,),
-        )
+        with contextlib.redirect_stderr(complaint):
+            parsed: Arguments = tyro.cli(
+                kind,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                args=list(argv),
+                prog=prog,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+        return parsed
     except ValidationError as error:
         raise ConfigError(describe_validation_error(error)) from error
+    except SystemExit as ending:
+        # tyro 1.0 ends the process when a section of the configuration refuses its values, with
+        # pydantic's text in a box; the refusal itself is what it was handling.
+        refusal = ending.__context__ and ending.__context__.__context__
+        if isinstance(refusal, ValidationError):
+            raise ConfigError(describe_validation_error(refusal)) from refusal
+        sys.stderr.write(complaint.getvalue())
+        raise
 
 
 def pick_recipe(

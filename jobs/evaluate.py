@@ -1,7 +1,6 @@
-r"""Compare a trained bundle with its baselines on any corpus and questions.
+"""Compare a trained bundle with its baselines on any corpus and questions.
 
-    python -m jobs.evaluate --bundle runs/nq/bundle --output evaluation.json \
-        --corpus corpus.jsonl.gz --questions questions.jsonl --limit 100
+python -m jobs.evaluate --bundle runs/nq/bundle --corpus FILE --questions FILE --output FILE
 """
 
 from __future__ import annotations

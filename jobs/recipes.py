@@ -58,8 +58,8 @@ def quickstart() -> RunConfig:
     """The World Factbook, built-in models; about ten minutes on two cores, nothing to download."""
     return RunConfig(
         recipe="quickstart",
-        data=DataConfig(max_train_questions=420, max_eval_questions=240, passage_words=60),
-        retrieval=RetrievalConfig(kind="hybrid", num_candidates=8),
+        data=DataConfig(max_train_questions=420, max_eval_questions=240, passage_words=80),
+        retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=8),
         environment=EnvironmentConfig(num_selected=1),
         generator=GeneratorConfig(prompt=SHORT_ANSWERS),
         training=TrainingConfig(num_epochs=6, batch_size=32, learning_rate=2e-3),
@@ -77,7 +77,7 @@ def nq() -> RunConfig:
             eval_questions=f"{folder}/questions/nq.dev.jsonl",
             num_validation_questions=200,
         ),
-        retrieval=RetrievalConfig(kind="dense", num_candidates=8),
+        retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=8),
         selector=SelectorConfig(prior_scale=0.5),
         generator=GeneratorConfig(
             prompt=SHORT_ANSWERS.model_copy(

@@ -22,6 +22,7 @@ from jobs.cluster import cluster
 from jobs.command_line import parse, pick_recipe, run_program
 from jobs.recipes import RECIPES
 from rlrag.config import RunConfig
+from rlrag.errors import RlragError
 from rlrag.generation.build import measure_speed, open_generator
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
@@ -47,14 +48,18 @@ def main(argv: Sequence[str]) -> None:
 
     from rlrag.training.reporting import library_chatter_in
 
-    with library_chatter_in(run_dir.logs / "libraries.log"), cluster(config.training.launcher):
-        generator, prompts = open_generator(
-            config.generator, config.training.launcher, config.cache_path
-        )
-        try:
-            _run(config, run_dir, generator, prompts)
-        finally:
-            generator.close()
+    try:
+        with library_chatter_in(run_dir.logs / "libraries.log"), cluster(config.training.launcher):
+            generator, prompts = open_generator(
+                config.generator, config.training.launcher, config.cache_path
+            )
+            try:
+                _run(config, run_dir, generator, prompts)
+            finally:
+                generator.close()
+    except RlragError:
+        run_dir.release()
+        raise
 
 
 def _run(

@@ -84,13 +84,13 @@ def load_bundle(directory: Path) -> Bundle:
             f"bundle {directory} does not exist; give the bundle directory of a finished run"
         )
     check_whole(directory)
-    config = RunConfig.from_json((directory / "config.json").read_text(), str(directory))
     known = json.loads((directory / "bundle.json").read_text())
     if known["format"] != FORMAT:
         raise CheckpointError(
             f"bundle {directory} has format {known['format']}, this version reads {FORMAT}; load "
             "it with the version that wrote it"
         )
+    config = RunConfig.from_json((directory / "config.json").read_text(), str(directory))
     facts = BundleFacts(**{**known, "score_names": tuple(known["score_names"])})
     found = weights_hash(resolve_model(config.generator.model, config.cache_path))
     if found != facts.generator_weights:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,7 +25,9 @@ BUILTIN_CORPUS = "factbook"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class DataConfig(_Section):
@@ -73,6 +76,8 @@ class RetrievalConfig(_Section):
     """Cells that an IVF-PQ search visits."""
     pq_bytes: int = Field(default=48, ge=1)
     """Bytes a vector takes in the IVF-PQ index; must divide the vector length."""
+    bm25_scores: bool = False
+    """Where dense retrieval ranks, give the selector the candidates' BM25 scores as well."""
     bm25_k1: float = Field(default=0.9, gt=0)
     """BM25 term-frequency saturation."""
     bm25_b: float = Field(default=0.4, ge=0, le=1)
@@ -361,13 +366,19 @@ class RunConfig(_Section):
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """One sentence for each problem that pydantic found, with a suggestion for unknown fields."""
+    """One sentence for each problem that pydantic found, with a suggestion for unknown fields.
+
+    Fields are named from the root of the configuration, whichever section was being read.
+    """
+    sections = {path: section for path, section in _sections(RunConfig)}
+    places = {section.__name__: path for path, section in sections.items()}
     sentences = []
     for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
+        parts = (*places.get(error.title, ()), *problem["loc"])
+        path = ".".join(map(str, parts)) or "the configuration"
         if problem["type"] == "extra_forbidden":
-            names = _field_names(RunConfig, problem["loc"][:-1])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1)
+            names = sections[tuple(p for p in parts[:-1] if isinstance(p, str))].model_fields
+            near = difflib.get_close_matches(str(parts[-1]), names, n=1)
             hint = (
                 f"did you mean {near[0]!r}?"
                 if near
@@ -381,10 +392,12 @@ def describe_validation_error(error: ValidationError) -> str:
     return "; ".join(sentences)
 
 
-def _field_names(section: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    for part in path:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return list(section.model_fields)
+def _sections(
+    section: type[BaseModel], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    """A section and all below it, also those that a tuple holds, with their paths."""
+    yield path, section
+    for name, field in section.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _sections(kind, (*path, name))

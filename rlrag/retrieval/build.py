@@ -64,7 +64,7 @@ def open_retrievers(
 ) -> RetrieverSet:
     """Build or load everything that `config` asks for.
 
-    `bm25` and `hybrid` have a BM25 component; a configured encoder always gives a dense one, since
+    `bm25` and `hybrid` have a BM25 component, `dense` has one with `bm25_scores`; a configured encoder always gives a dense one, since
     its vectors and scores are features of the selection policy. An `encoder` that is given takes
     the place of the one that `config.encoder` names.
 
@@ -77,7 +77,7 @@ def open_retrievers(
     indexes_dir = cache_dir / "indexes"
     components: dict[str, Retriever] = {}
     manifests: list[Manifest] = []
-    if config.kind in ("bm25", "hybrid"):
+    if config.kind in ("bm25", "hybrid") or config.bm25_scores:
         manifest = _manifest("bm25", corpus, parameters={"k1": config.bm25_k1, "b": config.bm25_b})
         components["bm25"] = open_bm25(corpus, indexes_dir / manifest.directory_name, manifest)
         manifests.append(manifest)

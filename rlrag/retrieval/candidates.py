@@ -71,7 +71,7 @@ class CandidateTable:
         """The candidates of one question, in the retriever's order."""
         return tuple(self.corpus[int(row)] for row in self.rows_QN[question_row])
 
-    def batch(self, question_rows: Sequence[int]) -> CandidateBatch:
+    def batch(self, question_rows: Sequence[int] | np.ndarray) -> CandidateBatch:
         """What a policy needs for these questions, in this order."""
         rows = np.asarray(question_rows, dtype=np.int64)
         return CandidateBatch(

@@ -54,7 +54,7 @@ class CheckpointStore:
             CheckpointError: when a file is missing or altered, or the tensors do not fit.
         """
         state = self.read_state(step)
-        self.load_policy(step, policy)
+        load_weights(policy, self.path(step) / "policy.safetensors")
         _restore_optimizer(optimizer, load_file(self.path(step) / "optimizer.safetensors"))
         return state
 
@@ -64,7 +64,12 @@ class CheckpointStore:
         return json.loads((self.path(step) / "state.json").read_text())
 
     def load_policy(self, step: int, policy: torch.nn.Module) -> None:
-        """Restore the weights alone."""
+        """Restore the weights alone.
+
+        Raises:
+            CheckpointError: when a file is missing or altered, or the tensors do not fit.
+        """
+        check_whole(self.path(step))
         load_weights(policy, self.path(step) / "policy.safetensors")
 
     def keep(self, num_newest: int, best: int | None) -> None:

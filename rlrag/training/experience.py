@@ -5,7 +5,7 @@ Shape letters: B questions, M samples, K selected.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import gymnasium
@@ -69,7 +69,11 @@ class ExperienceCollector:
         )
 
     def collect(
-        self, policy: SelectionPolicy, question_rows: np.ndarray, seeds: list[Seed], version: int
+        self,
+        policy: SelectionPolicy,
+        question_rows: np.ndarray,
+        seeds: Sequence[Seed],
+        version: int,
     ) -> Experience:
         """Draw M selections a question, play them as episodes and return their rewards.
 

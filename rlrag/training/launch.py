@@ -16,7 +16,7 @@ from rlrag.errors import GenerationError, RlragError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.pipeline import TrainingData, open_library, open_reward, open_training_data
-from rlrag.training.loop import TrainingLoop
+from rlrag.training.loop import Metrics, TrainingLoop
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import SingleWorker, TorchWorkers
 
@@ -75,15 +75,19 @@ def train_on_ray(
         run_config=RayRunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",
             storage_path=str(run_dir.logs / "ray_train"),
-            failure_config=FailureConfig(max_failures=config.training.max_failures),
+            failure_config=FailureConfig(
+                max_failures=config.training.max_failures,
+                # Without a limit a cluster that never has room for the workers is waited for
+                # without end.
+                controller_failure_limit=config.training.max_failures,
+            ),
+            callbacks=[_final_errors()],
         ),
     )
     try:
-        result = trainer.fit()
+        trainer.fit()
     except TrainingFailedError as error:
         raise _cause(error) from error
-    if isinstance(result.return_value, RlragError):
-        raise result.return_value
 
 
 def _resources(config: RunConfig) -> dict[str, float]:
@@ -93,42 +97,55 @@ def _resources(config: RunConfig) -> dict[str, float]:
     return resources
 
 
-def _worker(settings: dict[str, Any]) -> RlragError | None:
-    """One Ray Train worker: open the parts, take part in the loop.
+def _worker(settings: dict[Any, Any]) -> None:
+    """One Ray Train worker: open the parts, take part in the loop."""
+    task: _WorkerTask = settings["task"]
+    config = RunConfig.from_json(task.config)
+    data = open_training_data(config, open_library(config))
+    reward = open_reward(config, task.generator, task.prompts)
+    run_dir = RunDirectory(Path(task.run_dir))
+    TrainingLoop(
+        config, data, task.generator, reward, run_dir, TorchWorkers(), on_step=_report
+    ).run()
 
-    With a single worker an error of ours is returned, because Ray Train would retry a raised one
-    although it would come again. With several it is raised, so that the others do not wait.
+
+def _report(metrics: Metrics) -> None:
+    """Tell Ray Train of a validated step.
+
+    Not of every step: its controller takes one report every two seconds, and a worker waits until
+    its report was taken.
     """
     import ray.train
 
-    task: _WorkerTask = settings["task"]
-    config = RunConfig.from_json(task.config)
-    try:
-        data = open_training_data(config, open_library(config))
-        reward = open_reward(config, task.generator, task.prompts)
-        TrainingLoop(
-            config,
-            data,
-            task.generator,
-            reward,
-            RunDirectory(Path(task.run_dir)),
-            TorchWorkers(),
-            on_step=ray.train.report,
-        ).run()
-    except RlragError as error:
-        if ray.train.get_context().get_world_size() > 1:
-            raise
-        return error
-    return None
+    if "validation/f1" in metrics:
+        ray.train.report(metrics)
+
+
+def _final_errors() -> Any:
+    """A Ray Train callback that ends the run at an error of ours.
+
+    Ray Train restarts the workers after any error. One that this package raises on purpose would
+    come again; an error in a callback is never retried.
+    """
+    from ray.train import UserCallback
+
+    class FinalErrors(UserCallback):
+        def after_exception(
+            self, run_context: Any, worker_exceptions: dict[int, Exception]
+        ) -> None:
+            found = [e for e in worker_exceptions.values() if isinstance(e, RlragError)]
+            if found:
+                raise type(found[0])("; ".join(dict.fromkeys(str(error) for error in found)))
+
+    return FinalErrors()
 
 
 def _cause(error: Exception) -> RlragError:
-    """The error of ours that a worker raised, or one that names what else went wrong."""
+    """The error of ours that ended the run, or one that names what else went wrong."""
+    cause = getattr(error, "controller_failure", None)
+    if isinstance(cause, RlragError):
+        return cause
     failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, RlragError):
-            return cause
     reasons = "; ".join(f"worker {rank}: {failure}" for rank, failure in failures.items())
     return GenerationError(
         f"training failed on Ray: {reasons or error}; the checkpoints stay, and the same command "

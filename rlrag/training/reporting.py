@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -71,8 +71,8 @@ class ProgressLine:
             self._first = (step, now)
         elif step > self._first[0]:
             pace = (now - self._first[1]) / (step - self._first[0])
-            left = pace * (self._num_steps - step)
-            parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
+            minutes, seconds = divmod(round(pace * (self._num_steps - step)), 60)
+            parts.append(f"{minutes}:{seconds:02d} left")
         return "  ".join(parts)
 
 
@@ -133,7 +133,11 @@ class MlflowLog:
         self._mlflow.end_run()
 
 
-_LOGS = {"tensorboard": TensorBoardLog, "wandb": WandbLog, "mlflow": MlflowLog}
+_LOGS: dict[str, Callable[[Path], MetricsConsumer]] = {
+    "tensorboard": TensorBoardLog,
+    "wandb": WandbLog,
+    "mlflow": MlflowLog,
+}
 
 
 @contextmanager
@@ -189,18 +193,53 @@ def _whole_lines(path: Path) -> list[dict[str, float]]:
 
 @contextmanager
 def library_chatter_in(path: Path) -> Iterator[None]:
-    """Send all logging to a file; of this package, warnings also go to the terminal."""
+    """Send what libraries log and warn of to a file, and draw none of their progress bars.
+
+    Of this package, warnings also go to the terminal.
+    """
+    import torch  # noqa: F401  attaches handlers of its own, as transformers does
+    from transformers.utils import logging as transformers_logging
+
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_terminal = logging.StreamHandler()
     to_terminal.setLevel(logging.WARNING)
     to_terminal.addFilter(lambda record: record.name.split(".")[0] in {"rlrag", "envs", "jobs"})
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    root.handlers[:], root.level = [to_file, to_terminal], logging.INFO
-    try:
+    with ExitStack() as stack:
+        stack.callback(to_file.close)
+        for logger in _loggers_on_a_stream():
+            _hand_over(logger, [], stack)
+        root = logging.getLogger()
+        stack.callback(root.setLevel, root.level)
+        _hand_over(root, [to_file, to_terminal], stack)
+        root.setLevel(logging.INFO)
+        stack.callback(logging.captureWarnings, False)
+        logging.captureWarnings(True)
+        if transformers_logging.is_progress_bar_enabled():
+            stack.callback(transformers_logging.enable_progress_bar)
+            transformers_logging.disable_progress_bar()
         yield
-    finally:
-        root.handlers[:], root.level = before, level
-        to_file.close()
+
+
+def _loggers_on_a_stream() -> list[logging.Logger]:
+    """Loggers below the root that write to the terminal by themselves."""
+    return [
+        logger
+        for logger in logging.root.manager.loggerDict.values()
+        if isinstance(logger, logging.Logger)
+        and any(
+            getattr(handler, "stream", None) is not None
+            for handler in logger.handlers
+            if not isinstance(handler, logging.FileHandler)
+        )
+    ]
+
+
+def _hand_over(
+    logger: logging.Logger, handlers: Sequence[logging.Handler], stack: ExitStack
+) -> None:
+    """Let a logger write to these handlers and its parents' until the stack unwinds."""
+    stack.callback(setattr, logger, "handlers", logger.handlers)
+    stack.callback(setattr, logger, "propagate", logger.propagate)
+    logger.handlers, logger.propagate = list(handlers), True

@@ -37,6 +37,8 @@ class RunDirectory:
             RunDirectoryError: when it holds a run with another configuration, naming the fields, or
                 files that are no run.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path} is a file; choose another --run-dir")
         if self.config.is_file():
             kept = RunConfig.from_json(self.config.read_text(), str(self.config))
             if kept != config:
@@ -45,23 +47,38 @@ class RunDirectory:
                     f"({'; '.join(_differences(kept, config))}); choose another --run-dir, or give "
                     "the same flags to continue that run"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(path != self.logs for path in self.path.iterdir()):
             raise RunDirectoryError(
                 f"{self.path} holds files but no config.json, so it is not a run; choose another "
                 "--run-dir"
             )
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(config.to_json())
+            _replace_text(self.config, config.to_json())
         except OSError as error:
             raise RunDirectoryError(
                 f"cannot write to {self.path}: {error.strerror or error}; choose another --run-dir"
             ) from error
 
+    def release(self) -> None:
+        """Give up the claim of a run that failed before its first record.
+
+        The directory then takes a corrected configuration; a run that has records keeps its own.
+        """
+        if not self.metrics.exists():
+            self.config.unlink(missing_ok=True)
+
     def truncate_metrics(self, num_steps: int) -> None:
-        """Drop the records of steps that the checkpoint to continue from does not contain."""
+        """Drop the records of steps that the checkpoint to continue from does not contain.
+
+        Raises:
+            CheckpointError: when the disk is full; the records then stay as they were.
+        """
         kept = [line for line in self.read_metrics() if line["step"] <= num_steps]
-        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        try:
+            _replace_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        except OSError as error:
+            raise CheckpointError(self._cannot_write(error)) from error
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Add the record of one step.
@@ -73,10 +90,13 @@ class RunDirectory:
             with self.metrics.open("a") as stream:
                 stream.write(json.dumps(metrics) + "\n")
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self.metrics}: {error.strerror or error}; free space, then run the "
-                "same command again: it continues from the last checkpoint"
-            ) from error
+            raise CheckpointError(self._cannot_write(error)) from error
+
+    def _cannot_write(self, error: OSError) -> str:
+        return (
+            f"cannot write {self.metrics}: {error.strerror or error}; free space, then run the "
+            "same command again: it continues from the last checkpoint"
+        )
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole records; a last line cut short by a kill is left out."""
@@ -84,6 +104,16 @@ class RunDirectory:
             return []
         lines = self.metrics.read_text().split("\n")
         return [json.loads(line) for line in lines[:-1]]
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file that is whole at every moment, also when the disk is full."""
+    staging = path.with_name(f".{path.name}.new")
+    try:
+        staging.write_text(text)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _differences(kept: RunConfig, given: RunConfig) -> list[str]:

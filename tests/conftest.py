@@ -1,0 +1,76 @@
+"""Configurations and data that several tests share."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from stand_ins import NUM_CANDIDATES, make_table
+
+from rlrag.config import (
+    DataConfig,
+    EnvironmentConfig,
+    GeneratorConfig,
+    PromptConfig,
+    RetrievalConfig,
+    RunConfig,
+    SelectorConfig,
+    TrainingConfig,
+)
+from rlrag.pipeline import TrainingData
+
+
+@pytest.fixture
+def training_data() -> TrainingData:
+    return TrainingData(
+        make_table(24), make_table(8, seed=1), {"corpus": "c", "train_questions": "q"}
+    )
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> RunConfig:
+    return RunConfig(
+        recipe="small",
+        cache_dir=str(tmp_path / "cache"),
+        data=DataConfig(num_validation_questions=8),
+        retrieval=RetrievalConfig(num_candidates=NUM_CANDIDATES),
+        environment=EnvironmentConfig(num_selected=1),
+        selector=SelectorConfig(hidden_size=8, projection_size=4),
+        generator=GeneratorConfig(prompt=PromptConfig()),
+        training=TrainingConfig(
+            launcher="local",
+            batch_size=8,
+            num_epochs=4,
+            learning_rate=0.02,
+            validate_every=3,
+            checkpoint_every=2,
+            loggers=(),
+        ),
+    )
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder with real questions and passages."""
+    return Path(os.environ["RLRAG_DATA_DIR"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs the data folder or a GPU where there is none; CI must have the folder."""
+    import torch
+
+    for item in items:
+        if item.get_closest_marker("data") and "RLRAG_DATA_DIR" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="RLRAG_DATA_DIR is not set"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

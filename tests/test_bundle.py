@@ -1,0 +1,142 @@
+"""A bundle gives back the policy that was saved, and refuses what does not belong to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from stand_ins import make_table
+
+from rlrag.bundle import FORMAT, Bundle, load_bundle, save_bundle
+from rlrag.config import RunConfig
+from rlrag.errors import CheckpointError, ModelNotFoundError
+from rlrag.evaluation.systems import greedy_picks
+from rlrag.models import weights_hash
+from rlrag.pipeline import open_policy
+from rlrag.storage import whole_directory
+
+HASHES = {"corpus": "c" * 16, "train_questions": "q" * 16}
+
+
+def write_generator(directory: Path, value: float) -> Path:
+    """What a bundle looks at of a language model: its files."""
+    directory.mkdir(exist_ok=True)
+    save_file({"weight": torch.full((2, 2), value)}, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def config(small_config, tmp_path) -> RunConfig:
+    model = write_generator(tmp_path / "generator", 1.0)
+    generator = small_config.generator.model_copy(update={"model": str(model)})
+    return small_config.model_copy(update={"generator": generator})
+
+
+def trained_policy(config: RunConfig, seed: int = 1):
+    policy = open_policy(config, make_table(4))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return policy
+
+
+@pytest.fixture
+def saved(config, tmp_path) -> Path:
+    save_bundle(tmp_path / "bundle", config, trained_policy(config), make_table(4), HASHES, 12)
+    return tmp_path / "bundle"
+
+
+def rewrite(bundle: Path, name: str, **changes) -> None:
+    """Change a JSON file of a bundle as another version would have written it, manifest and all."""
+    files = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    del files["manifest.json"]
+    files[name] = json.dumps({**json.loads(files[name]), **changes}).encode()
+    with whole_directory(bundle) as directory:
+        for file, content in files.items():
+            (directory / file).write_bytes(content)
+
+
+def test_a_bundle_gives_back_policy_configuration_and_facts(config, saved):
+    bundle = load_bundle(saved)
+    assert isinstance(bundle, Bundle)
+    assert bundle.config == config
+    assert (bundle.facts.format, bundle.facts.step) == (FORMAT, 12)
+    assert bundle.facts.score_names == ("dense", "bm25")
+    assert bundle.facts.vector_size == 8
+    assert bundle.facts.hashes == HASHES
+    assert bundle.facts.generator_weights == weights_hash(Path(config.generator.model))
+    written = trained_policy(config)
+    for name, tensor in written.state_dict().items():
+        assert torch.equal(tensor, bundle.policy.state_dict()[name]), name
+    unseen = make_table(30, seed=3)
+    assert (greedy_picks(bundle.policy, unseen) == greedy_picks(written, unseen)).all()
+    untrained = open_policy(config, unseen)
+    assert (greedy_picks(written, unseen) != greedy_picks(untrained, unseen)).any()
+
+
+def test_nothing_is_pickled(saved):
+    assert {path.name for path in saved.iterdir()} == {
+        "config.json",
+        "bundle.json",
+        "selector.safetensors",
+        "manifest.json",
+    }
+
+
+def test_a_new_bundle_takes_the_place_of_the_old_one(config, saved):
+    save_bundle(saved, config, trained_policy(config, seed=2), make_table(4), HASHES, 20)
+    assert load_bundle(saved).facts.step == 20
+
+
+def test_a_bundle_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none does not exist; give the bundle directory"):
+        load_bundle(tmp_path / "none")
+
+
+@pytest.mark.parametrize("harm", ["truncated", "altered", "missing"])
+@pytest.mark.parametrize("name", ["config.json", "bundle.json", "selector.safetensors"])
+def test_a_damaged_file_is_named(saved, name, harm):
+    path = saved / name
+    whole = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-2] if harm == "truncated" else whole[:-2] + b"??")
+    with pytest.raises(CheckpointError, match=rf"bundle/{name} is missing, truncated or altered"):
+        load_bundle(saved)
+
+
+def test_another_format_is_refused_before_anything_else_is_read(saved):
+    rewrite(saved, "config.json", field_of_the_future=1)
+    rewrite(saved, "bundle.json", format=FORMAT + 1)
+    with pytest.raises(
+        CheckpointError, match=rf"has format {FORMAT + 1}, this version reads {FORMAT}"
+    ):
+        load_bundle(saved)
+
+
+def test_a_selector_of_another_shape_is_refused(config, saved):
+    wider = config.selector.model_copy(update={"hidden_size": 16})
+    rewrite(saved, "config.json", selector=wider.model_dump(mode="json"))
+    with pytest.raises(CheckpointError, match="does not fit the configured selector"):
+        load_bundle(saved)
+
+
+def test_a_generator_with_other_weights_is_refused(config, saved):
+    trained_with = weights_hash(Path(config.generator.model))
+    write_generator(Path(config.generator.model), 2.0)
+    here = weights_hash(Path(config.generator.model))
+    assert here != trained_with
+    with pytest.raises(CheckpointError, match=rf"weights {here} here.*trained with {trained_with}"):
+        load_bundle(saved)
+
+
+def test_a_generator_that_is_gone_is_named(config, saved):
+    Path(config.generator.model).rename(saved.parent / "moved")
+    with pytest.raises(ModelNotFoundError, match="generator' does not exist"):
+        load_bundle(saved)

@@ -1,0 +1,227 @@
+"""Configurations load back as they were saved, and what cannot be is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from jobs.recipes import RECIPES
+from rlrag.config import (
+    DROConfig,
+    FewShotExample,
+    GeneratorConfig,
+    PromptConfig,
+    RewardConfig,
+    RunConfig,
+    TrainingConfig,
+    describe_validation_error,
+)
+from rlrag.errors import ConfigError
+
+EXAMPLE = FewShotExample(title="t", text="a text", question="q?", answer="a")
+Path = tuple[str, ...]
+
+
+def saved(**sections: Any) -> str:
+    """The default configuration's JSON with some keys set."""
+    values = json.loads(RunConfig().to_json())
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            values[name].update(value)
+        else:
+            values[name] = value
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_loads_back_to_an_equal_configuration(recipe):
+    config = RECIPES[recipe]()
+    text = config.to_json()
+    loaded = RunConfig.from_json(text)
+    assert loaded == config
+    assert loaded.to_json() == text
+    assert loaded.digest() == config.digest()
+    assert config.recipe == recipe
+    assert text.endswith("}\n")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    learning_rate=st.floats(min_value=1e-300, max_value=1e300),
+    instruction=st.text(),
+    stop=st.lists(st.text()).map(tuple),
+    seed=st.integers(min_value=0),
+    logp_weight=st.floats(allow_nan=False, allow_infinity=False).filter(bool),
+)
+def test_any_value_survives_the_file(learning_rate, instruction, stop, seed, logp_weight):
+    config = RunConfig(
+        seed=seed,
+        generator=GeneratorConfig(
+            stop=stop, prompt=PromptConfig(instruction=instruction, few_shot=(EXAMPLE,))
+        ),
+        reward=RewardConfig(weights=(logp_weight,)),
+        training=TrainingConfig(learning_rate=learning_rate, loggers=()),
+    )
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+def leaves(section: BaseModel, path: Path = ()) -> Iterator[tuple[Path, Any, Any]]:
+    """Every field below a section: path, value and annotation."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), value, field.annotation
+
+
+def another(value: Any, annotation: Any) -> Any:
+    """A value that differs; it need not agree with the other fields."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        choices = [choice for choice in get_args(annotation) if isinstance(choice, str)]
+        return next((choice for choice in choices if choice != value), f"{value}x")
+    if isinstance(value, tuple):
+        return value[1:] if value else (EXAMPLE,)
+    assert value is None
+    return 7
+
+
+def changed(section: BaseModel, path: Path, value: Any) -> BaseModel:
+    name, *rest = path
+    inner = changed(getattr(section, name), tuple(rest), value) if rest else value
+    return section.model_copy(update={name: inner})
+
+
+def test_the_digest_changes_with_every_field():
+    config = RunConfig()
+    fields = list(leaves(config))
+    variants = [changed(config, path, another(value, kind)) for path, value, kind in fields]
+    digests = {config.digest(), *(variant.digest() for variant in variants)}
+    assert len(digests) == len(fields) + 1 > 60
+    assert config.digest() == RunConfig().digest()
+    assert len(config.digest()) == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (saved(seeed=1), "unknown field 'seeed'; did you mean 'seed'?"),
+        (saved(dro={"num_sample": 4}), "field 'dro.num_sample'; did you mean 'num_samples'?"),
+        (
+            saved(generator={"prompt": {"instrution": ""}}),
+            "unknown field 'generator.prompt.instrution'; did you mean 'instruction'?",
+        ),
+        (
+            saved(generator={"prompt": {"few_shot": [{**EXAMPLE.model_dump(), "anser": "b"}]}}),
+            "unknown field 'generator.prompt.few_shot.0.anser'; did you mean 'answer'?",
+        ),
+        (
+            saved(reward={"xyz": 1}),
+            "unknown field 'reward.xyz'; valid fields: functions, timeout_s, weights",
+        ),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_json(text, "DIR/config.json")
+    assert str(caught.value).startswith("DIR/config.json: unknown field")
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            saved(environment={"num_selected": 11}),
+            "environment.num_selected is 11 but retrieval.num_candidates only 10; pick",
+        ),
+        (saved(reward={"weights": [1, 2]}), "functions has 1 entries and reward.weights 2; give"),
+        (saved(reward={"weights": [0.0]}), "all zero; at least one"),
+        (
+            saved(training={"launcher": "local"}, generator={"backend": "vllm"}),
+            "'local' runs without vLLM; use generator.backend transformers",
+        ),
+        (
+            saved(training={"launcher": "local", "num_workers": 2}),
+            "'local' is one process; set training.num_workers to 1",
+        ),
+        (
+            saved(training={"batch_size": 32, "num_workers": 3}),
+            "batch_size 32 does not divide among training.num_workers 3; make it a multiple",
+        ),
+        (saved(dro={"weighting": "raw"}), "with dro.weighting 'raw' use baseline 'none'"),
+        (
+            saved(generator={"max_model_len": 1030}),
+            "1030 is shorter than max_prompt_tokens 1024 plus max_new_tokens 12",
+        ),
+        (saved(retrieval={"encoder": None}), "'hybrid' needs retrieval.encoder; name one"),
+        (saved(dro={"num_samples": 1}), "dro.num_samples = 1: Input should be greater than or"),
+        (saved(training={"learning_rate": float("nan")}), "training.learning_rate = nan"),
+        (saved(generator={"request_timeout_s": float("inf")}), "request_timeout_s = inf"),
+        ("[1]", "the configuration = [1]"),
+        ('{"seed": 1', "is not JSON"),
+        ("", "is not JSON"),
+    ],
+)
+def test_contradictions_and_bad_values_give_one_clear_sentence(text, words):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_json(text, "config.json")
+    message = str(caught.value)
+    assert words in message
+    assert message.startswith("config.json")
+    assert "\n" not in message
+    assert "pydantic" not in message
+
+
+def test_several_problems_are_named_together():
+    with pytest.raises(ConfigError, match=r"dro\.num_samples = 0.*; unknown field 'seeed'"):
+        RunConfig.from_json(saved(dro={"num_samples": 0}, seeed=1))
+
+
+def test_a_section_that_is_built_alone_names_its_fields_from_the_root():
+    with pytest.raises(ValidationError) as caught:
+        TrainingConfig(batch_size=0)
+    assert describe_validation_error(caught.value).startswith("training.batch_size = 0: ")
+    with pytest.raises(ValidationError) as caught:
+        FewShotExample(**EXAMPLE.model_dump(), anser="b")
+    assert describe_validation_error(caught.value) == (
+        "unknown field 'generator.prompt.few_shot.anser'; did you mean 'answer'?"
+    )
+
+
+def test_configurations_do_not_change():
+    config = RunConfig()
+    with pytest.raises(ValidationError):
+        config.seed = 1
+    with pytest.raises(ValidationError):
+        config.generator.prompt.instruction = "x"
+    assert hash(config.dro) == hash(DROConfig())
+
+
+def test_every_field_says_what_it_means():
+    for section in (value for value in vars(RunConfig()).values() if isinstance(value, BaseModel)):
+        for name, field in type(section).model_fields.items():
+            assert field.description or isinstance(getattr(section, name), BaseModel), name
+
+
+def test_importing_the_configuration_imports_nothing_heavy():
+    script = (
+        "import sys, rlrag.config, jobs.recipes; "
+        "print([n for n in ('torch', 'transformers', 'ray', 'vllm', 'numpy') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,226 @@
+"""Each system's picks and metrics on questions small enough to answer by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from stand_ins import ReadingGenerator, WordPrompts, make_table
+
+from rlrag.config import EnvironmentConfig, EvaluationConfig, RunConfig
+from rlrag.data.corpus import MemoryCorpus
+from rlrag.evaluation.systems import evaluate, greedy_picks
+from rlrag.evaluation.table import EvaluationTable
+from rlrag.pipeline import open_policy, open_reward
+from rlrag.records import Passage, Question
+from rlrag.retrieval.candidates import CandidateBatch, CandidateTable
+from rlrag.rewards.answer_match import exact_match
+from rlrag.selection.plackett_luce import PlackettLucePolicy
+
+# The generator repeats the last word of the first passage or, without one, of the question.
+SAID = [["wrong", "paris", "rome"], ["lima", "wrong", "peru"], ["red", "green", "blue"]]
+GOLDEN = [("paris",), ("lima",), ("blue sky",)]
+GOLD_IDS = [["p0-1"], ["p1-0", "p1-2"], []]
+
+
+class LastFirst(torch.nn.Module):
+    """Prefers the retriever's last candidate, then the one before."""
+
+    def forward(self, batch: CandidateBatch) -> torch.Tensor:
+        num_candidates = batch.scores_BNC.shape[1]
+        return torch.arange(num_candidates, dtype=torch.float32).expand(len(batch), -1)
+
+
+class Listening(ReadingGenerator):
+    """Keeps the texts of the prompts of every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[list[str]] = []
+
+    def generate(self, prompts, sampling):
+        self.calls.append([prompt.text for prompt in prompts])
+        return super().generate(prompts, sampling)
+
+
+def three_questions() -> CandidateTable:
+    passages = [
+        Passage(f"p{q}-{n}", "", f"it says {word}")
+        for q, words in enumerate(SAID)
+        for n, word in enumerate(words)
+    ]
+    return CandidateTable(
+        questions=tuple(
+            Question(f"q{q}", "which word is blue", answers, {"gold_ids": gold} if gold else {})
+            for q, (answers, gold) in enumerate(zip(GOLDEN, GOLD_IDS, strict=True))
+        ),
+        corpus=MemoryCorpus(passages),
+        rows_QN=np.arange(9).reshape(3, 3),
+        scores_QNC=np.tile(np.array([3.0, 2.0, 1.0], dtype=np.float32)[:, None], (3, 1, 1)),
+        score_names=("bm25",),
+        question_vectors_QD=np.zeros((3, 0), dtype=np.float32),
+        passage_vectors_PD=np.zeros((9, 0), dtype=np.float32),
+    )
+
+
+def run(
+    table: CandidateTable,
+    *systems: str,
+    num_selected: int = 1,
+    seed: int = 0,
+    generator: ReadingGenerator | None = None,
+    progress=lambda name: None,
+) -> EvaluationTable:
+    config = RunConfig(
+        seed=seed,
+        environment=EnvironmentConfig(num_selected=num_selected),
+        evaluation=EvaluationConfig(systems=systems, num_bootstrap=100),
+    )
+    reward = open_reward(config, generator or ReadingGenerator(), WordPrompts())
+    policy = PlackettLucePolicy(LastFirst(), num_selected)
+    return evaluate(config, policy, table, reward, progress)
+
+
+@pytest.mark.parametrize(
+    ("system", "em", "f1"),
+    [
+        ("no_retrieval", 0, 2 / 9),  # blue, three times; F1 of "blue" against "blue sky" is 2/3
+        ("retriever_order", 1 / 3, 1 / 3),  # wrong, lima, red
+        ("trained", 0, 2 / 9),  # rome, peru, blue
+        ("oracle", 2 / 3, 8 / 9),  # paris, lima, blue
+    ],
+)
+def test_answers_of_a_system_by_hand(system, em, f1):
+    found = run(three_questions(), system).systems[system]
+    assert found.em == pytest.approx(em)
+    assert found.f1 == pytest.approx(f1)
+    assert found.accuracy == pytest.approx(em)
+
+
+@pytest.mark.parametrize(
+    ("system", "num_selected", "recall", "ndcg"),
+    [
+        ("retriever_order", 1, (0 + 1 / 2) / 2, (0 + 1) / 2),
+        ("trained", 1, (0 + 1 / 2) / 2, (0 + 1) / 2),
+        (
+            "trained",
+            2,
+            (1 + 1 / 2) / 2,
+            (1 / math.log2(3) + 1 / (1 + 1 / math.log2(3))) / 2,
+        ),
+        ("random_order", 3, 1.0, None),
+    ],
+)
+def test_ranking_is_measured_over_the_questions_that_name_gold_passages(
+    system, num_selected, recall, ndcg
+):
+    found = run(three_questions(), system, num_selected=num_selected).systems[system]
+    assert found.recall == pytest.approx(recall)
+    if ndcg is not None:
+        assert found.ndcg == pytest.approx(ndcg)
+
+
+def test_without_any_gold_passages_there_is_no_ranking_measure():
+    table = three_questions()
+    unnamed = tuple(Question(q.id, q.question, q.golden_answers) for q in table.questions)
+    bare = CandidateTable(**{**vars(table), "questions": unnamed})
+    found = run(bare, "retriever_order").systems["retriever_order"]
+    assert found.recall is None
+    assert found.ndcg is None
+
+
+def test_systems_that_rank_nothing_have_no_ranking_measure():
+    systems = run(three_questions(), "no_retrieval", "oracle").systems
+    assert all(found.recall is None and found.ndcg is None for found in systems.values())
+
+
+def test_the_generator_reads_what_each_system_picked():
+    generator, names = Listening(), []
+    run(
+        three_questions(),
+        "no_retrieval",
+        "retriever_order",
+        "trained",
+        "oracle",
+        num_selected=2,
+        generator=generator,
+        progress=names.append,
+    )
+    question = "which word is blue"
+    assert names == ["no_retrieval", "retriever_order", "trained", "oracle"]
+    assert generator.calls == [
+        [question] * 3,
+        [f"it says {w[0]} | it says {w[1]} | {question}" for w in SAID],
+        [f"it says {w[2]} | it says {w[1]} | {question}" for w in SAID],
+        [f"it says {word} | {question}" for words in SAID for word in words],
+    ]
+
+
+def test_random_picks_are_distinct_candidates_of_the_question_and_depend_on_the_seed():
+    table = make_table(40)
+    read = []
+    for seed in (0, 0, 1):
+        generator = Listening()
+        run(table, "random_order", num_selected=2, seed=seed, generator=generator)
+        read.append(generator.calls[0])
+    assert read[0] == read[1] != read[2]
+    places = []
+    for row, text in enumerate(read[0]):
+        first, second, _ = text.split(" | ")
+        offered = [passage.contents for passage in table.passages(row)]
+        places.append((offered.index(first), offered.index(second)))
+    assert all(one != two for one, two in places)
+    assert {one for one, _ in places} == {two for _, two in places} == set(range(5))
+
+
+def test_the_oracle_is_the_best_single_candidate_of_each_question():
+    table = make_table(30)
+    words = [[p.text.split()[-1] for p in table.passages(row)] for row in range(30)]
+    right = np.array(
+        [
+            [exact_match(word, question.golden_answers) for word in offered]
+            for question, offered in zip(table.questions, words, strict=True)
+        ]
+    )
+    systems = run(table, "random_order", "retriever_order", "trained", "oracle").systems
+    assert systems["oracle"].em == right.max(axis=1).mean() == 1.0
+    assert systems["retriever_order"].em == pytest.approx(right[:, 0].mean())
+    assert systems["trained"].em == pytest.approx(right[:, -1].mean())
+    for found in systems.values():
+        assert found.em <= systems["oracle"].em
+        assert found.f1 <= systems["oracle"].f1
+
+
+def test_the_oracle_cannot_find_what_no_candidate_says():
+    table = three_questions()
+    hopeless = tuple(Question(q.id, q.question, ("atlantis",)) for q in table.questions)
+    found = run(CandidateTable(**{**vars(table), "questions": hopeless}), "oracle")
+    assert found.systems["oracle"].em == found.systems["oracle"].f1 == 0.0
+
+
+def test_the_paired_test_needs_both_of_its_systems():
+    assert run(three_questions(), "trained", "oracle").paired == {}
+    paired = run(three_questions(), "retriever_order", "trained").paired
+    assert list(paired) == ["trained_vs_retriever_order"]
+    assert paired["trained_vs_retriever_order"].em_diff == pytest.approx(-1 / 3)
+
+
+@pytest.mark.parametrize("num_questions", [1, 64, 65, 130])
+def test_greedy_picks_do_not_depend_on_batches(small_config, num_questions):
+    table = make_table(num_questions)
+    policy = open_policy(small_config, table)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    picks = greedy_picks(policy, table)
+    assert picks.shape == (num_questions, 1)
+    one_by_one = [policy.greedy(table.batch([row]))[0] for row in range(num_questions)]
+    assert picks.tolist() == np.stack(one_by_one).tolist()
+
+
+def test_an_untrained_policy_is_the_retriever(small_config):
+    table = make_table(20)
+    assert greedy_picks(open_policy(small_config, table), table).tolist() == [[0]] * 20

@@ -1,0 +1,258 @@
+"""The cache on disk: equal results, what survives failures and kills, and the token counts."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlrag.errors import GenerationError
+from rlrag.generation.cache import CachedGenerator
+from rlrag.generation.protocol import Generator, Sampling, TokenCount
+from rlrag.records import Generation, Prompt, Score
+
+
+class Arithmetic:
+    """Answers from the token ids alone; remembers what it was asked and fails on token 99999."""
+
+    identity = "arithmetic-1"
+
+    def __init__(self) -> None:
+        self.tokens = TokenCount()
+        self.asked: list[int] = []
+
+    def generate(self, prompts, sampling) -> list[Generation]:
+        self._note(prompts)
+        # A draw that differs at every call, as an engine's rounding may.
+        return [
+            Generation(f"é{sum(p.token_ids)}", -math.pi * len(self.asked), 3, len(p.token_ids))
+            for p in prompts
+        ]
+
+    def score(self, prompts, answers) -> list[Score]:
+        self._note(prompts)
+        return [
+            Score(
+                -sum(a) / 3 - p.token_ids[0] - len(self.asked) / 7,
+                len(a),
+                len(p.token_ids),
+                version=2,
+            )
+            for p, a in zip(prompts, answers, strict=True)
+        ]
+
+    def close(self) -> None:
+        self.asked.append(-1)
+
+    def _note(self, prompts) -> None:
+        for p in prompts:
+            if 99_999 in p.token_ids:
+                raise GenerationError("the engine died on token 99999")
+        self.asked += [p.token_ids[0] for p in prompts]
+
+
+def prompt(*ids: int, text: str = "") -> Prompt:
+    return Prompt(token_ids=ids, text=text, num_passages=0)
+
+
+def test_results_are_identical_in_and_out_of_the_cache(tmp_path):
+    inner = Arithmetic()
+    first, second = CachedGenerator(inner, tmp_path), CachedGenerator(inner, tmp_path)
+    assert isinstance(first, Generator)
+    prompts, answers = [prompt(1, 2), prompt(3), prompt(4)], [(5,), (6, 7), (8,)]
+    assert first.score(prompts, answers) == second.score(prompts, answers)
+    assert first.generate(prompts, Sampling()) == second.generate(prompts, Sampling())
+    assert inner.asked == [1, 3, 4] * 2
+    assert first.identity == second.identity == "arithmetic-1"
+
+
+def test_equal_requests_in_one_call_are_computed_once_and_keep_their_order(tmp_path):
+    inner = Arithmetic()
+    cached = CachedGenerator(inner, tmp_path)
+    prompts = [prompt(1), prompt(2), prompt(1, text="the text is not part of the key"), prompt(1)]
+    scores = cached.score(prompts, [(5,), (5,), (5,), (6,)])
+    assert inner.asked == [1, 2, 1]
+    assert scores[0] == scores[2]
+    assert len({s.logp for s in scores}) == 3
+
+
+def test_everything_that_decides_a_result_is_in_its_key(tmp_path):
+    inner = Arithmetic()
+    cached = CachedGenerator(inner, tmp_path)
+    cached.generate([prompt(1)], Sampling())
+    for sampling in (
+        Sampling(max_new_tokens=3),
+        Sampling(stop=("a",)),
+        Sampling(temperature=0.5),
+        Sampling(temperature=0.5, seed=1),
+    ):
+        cached.generate([prompt(1)], sampling)
+    cached.score([prompt(1)], [(2,)])
+    other = Arithmetic()
+    other.identity = "arithmetic-2"
+    CachedGenerator(other, tmp_path).generate([prompt(1)], Sampling())
+    assert (len(inner.asked), len(other.asked)) == (6, 1)
+
+
+def test_greedy_answers_serve_every_seed(tmp_path):
+    inner = Arithmetic()
+    cached = CachedGenerator(inner, tmp_path)
+    cached.generate([prompt(1)], Sampling(seed=0, stop=("a", "b")))
+    cached.generate([prompt(1)], Sampling(seed=7, stop=("b", "a")))
+    assert inner.asked == [1]
+
+
+def test_token_counts_tell_spent_from_saved(tmp_path):
+    cached = CachedGenerator(Arithmetic(), tmp_path)
+    cached.score([prompt(1, 2), prompt(1, 2), prompt(3)], [(5,), (5,), (6, 7)])
+    assert cached.tokens == TokenCount(spent=3 + 3, saved=3, num_requests=3, num_cached=1)
+    cached.score([prompt(3)], [(6, 7)])
+    assert cached.tokens == TokenCount(spent=6, saved=6, num_requests=4, num_cached=2)
+
+
+def test_what_was_computed_before_a_failure_stays(tmp_path):
+    inner = Arithmetic()
+    prompts = [prompt(i) for i in range(10)]
+    prompts[7] = prompt(99_999)
+    cached = CachedGenerator(inner, tmp_path, chunk_size=3)
+    with pytest.raises(GenerationError, match="died on token 99999"):
+        cached.generate(prompts, Sampling())
+    assert inner.asked == [0, 1, 2, 3, 4, 5]
+    prompts[7] = prompt(7)
+    CachedGenerator(inner, tmp_path, chunk_size=3).generate(prompts, Sampling())
+    assert inner.asked == list(range(10))
+
+
+def test_nan_is_refused_and_not_stored(tmp_path):
+    class Broken(Arithmetic):
+        def score(self, prompts, answers):
+            return [Score(math.nan, 1, 1) for _ in prompts]
+
+    with pytest.raises(GenerationError, match="NaN"):
+        CachedGenerator(Broken(), tmp_path).score([prompt(1)], [(1,)])
+    assert CachedGenerator(Arithmetic(), tmp_path).score([prompt(1)], [(1,)])[0].logp < 0
+
+
+def test_extreme_numbers_come_back_exactly(tmp_path):
+    values = [-0.1, -1 / 3, -5e-324, -1.7976931348623157e308, -math.inf, 0.0, -2.0]
+
+    class Listed(Arithmetic):
+        def score(self, prompts, answers):
+            return [Score(values[p.token_ids[0]], 1, 1) for p in prompts]
+
+    asked = [prompt(i) for i in range(len(values))], [(1,)] * len(values)
+    CachedGenerator(Listed(), tmp_path).score(*asked)
+    stored = CachedGenerator(Arithmetic(), tmp_path).score(*asked)
+    assert [s.logp for s in stored] == values
+    assert all(isinstance(s.logp, float) for s in stored)
+
+
+def test_a_pickled_cache_works_on(tmp_path):
+    cached = CachedGenerator(Arithmetic(), tmp_path)
+    expected = cached.generate([prompt(1)], Sampling())
+    copy = pickle.loads(pickle.dumps(cached))
+    assert copy.generate([prompt(1)], Sampling()) == expected
+    assert copy.inner.asked == [1]
+
+
+def test_more_keys_than_one_query_holds(tmp_path):
+    inner = Arithmetic()
+    prompts = [prompt(i) for i in range(1203)]
+    expected = CachedGenerator(inner, tmp_path).generate(prompts, Sampling())
+    assert CachedGenerator(inner, tmp_path).generate(prompts, Sampling()) == expected
+    assert len(inner.asked) == 1203
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from rlrag.generation.cache import CachedGenerator
+from rlrag.generation.protocol import Sampling, TokenCount
+from rlrag.records import Generation, Prompt
+
+class Slow:
+    identity = "slow"
+    tokens = TokenCount()
+    asked = 0
+    def generate(self, prompts, sampling):
+        self.asked += len(prompts)
+        if self.asked > int(sys.argv[4]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [Generation(str(p.token_ids[0]), -1.5, 1, 1) for p in prompts]
+
+start, stop = int(sys.argv[2]), int(sys.argv[3])
+cached = CachedGenerator(Slow(), Path(sys.argv[1]), chunk_size=5)
+prompts = [Prompt((i,), "", 0) for i in range(start, stop)]
+texts = [g.text for g in cached.generate(prompts, Sampling())]
+assert texts == [str(i) for i in range(start, stop)], texts
+print(cached.inner.asked)
+"""
+
+
+def writer(folder: Path, start: int, stop: int, die_after: int = 10_000) -> subprocess.Popen:
+    arguments = [str(folder), str(start), str(stop), str(die_after)]
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, *arguments],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_process_loses_only_the_chunk_in_flight(tmp_path):
+    killed = writer(tmp_path, 0, 100, die_after=40)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    again = writer(tmp_path, 0, 100)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert int(output) == 60
+
+
+def test_two_processes_write_at_once(tmp_path):
+    both = [writer(tmp_path, 0, 600), writer(tmp_path, 300, 900)]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    last = writer(tmp_path, 0, 900)
+    output, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors
+    assert int(output) == 0
+
+
+def test_a_damaged_file_is_named_with_the_way_out(tmp_path):
+    path = tmp_path / "generations.sqlite"
+    path.write_bytes(b"this is no database at all" * 100)
+    with pytest.raises(GenerationError, match=rf"{path}.*delete it"):
+        CachedGenerator(Arithmetic(), tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GenerationError, match=r"generations\.sqlite cannot be used"):
+        CachedGenerator(Arithmetic(), tmp_path / "file" / "cache")
+
+
+def test_a_full_disk_is_said_and_what_was_stored_stays(tmp_path):
+    inner = Arithmetic()
+    cached = CachedGenerator(inner, tmp_path, chunk_size=50)
+    cached.generate([prompt(i) for i in range(50)], Sampling())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # a limit on file sizes stands in for the full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (32_768, hard))
+        with pytest.raises(GenerationError, match=r"generations\.sqlite.*free space"):
+            cached.generate([prompt(i) for i in range(5000)], Sampling())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    inner.asked.clear()
+    cached.generate([prompt(i) for i in range(50)], Sampling())
+    assert inner.asked == []

@@ -1,0 +1,106 @@
+"""What holds for the whole project: one checkout, one version, pinned packages, small files."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("rlrag", "envs", "jobs")
+MAX_LINES = 450
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def requirements() -> list[Requirement]:
+    project = PYPROJECT["project"]
+    texts = [*project["dependencies"]]
+    for extra in project["optional-dependencies"].values():
+        texts += extra
+    return [Requirement(text) for text in texts if not text.startswith("rlrag[")]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_come_from_this_checkout(name):
+    module = importlib.import_module(name)
+    assert module.__file__ is not None
+    assert Path(module.__file__).resolve() == ROOT / name / "__init__.py"
+
+
+def test_the_version_has_one_home():
+    import rlrag
+
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "rlrag/__init__.py"
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", rlrag.__version__)
+    try:
+        installed = importlib.metadata.version("rlrag")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("rlrag is not installed, only on the path; `make setup` installs it")
+    assert installed == rlrag.__version__
+
+
+def test_the_wheel_holds_the_library_alone():
+    assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["rlrag"]
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_pins_are_exact_versions_from_a_registry():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line), line
+    for line in (ROOT / "overrides.txt").read_text().splitlines():
+        assert "://" not in line, line
+        assert "@" not in line, line
+    assert len(pins()) == len({canonicalize_name(name) for name in pins()})
+
+
+def test_pins_lie_within_the_ranges_of_the_project():
+    pinned = {canonicalize_name(name): version for name, version in pins().items()}
+    for requirement in requirements():
+        version = pinned.get(canonicalize_name(requirement.name))
+        if version is not None:
+            assert requirement.specifier.contains(version, prereleases=True), requirement
+    unpinned = {r.name for r in requirements() if canonicalize_name(r.name) not in pinned}
+    assert unpinned <= {"vllm", "datasets", "wandb", "mlflow-skinny"}, "extras beyond make setup"
+
+
+def test_every_range_has_an_upper_end():
+    for requirement in requirements():
+        assert {spec.operator for spec in requirement.specifier} == {">=", "<"}, requirement
+
+
+def test_files_stay_small():
+    sizes = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines())
+        for package in (*PACKAGES, "tests")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert len(sizes) > 80
+    assert {name: size for name, size in sizes.items() if size > MAX_LINES} == {}
+
+
+def test_every_module_says_what_it_is_for():
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            first = path.read_text().lstrip("r")
+            assert first.startswith('"""'), path
+            assert len(first.splitlines()[0]) <= 100, path
+
+
+def test_names_say_what_they_hold():
+    vague = {"utils", "util", "helpers", "common", "manager", "base", "misc"}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            assert not vague & set(path.relative_to(ROOT).with_suffix("").parts), path

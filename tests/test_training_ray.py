@@ -1,0 +1,205 @@
+"""`python -m jobs.train` on Ray: the same numbers as in one process, and through every kill.
+
+Each test runs the real program on a tiny random model. A reference run that nobody disturbs is
+shared by all.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from training_program import (
+    NUM_STEPS,
+    TrainingProgram,
+    read_metrics,
+    tiny_flags,
+    without_clocks,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+EXIT_TIMEOUT_S = 600.0
+ENGINE, LEARNER = "EngineActor", "RayTrainWorker"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    return tiny_flags(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def start(flags, tmp_path):
+    programs = []
+
+    def start_it(name: str, *more: str, cache: str = "", **variables: str) -> TrainingProgram:
+        folder = tmp_path / name
+        cache_dir = tmp_path / (cache or name) / "cache"
+        programs.append(TrainingProgram(folder, [*flags, *more], cache_dir, variables))
+        return programs[-1]
+
+    yield start_it
+    for program in programs:
+        program.end()
+
+
+@pytest.fixture(scope="module")
+def reference(flags, tmp_path_factory) -> TrainingProgram:
+    """One worker on Ray, from the first step to the last."""
+    folder = tmp_path_factory.mktemp("reference")
+    program = TrainingProgram(folder, flags, folder / "cache", {})
+    try:
+        assert program.wait(EXIT_TIMEOUT_S) == 0, program.stderr()
+    finally:
+        program.end()
+    return program
+
+
+def assert_close(left: list[dict[str, float]], right: list[dict[str, float]], rel: float) -> None:
+    for one, other in zip(left, right, strict=True):
+        assert one == pytest.approx(other, rel=rel, abs=rel), one["step"]
+
+
+def assert_same_run(program: TrainingProgram, reference: TrainingProgram) -> None:
+    """Equal to the last bit, except for what the cache saved a step that was done twice."""
+    counts = ("generator_tokens_spent", "generator_tokens_saved")
+    assert without_clocks(read_metrics(program.run_dir), *counts) == without_clocks(
+        read_metrics(reference.run_dir), *counts
+    )
+    last = f"checkpoints/step-{NUM_STEPS:06d}"
+    for name in (f"{last}/policy", f"{last}/optimizer", "bundle/selector"):
+        path = f"{name}.safetensors"
+        assert (program.run_dir / path).read_bytes() == (reference.run_dir / path).read_bytes()
+    assert (program.run_dir / "evaluation.json").read_text() == (
+        reference.run_dir / "evaluation.json"
+    ).read_text()
+
+
+def test_a_run_on_ray_leaves_its_products_and_nothing_else(reference):
+    assert [line["step"] for line in read_metrics(reference.run_dir)] == list(range(NUM_STEPS + 1))
+    for name in ("config.json", "evaluation.json", "bundle/bundle.json", "logs/libraries.log"):
+        assert (reference.run_dir / name).is_file(), name
+    assert "Token authentication" not in reference.stdout() + reference.stderr()
+    assert reference.stderr().splitlines()[-1].startswith("written to ")
+    assert reference.leftovers() == []
+
+
+def test_one_process_without_ray_gives_the_same_metrics(reference, start):
+    local = start("local", "--training.launcher", "local")
+    assert local.wait(EXIT_TIMEOUT_S) == 0, local.stderr()
+    assert_close(
+        without_clocks(read_metrics(local.run_dir)),
+        without_clocks(read_metrics(reference.run_dir)),
+        rel=2e-5,
+    )
+
+
+def test_two_workers_give_the_same_metrics_as_one(reference, start):
+    two = start("two", "--training.num-workers", "2")
+    assert two.wait(EXIT_TIMEOUT_S) == 0, two.stderr()
+    assert_close(
+        without_clocks(read_metrics(two.run_dir)),
+        without_clocks(read_metrics(reference.run_dir)),
+        rel=2e-4,
+    )
+
+
+def test_kill_9_of_a_generator_actor_and_of_the_learner_changes_nothing(reference, start):
+    program = start("killed")
+    step = program.wait_for_step(2, EXIT_TIMEOUT_S)
+    engines = program.family.named(ENGINE)
+    assert len(engines) == 2
+    engines[0].kill()
+    # The step that was under way ends only when the engine is back.
+    step = program.wait_for_step(step + 2, EXIT_TIMEOUT_S)
+    assert step < NUM_STEPS
+    restarted = set(program.family.named(ENGINE)) - set(engines)
+    assert len(restarted) == 1
+    (learner,) = program.family.named(LEARNER)
+    learner.kill()
+    assert program.wait(EXIT_TIMEOUT_S) == 0, program.stderr()
+    assert program.family.num_seen(LEARNER) == 2
+    assert_same_run(program, reference)
+    assert program.leftovers() == []
+
+
+def test_the_same_command_continues_after_kill_9_of_the_driver(reference, start):
+    first = start("stopped")
+    first.wait_for_step(8, EXIT_TIMEOUT_S)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait(60) == -signal.SIGKILL
+    assert first.leftovers() == []
+    assert read_metrics(first.run_dir)[-1]["step"] < NUM_STEPS
+    again = start("stopped")
+    assert again.wait(EXIT_TIMEOUT_S) == 0, again.stderr()
+    assert_same_run(again, reference)
+
+
+REWARDS = """
+import time
+
+BAD = "Which bird is the emblem of Oskai?"
+
+def raises(question, answer):
+    if question == BAD:
+        raise KeyError("no such bird")
+    return float(len(answer))
+
+def is_nan(question, answer):
+    return float("nan") if question == BAD else float(len(answer))
+
+def hangs(question, answer):
+    if question == BAD:
+        time.sleep(3600)
+    return float(len(answer))
+
+def mended(question, answer):
+    return float(len(answer))
+"""
+
+
+def reward_flags(function: str) -> list[str]:
+    return [
+        *("--reward.functions", f"bird_rewards:{function}", "--reward.weights", "1.0"),
+        *("--reward.timeout-s", "3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("function", "more", "said"),
+    [
+        ("raises", ("--training.num-workers", "2"), "KeyError: 'no such bird'"),
+        ("is_nan", ("--training.launcher", "local"), "nan"),
+        ("hangs", (), "ran past its limit of 3 s"),
+    ],
+)
+def test_a_broken_reward_ends_the_run_with_one_line_that_names_function_and_question(
+    start, tmp_path, function, more, said
+):
+    (tmp_path / "bird_rewards.py").write_text(REWARDS)
+    broken = start("broken", *reward_flags(function), *more, PYTHONPATH=str(tmp_path))
+    assert broken.wait(EXIT_TIMEOUT_S) == 1, broken.stderr()
+    last = broken.stderr().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert f"reward 'bird_rewards:{function}' for question 'sample-16'" in last
+    assert said in last
+    assert "Traceback" not in broken.stderr()
+    assert broken.leftovers() == []
+    assert (broken.run_dir / "checkpoints" / "step-000000").is_dir()
+    if function != "is_nan":
+        return
+    mended = start(
+        "mended", *reward_flags("mended"), *more, cache="broken", PYTHONPATH=str(tmp_path)
+    )
+    assert mended.wait(EXIT_TIMEOUT_S) == 0, mended.stderr()
+    assert read_metrics(mended.run_dir)[1]["generator_tokens_saved"] > 0
+
+
+def test_an_unreachable_cluster_is_named_in_bounded_time(start, unused_port):
+    address = f"127.0.0.1:{unused_port}"
+    program = start("unreachable", RAY_ADDRESS=address)
+    assert program.wait(240) == 4, program.stderr()
+    last = program.stderr().splitlines()[-1]
+    assert last.startswith(f"error: cannot reach a Ray cluster at {address}: ")
+    assert "RAY_ADDRESS" in last

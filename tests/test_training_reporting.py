@@ -1,0 +1,242 @@
+"""What people and trackers are told of a run: each step once, in short lines, undisturbed."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import logging
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from rlrag.errors import SetupError
+from rlrag.training.reporting import (
+    ProgressLine,
+    TensorBoardLog,
+    consumers,
+    following,
+    library_chatter_in,
+)
+
+LARGE = {
+    "step": 99_999.0,
+    "reward": -1234.5678,
+    "ess": 7.999,
+    "zero_signal_share": 1.0,
+    "rollouts_per_s": 12_345.6,
+    "validation/em": 1.0,
+}
+
+
+class Terminal(io.StringIO):
+    """A stream that people watch."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_one_short_line_a_step():
+    log = io.StringIO()
+    line = ProgressLine(100_000, log)
+    for step in (99_998, 99_999, 100_000):
+        line.update({**LARGE, "step": float(step)})
+    line.close()
+    lines = log.getvalue().splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 100
+    assert "\x1b" not in log.getvalue()
+    assert "\r" not in log.getvalue()
+    assert lines[0].startswith("step 99998/100000  EM 100.0  reward -1234.57  ESS 8.00  same 1.00")
+    assert "left" not in lines[0]
+    assert all(re.search(r"  \d+:[0-5]\d left$", text) for text in lines[1:])
+    assert lines[2].endswith("  0:00 left")
+
+
+def test_a_terminal_has_one_line_that_is_drawn_again():
+    terminal = Terminal()
+    line = ProgressLine(10, terminal)
+    for step in range(3):
+        line.update({"step": float(step)})
+    assert "\n" not in terminal.getvalue()
+    drawn = terminal.getvalue().split("\r\x1b[2K")
+    assert [text[:9] for text in drawn] == ["", "step 0/10", "step 1/10", "step 2/10"]
+    line.close()
+    assert terminal.getvalue().endswith("left\n")
+
+
+def test_the_last_known_em_stays_in_view():
+    log = io.StringIO()
+    line = ProgressLine(10, log)
+    line.update({"step": 0.0})
+    line.update({"step": 1.0, "validation/em": 0.185})
+    line.update({"step": 2.0})
+    line.update({"step": 3.0, "reward/exact_match": 0.5})
+    shown = [re.findall(r"EM ([\d.]+)", text) for text in log.getvalue().splitlines()]
+    assert shown == [[], ["18.5"], ["18.5"], ["50.0"]]
+
+
+@pytest.mark.parametrize(
+    ("pace_s", "left"), [(0.0, "0:00"), (59.7, "1:00"), (1.0, "0:01"), (4000.0, "66:40")]
+)
+def test_the_time_left_follows_the_pace_so_far(monkeypatch, pace_s, left):
+    clock = iter([1000.0, 1000.0 + pace_s])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    log = io.StringIO()
+    line = ProgressLine(6, log)
+    line.update({"step": 4.0})
+    line.update({"step": 5.0})
+    assert log.getvalue().splitlines()[1].endswith(f"  {left} left")
+
+
+class Recorder:
+    """Remembers the steps that it was given."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.closed = 0
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        self.steps.append(int(metrics["step"]))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def append(path: Path, *steps: int) -> None:
+    with path.open("a") as stream:
+        stream.writelines(json.dumps({"step": step}) + "\n" for step in steps)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < ends, "the lines were not fed within a minute"
+        time.sleep(0.02)
+
+
+def test_appended_lines_are_fed_once_and_in_order(tmp_path):
+    path, one, two = tmp_path / "metrics.jsonl", Recorder(), Recorder()
+    with following(path, [one, two]):
+        append(path, 0, 1)
+        wait_for(lambda: two.steps == [0, 1])
+        append(path, 2)
+        with path.open("a") as stream:
+            stream.write('{"step"')
+            stream.flush()
+            wait_for(lambda: two.steps == [0, 1, 2])
+            stream.write(": 3}\n")
+        append(path, 4)
+    assert one.steps == two.steps == [0, 1, 2, 3, 4]
+
+
+def test_what_is_appended_last_is_fed_before_the_block_ends(tmp_path):
+    path, recorder = tmp_path / "metrics.jsonl", Recorder()
+    with following(path, [recorder]):
+        append(path, *range(50))
+    assert recorder.steps == list(range(50))
+
+
+def test_lines_of_an_earlier_run_are_not_fed_again(tmp_path):
+    path, recorder = tmp_path / "metrics.jsonl", Recorder()
+    append(path, 0, 1, 2, 3)
+    with following(path, [recorder]):
+        path.write_text("")
+        append(path, 0, 1, 2, 3, 4)
+    assert recorder.steps == [4]
+
+
+def test_a_restart_that_truncates_the_file_and_repeats_steps_is_survived(tmp_path):
+    path, recorder = tmp_path / "metrics.jsonl", Recorder()
+    with following(path, [recorder]):
+        append(path, 0, 1, 2, 3)
+        wait_for(lambda: recorder.steps == [0, 1, 2, 3])
+        path.write_text('{"step": 0}\n{"step": 1}\n')
+        append(path, 2, 3, 4)
+        wait_for(lambda: recorder.steps[-1] == 4)
+        path.unlink()
+        append(path, 5)
+    assert recorder.steps == [0, 1, 2, 3, 4, 5]
+
+
+class Ended(Exception):
+    """Ends a block as a failing run does."""
+
+
+def test_a_failing_run_is_told_to_the_end(tmp_path):
+    path, recorder = tmp_path / "metrics.jsonl", Recorder()
+
+    def run() -> None:
+        with following(path, [recorder]):
+            append(path, 0)
+            raise Ended
+
+    with pytest.raises(Ended):
+        run()
+    assert recorder.steps == [0]
+
+
+def test_tensorboard_gets_every_metric(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with consumers(["tensorboard"], tmp_path, 10) as found:
+        assert [type(consumer) for consumer in found] == [ProgressLine, TensorBoardLog]
+        for step in range(3):
+            found[1].update({"step": float(step), "reward": -step / 2})
+    files = list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    assert len(files) == 1
+    events = EventAccumulator(str(files[0])).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(0, 0.0), (1, -0.5), (2, -1.0)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_says_which_extra_to_install(tmp_path, name):
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is installed here")
+    with (
+        pytest.raises(SetupError, match=rf"loggers names {name}; install the extra '{name}'"),
+        consumers([name], tmp_path, 10),
+    ):
+        raise AssertionError("the block must not start")
+
+
+def test_libraries_speak_to_the_file_and_ours_warn_on_the_terminal_too(tmp_path, capfd):
+    from transformers.utils import logging as transformers_logging
+
+    path = tmp_path / "logs" / "libraries.log"
+    root, handlers = logging.getLogger(), logging.getLogger().handlers[:]
+    level = root.level
+    library = transformers_logging.get_logger("transformers.models")
+    capfd.readouterr()
+    with library_chatter_in(path):
+        logging.getLogger("sentence_transformers").info("loading a model")
+        logging.getLogger("faiss").warning("no AVX512")
+        library.warning("a word of transformers")
+        warnings.warn(" ".join(["a", "word", "of", "Python"]), UserWarning, stacklevel=1)
+        logging.getLogger("rlrag.data").info("read 10 lines")
+        logging.getLogger("rlrag.data").warning("dropped 2 lines")
+        bar = transformers_logging.tqdm(range(3), desc="a bar of transformers")
+        list(bar)
+    said = capfd.readouterr()
+    assert said.err.splitlines() == ["dropped 2 lines"]
+    assert said.out == ""
+    kept = path.read_text()
+    for text in (
+        "INFO sentence_transformers: loading a model",
+        "WARNING faiss: no AVX512",
+        "WARNING transformers.models: a word of transformers",
+        "a word of Python",
+        "INFO rlrag.data: read 10 lines",
+        "WARNING rlrag.data: dropped 2 lines",
+    ):
+        assert kept.count(text) == 1, text
+    assert root.handlers == handlers
+    assert root.level == level
+    assert transformers_logging.is_progress_bar_enabled()
+    assert logging.getLogger("transformers").handlers
+    assert not logging.getLogger("transformers").propagate
+    assert "a bar" not in kept

@@ -1,0 +1,98 @@
+"""A directory in; a random language model or sentence encoder that loads like a real one out.
+
+Both are seeded, have a tokenizer that was trained on the built-in sample, and answer in
+milliseconds on one core.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlrag.data.sample import sample_corpus, sample_questions
+
+END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
+NUM_TOKENS = 600
+
+
+def _sample_texts() -> list[str]:
+    passages = [f"{passage.title} {passage.text}" for passage in sample_corpus()]
+    return passages + [f"Question: {q.question}\nAnswer:" for q in sample_questions()]
+
+
+def save_tokenizer(directory: Path) -> Any:
+    """A byte-level BPE tokenizer, trained on the sample; returns it too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_TOKENS,
+        special_tokens=[END, PAD, UNKNOWN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    raw.train_from_iterator(_sample_texts(), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token=END,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        cls_token=END,
+        sep_token=END,
+        model_max_length=2048,
+    )
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def save_tiny_llama(directory: Path, seed: int = 0) -> Path:
+    """A Llama with two layers and random weights, with its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = save_tokenizer(directory)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,  # peaked distributions, so that greedy choices are no ties
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def save_tiny_encoder(directory: Path, seed: int = 0) -> Path:
+    """A sentence-transformers directory: a BERT with two layers and random weights, mean-pooled."""
+    import torch
+    from sentence_transformers import SentenceTransformer, models
+    from transformers import BertConfig, BertModel
+
+    backbone = directory.with_name(f"{directory.name}-backbone")
+    backbone.mkdir(parents=True, exist_ok=True)
+    tokenizer = save_tokenizer(backbone)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertModel(config).save_pretrained(backbone)
+    words = models.Transformer(str(backbone), max_seq_length=256)
+    pooling = models.Pooling(words.get_embedding_dimension())
+    SentenceTransformer(modules=[words, pooling], device="cpu").save(str(directory))
+    return directory
