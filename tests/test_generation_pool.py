@@ -114,17 +114,24 @@ def test_a_plan_holds_each_prompt_once_and_keeps_prefixes_together():
     flat = [i for chunk in chunks for i in chunk]
     assert sorted(flat) == list(range(100))
     assert [prompts[i][0] for i in flat] == sorted(p[0] for p in prompts)
-    assert len(chunks[0]) == 16
-    assert all(4 <= len(chunk) <= 16 for chunk in chunks[:-1])
-    assert len(chunks[-1]) <= 4
+    sizes = [len(chunk) for chunk in chunks]
+    assert sizes[:3] == [25, 19, 14]  # a quarter of what is left
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+    assert min(sizes[:-1]) == 4
 
 
-def test_a_plan_counts_tokens_and_spreads_a_small_call():
-    long_ones = [tuple(range(100))] * 4 + [(1,)] * 40
-    chunks = plan_chunks(long_ones, num_workers=2, batch_size=1)
-    loads = [sum(len(long_ones[i]) for i in chunk) for chunk in chunks]
-    assert max(loads) <= 200
+def test_a_plan_counts_tokens_and_bounds_them():
+    prompts = [tuple(range(100))] * 4 + [(1,)] * 40
+    chunks = plan_chunks(prompts, num_workers=2, batch_size=1)
+    assert max(sum(len(prompts[i]) for i in chunk) for chunk in chunks) <= 200
+    long_ones = [(i,) * 1000 for i in range(60)]
+    assert [len(c) for c in plan_chunks(long_ones, num_workers=1, batch_size=4)] == [17, 17, 17, 9]
+    assert [len(c) for c in plan_chunks(long_ones, num_workers=1, batch_size=40)] == [40, 20]
+
+
+def test_a_plan_spreads_a_small_call_and_gives_one_worker_all():
     assert plan_chunks([(1,), (2,)], num_workers=2, batch_size=16) == [[0], [1]]
+    assert plan_chunks([(1,), (2,)], num_workers=1, batch_size=1) == [[0, 1]]
     assert plan_chunks([], num_workers=2, batch_size=16) == []
 
 

@@ -96,7 +96,7 @@ def test_one_process_without_ray_gives_the_same_metrics(reference, start):
 
 
 def test_two_workers_give_the_same_metrics_as_one(reference, start):
-    two = start("two", "--training.num-workers", "2")
+    two = start("two", "--training.num-workers", "2", "--generator.num-actors", "2")
     assert two.wait(EXIT_TIMEOUT_S) == 0, two.stderr()
     assert_close(
         without_clocks(read_metrics(two.run_dir)),
@@ -105,34 +105,30 @@ def test_two_workers_give_the_same_metrics_as_one(reference, start):
     )
 
 
-def test_kill_9_of_a_generator_actor_and_of_the_learner_changes_nothing(reference, start):
-    program = start("killed")
-    step = program.wait_for_step(2, EXIT_TIMEOUT_S)
-    engines = program.family.named(ENGINE)
-    assert len(engines) == 2
-    engines[0].kill()
-    # The step that was under way ends only when the engine is back.
-    step = program.wait_for_step(step + 2, EXIT_TIMEOUT_S)
-    assert step < NUM_STEPS
-    restarted = set(program.family.named(ENGINE)) - set(engines)
-    assert len(restarted) == 1
-    (learner,) = program.family.named(LEARNER)
-    learner.kill()
-    assert program.wait(EXIT_TIMEOUT_S) == 0, program.stderr()
-    assert program.family.num_seen(LEARNER) == 2
-    assert_same_run(program, reference)
-    assert program.leftovers() == []
-
-
-def test_the_same_command_continues_after_kill_9_of_the_driver(reference, start):
-    first = start("stopped")
-    first.wait_for_step(8, EXIT_TIMEOUT_S)
+def test_a_run_goes_on_after_kill_9_of_the_driver_a_generator_actor_and_the_learner(
+    reference, start
+):
+    first = start("killed")
+    first.wait_for_step(5, EXIT_TIMEOUT_S)
     os.killpg(first.pid, signal.SIGKILL)
     assert first.wait(60) == -signal.SIGKILL
     assert first.leftovers() == []
-    assert read_metrics(first.run_dir)[-1]["step"] < NUM_STEPS
-    again = start("stopped")
+    stopped_at = int(read_metrics(first.run_dir)[-1]["step"])
+    assert 5 <= stopped_at < NUM_STEPS
+    again = start("killed")
+    step = again.wait_for_step(stopped_at + 1, EXIT_TIMEOUT_S)
+    (engine,) = again.family.named(ENGINE)
+    engine.kill()
+    # The step that was under way ends only when the engine is back.
+    step = again.wait_for_step(step + 3, EXIT_TIMEOUT_S)
+    assert step < NUM_STEPS
+    (restarted,) = again.family.named(ENGINE)
+    assert restarted != engine
+    (learner,) = again.family.named(LEARNER)
+    learner.kill()
     assert again.wait(EXIT_TIMEOUT_S) == 0, again.stderr()
+    assert again.family.num_seen(LEARNER) == 2
+    assert again.leftovers() == []
     assert_same_run(again, reference)
 
 
@@ -171,7 +167,7 @@ def reward_flags(function: str) -> list[str]:
     [
         ("raises", ("--training.num-workers", "2"), "KeyError: 'no such bird'"),
         ("is_nan", ("--training.launcher", "local"), "nan"),
-        ("hangs", (), "ran past its limit of 3 s"),
+        ("hangs", ("--training.launcher", "local"), "ran past its limit of 3 s"),
     ],
 )
 def test_a_broken_reward_ends_the_run_with_one_line_that_names_function_and_question(
@@ -194,12 +190,3 @@ def test_a_broken_reward_ends_the_run_with_one_line_that_names_function_and_ques
     )
     assert mended.wait(EXIT_TIMEOUT_S) == 0, mended.stderr()
     assert read_metrics(mended.run_dir)[1]["generator_tokens_saved"] > 0
-
-
-def test_an_unreachable_cluster_is_named_in_bounded_time(start, unused_port):
-    address = f"127.0.0.1:{unused_port}"
-    program = start("unreachable", RAY_ADDRESS=address)
-    assert program.wait(240) == 4, program.stderr()
-    last = program.stderr().splitlines()[-1]
-    assert last.startswith(f"error: cannot reach a Ray cluster at {address}: ")
-    assert "RAY_ADDRESS" in last

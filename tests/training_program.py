@@ -53,6 +53,7 @@ def tiny_flags(directory: Path) -> list[str]:
         "generator.dtype": "float32",
         "generator.model": save_tiny_llama(directory / "model"),
         "generator.max-new-tokens": 4,
+        "generator.num-actors": 1,
         "dro.num-samples": 4,
         "training.batch-size": 4,
         "training.num-epochs": 6,
