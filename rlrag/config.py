@@ -277,12 +277,27 @@ class TrainingConfig(_Section):
     """Besides `metrics.jsonl`, which is always written."""
 
 
+System = Literal[
+    "no_retrieval",
+    "random_order",
+    "retriever_first",
+    "retriever_reversed",
+    "retriever_order",
+    "trained",
+    "oracle",
+]
+
+
 class EvaluationConfig(_Section):
     """The final comparison."""
 
-    systems: tuple[
-        Literal["no_retrieval", "random_order", "retriever_order", "trained", "oracle"], ...
-    ] = ("no_retrieval", "random_order", "retriever_order", "trained", "oracle")
+    systems: tuple[System, ...] = (
+        "no_retrieval",
+        "random_order",
+        "retriever_order",
+        "trained",
+        "oracle",
+    )
     """Systems in the table."""
     num_bootstrap: int = Field(default=10_000, ge=100)
     """Resamples for intervals and the paired test."""

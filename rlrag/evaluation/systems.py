@@ -1,7 +1,8 @@
 """A policy, candidates and a generator in; every system's answers and metrics out.
 
-A system is a way to choose passages: nothing, the retriever's first K, K at random, the trained
-policy's pick, or for each question the single candidate that turns out best (the oracle).
+A system is a way to choose passages: nothing, the retriever's first K in its order, the same K in
+reverse, its first alone, K at random, the trained policy's pick, or for each question the single
+candidate that turns out best (the oracle).
 
 Shape letters: Q questions, N candidates, K selected.
 """
@@ -70,6 +71,10 @@ def _picks(
         return [()] * num_questions
     if name == "retriever_order":
         return [tuple(range(num_selected))] * num_questions
+    if name == "retriever_first":
+        return [(0,)] * num_questions
+    if name == "retriever_reversed":
+        return [tuple(range(num_selected))[::-1]] * num_questions
     if name == "random_order":
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(candidates.num_candidates) for _ in range(num_questions)]

@@ -64,9 +64,9 @@ def open_retrievers(
 ) -> RetrieverSet:
     """Build or load everything that `config` asks for.
 
-    `bm25` and `hybrid` have a BM25 component, `dense` has one with `bm25_scores`; a configured encoder always gives a dense one, since
-    its vectors and scores are features of the selection policy. An `encoder` that is given takes
-    the place of the one that `config.encoder` names.
+    `bm25` and `hybrid` have a BM25 component, `dense` has one with `bm25_scores`; a configured
+    encoder always gives a dense one, since its vectors and scores are features of the selection
+    policy. An `encoder` that is given takes the place of the one that `config.encoder` names.
 
     Raises:
         ConfigError: when the corpus has fewer passages than `num_candidates`, or too few vectors
