@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 		{ echo "error: a C++ compiler is needed (vLLM compiles its sampler); install g++ or clang++" >&2; exit 4; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
-	wheels="$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)"; \
+	wheels="$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)}"; \
 	if [ -n "$$wheels" ]; then export UV_FIND_LINKS="$$wheels"; else export UV_TORCH_BACKEND=cpu; fi; \
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
 		--override overrides.txt --editable ".[$(EXTRAS)]"
