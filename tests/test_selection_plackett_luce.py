@@ -1,4 +1,4 @@
-"""Plackett-Luce: a distribution over permutations, equivariant, and the retriever's order at first."""
+"""Plackett-Luce: a distribution over permutations that starts as the retriever's order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlrag.selection.plackett_luce import PlackettLucePolicy
 def make_batch(num_questions: int = 3, num_candidates: int = 5, seed: int = 0) -> CandidateBatch:
     rng = np.random.default_rng(seed)
     scores = -np.sort(-rng.normal(size=(num_questions, num_candidates, 3)), axis=1)
-    words = np.array("isle port fish king rain 1834 tower salt ridge".split())
+    words = np.array(["isle", "port", "fish", "king", "rain", "1834", "tower", "salt", "ridge"])
     return CandidateBatch(
         question_texts=tuple(f"what is {rng.choice(words)}" for _ in range(num_questions)),
         passage_texts=tuple(

@@ -12,7 +12,7 @@ import torch
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError, GenerationError, NonFiniteLossError, RewardError
+from rlrag.errors import CheckpointError, GenerationError, NonFiniteLossError
 from rlrag.evaluation.systems import evaluate, greedy_picks
 from rlrag.pipeline import TrainingData, open_reward
 from rlrag.records import Score

@@ -57,9 +57,10 @@ def train_on_ray(
     Raises:
         RlragError: what ended the run in a worker.
     """
-    from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import FailureConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     task = _WorkerTask(config.to_json(), str(run_dir.path), generator, prompts)
