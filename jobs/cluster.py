@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ from rlrag.errors import SetupError
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 _WORKER_START_TIMEOUT_S = "300"
-_CONNECT_TRIES = "1"
+_PROBE_TIMEOUT_S = 10.0
+_CONNECT_TRIES = "3"
 
 
 @contextmanager
@@ -28,7 +30,9 @@ def cluster(launcher: str) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     # Ray Train's default of 60 s is too short for a loaded machine to import torch.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WORKER_START_TIMEOUT_S)
-    if address:  # Ray reads it when it is imported; its default of 20 tries takes 14 minutes
+    if address:
+        _check_somebody_listens(address)
+        # A try takes 40 s and Ray makes 20; it reads the number when it is imported.
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
     try:
         import ray
@@ -50,11 +54,26 @@ def cluster(launcher: str) -> Iterator[None]:
             **({} if address else own),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SetupError(
-            f"cannot reach a Ray cluster at {address or 'this machine'}: {error}; start one with "
-            "'ray start --head', correct RAY_ADDRESS, or unset it to run on this machine"
-        ) from error
+        raise SetupError(_unreachable(address or "this machine", error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_somebody_listens(address: str) -> None:
+    """Refuse a `host:port` that takes no connection; Ray would go on asking for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise SetupError(_unreachable(address, error)) from error
+
+
+def _unreachable(place: str, error: Exception) -> str:
+    return (
+        f"cannot reach a Ray cluster at {place}: {error}; start one with 'ray start --head', "
+        "correct RAY_ADDRESS, or unset it to run on this machine"
+    )

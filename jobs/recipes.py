@@ -66,11 +66,16 @@ def quickstart() -> RunConfig:
     """The World Factbook, built-in models; about ten minutes on two cores, nothing to download."""
     return RunConfig(
         recipe="quickstart",
-        data=DataConfig(max_train_questions=420, max_eval_questions=240, passage_words=80),
-        retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=8),
-        environment=EnvironmentConfig(num_selected=1),
+        data=DataConfig(
+            max_train_questions=316,
+            num_validation_questions=60,
+            max_eval_questions=240,
+            passage_words=80,
+        ),
+        retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=5),
+        environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(prompt=short_answers(question_mark=True)),
-        training=TrainingConfig(num_epochs=6, batch_size=32, learning_rate=2e-3),
+        training=TrainingConfig(num_epochs=6, batch_size=32, learning_rate=5e-3, validate_every=12),
     )
 
 
