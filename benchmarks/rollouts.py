@@ -69,7 +69,8 @@ class BareEngine:
         inputs: list[Any] = [{"prompt_token_ids": [*ids, *answer]} for ids, answer in requests]
         # As in the pool: nothing of these prompts is cached but the prefix that all of them share.
         self._engine.reset_prefix_cache()
-        self._engine.generate([{"prompt_token_ids": list(prefix)}], generate, use_tqdm=False)
+        shared: list[Any] = [{"prompt_token_ids": list(prefix)}]
+        self._engine.generate(shared, generate, use_tqdm=False)
         start = time.perf_counter()
         self._engine.generate(inputs, params, use_tqdm=False)
         return time.perf_counter() - start

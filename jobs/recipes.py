@@ -80,7 +80,7 @@ def quickstart() -> RunConfig:
 
 
 def nq() -> RunConfig:
-    """Natural Questions from the data folder; under an hour on two cores."""
+    """Natural Questions from the folder that RLRAG_DATA_DIR names."""
     folder = os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
     return RunConfig(
         recipe="nq",

@@ -57,6 +57,7 @@ def tiny_flags(directory: Path) -> list[str]:
         "dro.num-samples": 4,
         "training.batch-size": 4,
         "training.num-epochs": 6,
+        "training.learning-rate": 2e-3,
         "training.validate-every": 6,
         "training.checkpoint-every": 3,
         "evaluation.num-bootstrap": 100,
