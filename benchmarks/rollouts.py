@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlrag.config import RunConfig
     from rlrag.generation.protocol import Generator, Sampling, TokenCount
+    from rlrag.generation.weights import GeneratorWeights
     from rlrag.records import Generation, Prompt, Score
     from rlrag.retrieval.candidates import CandidateTable
 
@@ -102,6 +103,15 @@ class Recorder:
         """Note prompts and answers and pass them on."""
         self.requests += [(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]
         return self._inner.score(prompts, answers)
+
+    @property
+    def version(self) -> int:
+        """The inner generator's."""
+        return self._inner.version
+
+    def load_weights(self, weights: GeneratorWeights) -> None:
+        """Pass them on."""
+        self._inner.load_weights(weights)
 
     def close(self) -> None:
         """Close the inner generator."""
@@ -233,15 +243,15 @@ def _turns(
     recorder, cached, prompts = opened
     policy = open_policy(run, candidates)
     reward = open_reward(run, cached, prompts)
-    collector = ExperienceCollector(
-        run.environment, candidates, reward, options.questions, options.samples
-    )
+    dro = run.dro.model_copy(update={"num_samples": options.samples})
+    collector = ExperienceCollector(run.environment, dro, candidates, reward, options.questions)
     turns = []
     for number in range(options.turns + 1):
         rows = np.arange(options.questions) + number * options.questions
         recorder.requests = []
         start = time.perf_counter()
-        experience = collector.collect(policy, rows, [(number, int(r)) for r in rows], version=0)
+        seeds = [(number, int(r)) for r in rows]
+        experience = collector.collect(policy, rows, seeds, policy_version=0, generator_version=0)
         ours_s = time.perf_counter() - start
         answer = bare.run.remote(
             recorder.requests,

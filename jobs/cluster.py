@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +22,12 @@ _CONNECT_TRIES = "3"
 def cluster(launcher: str) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine and end it after.
 
+    A cluster of our own is started a second time when the first fails: on a busy machine its
+    processes may wait for each other in vain. Nothing but its log tells that Ray turns token
+    authentication on for it, which this leaves as it is.
+
     Raises:
-        SetupError: when Ray is missing or the cluster does not answer.
+        SetupError: when Ray is missing, the cluster does not answer or cannot be started.
     """
     if launcher == "local":
         yield
@@ -44,21 +49,58 @@ def cluster(launcher: str) -> Iterator[None]:
     # Its import gave Ray's logger the terminal; it belongs where all libraries log.
     ray_logger = logging.getLogger("ray")
     ray_logger.handlers, ray_logger.propagate = [], True
-    own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-    try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            **({} if address else own),
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SetupError(_unreachable(address or "this machine", error)) from error
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+    }
+    if address:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise SetupError(_unreachable(address, error)) from error
+    else:
+        own: dict[str, Any] = {
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+        start_twice(lambda: ray.init(address="local", **common, **own), ray.shutdown)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def start_twice(start: Callable[[], object], end: Callable[[], object]) -> None:
+    """Call `start`; when it fails, say so on stderr, call `end` and `start` once more.
+
+    Processes of the failed start that `end` does not know of end with this process.
+
+    Raises:
+        SetupError: when the second start fails too.
+    """
+    try:
+        start()
+    except Exception as first:  # noqa: BLE001 - Ray raises the bare class when a node is late
+        print(
+            f"Ray did not start on this machine ({_one_line(first)}); trying once more",
+            file=sys.stderr,
+            flush=True,
+        )
+        end()
+        try:
+            start()
+        except Exception as error:
+            end()
+            raise SetupError(
+                f"cannot start Ray on this machine, tried twice: {_one_line(error)}; wait until "
+                "the machine is less busy, look into /tmp/ray/session_latest/logs for the reason, "
+                "or use --training.launcher local"
+            ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _check_somebody_listens(address: str) -> None:

@@ -74,7 +74,7 @@ def pick_recipe(
     Raises:
         ConfigError: when the name is missing or unknown.
     """
-    listing = "\n".join(f"  {name:12} {_summary(make)}" for name, make in recipes.items())
+    listing = "\n".join(f"  {name:22} {_summary(make)}" for name, make in recipes.items())
     usage = f"usage: {prog} RECIPE [--run-dir DIR] [flags]\n\nrecipes:\n{listing}"
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{usage}\n\n{prog} RECIPE --help lists every flag of a recipe.")

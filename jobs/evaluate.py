@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     from rlrag.bundle import load_bundle
     from rlrag.evaluation.systems import evaluate
     from rlrag.evaluation.table import render
-    from rlrag.generation.build import open_generator
+    from rlrag.generation.build import open_generator, resolve_config
     from rlrag.pipeline import open_evaluation_data, open_library, open_reward
     from rlrag.training.reporting import library_chatter_in
 
@@ -74,12 +74,14 @@ def main(argv: Sequence[str]) -> None:
         try:
             library = open_library(config)
             candidates, questions_hash = open_evaluation_data(config, library)
+            weights = bundle.generator_weights(resolve_config(config.generator, launcher).dtype)
             table = evaluate(
                 config,
                 bundle.policy,
                 candidates,
                 open_reward(config, generator, prompts),
                 progress=lambda name: print(name, file=sys.stderr, flush=True),
+                tune_generator=lambda: generator.load_weights(weights) if weights else None,
             )
         finally:
             generator.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Literal
 
 from rlrag.config import (
     DATA_DIR_VARIABLE,
@@ -17,11 +18,16 @@ from rlrag.config import (
     EvaluationConfig,
     FewShotExample,
     GeneratorConfig,
+    GeneratorTrainingConfig,
     PromptConfig,
     RetrievalConfig,
     RunConfig,
+    SelectorConfig,
+    System,
     TrainingConfig,
 )
+
+Part = Literal["selector", "generator"]
 
 
 def short_answers(question_mark: bool) -> PromptConfig:
@@ -72,10 +78,13 @@ def quickstart() -> RunConfig:
             max_eval_questions=240,
             passage_words=80,
         ),
-        retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=5),
+        retrieval=RetrievalConfig(
+            kind="dense", bm25_scores=True, num_candidates=5, encoder_max_tokens=64
+        ),
         environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(prompt=short_answers(question_mark=True)),
-        training=TrainingConfig(num_epochs=6, batch_size=32, learning_rate=5e-3, validate_every=12),
+        dro=DROConfig(num_samples=4),
+        training=TrainingConfig(num_epochs=6, batch_size=32, learning_rate=5e-3, validate_every=6),
     )
 
 
@@ -94,7 +103,7 @@ def nq() -> RunConfig:
         environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(prompt=short_answers(question_mark=False)),
         dro=DROConfig(num_samples=4),
-        training=TrainingConfig(num_epochs=1, batch_size=24, learning_rate=3e-3, validate_every=10),
+        training=TrainingConfig(num_epochs=1, batch_size=24, learning_rate=5e-3, validate_every=10),
         evaluation=EvaluationConfig(
             systems=(
                 "no_retrieval",
@@ -109,4 +118,150 @@ def nq() -> RunConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {"quickstart": quickstart, "nq": nq}
+def _co_training(
+    name: str, num_selected: int, parts: tuple[Part, ...], objective: Literal["dro", "sft"] = "dro"
+) -> RunConfig:
+    """What the recipes below share: the same 600 questions and steps for every system.
+
+    The generator trains a low-rank adapter on one of the m selections a question, drawn by weight.
+    """
+    folder = os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
+    systems: tuple[System, ...] = ("no_retrieval", "retriever_order", "trained")
+    if parts == ("selector", "generator"):
+        systems = (*systems[:2], "tuned_selector", "tuned_generator", "trained")
+    return RunConfig(
+        recipe=f"{name}-{'sft' if objective == 'sft' else 'dro'}",
+        data=DataConfig(
+            corpus=f"{folder}/corpus/{name}.jsonl.gz",
+            train_questions=f"{folder}/questions/{name}.train.jsonl",
+            eval_questions=f"{folder}/questions/{name}.dev.jsonl",
+            max_train_questions=700,
+            num_validation_questions=100,
+        ),
+        retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=5),
+        environment=EnvironmentConfig(num_selected=num_selected),
+        generator=GeneratorConfig(prompt=short_answers(question_mark=name == "hotpotqa")),
+        dro=DROConfig(num_samples=4),
+        generator_training=GeneratorTrainingConfig(sequences_per_question=1),
+        training=TrainingConfig(
+            parts=parts,
+            objective=objective,
+            num_epochs=1,
+            batch_size=24,
+            learning_rate=1e-2,
+            warmup_steps=2,
+            validate_every=12,
+            checkpoint_every=12,
+        ),
+        evaluation=EvaluationConfig(systems=systems),
+    )
+
+
+def nq_dro() -> RunConfig:
+    """Selector and generator together on Natural Questions (RLRAG_DATA_DIR)."""
+    return _co_training("nq", 2, ("selector", "generator"))
+
+
+def nq_dro_selector() -> RunConfig:
+    """The selector half of nq-dro, with the generator frozen."""
+    return _named("nq-dro-selector", _co_training("nq", 2, ("selector",)))
+
+
+def nq_dro_generator() -> RunConfig:
+    """The generator half of nq-dro, with the untrained selector's samples."""
+    return _named("nq-dro-generator", _co_training("nq", 2, ("generator",)))
+
+
+def nq_sft() -> RunConfig:
+    """The generator fine-tuned on the retriever's order, in as many steps as nq-dro."""
+    return _co_training("nq", 2, ("generator",), "sft")
+
+
+def hotpotqa_dro() -> RunConfig:
+    """Selector and generator together on HotpotQA, three passages (RLRAG_DATA_DIR)."""
+    return _co_training("hotpotqa", 3, ("selector", "generator"))
+
+
+def hotpotqa_dro_selector() -> RunConfig:
+    """The selector half of hotpotqa-dro, with the generator frozen."""
+    return _named("hotpotqa-dro-selector", _co_training("hotpotqa", 3, ("selector",)))
+
+
+def hotpotqa_dro_generator() -> RunConfig:
+    """The generator half of hotpotqa-dro, with the untrained selector's samples."""
+    return _named("hotpotqa-dro-generator", _co_training("hotpotqa", 3, ("generator",)))
+
+
+def hotpotqa_sft() -> RunConfig:
+    """The generator fine-tuned on the retriever's order, in as many steps as hotpotqa-dro."""
+    return _co_training("hotpotqa", 3, ("generator",), "sft")
+
+
+def dro_paper() -> RunConfig:
+    """The settings of arXiv 2505.03075: 8 B models, n = 20, K = 5, m = 8; wants 12 large GPUs."""
+    folder = os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
+    model = "meta-llama/Meta-Llama-3-8B-Instruct"
+    return RunConfig(
+        recipe="dro-paper",
+        data=DataConfig(
+            corpus=f"{folder}/corpus/nq.jsonl.gz",
+            train_questions=f"{folder}/questions/nq.train.jsonl",
+            eval_questions=f"{folder}/questions/nq.dev.jsonl",
+            num_validation_questions=200,
+        ),
+        retrieval=RetrievalConfig(kind="dense", num_candidates=20),
+        environment=EnvironmentConfig(num_selected=5),
+        selector=SelectorConfig(
+            kind="listwise_lm", model=model, adapter_rank=64, imitation_steps=200, max_tokens=160
+        ),
+        generator=GeneratorConfig(
+            model=model,
+            device="cuda",
+            num_actors=4,
+            gpus_per_actor=1,
+            cpus_per_actor=1,
+            batch_size=256,
+            max_model_len=4096,
+            max_new_tokens=32,
+            prompt=PromptConfig(style="chat", max_prompt_tokens=3072),
+        ),
+        dro=DROConfig(num_samples=8, baseline="none", passes=3, refresh_every=None),
+        generator_training=GeneratorTrainingConfig(
+            method="full",
+            learning_rate=1e-5,
+            gradient_checkpointing=True,
+            micro_batch_tokens=16_384,
+            sharding="fsdp2",
+        ),
+        training=TrainingConfig(
+            parts=("selector", "generator"),
+            num_workers=8,
+            worker_cpus=1,
+            worker_gpus=1,
+            num_epochs=5,
+            batch_size=128,
+            learning_rate=1e-5,
+            patience=2,
+            validate_every=1,
+            checkpoint_every=1,
+        ),
+    )
+
+
+def _named(name: str, config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"recipe": name})
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "quickstart": quickstart,
+    "nq": nq,
+    "nq-dro": nq_dro,
+    "nq-dro-selector": nq_dro_selector,
+    "nq-dro-generator": nq_dro_generator,
+    "nq-sft": nq_sft,
+    "hotpotqa-dro": hotpotqa_dro,
+    "hotpotqa-dro-selector": hotpotqa_dro_selector,
+    "hotpotqa-dro-generator": hotpotqa_dro_generator,
+    "hotpotqa-sft": hotpotqa_sft,
+    "dro-paper": dro_paper,
+}

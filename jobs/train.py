@@ -2,6 +2,7 @@
 
     python -m jobs.train quickstart
     python -m jobs.train nq --run-dir runs/nq --seed 1 --dro.num-samples 8
+    python -m jobs.train dro-paper --dry-run True
 
 The same command continues a run that was stopped.
 """
@@ -10,10 +11,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -23,10 +25,13 @@ from jobs.command_line import parse, pick_recipe, run_program
 from jobs.recipes import RECIPES
 from rlrag.config import RunConfig
 from rlrag.errors import RlragError
-from rlrag.generation.build import measure_speed, open_generator
+from rlrag.generation.build import measure_speed, open_generator, resolve_config
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:  # these bring torch and FAISS, which a refused command line does without
+    from rlrag.pipeline import Library, TrainingData
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class TrainArguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path
     """Where configuration, metrics, checkpoints, bundle and result go."""
+    dry_run: bool = False
+    """Only print the plan: steps, generator tokens, memory and placement."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,42 +51,25 @@ def main(argv: Sequence[str]) -> None:
     default = TrainArguments(recipe, Path("runs") / recipe.recipe)
     arguments = parse(TrainArguments, default, flags, f"python -m jobs.train {recipe.recipe}")
     config, run_dir = arguments.config, RunDirectory(arguments.run_dir)
+    if arguments.dry_run:
+        from rlrag.training.plan import describe_plan
+
+        print(describe_plan(config))
+        return
     run_dir.claim(config)
 
     from rlrag.training.reporting import library_chatter_in
 
     try:
         with library_chatter_in(run_dir.logs / "libraries.log"), cluster(config.training.launcher):
-            generator, prompts = open_generator(
-                config.generator, config.training.launcher, config.cache_path
-            )
-            try:
-                _run(config, run_dir, generator, prompts)
-            finally:
-                generator.close()
+            _run(config, run_dir)
     except RlragError:
         run_dir.release()
         raise
 
 
-def _run(
-    config: RunConfig, run_dir: RunDirectory, generator: CachedGenerator, prompts: PromptBuilder
-) -> None:
-    from rlrag.bundle import load_bundle, save_bundle
-    from rlrag.evaluation.systems import evaluate
-    from rlrag.evaluation.table import render
-    from rlrag.pipeline import (
-        open_evaluation_data,
-        open_library,
-        open_policy,
-        open_reward,
-        open_training_data,
-    )
-    from rlrag.training.budget import estimate_budget
-    from rlrag.training.checkpoints import CheckpointStore
-    from rlrag.training.launch import train_locally, train_on_ray
-    from rlrag.training.loop import Progress
-    from rlrag.training.reporting import consumers, following
+def _run(config: RunConfig, run_dir: RunDirectory) -> None:
+    from rlrag.pipeline import open_library, open_training_data
 
     say(f"{config.recipe}: reading {config.data.corpus} and its index")
     library = open_library(config)
@@ -88,6 +78,40 @@ def _run(
         f"{len(library.corpus):,} passages; {len(data.train):,} questions to train on, "
         f"{len(data.validation) if data.validation else 0} held back; starting the generator"
     )
+    with _generator(config) as (generator, prompts):
+        _train(config, run_dir, data, generator, prompts)
+        step = _save_bundle(config, run_dir, data)
+        say(f"best at step {step}; evaluating {run_dir.bundle}")
+        if not config.trains_generator:
+            _evaluate(config, run_dir, library, data, generator, prompts)
+            return
+    # The engines hold trained weights now, and the baselines are answered without them.
+    with _generator(config) as (generator, prompts):
+        _evaluate(config, run_dir, library, data, generator, prompts)
+
+
+@contextmanager
+def _generator(config: RunConfig) -> Iterator[tuple[CachedGenerator, PromptBuilder]]:
+    """The generator with the weights that training starts from."""
+    launcher = config.training.launcher
+    generator, prompts = open_generator(config.generator, launcher, config.cache_path)
+    try:
+        yield generator, prompts
+    finally:
+        generator.close()
+
+
+def _train(
+    config: RunConfig,
+    run_dir: RunDirectory,
+    data: TrainingData,
+    generator: CachedGenerator,
+    prompts: PromptBuilder,
+) -> None:
+    from rlrag.training.budget import estimate_budget
+    from rlrag.training.launch import train_locally, train_on_ray
+    from rlrag.training.reporting import consumers, following
+
     budget = estimate_budget(config, data, prompts)
     speed = measure_speed(generator.inner, budget.sample_prompts)
     say(budget.describe(speed))
@@ -99,23 +123,60 @@ def _run(
             train_on_ray(config, generator, prompts, run_dir)
         else:
             train_locally(config, data, generator, prompts, run_dir)
+
+
+def _save_bundle(config: RunConfig, run_dir: RunDirectory, data: TrainingData) -> int:
+    """Write the best checkpoint as a bundle; returns its step."""
+    from rlrag.bundle import save_bundle
+    from rlrag.pipeline import open_policy
+    from rlrag.storage import restore_weights
+    from rlrag.training.checkpoints import CheckpointStore
+    from rlrag.training.loop import Progress
+    from rlrag.training.parts import open_whole_generator
+
     store = CheckpointStore(run_dir.checkpoints)
-    progress = Progress(**store.read_state(store.steps()[-1]))
+    step = Progress(**store.load(store.steps()[-1])[1]).best_step
+    files, _ = store.load(step)
     policy = open_policy(config, data.train)
-    store.load_policy(progress.best_step, policy)
-    save_bundle(run_dir.bundle, config, policy, data.train, data.hashes, progress.best_step)
-    say(f"best at step {progress.best_step}; evaluating {run_dir.bundle}")
+    restore_weights(policy, files["policy"], f"checkpoint {step}")
+    save_generator = None
+    if config.trains_generator:
+        trained = open_whole_generator(config)
+        trained.load_trainable(files["generator"])
+        save_generator = trained.save_pretrained
+    save_bundle(run_dir.bundle, config, policy, data.train, data.hashes, step, save_generator)
+    return step
+
+
+def _evaluate(
+    config: RunConfig,
+    run_dir: RunDirectory,
+    library: Library,
+    data: TrainingData,
+    generator: CachedGenerator,
+    prompts: PromptBuilder,
+) -> None:
+    from rlrag.bundle import load_bundle
+    from rlrag.evaluation.systems import evaluate
+    from rlrag.evaluation.table import render
+    from rlrag.pipeline import open_evaluation_data, open_reward
+
+    bundle = load_bundle(run_dir.bundle)
     candidates, questions_hash = open_evaluation_data(config, library)
+    weights = bundle.generator_weights(
+        resolve_config(config.generator, config.training.launcher).dtype
+    )
     table = evaluate(
         config,
-        load_bundle(run_dir.bundle).policy,
+        bundle.policy,
         candidates,
         open_reward(config, generator, prompts),
         progress=lambda name: say(f"  {name}"),
+        tune_generator=lambda: generator.load_weights(weights) if weights else None,
     )
     record = table.to_json() | {
         "hashes": {**data.hashes, "questions": questions_hash},
-        "bundle_step": progress.best_step,
+        "bundle_step": bundle.facts.step,
     }
     run_dir.evaluation.write_text(json.dumps(record, indent=2) + "\n")
     Console().print(render(table))

@@ -20,8 +20,7 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.tables import candidate_table
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.rewards.composite import RewardModel
-from rlrag.selection.build import build_policy
-from rlrag.selection.plackett_luce import PlackettLucePolicy
+from rlrag.selection.build import TrainablePolicy, build_policy
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def open_evaluation_data(config: RunConfig, library: Library) -> tuple[Candidate
     return candidates_of(library, chosen, config), chosen.content_hash
 
 
-def open_policy(config: RunConfig, candidates: CandidateTable) -> PlackettLucePolicy:
+def open_policy(config: RunConfig, candidates: CandidateTable) -> TrainablePolicy:
     """The untrained policy for candidates of this shape."""
     return build_policy(
         config.selector,

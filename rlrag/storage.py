@@ -2,6 +2,15 @@
 
 Checkpoints and bundles are directories with a `manifest.json` that holds the SHA-256 of every other
 file. They are built beside their place and renamed into it. Nothing is pickled.
+
+Beside a directory `NAME` a writer makes hidden ones:
+
+    .NAME-<32 hex digits>   being built, or being deleted; rubbish once its writer is gone
+    .NAME.replaced          the version that is being replaced; always whole
+
+A writer renames NAME to `.NAME.replaced`, the new version to NAME, and deletes the old one. A kill
+between the first two leaves the old version alone: readers find it (`find_whole`) and the next
+writer puts it back. A directory has one writer at a time.
 """
 
 from __future__ import annotations
@@ -9,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,6 +32,8 @@ from safetensors.torch import load_file, save_file
 from rlrag.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+_HIDDEN_NAME = re.compile(r"\.(.+)-[0-9a-f]{32}")
+_ASIDE_NAME = re.compile(r"\.(.+)\.replaced")
 
 
 @contextmanager
@@ -29,28 +41,112 @@ def whole_directory(target: Path) -> Iterator[Path]:
     """A new directory that takes the place of `target` when the block ends without an error.
 
     Every file is flushed to disk and listed in `manifest.json` before the rename. A full disk or
-    missing permission leaves the old `target` as it was.
+    missing permission leaves the old `target` as it was. A kill at any moment leaves the old or
+    the new version whole, where `find_whole` finds it.
 
     Raises:
         CheckpointError: naming `target` and what the operating system said.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _settle(target)
         # Not tempfile.mkdtemp, whose directories no other user may read: bundles are served.
-        staging = target.parent / f".{target.name}-{uuid.uuid4().hex}"
+        staging = _hidden(target)
         staging.mkdir()
     except OSError as error:
         raise CheckpointError(_cannot_write(target, error)) from error
     try:
         yield staging
         _seal(staging)
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
+        _replace(target, staging)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         raise CheckpointError(_cannot_write(target, error)) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
+
+
+def find_whole(target: Path) -> Path:
+    """Where the version of `target` lies that a reader must use.
+
+    That is `target`, except after a writer was killed between its two renames: then it is the old
+    version beside it. Nothing is renamed here, as a reader may lack the right and a writer may be
+    at work. Where there is neither, `target` itself is returned.
+    """
+    aside = _aside(target)
+    return aside if aside.is_dir() and not target.exists() else target
+
+
+def names_in(directory: Path) -> set[str]:
+    """Names in `directory` under which `find_whole` finds a version."""
+    if not directory.is_dir():
+        return set()
+    names = set()
+    for path in directory.iterdir():
+        aside = _ASIDE_NAME.fullmatch(path.name)
+        if aside or not path.name.startswith("."):
+            names.add(aside[1] if aside else path.name)
+    return names
+
+
+def delete(target: Path) -> None:
+    """Delete every version of a directory; half of one is never left under its name."""
+    for place in (_aside(target), target):
+        if place.exists():
+            _discard(target, place)
+
+
+def delete_rubbish(directory: Path, names: re.Pattern[str]) -> None:
+    """Delete what killed writers left half-built or half-deleted of the names that match whole.
+
+    Only for the one who alone writes those names: the staging directory of a writer at work looks
+    the same. The old version of an unfinished replacement is no rubbish and stays.
+    """
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        rubbish = _HIDDEN_NAME.fullmatch(path.name)
+        if rubbish and names.fullmatch(rubbish[1]):
+            _remove(path)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _hidden(target: Path) -> Path:
+    return target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+
+
+def _replace(target: Path, staging: Path) -> None:
+    try:
+        if target.exists():
+            target.rename(_aside(target))
+        staging.rename(target)
+    finally:
+        _settle(target)
+
+
+def _settle(target: Path) -> None:
+    """End a replacement that stopped half-way: put the old version back, or delete it."""
+    aside = _aside(target)
+    if not aside.exists():
+        return
+    if target.exists():
+        _discard(target, aside)
+    else:
+        aside.rename(target)
+
+
+def _discard(target: Path, place: Path) -> None:
+    """Delete a version; it loses its name first, so that nobody reads half of it."""
+    hidden = _hidden(target)
+    place.rename(hidden)
+    _remove(hidden)
+
+
+def _remove(directory: Path) -> None:
+    # Shared storage keeps files that somebody has open; what stays bears a name that nobody reads.
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _cannot_write(target: Path, error: Exception) -> str:
@@ -100,11 +196,30 @@ def check_whole(directory: Path) -> None:
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
     """Load a safetensors file into a module whose tensors it must match exactly."""
+    restore_weights(module, load_tensors(path), str(path))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
     try:
-        module.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; delete its directory") from error
+
+
+def restore_weights(
+    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str
+) -> None:
+    """Put tensors into a module that they must match exactly; `source` is named in the error."""
+    try:
+        module.load_state_dict(tensors)
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} does not fit the configured selector: {error}; use the configuration that "
+            f"{source} does not fit the configured selector: {error}; use the configuration that "
             "it was saved with"
         ) from error
 

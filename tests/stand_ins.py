@@ -8,6 +8,7 @@ import numpy as np
 
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.generation.protocol import Sampling, TokenCount
+from rlrag.generation.weights import GeneratorWeights
 from rlrag.records import Generation, Passage, Prompt, Question, Score
 from rlrag.retrieval.candidates import CandidateTable
 
@@ -31,23 +32,30 @@ class ReadingGenerator:
     It scores an answer by whether the prompt holds it, so that good selections are rewarded.
     """
 
-    identity = "reading-generator"
-
     def __init__(self) -> None:
+        self.identity, self.version = "reading-generator", 0
         self.tokens = TokenCount()
         self.num_calls = 0
+
+    def load_weights(self, weights: GeneratorWeights) -> None:
+        self.identity, self.version = f"reading-{weights.digest}", weights.version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         self._count(prompts)
         return [
-            Generation(p.text.split(" | ")[0].split()[-1], -1.0, 1, len(p.token_ids))
+            Generation(p.text.split(" | ")[0].split()[-1], -1.0, 1, len(p.token_ids), self.version)
             for p in prompts
         ]
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
         self._count(prompts)
         return [
-            Score(-0.5 if bytes(a).decode() in p.text else -6.0, len(a), len(p.token_ids))
+            Score(
+                -0.5 if bytes(a).decode() in p.text else -6.0,
+                len(a),
+                len(p.token_ids),
+                self.version,
+            )
             for p, a in zip(prompts, answers, strict=True)
         ]
 

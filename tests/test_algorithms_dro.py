@@ -1,79 +1,24 @@
-"""DRO's weights, coefficients and loss against enumeration, hand computation and their edges."""
+"""DRO's weights and coefficients against enumeration, hand computation and their edges."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from enumerable_case import PERMUTATIONS, EnumerableCase, independent, mean_and_error
 
 from rlrag.algorithms import dro
 from rlrag.selection import plackett_luce
 
-NUM_CANDIDATES, NUM_SELECTED = 4, 2
-PERMUTATIONS = list(itertools.permutations(range(NUM_CANDIDATES), NUM_SELECTED))
+NAN, INF = float("nan"), float("inf")
 
 
-class EnumerableCase:
-    """Four candidates, two picks: all twelve permutations with their probability and gradient."""
-
-    def __init__(self, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.logits = torch.tensor(rng.normal(size=NUM_CANDIDATES), dtype=torch.float64)
-        self.likelihood_Z = torch.tensor(
-            rng.uniform(0.02, 0.9, size=len(PERMUTATIONS)), dtype=torch.float64
-        )
-        probabilities, gradients = [], []
-        for permutation in PERMUTATIONS:
-            probability, score = self._by_hand(permutation)
-            probabilities.append(probability)
-            gradients.append(score)
-        self.probability_Z = torch.tensor(probabilities, dtype=torch.float64)
-        self.score_ZN = torch.tensor(np.array(gradients))
-
-    def _by_hand(self, permutation: tuple[int, ...]) -> tuple[float, np.ndarray]:
-        """p(z) and d log p(z) / d logits, from the definition, without autograd."""
-        left = list(range(NUM_CANDIDATES))
-        probability, score = 1.0, np.zeros(NUM_CANDIDATES)
-        for pick in permutation:
-            strength = {j: math.exp(float(self.logits[j])) for j in left}
-            total = sum(strength.values())
-            probability *= strength[pick] / total
-            score[pick] += 1
-            for j in left:
-                score[j] -= strength[j] / total
-            left.remove(pick)
-        return probability, score
-
-    @property
-    def exact_gradient(self) -> torch.Tensor:
-        """d E[p(y|x,d_z)] / d logits."""
-        return ((self.probability_Z * self.likelihood_Z)[:, None] * self.score_ZN).sum(dim=0)
-
-    @property
-    def exact_log_gradient(self) -> torch.Tensor:
-        """d log E[p(y|x,d_z)] / d logits."""
-        return self.exact_gradient / (self.probability_Z * self.likelihood_Z).sum()
-
-    def estimates(
-        self, num_samples: int, weighting: str, baseline: str, repeats: int
-    ) -> torch.Tensor:
-        """Gradient estimates, shape (repeats, N), from the code's weights and hand-made scores."""
-        generator = torch.Generator().manual_seed(7)
-        draws_RM = torch.multinomial(
-            self.probability_Z.expand(repeats, -1), num_samples, True, generator=generator
-        )
-        rewards_RM = self.likelihood_Z.log()[draws_RM]
-        weights_RM = dro.importance_weights(rewards_RM, 1.0, weighting)
-        valid_RM = torch.ones_like(rewards_RM, dtype=torch.bool)
-        coefficient_RM = dro.coefficients(weights_RM, valid_RM, baseline)
-        return torch.einsum("rm,rmn->rn", coefficient_RM, self.score_ZN[draws_RM])
-
-
-def mean_and_error(estimates_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return estimates_RN.mean(dim=0), estimates_RN.std(dim=0) / len(estimates_RN) ** 0.5
+def weigh(rewards: list[float], tau: float = 1.0, weighting: str = "self_normalised", logw=None):
+    rewards_BM = torch.tensor([rewards], dtype=torch.float64)
+    log_weights_BM = independent(rewards_BM) if logw is None else torch.tensor([logw]).double()
+    return dro.importance_weights(rewards_BM, log_weights_BM, tau, weighting)[0].tolist()
 
 
 def test_enumeration_is_a_distribution_and_agrees_with_the_policy():
@@ -89,6 +34,69 @@ def test_raw_weights_are_unbiased_for_the_expected_likelihood(num_samples):
     case = EnumerableCase()
     mean, error = mean_and_error(case.estimates(num_samples, "raw", "none", 200_000))
     assert torch.all((mean - case.exact_gradient).abs() < 4 * error)
+
+
+@pytest.mark.parametrize("num_samples", [2, 4])
+def test_the_leave_one_out_baseline_keeps_the_mean_and_lowers_the_variance(num_samples):
+    case = EnumerableCase()
+    plain = case.estimates(num_samples, "raw", "none", 200_000)
+    centred = case.estimates(num_samples, "raw", "leave_one_out", 200_000)
+    mean, error = mean_and_error(centred)
+    assert torch.all((mean - case.exact_gradient).abs() < 4 * error)
+    assert centred.var(dim=0).sum() < 0.8 * plain.var(dim=0).sum()
+
+
+@pytest.mark.parametrize(
+    ("way", "baseline"),
+    [
+        ({}, "none"),
+        ({"temperature": 2.0}, "none"),
+        ({"temperature": 2.0}, "leave_one_out"),
+        ({"temperature": 0.7}, "none"),
+        ({"replacement": False}, "none"),
+        ({"replacement": False, "temperature": 2.0}, "none"),
+    ],
+)
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_raw_weights_are_unbiased_however_the_policy_draws(way, baseline, num_samples):
+    case = EnumerableCase()
+    draws_RM, log_weights_RM = case.policy_draws(num_samples, 5_000, **way)
+    coefficient_RM = case.coefficients(draws_RM, log_weights_RM, "raw", baseline)
+    if baseline == "leave_one_out" and num_samples == 1:
+        assert not coefficient_RM.any(), "one sample has nothing to be compared with"
+        return
+    mean, error = mean_and_error(
+        torch.einsum("rm,rmn->rn", coefficient_RM, case.score_ZN[draws_RM])
+    )
+    assert torch.all((mean - case.exact_gradient).abs() < 4 * error)
+
+
+def test_samples_without_replacement_estimate_with_less_variance():
+    case = EnumerableCase()
+    spread = {}
+    for replacement in (True, False):
+        draws_RM, log_weights_RM = case.policy_draws(8, 2_000, replacement=replacement)
+        coefficient_RM = case.coefficients(draws_RM, log_weights_RM, "raw", "none")
+        estimates = torch.einsum("rm,rmn->rn", coefficient_RM, case.score_ZN[draws_RM])
+        spread[replacement] = estimates.var(dim=0).sum()
+    assert spread[False] < 0.5 * spread[True]
+
+
+@pytest.mark.parametrize("num_samples", [12, 15])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_all_selections_without_replacement_give_the_exact_gradients(num_samples, temperature):
+    case = EnumerableCase()
+    draws, log_weights = case.policy_draws(
+        num_samples, 3, replacement=False, temperature=temperature
+    )
+    for weighting, baseline, exact in (
+        ("raw", "none", case.exact_gradient),
+        ("self_normalised", "none", case.exact_log_gradient),
+        ("self_normalised", "mean", case.exact_log_gradient),
+    ):
+        found = case.coefficients(draws, log_weights, weighting, baseline)
+        gradient = torch.einsum("rm,rmn->rn", found, case.score_ZN[draws])
+        assert torch.allclose(gradient, exact.expand(3, -1), atol=1e-12)
 
 
 def test_self_normalised_weights_tend_to_the_gradient_of_the_log():
@@ -123,7 +131,8 @@ def test_shares_of_the_gradient_in_the_thirty_permutation_case():
         draws = torch.multinomial(
             probability.expand(100_000, -1), num_samples, True, generator=generator
         )
-        weights = dro.importance_weights(likelihood.log()[draws], 1.0, "self_normalised")
+        rewards = likelihood.log()[draws]
+        weights = dro.importance_weights(rewards, independent(rewards), 1.0, "self_normalised")
         mean = torch.einsum("rm,rmn->n", weights, scores[draws]) / len(draws)
         share[num_samples] = (mean @ exact / exact.square().sum()).item()
     assert abs(share[1]) < 0.03
@@ -146,8 +155,8 @@ def test_autograd_through_the_loss_gives_the_same_numbers(baseline):
     case = EnumerableCase()
     draws = torch.tensor([[0, 5, 5, 11, 3]])
     positions = torch.tensor(PERMUTATIONS)[draws]
-    weights = dro.importance_weights(case.likelihood_Z.log()[draws], 1.0, "self_normalised")
-    coefficient = dro.coefficients(weights, torch.ones_like(weights, dtype=torch.bool), baseline)
+    log_weights = independent(case.likelihood_Z[draws])
+    coefficient = case.coefficients(draws, log_weights, "self_normalised", baseline)
     logits = case.logits.clone().requires_grad_()
     loss = dro.selector_loss(plackett_luce.log_prob(logits[None], positions), coefficient).sum()
     loss.backward()
@@ -156,29 +165,111 @@ def test_autograd_through_the_loss_gives_the_same_numbers(baseline):
 
 
 def test_weights_by_hand_and_at_their_edges():
-    nan, inf = float("nan"), float("inf")
-    weigh = lambda *rewards, tau=1.0: dro.importance_weights(  # noqa: E731
-        torch.tensor([rewards]), tau, "self_normalised"
-    )[0].tolist()
-    assert weigh(math.log(0.3), math.log(0.1)) == pytest.approx([0.75, 0.25])
-    assert weigh(1.0, 0.0, tau=0.5) == pytest.approx(
+    assert weigh([math.log(0.3), math.log(0.1)]) == pytest.approx([0.75, 0.25])
+    assert weigh([1.0, 0.0], tau=0.5) == pytest.approx(
         [math.e**2 / (math.e**2 + 1), 1 / (math.e**2 + 1)]
     )
-    assert weigh(-5.0, -5.0, -5.0, -5.0) == pytest.approx([0.25] * 4)
-    assert weigh(-2000.0, -2001.0) == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e)])
-    assert weigh(-3.0, nan) == [1.0, 0.0]
-    assert weigh(nan, nan) == [0.0, 0.0]
-    assert weigh(-3.0, -inf) == [1.0, 0.0]
+    assert weigh([-5.0] * 4) == pytest.approx([0.25] * 4)
+    assert weigh([-2000.0, -2001.0]) == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e)])
+    assert weigh([-3.0, NAN]) == [1.0, 0.0]
+    assert weigh([NAN, NAN]) == [0.0, 0.0]
+    assert weigh([-3.0, -INF]) == [1.0, 0.0]
+    assert weigh([-INF, -INF]) == [0.0, 0.0]
+    assert weigh([-7.0]) == [1.0]
+
+
+def test_raw_weights_by_hand_and_at_their_edges():
+    raw = lambda rewards, **more: weigh(rewards, weighting="raw", **more)  # noqa: E731
+    assert raw([math.log(0.3), math.log(0.1)]) == pytest.approx([0.15, 0.05])
+    assert raw([math.log(0.09), 0.0], tau=2.0) == pytest.approx([0.15, 0.5])
+    assert raw([math.log(0.3), NAN, math.log(0.1)]) == pytest.approx([0.15, 0.0, 0.05])
+    assert raw([NAN, NAN]) == [0.0, 0.0]
+    assert raw([-2000.0, -INF]) == [0.0, 0.0]
+
+
+def test_sample_weights_multiply_and_failed_samples_leave_theirs_to_the_others():
+    rewards, logw = [math.log(0.3), math.log(0.1), math.log(0.2)], np.log([0.5, 0.3, 0.1]).tolist()
+    assert weigh(rewards, weighting="raw", logw=logw) == pytest.approx([0.15, 0.03, 0.02])
+    assert weigh(rewards, logw=logw) == pytest.approx([0.75, 0.15, 0.1])
+    failed = [rewards[0], NAN, rewards[2]]  # .9 in all is shared by .5 and .1: .75 and .15
+    assert weigh(failed, weighting="raw", logw=logw) == pytest.approx([0.225, 0.0, 0.03])
+    assert weigh(failed, logw=logw) == pytest.approx([0.15 / 0.17, 0.0, 0.02 / 0.17])
+    padded = [*logw[:2], -INF]
+    assert weigh(rewards, weighting="raw", logw=padded) == pytest.approx([0.15, 0.03, 0.0])
+    assert weigh(rewards, logw=padded) == pytest.approx([0.15 / 0.18, 0.03 / 0.18, 0.0])
+    assert weigh([NAN, NAN, -1.0], logw=padded) == [0.0, 0.0, 0.0]
+
+
+def test_coefficients_by_hand():
+    rewards = torch.tensor([[math.log(0.3), math.log(0.1), math.log(0.2)]], dtype=torch.float64)
+    logw = torch.log(torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64))
+    valid = torch.tensor([[True, True, True]])
+    weights = dro.importance_weights(rewards, logw, 1.0, "self_normalised")
+    centred = dro.coefficients(weights, logw, valid, "mean")
+    share = [0.15 / 0.22, 0.03 / 0.22, 0.04 / 0.22]
+    assert centred[0].tolist() == pytest.approx(
+        [share[0] - 0.5, share[1] - 0.3, share[2] - 0.2], abs=1e-12
+    )
+    raw = dro.importance_weights(rewards, logw, 1.0, "raw")
+    found = dro.coefficients(raw, logw, valid, "leave_one_out")
+    assert found[0].tolist() == pytest.approx([0.5 * 0.15, 0.3 * -0.15, 0.0], abs=1e-12)
+    assert torch.equal(dro.coefficients(raw, logw, valid, "none"), raw)
+    rewards[0, 1] = NAN  # the others then stand for .5 / .7 and .2 / .7
+    raw = dro.importance_weights(rewards, logw, 1.0, "raw")
+    found = dro.coefficients(raw, logw, ~rewards.isnan(), "leave_one_out")
+    assert found[0].tolist() == pytest.approx([0.5 / 0.7 * 0.1, 0.0, 0.2 / 0.7 * -0.1], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "baseline"), [("self_normalised", "mean"), ("raw", "leave_one_out")]
+)
+def test_equal_rewards_single_samples_and_padding_have_no_coefficient(weighting, baseline):
+    def coefficient(rewards: list[float], logw: list[float]) -> list[float]:
+        rewards_BM, logw_BM = torch.tensor([rewards]), torch.tensor([logw])
+        weights = dro.importance_weights(rewards_BM, logw_BM, 1.0, weighting)
+        valid = dro.valid_samples(rewards_BM, logw_BM)
+        return dro.coefficients(weights, logw_BM, valid, baseline)[0].tolist()
+
+    for m in (1, 2, 3, 5, 6, 7, 8, 13):
+        assert coefficient([-1.3] * m, [-math.log(m)] * m) == [0.0] * m, "exactly, not nearly"
+    assert coefficient([-1.0, NAN, NAN], [-1.1] * 3) == [0.0] * 3
+    assert coefficient([-1.0, NAN, -1.0], [-1.1] * 3) == [0.0] * 3
+    assert coefficient([NAN, NAN], [-0.7] * 2) == [0.0] * 2
+    above, below, padding = coefficient([-1.0, -2.0, -2.0], [-0.7, -0.7, -INF])
+    assert above == -below > 0
+    assert padding == 0.0
 
 
 def test_failed_samples_neither_pull_nor_push():
-    rewards = torch.tensor([[-1.0, float("nan"), -1.0]])
-    weights = dro.importance_weights(rewards, 1.0, "self_normalised")
-    coefficient = dro.coefficients(weights, ~rewards.isnan(), "mean")
-    assert coefficient.tolist() == [[0.0, 0.0, 0.0]]
-    logp = torch.tensor([[-1.0, float("-inf"), -2.0]], requires_grad=True)
-    loss = dro.selector_loss(logp, dro.coefficients(weights, ~rewards.isnan(), "none"))
+    rewards = torch.tensor([[-1.0, NAN, -1.0]])
+    logw = independent(rewards)
+    weights = dro.importance_weights(rewards, logw, 1.0, "self_normalised")
+    logp = torch.tensor([[-1.0, -INF, -2.0]], requires_grad=True)
+    loss = dro.selector_loss(logp, dro.coefficients(weights, logw, ~rewards.isnan(), "none"))
+    loss.backward()
     assert loss.item() == pytest.approx(1.5)
+    assert logp.grad.tolist() == [[-0.5, 0.0, -0.5]]
+
+
+@pytest.mark.parametrize("num_samples", [1, 8])
+def test_a_batch_of_eight_equals_eight_batches_of_one(num_samples):
+    generator = torch.Generator().manual_seed(0)
+    rewards = -3 * torch.rand(8, num_samples, generator=generator)
+    rewards[2, 0], rewards[5] = NAN, NAN
+    logw = torch.randn(8, num_samples, generator=generator)
+    for weighting, baseline in (("self_normalised", "mean"), ("raw", "leave_one_out")):
+
+        def both(rows: slice, weighting: str = weighting, baseline: str = baseline):
+            weights = dro.importance_weights(rewards[rows], logw[rows], 1.0, weighting)
+            valid = dro.valid_samples(rewards[rows], logw[rows])
+            return weights, dro.coefficients(weights, logw[rows], valid, baseline)
+
+        for together, alone in zip(
+            both(slice(None)),
+            zip(*(both(slice(row, row + 1)) for row in range(8)), strict=True),
+            strict=True,
+        ):
+            assert torch.allclose(together, torch.cat(alone), atol=1e-7)
 
 
 def test_diagnostics_by_hand():
@@ -190,8 +281,23 @@ def test_diagnostics_by_hand():
     assert result.entropy.tolist() == pytest.approx([math.log(2), math.log(4)])
     assert result.zero_signal.tolist() == [False, True]
     assert result.duplicate_share.tolist() == [0.25, 0.75]
-    nothing = dro.diagnostics(
-        torch.zeros(1, 2), torch.full((1, 2), float("nan")), positions[:1, :2]
-    )
+    assert result.log_weight_variance.tolist() == [0.0, 0.0]
+    nothing = dro.diagnostics(torch.zeros(1, 2), torch.full((1, 2), NAN), positions[:1, :2])
     assert nothing.ess.tolist() == [0.0]
     assert nothing.zero_signal.tolist() == [True]
+    assert nothing.log_weight_variance.tolist() == [0.0]
+
+
+def test_log_weight_variance_by_hand_whatever_the_scale():
+    """log w = -1, -3, -5 up to a constant: variance ((2)^2 + 0 + (2)^2) / 2 = 4."""
+    weights = torch.tensor([[-1.0, -3.0, -5.0, -INF]]).exp()
+    rewards = torch.tensor([[-1.0, -3.0, -5.0, NAN]])
+    positions = torch.tensor([[[0], [1], [2], [3]]])
+    for scale in (1.0, 0.01):
+        result = dro.diagnostics(scale * weights, rewards, positions)
+        assert result.log_weight_variance.tolist() == pytest.approx([4.0])
+
+
+def test_diagnostics_of_one_sample():
+    one = dro.diagnostics(torch.ones(1, 1), torch.tensor([[-4.0]]), torch.tensor([[[2, 0]]]))
+    assert [value.item() for value in one] == [1.0, 0.0, True, 0.0, 0.0]

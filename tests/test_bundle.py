@@ -9,14 +9,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from stand_ins import make_table
+from tiny_models import save_tiny_llama
 
 from rlrag.bundle import FORMAT, Bundle, load_bundle, save_bundle
-from rlrag.config import RunConfig
+from rlrag.config import GeneratorTrainingConfig, RunConfig
 from rlrag.errors import CheckpointError, ModelNotFoundError
 from rlrag.evaluation.systems import greedy_picks
+from rlrag.generation.protocol import Sampling
+from rlrag.generation.transformers_backend import TransformersGenerator
+from rlrag.generation.weights import pack_weights
 from rlrag.models import weights_hash
 from rlrag.pipeline import open_policy
+from rlrag.records import Prompt
 from rlrag.storage import whole_directory
+from rlrag.training.generator_model import TrainableGenerator
 
 HASHES = {"corpus": "c" * 16, "train_questions": "q" * 16}
 
@@ -49,6 +55,32 @@ def trained_policy(config: RunConfig, seed: int = 1):
 def saved(config, tmp_path) -> Path:
     save_bundle(tmp_path / "bundle", config, trained_policy(config), make_table(4), HASHES, 12)
     return tmp_path / "bundle"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def trained(model_dir) -> TrainableGenerator:
+    """A tiny generator whose adapter is not zero."""
+    generator = TrainableGenerator(model_dir, GeneratorTrainingConfig(lora_rank=2), "cpu", seed=0)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in generator.trainable_parameters().values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return generator
+
+
+@pytest.fixture
+def with_generator(small_config, model_dir, trained, tmp_path) -> Path:
+    generator = small_config.generator.model_copy(update={"model": str(model_dir)})
+    config = small_config.model_copy(update={"generator": generator})
+    policy = trained_policy(config)
+    directory = tmp_path / "bundle"
+    save_bundle(directory, config, policy, make_table(4), HASHES, 7, trained.save_pretrained)
+    return directory
 
 
 def rewrite(bundle: Path, name: str, **changes) -> None:
@@ -118,6 +150,72 @@ def test_another_format_is_refused_before_anything_else_is_read(saved):
         CheckpointError, match=rf"has format {FORMAT + 1}, this version reads {FORMAT}"
     ):
         load_bundle(saved)
+
+
+def test_a_bundle_of_the_format_before_trained_generators_is_refused(saved):
+    assert FORMAT == 2
+    rewrite(saved, "bundle.json", format=1)
+    with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
+        load_bundle(saved)
+
+
+def test_without_a_trained_generator_there_are_no_weights(saved):
+    bundle = load_bundle(saved)
+    assert bundle.generator_dir is None
+    assert bundle.generator_weights("float32") is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trained_generator_comes_back_as_engines_take_it(with_generator, trained, dtype):
+    """The weights are those that the learner would publish, name by name and bit by bit."""
+    bundle = load_bundle(with_generator)
+    assert bundle.generator_dir == with_generator / "generator"
+    found = bundle.generator_weights(dtype)
+    merged = trained.merged_tensors(getattr(torch, dtype))
+    assert found.version == 1
+    assert found.tensors.keys() == merged.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in merged.items())
+    assert found.digest == pack_weights(merged, 0).digest
+
+
+def test_an_engine_answers_alike_from_the_bundles_directory_and_its_weights(
+    with_generator, model_dir
+):
+    bundle = load_bundle(with_generator)
+    pushed, untrained = (TransformersGenerator(model_dir, "float32", "cpu") for _ in range(2))
+    pushed.load_weights(bundle.generator_weights("float32"))
+    opened = TransformersGenerator(bundle.generator_dir, "float32", "cpu")
+    prompts = [Prompt(tuple(range(5, 25)), "", 1), Prompt(tuple(range(40, 50)), "", 1)]
+    answers = [(7, 8, 9), (11,)]
+    found, expected, before = (
+        [s.logp for s in engine.score(prompts, answers)] for engine in (pushed, opened, untrained)
+    )
+    assert found == expected != before
+    texts = [
+        [g.text for g in engine.generate(prompts, Sampling(max_new_tokens=4))]
+        for engine in (pushed, opened)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_the_tokenizer_comes_along(with_generator, model_dir):
+    names = {path.name for path in (with_generator / "generator").iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"} <= names
+    assert "manifest.json" not in names
+
+
+def test_a_damaged_generator_is_named(with_generator):
+    path = with_generator / "generator" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(CheckpointError, match=r"generator/model\.safetensors is missing, trunc"):
+        load_bundle(with_generator)
+
+
+def test_a_bundle_that_was_being_replaced_when_its_writer_was_killed_is_read(with_generator):
+    with_generator.rename(with_generator.with_name(".bundle.replaced"))
+    bundle = load_bundle(with_generator)
+    assert bundle.facts.step == 7
+    assert bundle.generator_weights("float32") is not None
 
 
 def test_a_selector_of_another_shape_is_refused(config, saved):

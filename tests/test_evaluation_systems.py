@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,7 @@ def run(
     seed: int = 0,
     generator: ReadingGenerator | None = None,
     progress=lambda name: None,
+    tune_generator=lambda: None,
 ) -> EvaluationTable:
     config = RunConfig(
         seed=seed,
@@ -80,7 +82,7 @@ def run(
     )
     reward = open_reward(config, generator or ReadingGenerator(), WordPrompts())
     policy = PlackettLucePolicy(LastFirst(), num_selected)
-    return evaluate(config, policy, table, reward, progress)
+    return evaluate(config, policy, table, reward, progress, tune_generator)
 
 
 @pytest.mark.parametrize(
@@ -149,12 +151,12 @@ def test_the_generator_reads_what_each_system_picked():
         progress=names.append,
     )
     question = "which word is blue"
-    assert names == ["no_retrieval", "retriever_order", "trained", "oracle"]
+    assert names == ["no_retrieval", "retriever_order", "oracle", "trained"]
     assert generator.calls == [
         [question] * 3,
         [f"it says {w[0]} | it says {w[1]} | {question}" for w in SAID],
-        [f"it says {w[2]} | it says {w[1]} | {question}" for w in SAID],
         [f"it says {word} | {question}" for words in SAID for word in words],
+        [f"it says {w[2]} | it says {w[1]} | {question}" for w in SAID],
     ]
 
 
@@ -224,3 +226,83 @@ def test_greedy_picks_do_not_depend_on_batches(small_config, num_questions):
 def test_an_untrained_policy_is_the_retriever(small_config):
     table = make_table(20)
     assert greedy_picks(open_policy(small_config, table), table).tolist() == [[0]] * 20
+
+
+class Tunable(Listening):
+    """Says the first word of the first passage once it was tuned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tuned, self.events = False, []
+
+    def tune(self) -> None:
+        self.tuned = True
+        self.events.append("tune")
+
+    def generate(self, prompts, sampling):
+        answers = super().generate(prompts, sampling)
+        return [replace(a, text="tuned") for a in answers] if self.tuned else answers
+
+
+def test_what_the_trained_generator_answers_comes_last_in_the_order_that_was_asked():
+    """The untrained generator answers for the trained selector; the table keeps its order."""
+    generator = Tunable()
+    asked = (
+        *("trained", "no_retrieval", "tuned_generator", "tuned_selector"),
+        *("oracle", "retriever_order"),
+    )
+    table = run(
+        three_questions(),
+        *asked,
+        generator=generator,
+        progress=generator.events.append,
+        tune_generator=generator.tune,
+    )
+    assert generator.events == [
+        *("no_retrieval", "tuned_selector", "oracle", "retriever_order"),
+        *("tune", "trained", "tuned_generator"),
+    ]
+    assert tuple(table.systems) == asked
+
+
+def test_tuned_systems_differ_in_who_picks_and_who_answers():
+    """The policy prefers the last candidate: rome, peru, blue; the retriever wrong, lima, red."""
+    golden = (("rome",), ("peru",), ("tuned",))
+    table = three_questions()
+    questions = tuple(
+        Question(q.id, q.question, answers)
+        for q, answers in zip(table.questions, golden, strict=True)
+    )
+    table = CandidateTable(**{**vars(table), "questions": questions})
+    generator = Tunable()
+    found = run(
+        table,
+        *("retriever_order", "tuned_selector", "tuned_generator", "trained"),
+        generator=generator,
+        tune_generator=generator.tune,
+    ).systems
+    first, last = ([f"it says {words[n]} | which word is blue" for words in SAID] for n in (0, 2))
+    assert generator.calls == [first, last, first, last]
+    assert {name: metrics.em for name, metrics in found.items()} == pytest.approx(
+        {
+            "retriever_order": 0,
+            "tuned_selector": 2 / 3,
+            "tuned_generator": 1 / 3,
+            "trained": 1 / 3,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("systems", "times"),
+    [
+        (("no_retrieval", "retriever_order", "tuned_selector", "oracle"), 0),
+        (("trained",), 1),
+        (("tuned_generator",), 1),
+        (("tuned_generator", "random_order", "trained"), 1),
+    ],
+)
+def test_the_generator_is_tuned_once_and_only_where_it_is_asked(systems, times):
+    generator = Tunable()
+    run(three_questions(), *systems, generator=generator, tune_generator=generator.tune)
+    assert generator.events == ["tune"] * times

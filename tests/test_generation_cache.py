@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,23 +16,32 @@ import pytest
 from rlrag.errors import GenerationError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
+from rlrag.generation.weights import GeneratorWeights
 from rlrag.records import Generation, Prompt, Score
 
 
 class Arithmetic:
     """Answers from the token ids alone; remembers what it was asked and fails on token 99999."""
 
-    identity = "arithmetic-1"
-
     def __init__(self) -> None:
+        self.identity, self.version = "arithmetic-1", 0
         self.tokens = TokenCount()
         self.asked: list[int] = []
+
+    def load_weights(self, weights) -> None:
+        self.identity, self.version = f"arithmetic-{weights.digest}", weights.version
 
     def generate(self, prompts, sampling) -> list[Generation]:
         self._note(prompts)
         # A draw that differs at every call, as an engine's rounding may.
         return [
-            Generation(f"é{sum(p.token_ids)}", -math.pi * len(self.asked), 3, len(p.token_ids))
+            Generation(
+                f"é{sum(p.token_ids)}",
+                -math.pi * len(self.asked),
+                3,
+                len(p.token_ids),
+                self.version,
+            )
             for p in prompts
         ]
 
@@ -42,7 +52,7 @@ class Arithmetic:
                 -sum(a) / 3 - p.token_ids[0] - len(self.asked) / 7,
                 len(a),
                 len(p.token_ids),
-                version=2,
+                self.version,
             )
             for p, a in zip(prompts, answers, strict=True)
         ]
@@ -129,6 +139,88 @@ def test_what_was_computed_before_a_failure_stays(tmp_path):
     assert inner.asked == list(range(10))
 
 
+def weights(version: int, digest: str) -> GeneratorWeights:
+    return GeneratorWeights(version, digest, {})
+
+
+def test_equal_weights_share_results_and_each_run_tags_them_with_its_version(tmp_path):
+    first, second = Arithmetic(), Arithmetic()
+    one, other = CachedGenerator(first, tmp_path), CachedGenerator(second, tmp_path)
+    one.load_weights(weights(3, "same"))
+    other.load_weights(weights(8, "same"))
+    computed, stored = one.score([prompt(1)], [(2,)]), other.score([prompt(1)], [(2,)])
+    assert second.asked == []
+    assert (computed[0].version, stored[0].version) == (3, 8)
+    assert stored[0].logp == computed[0].logp
+    assert one.generate([prompt(1)], Sampling())[0].version == 3
+    assert other.generate([prompt(1)] * 2, Sampling())[1].version == 8
+    assert second.asked == []
+
+
+def test_other_weights_share_nothing(tmp_path):
+    inner = Arithmetic()
+    cached = CachedGenerator(inner, tmp_path)
+    for digest in ("a", "b", "a"):
+        cached.score([prompt(1)], [(2,)])
+        cached.load_weights(weights(inner.version + 1, digest))
+    assert inner.asked == [1, 1, 1]  # on the first weights, on a, on b
+    assert cached.score([prompt(1)], [(2,)])[0].version == cached.version == 3
+    assert inner.asked == [1, 1, 1]  # a again
+
+
+def test_a_result_of_another_version_is_refused_and_not_stored(tmp_path):
+    class Untagged(Arithmetic):
+        def score(self, prompts, answers):
+            return [Score(-1.0, 1, 1) for _ in prompts]
+
+    cached = CachedGenerator(Untagged(), tmp_path)
+    cached.load_weights(weights(4, "a"))
+    with pytest.raises(GenerationError, match="version 0 where version 4"):
+        cached.score([prompt(1)], [(2,)])
+    fresh = Arithmetic()
+    again = CachedGenerator(fresh, tmp_path)
+    again.load_weights(weights(4, "a"))
+    again.score([prompt(1)], [(2,)])
+    assert fresh.asked == [1]
+
+
+def test_a_push_waits_for_the_calls_that_run(tmp_path):
+    class Slow(Arithmetic):
+        def score(self, prompts, answers):
+            started.set()
+            assert not loaded.wait(0.2)
+            return super().score(prompts, answers)
+
+        def load_weights(self, pushed):
+            super().load_weights(pushed)
+            loaded.set()
+
+    started, loaded = threading.Event(), threading.Event()
+    cached = CachedGenerator(Slow(), tmp_path, chunk_size=1)
+    found: list[Score] = []
+    call = threading.Thread(
+        target=lambda: found.extend(cached.score([prompt(i) for i in range(3)], [(1,)] * 3))
+    )
+    call.start()
+    started.wait(10)
+    cached.load_weights(weights(1, "a"))
+    call.join(10)
+    assert [score.version for score in found] == [0, 0, 0]
+    assert cached.version == 1
+
+
+def test_only_a_client_of_shared_engines_follows_weights(tmp_path):
+    class Client(Arithmetic):
+        def expect_weights(self, version, digest):
+            self.load_weights(weights(version, digest))
+
+    cached = CachedGenerator(Client(), tmp_path)
+    cached.expect_weights(5, "a")
+    assert cached.score([prompt(1)], [(2,)])[0].version == 5
+    with pytest.raises(GenerationError, match="Arithmetic shares its engine with nobody"):
+        CachedGenerator(Arithmetic(), tmp_path).expect_weights(5, "a")
+
+
 def test_nan_is_refused_and_not_stored(tmp_path):
     class Broken(Arithmetic):
         def score(self, prompts, answers):
@@ -177,7 +269,7 @@ from rlrag.generation.protocol import Sampling, TokenCount
 from rlrag.records import Generation, Prompt
 
 class Slow:
-    identity = "slow"
+    identity, version = "slow", 0
     tokens = TokenCount()
     asked = 0
     def generate(self, prompts, sampling):

@@ -26,7 +26,7 @@ HANG, DIE, DIE_ONCE, RAISE = 10_001, 10_002, 10_003, 10_004
 class Echo:
     """Answers with its prompt's tokens; some tokens make it hang, die or raise."""
 
-    identity = "echo"
+    identity, version = "echo", 0
 
     def __init__(self, folder: Path, pause_s: float = 0.0) -> None:
         self.tokens = TokenCount()
@@ -246,6 +246,7 @@ def test_another_model_on_a_node_is_refused(open_pool):
 
 def test_clients_in_other_processes_use_the_same_actors(open_pool, tmp_path):
     pool = open_pool()
+    pool.wait_until_ready()
     cached = CachedGenerator(pool, tmp_path / "cache")
 
     @ray.remote(num_cpus=0.5)

@@ -1,15 +1,77 @@
-"""The training program and a head node that is not there."""
+"""The training program on clusters: one that is not there, one that starts late, a real one."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from training_program import (
+    ROOT,
+    Family,
     TrainingProgram,
+    quiet_environment,
+    read_metrics,
+    tiny_flags,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+from jobs.cluster import start_twice
+from rlrag.errors import SetupError
 
 
+class LateCluster:
+    """Starts only after some failures."""
+
+    def __init__(self, num_failures: int) -> None:
+        self._left = num_failures
+        self.calls: list[str] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+        if self._left:
+            self._left -= 1
+            # The class and the words of Ray 2.60 when a raylet does not register in time.
+            raise Exception("The current node timed out\nduring startup.")
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+
+def test_a_cluster_that_starts_is_started_once(capsys):
+    found = LateCluster(0)
+    start_twice(found.start, found.end)
+    assert found.calls == ["start"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_cluster_that_fails_once_is_cleared_away_and_started_again(capsys):
+    found = LateCluster(1)
+    start_twice(found.start, found.end)
+    assert found.calls == ["start", "end", "start"]
+    assert capsys.readouterr().err == (
+        "Ray did not start on this machine (Exception: The current node timed out during "
+        "startup.); trying once more\n"
+    )
+
+
+def test_a_cluster_that_fails_twice_is_an_error_that_says_what_to_do(capsys):
+    found = LateCluster(2)
+    with pytest.raises(SetupError, match=r"tried twice: Exception: The .* startup\.; wait until"):
+        start_twice(found.start, found.end)
+    assert found.calls == ["start", "end", "start", "end"]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_an_unreachable_cluster_is_named_in_bounded_time(tmp_path, unused_port):
     address = f"127.0.0.1:{unused_port}"
     flags = ["--generator.backend", "transformers"]
@@ -21,3 +83,165 @@ def test_an_unreachable_cluster_is_named_in_bounded_time(tmp_path, unused_port):
     last = program.stderr().splitlines()[-1]
     assert last.startswith(f"error: cannot reach a Ray cluster at {address}: ")
     assert "RAY_ADDRESS" in last
+    assert "once more" not in program.stderr()
+
+
+NUM_TRIES = 3
+ANSWER_TIMEOUT_S = 180.0
+SMALL_JOB_TIMEOUT_S = 300.0
+JOB_TIMEOUT_S = 1200.0
+RAY = str(Path(sys.executable).with_name("ray"))
+
+# Ends with the test, also when that is killed: the end of its input tells.
+_UNTIL_INPUT_ENDS = """
+import subprocess, sys, threading
+
+head = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+
+def end():
+    sys.stdin.read()
+    head.terminate()
+
+threading.Thread(target=end, daemon=True).start()
+sys.exit(head.wait())
+"""
+
+
+def head_command(folder: Path, dashboard_port: int) -> list[str]:
+    """Every port is its own: with Ray's fixed ones two clusters on a machine get no job agent."""
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "port": 0,
+        "temp-dir": folder / "ray",
+        "num-cpus": 2,
+        "object-store-memory": 256 * 2**20,
+        "include-dashboard": "true",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard_port,
+        "dashboard-agent-listen-port": 0,
+        "ray-client-server-port": free_port(),
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [RAY, "start", "--head", "--block", "--disable-usage-stats", *flags]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def job_environment() -> dict[str, str]:
+    """For the head node and those who ask it; all are on the loopback interface."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return quiet_environment(RAY_AUTH_MODE="disabled", PATH=programs)
+
+
+class HeadNode:
+    """A head node with a dashboard, in a process of its own; it lies in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.address = f"http://127.0.0.1:{port}"
+        self._said = folder / "said"
+        with self._said.open("w") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _UNTIL_INPUT_ENDS, *head_command(folder, port)],
+                env=job_environment(),
+                stdin=subprocess.PIPE,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._family = Family(self._process.pid)
+
+    def why_not_ready(self) -> str:
+        """Wait until it takes jobs; what went wrong when it does not, else nothing."""
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                return f"no answer from {self.address}: {self._said.read_text()[-3000:]}"
+            time.sleep(0.5)
+        for words in (["list"], ["submit", "--", "python", "-c", "print(1)"]):
+            done = self.job(*words, timeout_s=SMALL_JOB_TIMEOUT_S)
+            if done.returncode:
+                return f"ray job {words[0]}: {done.stdout[-3000:]}"
+        return ""
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.address}/api/version", timeout=5) as answer:
+                return "ray_version" in json.load(answer)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def job(self, action: str, *words: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """`ray job ACTION --address ... WORDS`, with exit code 124 when it does not end in time."""
+        command = [RAY, "job", action, "--address", self.address, *words]
+        try:
+            return subprocess.run(
+                command,
+                cwd=ROOT,
+                env=job_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout_s,
+            )
+        except subprocess.TimeoutExpired as error:
+            said = f"no end in {timeout_s:g} s: {error.output!r}"
+            return subprocess.CompletedProcess(command, 124, said)
+
+    def end(self) -> None:
+        """End it and all that it started."""
+        self._family.look()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._family.end()
+            self._process.wait()
+
+
+@pytest.fixture
+def head_node(tmp_path_factory) -> Iterator[HeadNode]:
+    """One that takes jobs. On a busy machine it may start too late: three tries."""
+    said = []
+    for _ in range(NUM_TRIES):
+        # Ray's sockets lie below; their paths may not be longer than 107 characters.
+        head = HeadNode(tmp_path_factory.mktemp("h"))
+        try:
+            said.append(head.why_not_ready())
+            if not said[-1]:
+                yield head
+                return
+        finally:
+            head.end()
+    pytest.fail("\n\n".join(["no head node that takes jobs:", *said]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4000)
+def test_a_job_that_is_submitted_to_a_cluster_trains_there(tmp_path, head_node):
+    run_dir = tmp_path / "run"
+    done = head_node.job(
+        "submit",
+        *("--working-dir", str(ROOT), "--", "python", "-m", "jobs.train", "quickstart"),
+        *tiny_flags(tmp_path),
+        *("--training.num-epochs", "1"),
+        *("--run-dir", str(run_dir), "--cache-dir", str(tmp_path / "cache")),
+        timeout_s=JOB_TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "succeeded" in done.stdout
+    assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2, 3, 4, 5]
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert evaluation["num_questions"] == 8
+    assert {"retriever_order", "trained"} <= evaluation["systems"].keys()
+    assert (run_dir / "bundle" / "bundle.json").is_file()

@@ -124,3 +124,44 @@ def test_best_rows_equals_a_stable_sort() -> None:
         k = int(rng.integers(1, len(scores_P) + 1))
         expected = sorted(range(len(scores_P)), key=lambda row, s=scores_P: (-s[row], row))[:k]
         assert best_rows(scores_P, k).tolist() == expected
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize(("k1", "b"), [(0.9, 0.4), (2.0, 1.0)])
+def test_the_index_is_the_one_that_the_library_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, k1: float, b: float
+) -> None:
+    import bm25s
+
+    monkeypatch.setattr("rlrag.retrieval.bm25._BLOCK_PASSAGES", block)
+    rng = np.random.default_rng(0)
+    # Some passages have no word; some words are in nearly all, most in few.
+    texts = [
+        " ".join(f"word{w}" for w in rng.zipf(1.4, rng.integers(0, 30)) % 97) for _ in range(100)
+    ]
+    corpus = toy_corpus(tuple(("", text) for text in texts))
+    ours = open_toy(tmp_path, corpus, k1, b)._index
+    vocabulary: dict[str, int] = {}
+    ids = [[vocabulary.setdefault(w, len(vocabulary)) for w in split_words(t)] for t in texts]
+    theirs = bm25s.BM25(k1=k1, b=b, method="lucene")
+    theirs.index((ids, vocabulary), create_empty_token=False, show_progress=False)
+    assert ours.vocab_dict == theirs.vocab_dict
+    assert ours.scores["num_docs"] == theirs.scores["num_docs"] == 100
+    for name in ("indptr", "indices", "data"):
+        assert ours.scores[name].dtype == theirs.scores[name].dtype
+    np.testing.assert_array_equal(ours.scores["indptr"], theirs.scores["indptr"])
+    np.testing.assert_array_equal(ours.scores["indices"], theirs.scores["indices"])
+    np.testing.assert_allclose(ours.scores["data"], theirs.scores["data"], rtol=2e-7)
+
+
+def test_only_the_index_is_left_on_disk(tmp_path: Path) -> None:
+    open_toy(tmp_path, toy_corpus(), 0.9, 0.4)
+    (directory,) = tmp_path.iterdir()
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "data.csc.index.npy",
+        "indices.csc.index.npy",
+        "indptr.csc.index.npy",
+        "manifest.json",
+        "params.index.json",
+        "vocab.index.json",
+    ]

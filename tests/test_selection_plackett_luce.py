@@ -36,15 +36,24 @@ def make_batch(num_questions: int = 3, num_candidates: int = 5, seed: int = 0) -
     )
 
 
-def make_scorer(trained: bool) -> FeatureScorer:
+def make_scorer(trained: bool, num_selected: int = 2) -> FeatureScorer:
     torch.manual_seed(0)
     scorer = FeatureScorer(
-        num_scores=3, vector_size=8, hidden_size=16, projection_size=4, prior_scale=0.5
+        num_scores=3,
+        vector_size=8,
+        num_selected=num_selected,
+        hidden_size=16,
+        projection_size=4,
+        prior_scale=0.5,
     )
     if trained:
         nn.init.normal_(scorer.out.weight, std=2.0)
         nn.init.normal_(scorer.project_passage.weight, std=0.3)
     return scorer
+
+
+def make_policy(trained: bool, num_selected: int = 2) -> PlackettLucePolicy:
+    return PlackettLucePolicy(make_scorer(trained, num_selected), num_selected)
 
 
 @pytest.mark.parametrize("num_selected", [1, 2, 4])
@@ -80,34 +89,156 @@ def test_samples_follow_the_distribution_and_their_seed():
         assert share == pytest.approx(expected.item(), abs=4 * math.sqrt(0.25 / 60_000))
 
 
-def test_a_question_is_drawn_alike_in_any_batch():
-    policy = PlackettLucePolicy(make_scorer(trained=True), num_selected=3)
-    whole = make_batch()
-    together = policy.sample(whole, 4, seeds=[10, 11, 12])
-    for row in range(3):
-        alone = policy.sample(take(whole, [row]), 4, seeds=[10 + row])
+WAYS_TO_DRAW = [
+    {},
+    {"temperature": 2.0},
+    {"replacement": False},
+    {"temperature": 2.0, "replacement": False},
+]
+
+
+@pytest.mark.parametrize("way", WAYS_TO_DRAW)
+def test_a_question_is_drawn_alike_in_any_batch(way):
+    policy = make_policy(trained=True, num_selected=3)
+    whole = make_batch(num_questions=8)
+    together = policy.sample(whole, 4, seeds=list(range(10, 18)), **way)
+    for row in range(8):
+        alone = policy.sample(take(whole, [row]), 4, seeds=[10 + row], **way)
         assert np.array_equal(alone.positions_BMK[0], together.positions_BMK[row])
         assert alone.logp_BM[0] == pytest.approx(together.logp_BM[row], abs=1e-5)
+        assert alone.log_weights_BM[0] == pytest.approx(together.log_weights_BM[row], abs=1e-5)
 
 
-def test_sampled_log_probabilities_are_those_of_the_learner():
-    policy = PlackettLucePolicy(make_scorer(trained=True), num_selected=3)
-    drawn = policy.sample(make_batch(), 6, seeds=[1, 2, 3])
+@pytest.mark.parametrize("way", WAYS_TO_DRAW)
+def test_one_seed_repeats_and_two_differ(way):
+    policy = make_policy(trained=True, num_selected=3)
+    first, again, other = (
+        policy.sample(make_batch(1), 6, seeds=[seed], **way) for seed in ([5, 1], [5, 1], [5, 2])
+    )
+    assert np.array_equal(first.positions_BMK, again.positions_BMK)
+    assert np.array_equal(first.log_weights_BM, again.log_weights_BM)
+    assert not np.array_equal(first.positions_BMK, other.positions_BMK)
+
+
+@pytest.mark.parametrize("way", WAYS_TO_DRAW)
+def test_sampled_log_probabilities_are_those_of_the_learner(way):
+    policy = make_policy(trained=True, num_selected=3)
+    drawn = policy.sample(make_batch(), 6, seeds=[1, 2, 3], **way)
     ratio = (
         policy.log_prob(make_batch(), drawn.positions_BMK) - torch.from_numpy(drawn.logp_BM)
     ).exp()
-    assert torch.allclose(ratio, torch.ones_like(ratio))
+    assert torch.equal(ratio, torch.ones_like(ratio))
+
+
+class FixedLogits(nn.Module):
+    """The same logits for every question."""
+
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__()
+        self.logits_N = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, batch: CandidateBatch) -> torch.Tensor:
+        return self.logits_N.expand(len(batch), -1)
+
+
+def test_independent_draws_weigh_one_over_m_exactly():
+    policy = make_policy(trained=True, num_selected=3)
+    drawn = policy.sample(make_batch(), 6, seeds=[1, 2, 3])
+    assert drawn.log_weights_BM.tolist() == [[-math.log(6)] * 6] * 3
+    logits = policy.logits(make_batch()).detach().double().numpy()
+    assert np.array_equal(
+        drawn.positions_BMK, plackett_luce.sample(logits, 6, 3, seeds=[1, 2, 3])
+    ), "temperature 1 draws what the policy always drew"
+
+
+def test_a_tempered_draw_weighs_the_ratio_of_both_probabilities():
+    """p = (4, 1) / 5 and at temperature 2 q = (2, 1) / 3: a = p / (m q) = 1.2 / m or 0.6 / m."""
+    policy = PlackettLucePolicy(FixedLogits([math.log(4.0), 0.0]), num_selected=1)
+    drawn = policy.sample(make_batch(1, 2), 3000, seeds=[0], temperature=2.0)
+    picks_M = drawn.positions_BMK[0, :, 0]
+    assert np.mean(picks_M == 0) == pytest.approx(2 / 3, abs=4 * math.sqrt(2 / 9 / 3000))
+    expected_M = np.where(picks_M == 0, 1.2, 0.6) / 3000
+    assert np.exp(drawn.log_weights_BM[0]) == pytest.approx(expected_M, rel=1e-6)
+    assert np.exp(drawn.logp_BM[0]) == pytest.approx(np.where(picks_M == 0, 0.8, 0.2), rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_draws_without_replacement_differ_and_pad_when_there_are_too_few(temperature):
+    policy = PlackettLucePolicy(FixedLogits([1.0, 0.0, -1.0]), num_selected=2)
+    some = policy.sample(
+        make_batch(2, 3), 4, seeds=[0, 1], temperature=temperature, replacement=False
+    )
+    for row in some.positions_BMK.tolist():
+        assert len({tuple(selection) for selection in row}) == 4
+    every = policy.sample(
+        make_batch(2, 3), 8, seeds=[0, 1], temperature=temperature, replacement=False
+    )
+    assert every.positions_BMK.shape == (2, 8, 2)
+    weights_BM = np.exp(every.log_weights_BM)
+    assert weights_BM[:, :6] == pytest.approx(np.exp(every.logp_BM[:, :6]), rel=1e-5)
+    assert weights_BM.sum(axis=1).tolist() == pytest.approx([1.0, 1.0])
+    assert np.all(every.log_weights_BM[:, 6:] == -np.inf)
+    assert np.array_equal(every.positions_BMK[:, 6:], every.positions_BMK[:, [5, 5]])
 
 
 def test_untrained_greedy_is_the_retrievers_order_exactly():
-    policy = PlackettLucePolicy(make_scorer(trained=False), num_selected=5)
+    policy = make_policy(trained=False, num_selected=5)
     assert policy.greedy(make_batch()).tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
 def test_trained_greedy_follows_the_logits():
-    policy = PlackettLucePolicy(make_scorer(trained=True), num_selected=5)
-    logits = policy.logits(make_batch()).detach()
-    assert policy.greedy(make_batch()).tolist() == logits.argsort(descending=True).tolist()
+    policy = make_policy(trained=True, num_selected=5)
+    logits_BKN = policy.logits(make_batch()).detach().numpy()
+    for logits_KN, found in zip(logits_BKN, policy.greedy(make_batch()), strict=True):
+        left = list(range(5))
+        for logits_N, pick in zip(logits_KN, found, strict=True):
+            assert pick == max(left, key=lambda n: logits_N[n])
+            left.remove(pick)
+
+
+def test_logits_of_each_pick_give_the_probability_of_a_loop():
+    """The last place may want what the first place does not; one row of logits cannot say so."""
+    logits_BKN = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2)).double()
+    every = list(itertools.permutations(range(4), 3))
+    found = plackett_luce.log_prob(logits_BKN, torch.tensor([every] * 2))
+    for logits_KN, logp_M in zip(logits_BKN.tolist(), found.tolist(), strict=True):
+        for picks, logp in zip(every, logp_M, strict=True):
+            expected, left = 0.0, set(range(4))
+            for logits_N, pick in zip(logits_KN, picks, strict=True):
+                expected += logits_N[pick] - math.log(sum(math.exp(logits_N[n]) for n in left))
+                left.remove(pick)
+            assert logp == pytest.approx(expected)
+    assert found.exp().sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
+    last_first = torch.tensor([[[0.0, 1.0, 9.0], [9.0, 0.0, 0.0]]])
+    assert plackett_luce.greedy(last_first.numpy(), 2).tolist() == [[2, 0]]
+
+
+def test_logits_of_each_pick_are_drawn_in_their_proportions():
+    logits_BKN = np.random.default_rng(3).normal(size=(1, 2, 4))
+    drawn = plackett_luce.sample(logits_BKN, 20_000, 2, seeds=[5])
+    every = list(itertools.permutations(range(4), 2))
+    p_M = plackett_luce.log_prob(torch.from_numpy(logits_BKN), torch.tensor([every])).exp()[0]
+    for picks, p in zip(every, p_M.tolist(), strict=True):
+        share = (drawn[0] == picks).all(axis=1).mean()
+        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 20_000)
+    after = plackett_luce.next_pick(logits_BKN[0])
+    for first, second in every:
+        joint = np.exp(after(np.zeros((1, 0), dtype=int))[0, first])
+        joint *= np.exp(after(np.array([[first]]))[0, second])
+        assert joint == pytest.approx(p_M[every.index((first, second))].item())
+
+
+def test_equal_logits_at_every_pick_are_the_classical_model():
+    logits_BN = torch.randn(2, 5, generator=torch.Generator().manual_seed(4))
+    positions = torch.tensor([list(itertools.permutations(range(5), 3))] * 2)
+    repeated = logits_BN[:, None].expand(-1, 3, -1)
+    assert torch.equal(
+        plackett_luce.log_prob(logits_BN, positions), plackett_luce.log_prob(repeated, positions)
+    )
+    assert np.array_equal(
+        plackett_luce.sample(logits_BN.numpy(), 4, 3, [1, 2]),
+        plackett_luce.sample(repeated.numpy(), 4, 3, [1, 2]),
+    )
 
 
 def take(batch: CandidateBatch, rows: list[int]) -> CandidateBatch:
@@ -147,11 +278,11 @@ def test_permuting_the_candidates_permutes_what_is_learned():
         scorer.hidden.weight[:, rank_columns] = 0.0
     order = [3, 0, 4, 1, 2]
     original = scorer(make_batch())
-    assert torch.allclose(scorer(permuted(make_batch(), order)), original[:, order], atol=1e-5)
+    assert torch.allclose(scorer(permuted(make_batch(), order)), original[:, :, order], atol=1e-5)
 
 
 def test_gradient_reaches_every_parameter_after_a_step():
-    policy = PlackettLucePolicy(make_scorer(trained=True), num_selected=2)
+    policy = make_policy(trained=True, num_selected=2)
     policy.log_prob(make_batch(), np.array([[[4, 1]]] * 3)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
 
@@ -202,7 +333,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
 def test_encoder_scorers_start_at_the_retrievers_order_and_learn(kind, tiny_encoder):
     from rlrag.selection import encoder_scorers
 
-    scorer = getattr(encoder_scorers, kind)(tiny_encoder, max_tokens=32, prior_scale=0.5)
+    scorer = getattr(encoder_scorers, kind)(tiny_encoder, 32, num_selected=2, prior_scale=0.5)
     policy = PlackettLucePolicy(scorer, num_selected=2)
     batch = make_batch()
     assert policy.greedy(batch).tolist() == [[0, 1]] * 3

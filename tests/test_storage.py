@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,17 @@ import pytest
 import torch
 
 from rlrag.errors import CheckpointError
-from rlrag.storage import check_whole, contiguous, load_weights, save_weights, whole_directory
+from rlrag.storage import (
+    check_whole,
+    contiguous,
+    delete,
+    delete_rubbish,
+    find_whole,
+    load_weights,
+    names_in,
+    save_weights,
+    whole_directory,
+)
 
 
 def write(target: Path, text: str = "first") -> Path:
@@ -72,6 +83,137 @@ def test_an_interrupted_write_leaves_the_old_directory_and_no_remains(tmp_path):
         run()
     assert content(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+# Python announces every operation on files before it happens: the nth kills the process, for each n
+# until one comes to its end. Forked, as importing PyTorch for each would take minutes.
+_KILLED_AT_EACH_OPERATION = """
+import os, signal, sys
+from pathlib import Path
+from rlrag.storage import whole_directory
+
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree"}
+
+def write(target, text):
+    with whole_directory(target) as directory:
+        (directory / "a.txt").write_text(text)
+
+def die_at(number):
+    left = number
+    def count(event, arguments):
+        nonlocal left
+        if event in OPERATIONS:  # os.kill is announced too
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+
+number, status = 0, None
+while status != 0:
+    number += 1
+    target = Path(sys.argv[1]) / str(number) / "target"
+    if sys.argv[2] == "replaced":
+        write(target, "first")
+    child = os.fork()
+    if not child:
+        die_at(number)
+        write(target, "second")
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), status
+"""
+
+
+@pytest.mark.parametrize("before", ["replaced", "new"])
+def test_a_kill_at_any_moment_leaves_a_whole_version_that_readers_find(tmp_path, before):
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED_AT_EACH_OPERATION, str(tmp_path), before],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found, aside = [], 0
+    for number in range(1, len(list(tmp_path.iterdir())) + 1):
+        target = tmp_path / str(number) / "target"
+        place = find_whole(target)
+        aside += place != target
+        if place.exists():
+            check_whole(place)
+            assert names_in(target.parent) == {"target"}
+            found.append((place / "a.txt").read_text())
+        else:
+            assert names_in(target.parent) == set()
+            found.append("nothing")
+        write(target, "third")
+        assert find_whole(target) == target
+        assert (target / "a.txt").read_text() == "third"
+        delete_rubbish(target.parent, re.compile("target"))
+        assert [path.name for path in target.parent.iterdir()] == ["target"]
+    old = "first" if before == "replaced" else "nothing"
+    turn = found.index("second")
+    assert found == [old] * turn + ["second"] * (len(found) - turn)
+    # Killed before the second rename, the old version alone is there, beside its place.
+    assert aside == (before == "replaced")
+    assert turn > 5
+
+
+def leave_aside(target: Path) -> Path:
+    """What a writer leaves that was killed between its two renames."""
+    return write(target).rename(target.with_name(f".{target.name}.replaced"))
+
+
+def test_the_next_writer_puts_the_old_version_back_before_it_builds_its_own(tmp_path):
+    target = tmp_path / "target"
+    leave_aside(target)
+
+    def run() -> None:
+        with whole_directory(target):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run()
+    assert (target / "a.txt").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_readers_take_the_version_in_place_when_there_are_two(tmp_path):
+    target = tmp_path / "target"
+    leave_aside(target)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new").rename(target)
+    assert find_whole(target) == target
+    write(target, "third")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_deleted_directory_does_not_come_back(tmp_path):
+    target = tmp_path / "target"
+    leave_aside(target)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new").rename(target)
+    delete(target)
+    assert list(tmp_path.iterdir()) == []
+    delete(target)
+    assert names_in(tmp_path / "absent") == set()
+
+
+def test_only_rubbish_of_the_names_that_are_asked_for_is_deleted(tmp_path):
+    rubbish = f"step-1-{'0a' * 16}"
+    kept = [
+        f".bundle-{'0a' * 16}",
+        f".step-2-{'0a' * 15}",
+        f".step-x-{'0a' * 16}",
+        ".step-3.replaced",
+        f"step-4-{'0a' * 16}",
+        "step-5",
+        ".step-6",
+    ]
+    for name in [f".{rubbish}", *kept]:
+        (tmp_path / name / "inner").mkdir(parents=True)
+    delete_rubbish(tmp_path, re.compile(r"step-\d+"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    delete_rubbish(tmp_path / "absent", re.compile(".*"))
 
 
 # A limit on the size of files stands for the full disk: the operating system refuses the write in

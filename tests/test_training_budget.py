@@ -89,9 +89,39 @@ def test_the_estimate_is_of_the_order_of_what_a_run_asks_for(small_config, train
     generator, run_dir = Counting(), RunDirectory(tmp_path / "run")
     run_dir.claim(small_config)
     reward = open_reward(small_config, generator, WordPrompts())
-    TrainingLoop(small_config, training_data, generator, reward, run_dir, SingleWorker()).run()
+    TrainingLoop(
+        small_config, training_data, generator, WordPrompts(), reward, run_dir, SingleWorker()
+    ).run()
     assert budget.num_steps == run_dir.read_metrics()[-1]["step"]
     assert budget.num_requests / 2 < len(generator.asked) < budget.num_requests * 1.5
+
+
+def test_a_trained_generator_answers_everything_anew(small_config, training_data):
+    """No answer of old weights serves new ones: 12 batches of 8 x 8, and 1 + 4 validations of 8."""
+    config = with_training(
+        decided(small_config, prior_scale=1000.0), parts=("selector", "generator")
+    )
+    budget = estimate_budget(config, training_data, WordPrompts())
+    assert budget.num_rollouts == 12 * 8 * 8
+    assert budget.num_requests == 12 * 8 * 8 + 5 * 8
+
+
+def test_sft_asks_for_validations_alone(small_config, training_data):
+    config = with_training(small_config, parts=("generator",), objective="sft")
+    budget = estimate_budget(config, training_data, WordPrompts())
+    assert (budget.num_steps, budget.num_rollouts) == (12, 0)
+    assert budget.num_requests == 5 * 8
+
+
+def test_passes_over_the_same_samples_ask_for_nothing_new(small_config, training_data):
+    config = decided(small_config, prior_scale=1000.0)
+    several = config.model_copy(
+        update={"dro": config.dro.model_copy(update={"passes": 3, "baseline": "none"})}
+    )
+    once, thrice = (estimate_budget(c, training_data, WordPrompts()) for c in (config, several))
+    assert thrice.num_steps == 3 * once.num_steps
+    assert thrice.num_requests == once.num_requests
+    assert thrice.num_tokens == once.num_tokens
 
 
 def test_the_estimate_repeats_itself(small_config, training_data):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rlrag.errors import CheckpointError
+from rlrag.storage import restore_weights
 from rlrag.training.checkpoints import CheckpointStore
+from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 STATE = {"step": 3, "best_step": 2, "best_f1": 0.1 + 0.2, "generator_tokens": 2**40}
 
@@ -29,6 +32,18 @@ class Trained:
             self.optimizer.step()
         return self
 
+    def files(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+
+    def restore(self, store: CheckpointStore, step: int) -> dict[str, Any]:
+        files, state = store.load(step)
+        restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
+        restore_optimizer(self.optimizer, files["optimizer"])
+        return state
+
 
 def moments(trained: Trained) -> list[torch.Tensor]:
     slots = trained.optimizer.state_dict()["state"]
@@ -46,33 +61,60 @@ def same(left: Trained, right: Trained) -> bool:
 def save(directory: Path, *steps: int) -> CheckpointStore:
     store, trained = CheckpointStore(directory), Trained().steps(0, 1)
     for step in steps:
-        store.save(step, trained.policy, trained.optimizer, {"step": step})
+        store.save(step, trained.files(), {"step": step})
     return store
 
 
 def test_weights_moments_and_state_come_back_bit_by_bit(tmp_path):
     store, trained = CheckpointStore(tmp_path), Trained().steps(0, 3)
-    store.save(3, trained.policy, trained.optimizer, STATE)
+    store.save(3, trained.files(), STATE)
     restored = Trained(seed=1)
-    assert store.load(3, restored.policy, restored.optimizer) == STATE
+    assert restored.restore(store, 3) == STATE
     assert len(moments(restored)) == 4 * 3  # two layers' weight and bias: two moments and a count
     assert same(trained, restored)
 
 
 def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path):
     store, stopped = CheckpointStore(tmp_path), Trained().steps(0, 3)
-    store.save(3, stopped.policy, stopped.optimizer, STATE)
+    store.save(3, stopped.files(), STATE)
     restored = Trained(seed=1)
-    store.load(3, restored.policy, restored.optimizer)
+    restored.restore(store, 3)
     assert same(restored.steps(3, 9), Trained().steps(0, 9))
 
 
 def test_an_optimiser_that_has_not_stepped_is_a_checkpoint_too(tmp_path):
     store, fresh, restored = CheckpointStore(tmp_path), Trained(), Trained(seed=1).steps(0, 2)
-    store.save(0, fresh.policy, fresh.optimizer, {"step": 0})
-    store.load(0, restored.policy, restored.optimizer)
+    store.save(0, fresh.files(), {"step": 0})
+    restored.restore(store, 0)
     assert moments(restored) == []
     assert same(restored.steps(0, 2), Trained().steps(0, 2))
+
+
+def test_every_file_comes_back_under_its_name(tmp_path):
+    """What a run keeps depends on what it trains; nothing of it depends on its memory layout."""
+    square = torch.arange(6.0).reshape(2, 3)
+    files = {
+        "policy": {"a.weight": square, "a.bias": square[:, 1]},
+        "generator": {"layer.lora_A.default.weight": square.T.to(torch.bfloat16)},
+        "generator_optimizer": {},
+    }
+    store = CheckpointStore(tmp_path)
+    store.save(4, files, {"step": 4})
+    found, state = store.load(4)
+    assert state == {"step": 4}
+    assert found.keys() == files.keys()
+    for file, tensors in files.items():
+        assert found[file].keys() == tensors.keys()
+        assert all(torch.equal(found[file][name], tensor) for name, tensor in tensors.items())
+
+
+def test_an_optimisers_tensors_are_copies(tmp_path):
+    trained = Trained().steps(0, 2)
+    kept = trained.files()["optimizer"]
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    trained.steps(2, 4)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
+    assert {name.split(".")[1] for name in kept} == {"exp_avg", "exp_avg_sq", "step"}
 
 
 def test_nothing_is_pickled(tmp_path):
@@ -87,7 +129,7 @@ def test_nothing_is_pickled(tmp_path):
 
 @pytest.mark.parametrize("harm", ["truncated", "altered", "missing"])
 @pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_file_is_named_and_nothing_is_loaded(tmp_path, name, harm):
+def test_a_damaged_file_is_named(tmp_path, name, harm):
     store = save(tmp_path, 5)
     path = store.path(5) / name
     whole = path.read_bytes()
@@ -95,26 +137,19 @@ def test_a_damaged_file_is_named_and_nothing_is_loaded(tmp_path, name, harm):
         path.unlink()
     else:
         path.write_bytes(whole[:-4] if harm == "truncated" else whole[:-4] + b"abcd")
-    fresh, untouched = Trained(seed=1), Trained(seed=1)
     with pytest.raises(CheckpointError, match=rf"{name} is missing, truncated.*delete .*000005"):
-        store.load(5, fresh.policy, fresh.optimizer)
-    with pytest.raises(CheckpointError, match=name):
-        store.load_policy(5, fresh.policy)
-    with pytest.raises(CheckpointError, match=name):
-        store.read_state(5)
-    assert same(fresh, untouched)
+        store.load(5)
 
 
 def test_a_checkpoint_of_another_selector_is_refused(tmp_path):
     store, other = save(tmp_path, 1), Trained(hidden=5)
     with pytest.raises(CheckpointError, match="does not fit the configured selector"):
-        store.load(1, other.policy, other.optimizer)
+        other.restore(store, 1)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    fresh = Trained()
     with pytest.raises(CheckpointError, match=r"step-000007/manifest\.json is missing"):
-        CheckpointStore(tmp_path).load_policy(7, fresh.policy)
+        CheckpointStore(tmp_path).load(7)
 
 
 def test_steps_are_listed_in_order_without_unfinished_ones(tmp_path):
@@ -134,10 +169,43 @@ def test_the_newest_and_the_best_are_kept(tmp_path, num_newest, best, left):
     assert store.steps() == left
 
 
+def test_the_first_is_kept_as_others_are_measured_against_it(tmp_path):
+    store = save(tmp_path, 0, 1, 2, 3)
+    store.keep(1, best=2)
+    assert store.steps() == [0, 2, 3]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     store, later = save(tmp_path, 1), Trained().steps(0, 2)
-    store.save(1, later.policy, later.optimizer, {"step": 1, "again": True})
+    store.save(1, later.files(), {"step": 1, "again": True})
     restored = Trained(seed=1)
-    assert store.load(1, restored.policy, restored.optimizer) == {"step": 1, "again": True}
+    assert restored.restore(store, 1) == {"step": 1, "again": True}
     assert same(restored, later)
     assert store.steps() == [1]
+
+
+def test_the_next_save_deletes_what_killed_saves_of_any_step_left(tmp_path):
+    store = save(tmp_path, 1)
+    half = [f".step-000002-{'0a' * 16}", f".step-1000000-{'1b' * 16}"]
+    others = [f".bundle-{'0a' * 16}", ".step-000004.replaced"]
+    for name in [*half, *others]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "policy.safetensors").write_bytes(b"half")
+    trained = Trained()
+    store.save(3, trained.files(), {"step": 3})
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000003", *others}
+
+
+def test_a_checkpoint_that_was_being_replaced_when_its_writer_was_killed_is_read(tmp_path):
+    store = save(tmp_path, 1, 2)
+    store.path(2).rename(tmp_path / ".step-000002.replaced")
+    assert store.steps() == [1, 2]
+    restored = Trained(seed=1)
+    assert restored.restore(store, 2) == {"step": 2}
+    assert same(restored, Trained().steps(0, 1))
+    store.keep(1, best=1)
+    assert store.steps() == [1, 2]
+    store.keep(1, best=None)
+    assert store.steps() == [2]
+    save(tmp_path, 3).keep(1, best=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]

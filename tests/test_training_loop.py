@@ -1,60 +1,23 @@
-"""The loop learns, resumes to the same weights, and does the same with any number of workers."""
+"""The loop learns, records, ends when it should, and does the same with any number of workers."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loop_runs import StopAfter, changed, start, steps_of, weights
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, GenerationError, NonFiniteLossError
 from rlrag.evaluation.systems import evaluate, greedy_picks
 from rlrag.pipeline import TrainingData, open_reward
-from rlrag.records import Score
-from rlrag.training.loop import TrainingLoop
-from rlrag.training.run_directory import RunDirectory
-from rlrag.training.workers import SingleWorker, TorchWorkers
-
-
-class StopAfter(Exception):
-    """Raised by a test to end a run at a chosen step, as a kill would."""
-
-
-def start(
-    config: RunConfig, data: TrainingData, directory: Path, stop_at: int | None = None, **parts
-) -> TrainingLoop:
-    run_dir = RunDirectory(directory)
-    run_dir.claim(config)
-    generator = parts.get("generator") or ReadingGenerator()
-
-    def on_step(metrics: dict[str, float]) -> None:
-        if metrics["step"] == stop_at:
-            raise StopAfter
-
-    return TrainingLoop(
-        config,
-        data,
-        generator,
-        open_reward(config, generator, WordPrompts()),
-        run_dir,
-        parts.get("workers") or SingleWorker(),
-        on_step,
-    )
-
-
-def weights(loop: TrainingLoop) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in loop.policy.state_dict().items()}
-
-
-def steps_of(directory: Path) -> list[dict[str, float]]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    clocks = ("_s", "rollouts_per_s")
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith(clocks)} for line in lines]
+from rlrag.records import Generation, Score
+from rlrag.training.checkpoints import CheckpointStore
+from rlrag.training.workers import TorchWorkers
 
 
 def test_training_finds_the_passages_that_answer(small_config, training_data, tmp_path):
@@ -66,21 +29,22 @@ def test_training_finds_the_passages_that_answer(small_config, training_data, tm
             for q in range(40)
         ]
     )
-    before = (greedy_picks(loop.policy, unseen)[:, 0] == gold).mean()
-    loop.run()
-    after = (greedy_picks(loop.policy, unseen)[:, 0] == gold).mean()
+    before = (greedy_picks(loop.parts.policy, unseen)[:, 0] == gold).mean()
+    parts = loop.run()
+    after = (greedy_picks(parts.policy, unseen)[:, 0] == gold).mean()
     assert before < 0.5 < 0.8 < after
     metrics = steps_of(tmp_path / "run")
     assert [line["step"] for line in metrics] == list(range(13))
     assert metrics[-1]["validation/em"] > metrics[0]["validation/em"]
     assert metrics[1]["num_rollouts"] == 8 * 8
+    assert metrics[1]["staleness"] == metrics[1]["num_stale"] == 0.0
+    assert metrics[1]["kl_to_initial"] == 0.0 < metrics[-1]["kl_to_initial"]
 
 
 def test_the_evaluation_of_a_trained_policy_beats_the_retriever(
     small_config, training_data, tmp_path
 ):
-    loop = start(small_config, training_data, tmp_path / "run")
-    policy = loop.run()
+    policy = start(small_config, training_data, tmp_path / "run").run().policy
     reward = open_reward(small_config, ReadingGenerator(), WordPrompts())
     table = evaluate(small_config, policy, make_table(60, seed=6), reward)
     assert list(table.systems) == list(small_config.evaluation.systems)
@@ -89,21 +53,6 @@ def test_the_evaluation_of_a_trained_policy_beats_the_retriever(
     paired = table.paired["trained_vs_retriever_order"]
     assert paired.em_diff > 0.5
     assert paired.p_value < 0.01
-
-
-@pytest.mark.parametrize("stop_at", [0, 1, 3, 7, 12])
-def test_a_stopped_run_continues_to_the_same_weights(
-    small_config, training_data, tmp_path, stop_at
-):
-    whole = start(small_config, training_data, tmp_path / "whole")
-    whole.run()
-    with pytest.raises(StopAfter):
-        start(small_config, training_data, tmp_path / "stopped", stop_at=stop_at).run()
-    continued = start(small_config, training_data, tmp_path / "stopped")
-    continued.run()
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(continued)[name]), name
-    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "stopped")
 
 
 def test_one_seed_repeats_and_two_differ(small_config, training_data, tmp_path):
@@ -127,7 +76,7 @@ def _work(rank: int, size: int, config_json: str, directory: str, port: int, out
     loop = start(config, data, Path(directory), workers=TorchWorkers())
     loop.run()
     if rank == 0:
-        out.put({name: tensor.numpy() for name, tensor in loop.policy.state_dict().items()})
+        out.put({name: tensor.numpy() for name, tensor in weights(loop).items()})
     torch.distributed.destroy_process_group()
 
 
@@ -175,9 +124,7 @@ class BrokenGenerator(ReadingGenerator):
 
 def test_failed_rewards_are_counted_and_too_many_end_the_run(small_config, training_data, tmp_path):
     nan = float("nan")
-    lenient = small_config.model_copy(
-        update={"training": small_config.training.model_copy(update={"max_failed_share": 0.9})}
-    )
+    lenient = changed(small_config, training={"max_failed_share": 0.9})
     loop = start(lenient, training_data, tmp_path / "some", generator=BrokenGenerator(nan, 0.2))
     loop.run()
     assert sum(line.get("num_failed", 0) for line in steps_of(tmp_path / "some")) > 0
@@ -194,23 +141,114 @@ def test_failed_rewards_are_counted_and_too_many_end_the_run(small_config, train
 def test_a_gradient_that_is_not_finite_ends_the_run(small_config, training_data, tmp_path):
     loop = start(small_config, training_data, tmp_path / "run")
     with torch.no_grad():
-        loop.policy.scorer.out.weight.fill_(float("inf"))
+        loop.parts.policy.scorer.out.weight.fill_(float("inf"))
     with pytest.raises((NonFiniteLossError, ValueError)):
         loop.run()
 
 
+@pytest.mark.parametrize("dro", [{}, {"refresh_every": 2, "passes": 2, "baseline": "none"}])
+@pytest.mark.parametrize("overlap", [False, True])
 def test_the_token_budget_stops_a_run_and_its_repetition_at_the_same_step(
+    small_config, training_data, tmp_path, dro, overlap
+):
+    """The last step of an E-step is the first that may be the last."""
+    if overlap:
+        dro = dro | {"baseline": "none"}
+    limited = changed(
+        small_config, dro=dro, training={"max_generator_tokens": 9000, "overlap": overlap}
+    )
+    for name in ("first", "second"):
+        start(limited, training_data, tmp_path / name).run()
+    first = steps_of(tmp_path / "first")
+    assert first == steps_of(tmp_path / "second")
+    end = int(first[-1]["step"])
+    assert end < 12
+    size = 4 if "passes" in dro else 1
+    assert end % size == 0
+    assert first[-1 - size]["generator_tokens_total"] < 9000
+    assert first[-1]["generator_tokens_total"] >= 9000
+    spent = [line["generator_tokens_spent"] for line in first[1:]]
+    assert sum(spent) == first[-1]["generator_tokens_total"]
+
+
+class Hopeless(ReadingGenerator):
+    """Never says the answer and finds every one equally unlikely."""
+
+    def generate(self, prompts, sampling):
+        return [Generation("nothing", -1.0, 1, 1, self.version) for _ in prompts]
+
+    def score(self, prompts, answers):
+        self._count(prompts)
+        return [Score(-3.0, 1, 1, self.version) for _ in prompts]
+
+
+def test_patience_ends_a_run_after_so_many_validations_without_a_better_f1(
     small_config, training_data, tmp_path
 ):
-    limited = small_config.model_copy(
-        update={"training": small_config.training.model_copy(update={"max_generator_tokens": 9000})}
+    """Nothing is better than at step 0; validations come at 3 and 6."""
+    config = changed(small_config, training={"patience": 2})
+    loop = start(config, training_data, tmp_path / "run", generator=Hopeless())
+    first = {name: tensor.clone() for name, tensor in loop.parts.policy.state_dict().items()}
+    parts = loop.run()
+    assert (loop.progress.step, loop.progress.best_step, loop.progress.finished) == (6, 0, True)
+    assert [line["step"] for line in steps_of(tmp_path / "run")] == list(range(7))
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").steps()[-1] == 6
+    assert all(torch.equal(first[name], t) for name, t in parts.policy.state_dict().items())
+    again = start(config, training_data, tmp_path / "run", generator=Hopeless())
+    again.run()
+    assert len(steps_of(tmp_path / "run")) == 7
+
+
+def test_a_better_validation_starts_patience_anew(small_config, training_data, tmp_path):
+    config = changed(small_config, training={"patience": 2})
+    loop = start(config, training_data, tmp_path / "run")
+    loop.run()
+    validated = [x["validation/f1"] for x in steps_of(tmp_path / "run") if "validation/f1" in x]
+    best = np.maximum.accumulate(validated)
+    in_vain = [int((best[:i] >= validated[i]).any()) for i in range(1, len(validated))]
+    assert 0 in in_vain
+    assert loop.progress.step == 12 or in_vain[-2:] == [1, 1]
+
+
+@pytest.mark.parametrize("stop_at", [None, 9, 11])
+def test_an_alarm_is_recorded_once_also_after_a_resume(
+    small_config, training_data, tmp_path, stop_at
+):
+    """Ten steps without signal raise it at the tenth; the run goes on from step 8 or 10."""
+    if stop_at is not None:
+        with pytest.raises(StopAfter):
+            start(small_config, training_data, tmp_path / "run", stop_at, Hopeless()).run()
+    start(small_config, training_data, tmp_path / "run", generator=Hopeless()).run()
+    records = steps_of(tmp_path / "run")
+    assert [line["step"] for line in records] == list(range(13))
+    raised = {int(line["step"]): line["alarms"] for line in records if "alarms" in line}
+    assert list(raised) == [10]
+    assert list(raised[10]) == ["zero_signal"]
+    assert raised[10]["zero_signal"].startswith("100 % of the questions had equal rewards")
+
+
+def test_the_first_the_best_and_the_newest_checkpoints_are_kept(
+    small_config, training_data, tmp_path
+):
+    config = changed(small_config, training={"keep_checkpoints": 1, "validate_every": 4})
+    loop = start(config, training_data, tmp_path / "run")
+    loop.run()
+    steps = CheckpointStore(tmp_path / "run" / "checkpoints").steps()
+    assert steps == sorted({0, loop.progress.best_step, 12})
+
+
+def test_validations_and_checkpoints_stand_between_esteps(small_config, training_data, tmp_path):
+    """E-steps of four steps: what is due after 3 or 2 steps waits for the end of one."""
+    config = changed(
+        small_config,
+        dro={"refresh_every": 2, "passes": 2, "baseline": "none"},
+        training={"keep_checkpoints": 9, "num_epochs": 2},
     )
-    ends = []
-    for name in ("first", "second"):
-        loop = start(limited, training_data, tmp_path / name)
-        loop.run()
-        ends.append(loop.progress.step)
-    assert ends[0] == ends[1] < 12
+    start(config, training_data, tmp_path / "run").run()
+    records = steps_of(tmp_path / "run")
+    assert [x["step"] for x in records if "validation/f1" in x] == [0, 4, 8, 12]
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").steps() == [0, 4, 8, 12]
+    assert [x["epoch"] for x in records[:5]] == pytest.approx([0, 1 / 3, 2 / 3, 2 / 3, 2 / 3])
 
 
 def test_a_truncated_checkpoint_is_refused_by_name(small_config, training_data, tmp_path):

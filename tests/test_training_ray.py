@@ -58,17 +58,27 @@ def reference(flags, tmp_path_factory) -> TrainingProgram:
 
 def assert_close(left: list[dict[str, float]], right: list[dict[str, float]], rel: float) -> None:
     for one, other in zip(left, right, strict=True):
+        assert one.pop("alarms", None) == other.pop("alarms", None), one["step"]
         assert one == pytest.approx(other, rel=rel, abs=rel), one["step"]
 
 
-def assert_same_run(program: TrainingProgram, reference: TrainingProgram) -> None:
+SELECTOR_FILES = ("policy", "optimizer")
+CO_TRAINED_FILES = (*SELECTOR_FILES, "generator", "generator_optimizer")
+
+
+def assert_same_run(
+    program: TrainingProgram,
+    reference: TrainingProgram,
+    num_steps: int = NUM_STEPS,
+    kept: tuple[str, ...] = SELECTOR_FILES,
+) -> None:
     """Equal to the last bit, except for what the cache saved a step that was done twice."""
     counts = ("generator_tokens_spent", "generator_tokens_saved")
     assert without_clocks(read_metrics(program.run_dir), *counts) == without_clocks(
         read_metrics(reference.run_dir), *counts
     )
-    last = f"checkpoints/step-{NUM_STEPS:06d}"
-    for name in (f"{last}/policy", f"{last}/optimizer", "bundle/selector"):
+    last = f"checkpoints/step-{num_steps:06d}"
+    for name in (*(f"{last}/{file}" for file in kept), "bundle/selector"):
         path = f"{name}.safetensors"
         assert (program.run_dir / path).read_bytes() == (reference.run_dir / path).read_bytes()
     assert (program.run_dir / "evaluation.json").read_text() == (
@@ -130,6 +140,45 @@ def test_a_run_goes_on_after_kill_9_of_the_driver_a_generator_actor_and_the_lear
     assert again.family.num_seen(LEARNER) == 2
     assert again.leftovers() == []
     assert_same_run(again, reference)
+
+
+CO_TRAINING = (
+    *("--training.parts", "selector", "generator", "--training.num-epochs", "2"),
+    *("--generator-training.precision", "float32", "--generator-training.lora-rank", "2"),
+)
+
+
+def test_a_run_that_trains_both_goes_on_after_kill_9_of_the_learner_and_a_generator_actor(start):
+    """The engines outlive the learner: they hold weights of steps that are undone by its death."""
+    whole = start("whole", *CO_TRAINING)
+    assert whole.wait(EXIT_TIMEOUT_S) == 0, whole.stderr()
+    killed = start("both-killed", *CO_TRAINING)
+    step = killed.wait_for_step(1, EXIT_TIMEOUT_S)
+    (learner,) = killed.family.named(LEARNER)
+    learner.kill()
+    step = killed.wait_for_step(max(step + 1, 5), EXIT_TIMEOUT_S)
+    (engine,) = killed.family.named(ENGINE)
+    engine.kill()
+    assert killed.wait(EXIT_TIMEOUT_S) == 0, killed.stderr()
+    assert killed.family.num_seen(LEARNER) == 2
+    assert killed.leftovers() == []
+    assert_same_run(killed, whole, 10, CO_TRAINED_FILES)
+    weights = "bundle/generator/model.safetensors"
+    assert (killed.run_dir / weights).read_bytes() == (whole.run_dir / weights).read_bytes()
+
+
+def test_two_workers_train_both_as_one_does(start):
+    programs = []
+    for size in ("1", "2"):
+        programs.append(start(f"{size}-workers", *CO_TRAINING, "--training.num-workers", size))
+        assert programs[-1].wait(EXIT_TIMEOUT_S) == 0, programs[-1].stderr()
+    one, two = programs
+    counted = "generator/grad_variance"  # over the passes of all workers, which are others
+    assert_close(
+        without_clocks(read_metrics(two.run_dir), counted),
+        without_clocks(read_metrics(one.run_dir), counted),
+        rel=2e-3,
+    )
 
 
 REWARDS = """

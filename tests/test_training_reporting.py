@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -107,6 +108,13 @@ class Recorder:
         self.closed += 1
 
 
+class Closed(Recorder):
+    """Made from a directory, as trackers are."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+
+
 def append(path: Path, *steps: int) -> None:
     with path.open("a") as stream:
         stream.writelines(json.dumps({"step": step}) + "\n" for step in steps)
@@ -161,6 +169,78 @@ def test_a_restart_that_truncates_the_file_and_repeats_steps_is_survived(tmp_pat
         path.unlink()
         append(path, 5)
     assert recorder.steps == [0, 1, 2, 3, 4, 5]
+
+
+class Failing(Recorder):
+    """A tracker whose service goes away before its third record."""
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        if len(self.steps) == 2:
+            raise ConnectionError("the service\ndoes not answer")
+        super().update(metrics)
+
+    def close(self) -> None:
+        super().close()
+        raise ConnectionError("still not")
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_tracker_that_raises_is_dropped_with_one_line_and_the_others_go_on(
+    tmp_path, monkeypatch, caplog, watched
+):
+    stderr = Terminal() if watched else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    path, before, failing, after = tmp_path / "metrics.jsonl", Recorder(), Failing(), Recorder()
+    with caplog.at_level(logging.INFO), following(path, [before, failing, after]):
+        append(path, 0, 1, 2)
+        wait_for(lambda: after.steps == [0, 1, 2])
+        append(path, 3, 4)
+    assert before.steps == after.steps == [0, 1, 2, 3, 4]
+    assert failing.steps == [0, 1]
+    assert stderr.getvalue() == ("\r\x1b[2K" if watched else "") + (
+        "Failing is dropped from step 2 on: ConnectionError: the service does not answer; "
+        "metrics.jsonl has every step\n"
+    )
+    assert "Traceback" in caplog.text  # for the file of the libraries
+
+
+def test_a_closed_stderr_does_not_stop_the_trackers(tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    path, recorder = tmp_path / "metrics.jsonl", Recorder()
+    with following(path, [ProgressLine(3), recorder]):
+        append(path, 0, 1, 2)
+    assert recorder.steps == [0, 1, 2]
+
+
+def test_a_tracker_that_cannot_be_closed_ends_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "rlrag.training.reporting._LOGS", {"wandb": lambda directory: Failing(), "mlflow": Closed}
+    )
+    with consumers(["wandb", "mlflow"], tmp_path, 10) as found:
+        pass
+    assert [consumer.closed for consumer in found[1:]] == [1, 1]
+    assert capsys.readouterr().err.splitlines() == [
+        "Failing could not be closed and may lack the last steps: ConnectionError: still not; "
+        "metrics.jsonl has every step"
+    ]
+
+
+def test_a_tracker_that_hangs_is_named_in_bounded_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rlrag.training.reporting._JOIN_TIMEOUT_S", 0.5)
+    answered = threading.Event()
+
+    class Hanging(Recorder):
+        def update(self, metrics: Mapping[str, float]) -> None:
+            answered.wait(60)
+
+    with following(tmp_path / "metrics.jsonl", [Hanging()]):
+        append(tmp_path / "metrics.jsonl", 0)
+    answered.set()
+    assert "a tracker did not take the last steps within 0.5 s" in capsys.readouterr().err
 
 
 class Ended(Exception):

@@ -1,18 +1,28 @@
-"""Rewards of sampled selections in; importance weights, the selector's loss and diagnostics out.
+"""Rewards of weighted selections in; importance weights, both losses and their diagnostics out.
 
 Direct Retrieval-augmented Optimization (DRO, arXiv 2505.03075) treats the selection z as a latent
 variable of p(y | x) = sum_z p(z | x) p(y | x, d_z). The E-step draws z_1..z_m from the current
-selector and weighs them by w_i proportional to p(y | x, d_{z_i}); the M-step minimises
-L_S = - sum_i w_i log p(z_i | x) with w constant.
+selector and weighs them by w_i proportional to p(y | x, d_{z_i}). The M-step holds w constant and
+minimises, for the selector and for the generator,
+
+    L_S = - sum_i w_i log p(z_i | x)            (Eq. 10)
+    L_G = - sum_i w_i log p(y | x, d_{z_i})     (Eq. 11)
+
+Samples carry the logarithm of a sample weight a_i such that sum_i a_i f(z_i) estimates
+E_{z~p}[f(z)]: 1/m for independent draws from p, else what corrects for the proposal
+(`rlrag.selection.protocol.SampledSelections`). -inf marks padding.
 
 Departures from the paper and its released scripts:
 
 - The paper's equations are followed where the scripts differ: m samples and not one, the summed
   log-likelihood and not its mean over tokens, duplicates kept with their multiplicity.
-- `baseline="mean"` subtracts 1/m, which the paper does not; see `coefficients`.
-- Samples whose reward could not be computed are left out and the rest is normalised anew.
+- Sample weights, which the paper has not: its proposal is the selector itself, so a_i = 1/m.
+- A baseline, which the paper has not; `none` is its form. See `coefficients`.
+- `clipped_selector_loss` for several passes over the same samples; the paper keeps L_S as it is.
+- Entropy and KL terms, which the paper has not; see `entropy_coefficients`, `kl_coefficients`.
+- Samples whose reward could not be computed are left out; the others share their sample weight.
 
-Shape letters: B questions, M samples.
+Shape letters: B questions, M samples, K selected.
 """
 
 from __future__ import annotations
@@ -22,55 +32,169 @@ from typing import Literal, NamedTuple
 import torch
 
 Weighting = Literal["self_normalised", "raw"]
-Baseline = Literal["none", "mean"]
+Baseline = Literal["none", "mean", "leave_one_out"]
+
+_MAX_LOG_RATIO = 20.0
+"""exp(20) = 4.9e8: far beyond any clip, and far from overflow in float32."""
+
+
+def valid_samples(rewards_BM: torch.Tensor, log_weights_BM: torch.Tensor) -> torch.Tensor:
+    """Which samples count, bool of shape (B, M): neither without a reward (NaN) nor padding.
+
+    Example:
+        >>> nan, inf = float("nan"), float("inf")
+        >>> valid_samples(torch.tensor([[-1.0, nan, -1.0]]), torch.tensor([[0.0, 0.0, -inf]]))
+        tensor([[ True, False, False]])
+    """
+    return ~rewards_BM.isnan() & (log_weights_BM > float("-inf"))
 
 
 def importance_weights(
-    rewards_BM: torch.Tensor, temperature: float, weighting: Weighting
+    rewards_BM: torch.Tensor,
+    log_weights_BM: torch.Tensor,
+    temperature: float,
+    weighting: Weighting,
 ) -> torch.Tensor:
     """Weights of the samples of each question, shape (B, M); constants for the M-step.
 
-    - `self_normalised` (Eq. 19): w_i = softmax_i(r_i / temperature). With r = log p(y | x, d_z) in
-      nats and temperature 1 this is p(y | x, d_{z_i}) / sum_j p(y | x, d_{z_j}).
-    - `raw` (Eq. 7 without normalisation): w_i = exp(r_i / temperature) / m, so that the sum over
-      samples estimates an expectation.
+    With R_i = exp(r_i / temperature) and the sample weights a_i:
 
-    A reward of NaN marks a sample whose reward could not be computed: its weight is 0 and the
-    others share what it would have had. A question with no valid sample has only zeros. Equal
-    rewards give equal weights; one valid sample gives 1, which carries no signal.
+    - `self_normalised` (Eq. 19): w_i = a_i R_i / sum_j a_j R_j. With r = log p(y | x, d_z) in
+      nats, temperature 1 and independent draws this is p(y | x, d_{z_i}) / sum_j p(y | x, d_{z_j}).
+      L_S then estimates the gradient of log E[R], with a bias of order 1/m.
+    - `raw` (Eq. 7 without normalisation): w_i = a_i R_i. L_S then estimates the gradient of E[R]
+      without bias.
+
+    A sample whose reward is NaN has weight 0 and the others share its sample weight in proportion
+    to theirs: for independent draws from the policy, 1/m becomes one over the number of valid ones.
+    Padding has weight 0. A question with no valid sample, or with -inf for all rewards, has only
+    zeros. One valid sample has the self-normalised weight 1, which carries no signal. Raw weights
+    overflow to infinity when r / temperature exceeds 88 in float32, 709 in float64.
 
     Example:
         >>> logp = torch.log(torch.tensor([[0.3, 0.1]]))
-        >>> importance_weights(logp, 1.0, "self_normalised")
+        >>> independent = torch.log(torch.tensor([[0.5, 0.5]]))
+        >>> importance_weights(logp, independent, 1.0, "self_normalised")
         tensor([[0.7500, 0.2500]])
+        >>> importance_weights(logp, independent, 1.0, "raw")
+        tensor([[0.1500, 0.0500]])
     """
-    valid_BM = ~rewards_BM.isnan()
-    scaled_BM = (rewards_BM / temperature).masked_fill(~valid_BM, float("-inf"))
+    valid_BM = valid_samples(rewards_BM, log_weights_BM)
+    scaled_BM = torch.where(valid_BM, rewards_BM / temperature, float("-inf"))
     if weighting == "raw":
-        num_valid_B1 = valid_BM.sum(dim=1, keepdim=True).clamp(min=1)
-        return scaled_BM.exp() / num_valid_B1
-    return scaled_BM.softmax(dim=1).nan_to_num(nan=0.0)
+        return (_shared_log_weights(log_weights_BM, valid_BM) + scaled_BM).exp()
+    joint_BM = torch.where(valid_BM, log_weights_BM + scaled_BM, float("-inf"))
+    return joint_BM.softmax(dim=1).nan_to_num(nan=0.0)
 
 
 def coefficients(
-    weights_BM: torch.Tensor, valid_BM: torch.Tensor, baseline: Baseline
+    weights_BM: torch.Tensor,
+    log_weights_BM: torch.Tensor,
+    valid_BM: torch.Tensor,
+    baseline: Baseline,
 ) -> torch.Tensor:
-    """What multiplies log p(z_i | x) in the loss, shape (B, M).
+    """What multiplies log p(z_i | x) in the selector's loss, shape (B, M).
 
-    `none` gives the weights. `mean` gives w_i - 1/m over the m valid samples of a question. As the
-    score function has mean zero on-policy, the constant 1/m changes no expectation; it removes the
-    pull towards whatever was drawn. It is exact for self-normalised weights and samples of the
-    current policy only. Equal weights then give zeros.
+    - `none`: w_i, the paper's form.
+    - `mean`, for self-normalised weights: w_i - (sum_j w_j) a_i / sum_j a_j, which is w_i - 1/m for
+      independent draws from the policy. As the score function has mean zero on-policy, the second
+      term changes no expectation; it removes the pull towards whatever was drawn. That is exact
+      for independent draws of the current policy; with other sample weights the term has the bias
+      of order 1/m that self-normalised weights have anyway.
+    - `leave_one_out`, for raw weights of independent draws (Kool et al., 2019, "Buy 4 REINFORCE
+      samples, get a baseline for free!"): a_i (R_i - mean_{j != i} R_j) with R_i = w_i / a_i. The
+      baseline of a sample does not depend on it, so the estimate stays unbiased for any m, also
+      under a tempered proposal.
+
+    Both are exact on-policy only. They are summed over pairs of samples, so that equal rewards give
+    exact zeros. One valid sample gives 0 with either; a sample that is not valid always has 0.
 
     Example:
         >>> both = torch.tensor([[True, True]])
-        >>> coefficients(torch.tensor([[0.75, 0.25]]), both, "mean")
+        >>> half = torch.log(torch.tensor([[0.5, 0.5]]))
+        >>> coefficients(torch.tensor([[0.75, 0.25]]), half, both, "mean")
         tensor([[ 0.2500, -0.2500]])
+        >>> coefficients(torch.tensor([[0.15, 0.05]]), half, both, "leave_one_out")
+        tensor([[ 0.1000, -0.1000]])
     """
     if baseline == "none":
         return weights_BM
-    num_valid_B1 = valid_BM.sum(dim=1, keepdim=True).clamp(min=1)
-    return (weights_BM - 1.0 / num_valid_B1).masked_fill(~valid_BM, 0.0)
+    valid_BM = valid_BM & (log_weights_BM > float("-inf"))
+    shared_BM = _shared_log_weights(log_weights_BM, valid_BM)
+    if baseline == "mean":
+        share_BM = shared_BM.softmax(dim=1).nan_to_num(nan=0.0)
+        pair_BMM = weights_BM.unsqueeze(2) * share_BM.unsqueeze(1)
+        return (pair_BMM - pair_BMM.mT).sum(dim=2)
+    likelihood_BM = torch.where(valid_BM, (weights_BM.log() - shared_BM).exp(), 0.0)
+    above_BMM = likelihood_BM.unsqueeze(2) - likelihood_BM.unsqueeze(1)
+    above_BM = torch.where(valid_BM.unsqueeze(1), above_BMM, 0.0).sum(dim=2)
+    num_others_B1 = (valid_BM.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    return torch.where(valid_BM, shared_BM.exp() * above_BM / num_others_B1, 0.0)
+
+
+def _shared_log_weights(log_weights_BM: torch.Tensor, valid_BM: torch.Tensor) -> torch.Tensor:
+    """Log sample weights of the valid samples, scaled to the sum of all; -inf for the others."""
+    kept_BM = torch.where(valid_BM, log_weights_BM, float("-inf"))
+    missing_B1 = log_weights_BM.logsumexp(1, keepdim=True) - kept_BM.logsumexp(1, keepdim=True)
+    return torch.where(valid_BM, kept_BM + missing_B1, float("-inf"))
+
+
+def entropy_coefficients(logp_BM: torch.Tensor, log_weights_BM: torch.Tensor) -> torch.Tensor:
+    """What to add to the coefficients, per unit of weight, to raise the policy's entropy.
+
+    The gradient of H(p) = -E[log p] is -E[(log p) grad log p], as E[grad log p] = 0. So it is
+    -a_i log p(z_i | x), constant, shape (B, M), in nats; the sum over the samples of a question
+    estimates H. `logp_BM` are those of the current policy. The reward does not enter, so samples
+    without one count too; padding gets 0, and so does a selection of probability 1.
+
+    Example:
+        >>> half = torch.log(torch.tensor([[0.5, 0.5]]))
+        >>> entropy_coefficients(half, half)
+        tensor([[0.3466, 0.3466]])
+    """
+    return _weighted_constant(-logp_BM, log_weights_BM)
+
+
+def kl_coefficients(
+    logp_BM: torch.Tensor, initial_logp_BM: torch.Tensor, log_weights_BM: torch.Tensor
+) -> torch.Tensor:
+    """What to add to the coefficients, per unit of weight, to stay near the initial policy p0.
+
+    The gradient of KL(p || p0) = E[log p - log p0] is E[(log p - log p0) grad log p]. So it is
+    -a_i (log p(z_i | x) - log p0(z_i | x)), constant, shape (B, M), in nats; the negated sum over
+    the samples of a question estimates the KL. An unchanged policy gives zeros; padding gets 0.
+
+    Example:
+        >>> half = torch.log(torch.tensor([[0.5, 0.5]]))
+        >>> kl_coefficients(half, torch.log(torch.tensor([[0.25, 0.5]])), half)
+        tensor([[-0.3466,  0.0000]])
+    """
+    return _weighted_constant(initial_logp_BM - logp_BM, log_weights_BM)
+
+
+def _weighted_constant(value_BM: torch.Tensor, log_weights_BM: torch.Tensor) -> torch.Tensor:
+    weight_BM = log_weights_BM.to(value_BM.dtype).exp()
+    return torch.where(weight_BM > 0, weight_BM * value_BM.detach(), 0.0)
+
+
+def merge_duplicates(positions_BMK: torch.Tensor, coefficients_BM: torch.Tensor) -> torch.Tensor:
+    """Coefficients with those of equal selections of a question summed at the first, shape (B, M).
+
+    The repeats get 0, so that a learner may leave them out of its forward pass. Both losses are
+    linear in their coefficients: value and gradient are unchanged, up to rounding. The clipped loss
+    is too, where equal selections have coefficients of one sign.
+
+    Example:
+        >>> positions = torch.tensor([[[0, 1], [1, 0], [0, 1]]])
+        >>> merge_duplicates(positions, torch.tensor([[0.5, -0.25, 0.5]]))
+        tensor([[ 1.0000, -0.2500,  0.0000]])
+    """
+    first_BM = _equal_selections(positions_BMK).int().argmax(dim=2)
+    return torch.zeros_like(coefficients_BM).scatter_add(1, first_BM, coefficients_BM)
+
+
+def _equal_selections(positions_BMK: torch.Tensor) -> torch.Tensor:
+    return (positions_BMK.unsqueeze(1) == positions_BMK.unsqueeze(2)).all(dim=-1)
 
 
 def selector_loss(logp_BM: torch.Tensor, coefficients_BM: torch.Tensor) -> torch.Tensor:
@@ -79,8 +203,61 @@ def selector_loss(logp_BM: torch.Tensor, coefficients_BM: torch.Tensor) -> torch
     Gradients flow through `logp_BM` alone; its gradient is Eq. 12. A coefficient of zero removes a
     sample, whatever its log-probability.
     """
+    return _negated_sum(logp_BM, coefficients_BM)
+
+
+def generator_loss(answer_logp_BM: torch.Tensor, weights_BM: torch.Tensor) -> torch.Tensor:
+    """L_G = - sum_i w_i log p(y | x, d_{z_i}) for each question, shape (B,), in nats (Eq. 11).
+
+    Gradients flow through `answer_logp_BM` alone; its gradient is Eq. 13. No baseline belongs here:
+    this is a weighted likelihood and not a score function, so a negative weight would make a golden
+    answer less likely. A weight of zero removes a sample, whatever its log-likelihood.
+
+    Example:
+        >>> generator_loss(torch.tensor([[-1.0, -3.0]]), torch.tensor([[0.75, 0.25]]))
+        tensor([1.5000])
+    """
+    return _negated_sum(answer_logp_BM, weights_BM)
+
+
+def _negated_sum(logp_BM: torch.Tensor, coefficients_BM: torch.Tensor) -> torch.Tensor:
     constant_BM = coefficients_BM.detach()
     return -torch.where(constant_BM == 0, 0.0, constant_BM * logp_BM).sum(dim=1)
+
+
+def clipped_selector_loss(
+    logp_BM: torch.Tensor,
+    behaviour_logp_BM: torch.Tensor,
+    coefficients_BM: torch.Tensor,
+    clip_ratio: float,
+) -> torch.Tensor:
+    """Off-policy surrogate of L_S for each question, shape (B,).
+
+    With rho_i = p(z_i | x) / p_behaviour(z_i | x) and e = `clip_ratio` (PPO, Schulman et al., 2017,
+    arXiv 1707.06347, Eq. 7, with c_i in place of the advantage):
+
+        L = - sum_i min(rho_i c_i, clip(rho_i, 1 - e, 1 + e) c_i)
+
+    `behaviour_logp_BM` is log p(z_i | x) of the policy at the time of the draw and not of a
+    tempered proposal, which the sample weights within c_i already correct for. Gradients flow
+    through `logp_BM` alone. At rho = 1 the gradient is that of `selector_loss`; the value is
+    - sum_i c_i, which means something only in comparison.
+
+    Edges: c > 0 has no gradient once rho > 1 + e, c < 0 none once rho < 1 - e; the other sides are
+    not clipped, so that a step in the wrong direction can be undone. There c < 0 grows with rho
+    without bound; log rho is held at 20 or less, beyond which a sample has no gradient either, and
+    nothing overflows. A coefficient of zero removes a sample, whatever its log-probability.
+
+    Example:
+        >>> now, then = torch.log(torch.tensor([[0.6, 0.3]])), torch.log(torch.tensor([[0.4, 0.4]]))
+        >>> clipped_selector_loss(now, then, torch.tensor([[1.0, -1.0]]), 0.2)
+        tensor([-0.4000])
+    """
+    constant_BM = coefficients_BM.detach()
+    change_BM = torch.where(constant_BM == 0, 0.0, logp_BM - behaviour_logp_BM.detach())
+    ratio_BM = change_BM.clamp(max=_MAX_LOG_RATIO).exp()
+    clipped_BM = ratio_BM.clamp(1 - clip_ratio, 1 + clip_ratio)
+    return -torch.minimum(ratio_BM * constant_BM, clipped_BM * constant_BM).sum(dim=1)
 
 
 class WeightDiagnostics(NamedTuple):
@@ -89,18 +266,23 @@ class WeightDiagnostics(NamedTuple):
     `ess`: effective sample size 1 / sum w^2 of the normalised weights, from 1 to m. `entropy`: of
     the normalised weights, in nats. `zero_signal`: True where all valid rewards are equal, so that
     the weights prefer nothing. `duplicate_share`: share of samples that repeat an earlier one.
+    `log_weight_variance`: sample variance (over n - 1) of log w, in squared nats.
     """
 
     ess: torch.Tensor
     entropy: torch.Tensor
     zero_signal: torch.Tensor
     duplicate_share: torch.Tensor
+    log_weight_variance: torch.Tensor
 
 
 def diagnostics(
     weights_BM: torch.Tensor, rewards_BM: torch.Tensor, positions_BMK: torch.Tensor
 ) -> WeightDiagnostics:
-    """Measure the weights of a batch; a question without valid samples has ESS 0.
+    """Measure the weights of a batch.
+
+    One valid sample has ESS 1 and a question without any has ESS 0. The variance is over the valid
+    samples whose weight is above 0, and 0 where there are fewer than two.
 
     Example:
         >>> same = torch.tensor([[0.5, 0.5]])
@@ -116,6 +298,21 @@ def diagnostics(
     valid_BM = ~rewards_BM.isnan()
     low_B = rewards_BM.masked_fill(~valid_BM, float("inf")).amin(dim=1)
     high_B = rewards_BM.masked_fill(~valid_BM, float("-inf")).amax(dim=1)
-    same_BMM = (positions_BMK.unsqueeze(1) == positions_BMK.unsqueeze(2)).all(dim=-1)
-    repeats_BM = same_BMM.tril(diagonal=-1).any(dim=-1)
-    return WeightDiagnostics(ess_B, entropy_B, high_B <= low_B, repeats_BM.float().mean(dim=1))
+    repeats_BM = _equal_selections(positions_BMK).tril(diagonal=-1).any(dim=-1)
+    return WeightDiagnostics(
+        ess_B,
+        entropy_B,
+        high_B <= low_B,
+        repeats_BM.float().mean(dim=1),
+        _log_variance(share_BM),
+    )
+
+
+def _log_variance(share_BM: torch.Tensor) -> torch.Tensor:
+    """Variance of the logarithms of what is above 0 in each row; 0 for fewer than two."""
+    counted_BM = share_BM > 0
+    log_BM = torch.where(counted_BM, share_BM, 1.0).log()
+    num_B1 = counted_BM.sum(dim=1, keepdim=True)
+    mean_B1 = log_BM.sum(dim=1, keepdim=True) / num_B1.clamp(min=1)
+    square_BM = torch.where(counted_BM, (log_BM - mean_B1).square(), 0.0)
+    return square_BM.sum(dim=1) / (num_B1.squeeze(1) - 1).clamp(min=1)

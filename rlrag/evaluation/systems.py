@@ -2,7 +2,8 @@
 
 A system is a way to choose passages: nothing, the retriever's first K in its order, the same K in
 reverse, its first alone, K at random, the trained policy's pick, or for each question the single
-candidate that turns out best (the oracle).
+candidate that turns out best (the oracle). All are answered by the generator as training found it,
+but `trained` and `tuned_generator` (the retriever's order), where a generator was trained.
 
 Shape letters: Q questions, N candidates, K selected.
 """
@@ -23,6 +24,7 @@ from rlrag.rewards.answering import AnsweringReward
 from rlrag.selection.protocol import SelectionPolicy
 
 _POLICY_BATCH = 64
+_BY_TUNED_GENERATOR = ("tuned_generator", "trained")
 
 Picks = Sequence[Sequence[int]] | np.ndarray
 """For each question the positions of the picked candidates, best first."""
@@ -34,6 +36,7 @@ def evaluate(
     candidates: CandidateTable,
     answering: AnsweringReward,
     progress: Callable[[str], None] = lambda text: None,
+    tune_generator: Callable[[], None] = lambda: None,
 ) -> EvaluationTable:
     """Answer every question under every configured system and compare them.
 
@@ -43,16 +46,23 @@ def evaluate(
         candidates: The questions, which must not have been trained on.
         answering: Builds prompts and asks the generator; equal requests are asked once.
         progress: Called with the name of each system before its answers are asked for.
+        tune_generator: Gives the generator behind `answering` its trained weights; called once,
+            before the systems that use them, which come last.
     """
     num_selected = config.environment.num_selected
-    systems: dict[str, SystemMetrics] = {}
-    for name in config.evaluation.systems:
+    found: dict[str, SystemMetrics] = {}
+    asked = config.evaluation.systems
+    tuned = [name for name in asked if name in _BY_TUNED_GENERATOR]
+    for name in [*(name for name in asked if name not in tuned), *tuned]:
+        if name in tuned[:1]:
+            tune_generator()
         progress(name)
         if name == "oracle":
-            systems[name] = _oracle(candidates, answering)
+            found[name] = _oracle(candidates, answering)
         else:
             picks = _picks(name, policy, candidates, num_selected, config.seed)
-            systems[name] = _measure(candidates, picks, answering, ranked=name != "no_retrieval")
+            found[name] = _measure(candidates, picks, answering, ranked=name != "no_retrieval")
+    systems: dict[str, SystemMetrics] = {name: found[name] for name in asked}
     return build_table(systems, num_selected, config.evaluation.num_bootstrap, config.seed)
 
 
@@ -69,7 +79,7 @@ def _picks(
     num_questions = len(candidates)
     if name == "no_retrieval":
         return [()] * num_questions
-    if name == "retriever_order":
+    if name in ("retriever_order", "tuned_generator"):
         return [tuple(range(num_selected))] * num_questions
     if name == "retriever_first":
         return [(0,)] * num_questions

@@ -3,7 +3,9 @@
 One SQLite file holds the results of all runs that share a cache folder. A result's key hashes all
 that decides it: the generator's identity (weights, number format, device, back end), the prompt's
 token ids, and the answer's ids or the sampling parameters. The seed counts only where something is
-drawn, so greedy answers serve every seed. Each chunk is one transaction: a process that is killed
+drawn, so greedy answers serve every seed. The version of published weights does not count: equal
+weights serve every run, and a stored result comes back with the version that this run gave them.
+Each chunk is one transaction: a process that is killed
 loses at most the chunk in flight. The folder must be on a local disk (SQLite's write-ahead log does
 not work over a network file system).
 """
@@ -17,18 +19,24 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlrag.errors import GenerationError
+from rlrag.generation.call_lock import CallLock
 from rlrag.generation.checks import check_answers
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
+from rlrag.generation.weight_protocols import FollowsWeights
 from rlrag.records import Generation, Prompt, Score
+
+if TYPE_CHECKING:
+    from rlrag.generation.weights import GeneratorWeights
 
 _FILE_NAME = "generations.sqlite"
 _BUSY_TIMEOUT_S = 60.0
 _KEYS_PER_QUERY = 500
 
 Result = TypeVar("Result", Generation, Score)
+Request = tuple[str, tuple[int, ...], object]  # kind, prompt, answer or sampling
 Row = tuple[str, float, int, int, int]  # text, logp, num_tokens, num_prompt_tokens, version
 
 
@@ -111,15 +119,20 @@ class CachedGenerator:
             GenerationError: when the cache file cannot be opened.
         """
         self._inner = inner
-        self._identity = inner.identity
         self._store = ResultStore(cache_dir.expanduser() / _FILE_NAME)
         self._chunk_size = chunk_size
         self._tokens = TokenCount()
+        self._lock = CallLock()
 
     @property
     def identity(self) -> str:
         """The inner generator's identity."""
-        return self._identity
+        return self._inner.identity
+
+    @property
+    def version(self) -> int:
+        """The inner generator's version, which every result carries."""
+        return self._inner.version
 
     @property
     def inner(self) -> Generator:
@@ -131,6 +144,29 @@ class CachedGenerator:
         """Tokens computed (`spent`) and tokens that the cache saved."""
         return self._tokens
 
+    def load_weights(self, weights: GeneratorWeights) -> None:
+        """Have the inner generator take the weights; waits for calls in other threads.
+
+        Raises:
+            GenerationError: from the inner generator.
+        """
+        with self._lock.change():
+            self._inner.load_weights(weights)
+
+    def expect_weights(self, version: int, digest: str) -> None:
+        """Follow a set that another process pushed to the engines behind the inner generator.
+
+        Raises:
+            GenerationError: when the inner generator has its engine to itself.
+        """
+        if not isinstance(self._inner, FollowsWeights):
+            raise GenerationError(
+                f"{type(self._inner).__name__} shares its engine with nobody, so nobody else can "
+                "push weights to it; call load_weights"
+            )
+        with self._lock.change():
+            self._inner.expect_weights(version, digest)
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         """Decode one answer a prompt, as the inner generator does.
 
@@ -138,11 +174,10 @@ class CachedGenerator:
             GenerationError: from the inner generator, or when the cache file cannot be used.
         """
         asked = _sampling_key(sampling)
-        keys = [self._key("generate", prompt, asked) for prompt in prompts]
         return self._answer(
-            keys,
+            [("generate", prompt.token_ids, asked) for prompt in prompts],
             lambda chunk: self._inner.generate([prompts[i] for i in chunk], sampling),
-            lambda row: Generation(*row),
+            lambda row, version: Generation(*row[:-1], version),
         )
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
@@ -152,32 +187,34 @@ class CachedGenerator:
             GenerationError: from the inner generator, or when the cache file cannot be used.
         """
         check_answers(prompts, answers)
-        keys = [
-            self._key("score", prompt, list(answer))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
         return self._answer(
-            keys,
+            [("score", p.token_ids, list(a)) for p, a in zip(prompts, answers, strict=True)],
             lambda chunk: self._inner.score(
                 [prompts[i] for i in chunk], [answers[i] for i in chunk]
             ),
-            lambda row: Score(*row[1:]),
+            lambda row, version: Score(*row[1:-1], version),
         )
 
     def close(self) -> None:
         """Close the inner generator; what is stored stays."""
         self._inner.close()
 
-    def _key(self, kind: str, prompt: Prompt, asked: object) -> bytes:
-        text = json.dumps([self._identity, kind, prompt.token_ids, asked])
-        return hashlib.sha256(text.encode()).digest()
-
     def _answer(
         self,
-        keys: list[bytes],
+        requests: list[Request],
         compute: Callable[[list[int]], Sequence[Result]],
-        restore: Callable[[Row], Result],
+        restore: Callable[[Row, int], Result],
     ) -> list[Result]:
+        with self._lock.call():
+            identity, version = self._inner.identity, self._inner.version
+            keys = [_key(identity, request) for request in requests]
+            rows = self._rows(keys, version, compute)
+        return [restore(rows[key], version) for key in keys]
+
+    def _rows(
+        self, keys: list[bytes], version: int, compute: Callable[[list[int]], Sequence[Result]]
+    ) -> dict[bytes, Row]:
+        """Stored and computed results of all keys; counts their tokens."""
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         rows = self._store.get(list(first))
         computed: set[int] = set()
@@ -185,7 +222,9 @@ class CachedGenerator:
         for start in range(0, len(missing), self._chunk_size):
             chunk = missing[start : start + self._chunk_size]
             results = compute(chunk)
-            new = [(keys[i], _row(result)) for i, result in zip(chunk, results, strict=True)]
+            new = [
+                (keys[i], _row(result, version)) for i, result in zip(chunk, results, strict=True)
+            ]
             self._tokens.num_requests += len(new)
             self._tokens.spent += sum(_num_tokens(row) for _, row in new)
             self._store.put(new)
@@ -196,10 +235,19 @@ class CachedGenerator:
                 self._tokens.saved += _num_tokens(rows[key])
                 self._tokens.num_requests += 1
                 self._tokens.num_cached += 1
-        return [restore(rows[key]) for key in keys]
+        return rows
 
 
-def _row(result: Generation | Score) -> Row:
+def _key(identity: str, request: Request) -> bytes:
+    return hashlib.sha256(json.dumps([identity, *request]).encode()).digest()
+
+
+def _row(result: Generation | Score, version: int) -> Row:
+    if result.version != version:
+        raise GenerationError(
+            f"the generator returned a result of version {result.version} where version {version} "
+            "was asked; its weights changed during the call, or it does not tag its results"
+        )
     if math.isnan(result.logp):
         raise GenerationError(
             f"the generator returned NaN as log-probability of {result.num_tokens} tokens; its "

@@ -16,4 +16,22 @@ def generator_identity(model_dir: Path, backend: str, dtype: str, device: str) -
     because its log-probabilities differ in their last digits.
     """
     parts = (weights_hash(model_dir), backend, resolve_dtype(dtype, device), device)
+    return _hashed(parts)
+
+
+def pushed_identity(identity: str, digest: str) -> str:
+    """Identity of a generator that took over published weights.
+
+    `identity` is the one that it started with, which stands for tokenizer, number format, back end
+    and device; `digest` names the tensors. The version does not count, so that equal weights of
+    different runs share cached results.
+
+    Example:
+        >>> pushed_identity("a", "d") == pushed_identity("a", "d") != pushed_identity("b", "d")
+        True
+    """
+    return _hashed((identity, "pushed", digest))
+
+
+def _hashed(parts: tuple[str, ...]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

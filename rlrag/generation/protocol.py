@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rlrag.records import Generation, Prompt, Score
+
+if TYPE_CHECKING:  # weights bring torch, which a client of a remote generator does without
+    from rlrag.generation.weights import GeneratorWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class TokenCount:
 
 @runtime_checkable
 class Generator(Protocol):
-    """A language model with fixed weights.
+    """A language model whose weights change only by `load_weights`.
 
     Calls keep the order of their arguments: element i of the result answers element i of the
     input. An empty input gives an empty list. Implementations raise `GenerationError` (or
@@ -47,8 +50,21 @@ class Generator(Protocol):
         ...
 
     @property
+    def version(self) -> int:
+        """Version of the weights; every result carries the version that made it. 0 at the start."""
+        ...
+
+    @property
     def tokens(self) -> TokenCount:
         """Tokens counted since this object was made."""
+        ...
+
+    def load_weights(self, weights: GeneratorWeights) -> None:
+        """Answer with these weights from the next call on; `identity` and `version` change.
+
+        Raises:
+            GenerationError: when the tensors do not fit the model.
+        """
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:

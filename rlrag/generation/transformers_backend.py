@@ -12,7 +12,7 @@ skip the padding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,18 @@ import torch
 from rlrag.errors import GenerationError
 from rlrag.generation.checks import check_answers, check_lengths
 from rlrag.generation.decoding import cut_at_stop, draw_seed
-from rlrag.generation.identity import generator_identity
+from rlrag.generation.identity import generator_identity, pushed_identity
 from rlrag.generation.prompts import load_tokenizer
 from rlrag.generation.protocol import Sampling, TokenCount
+from rlrag.generation.weight_layout import check_tied
+from rlrag.generation.weight_protocols import check_shapes
 from rlrag.models import resolve_device, resolve_dtype
 from rlrag.records import Generation, Prompt, Score
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
+
+    from rlrag.generation.weights import GeneratorWeights
 
 
 @dataclass(slots=True)
@@ -70,7 +74,8 @@ class TransformersGenerator:
         from transformers import AutoModelForCausalLM
 
         self._device = resolve_device(device)
-        self._identity = generator_identity(model_dir, "transformers", dtype, self._device)
+        self._first_identity = generator_identity(model_dir, "transformers", dtype, self._device)
+        self._identity, self._version = self._first_identity, 0
         self._tokenizer: Any = load_tokenizer(model_dir)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -80,7 +85,7 @@ class TransformersGenerator:
             raise GenerationError(
                 f"transformers cannot load the model in {model_dir}: {error}"
             ) from error
-        self._model = model.to(self._device).eval()
+        self._model: Any = model.to(self._device).eval()
         self._batch_size = batch_size
         self._prefix = tuple(shared_prefix)
         self._prefix_past: DynamicCache | None = None
@@ -94,9 +99,44 @@ class TransformersGenerator:
         return self._identity
 
     @property
+    def version(self) -> int:
+        """Version of the weights that answer."""
+        return self._version
+
+    @property
     def tokens(self) -> TokenCount:
         """Tokens computed since this object was made."""
         return self._tokens
+
+    def check_weights(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse a set of weights by its names and shapes.
+
+        A second name of a tied tensor, and buffers, may be left out.
+
+        Raises:
+            GenerationError: naming what is missing, unexpected or of another shape.
+        """
+        model = self._opened()
+        required = {name: tensor.shape for name, tensor in model.named_parameters()}
+        held = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        check_shapes(required, shapes, optional=held)
+
+    def load_weights(self, weights: GeneratorWeights) -> None:
+        """Copy the tensors into the model, in its number format; nothing changes on an error.
+
+        Raises:
+            GenerationError: when the tensors do not fit the model.
+        """
+        tensors = weights.tensors
+        self.check_weights({name: tensor.shape for name, tensor in tensors.items()})
+        check_tied(tensors, _tied_names(self._model))
+        held = self._model.state_dict()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                held[name].copy_(tensor)
+        self._prefix_past = None  # its keys and values are those of the old weights
+        self._identity = pushed_identity(self._first_identity, weights.digest)
+        self._version = weights.version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         """Decode one answer a prompt.
@@ -137,7 +177,8 @@ class TransformersGenerator:
                 wanted = [(row, answers[i]) for row, i in pairs]
                 logps = self._score_batch([sequences[j] for j in batch], wanted)
                 for (_, i), logp in zip(pairs, logps, strict=True):
-                    results[i] = Score(logp, len(answers[i]), len(prompts[i].token_ids))
+                    num_tokens, num_prompt = len(answers[i]), len(prompts[i].token_ids)
+                    results[i] = Score(logp, num_tokens, num_prompt, self._version)
         self._count(r.num_prompt_tokens + r.num_tokens for r in results.values())
         return [results[i] for i in range(len(prompts))]
 
@@ -146,9 +187,13 @@ class TransformersGenerator:
         self._model = None
         self._prefix_past = None
 
-    def _check(self, prompts: Sequence[Prompt], num_new: Sequence[int]) -> None:
+    def _opened(self) -> Any:
         if self._model is None:
             raise GenerationError("this generator was closed; open a new one")
+        return self._model
+
+    def _check(self, prompts: Sequence[Prompt], num_new: Sequence[int]) -> None:
+        self._opened()
         check_lengths(prompts, num_new, self._max_len)
 
     def _count(self, tokens: Iterator[int]) -> None:
@@ -279,8 +324,8 @@ class TransformersGenerator:
             _advance(rows, tokens_B, going)
             active = [active[row] for row in going]
         return [
-            Generation(texts[i].strip(), logps[i], len(decoded[i]), len(prompts[i].token_ids))
-            for i in range(len(prompts))
+            Generation(texts[i].strip(), logps[i], len(decoded[i]), len(p.token_ids), self._version)
+            for i, p in enumerate(prompts)
         ]
 
 
@@ -314,6 +359,16 @@ def _stop_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     configured = getattr(generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def _tied_names(model: Any) -> dict[str, str]:
+    """Second names of tied parameters, each with the name that stands for it."""
+    first: dict[int, str] = {}
+    second = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            second[name] = first[id(parameter)]
+    return second
 
 
 class _memory_errors:

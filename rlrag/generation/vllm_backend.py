@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, SetupError
 from rlrag.generation.checks import check_answers, check_lengths
 from rlrag.generation.decoding import draw_seed
-from rlrag.generation.identity import generator_identity
+from rlrag.generation.identity import generator_identity, pushed_identity
 from rlrag.generation.protocol import Sampling, TokenCount
+from rlrag.generation.weight_layout import OUTPUT_LAYER, WeightLayout, check_tied
 from rlrag.models import resolve_device, resolve_dtype
 from rlrag.records import Generation, Prompt, Score
+
+if TYPE_CHECKING:
+    from rlrag.generation.weights import GeneratorWeights
 
 # Prefix hits are whole blocks, so short blocks share more; a CPU prefers multiples of 32 and its
 # default of 128 would lose most of a few-shot prefix.
@@ -69,7 +73,9 @@ class VllmGenerator:
         device = resolve_device(config.device)
         if device == "cpu":
             check_compiler()
-        self._identity = generator_identity(model_dir, "vllm", config.dtype, device)
+        self._first_identity = generator_identity(model_dir, "vllm", config.dtype, device)
+        self._identity, self._version = self._first_identity, 0
+        self._layout = WeightLayout.of(model_dir)
         self._max_len = config.max_model_len
         self._tokens = TokenCount()
         dtype: Any = resolve_dtype(config.dtype, device)
@@ -97,9 +103,55 @@ class VllmGenerator:
         return self._identity
 
     @property
+    def version(self) -> int:
+        """Version of the weights that answer."""
+        return self._version
+
+    @property
     def tokens(self) -> TokenCount:
         """Tokens asked of the engine since this object was made."""
         return self._tokens
+
+    def check_weights(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse a set of weights by its names and shapes; the engine is not touched.
+
+        Raises:
+            GenerationError: naming what is missing, unexpected or of another shape.
+        """
+        self._opened()
+        self._layout.check(shapes)
+
+    def load_weights(self, weights: GeneratorWeights) -> None:
+        """Take over the tensors in place and forget the keys and values of the old ones.
+
+        A set that does not fit is refused before the engine is touched.
+
+        Raises:
+            GenerationError: when the tensors do not fit the model; when the engine fails on them,
+                after which it is closed, since part of it would answer with the old weights.
+        """
+        self.check_weights({name: tensor.shape for name, tensor in weights.tensors.items()})
+        if self._layout.embedding:
+            check_tied(weights.tensors, {OUTPUT_LAYER: self._layout.embedding})
+        pairs = self._layout.pairs(weights.tensors)
+        try:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+            # vLLM (0.32) keeps the prefix cache over a reload.
+            emptied = self._engine.reset_prefix_cache()
+        except Exception as error:
+            self.close()
+            raise GenerationError(
+                f"vLLM failed while it took over weights of version {weights.version} and was "
+                f"closed: {type(error).__name__}: {error}"
+            ) from error
+        if not emptied:
+            self.close()
+            raise GenerationError(
+                "vLLM could not empty its prefix cache, which holds keys and values of the old "
+                "weights, and was closed; push when no request is running"
+            )
+        self._identity = pushed_identity(self._first_identity, weights.digest)
+        self._version = weights.version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         """Decode one answer a prompt.
@@ -134,6 +186,7 @@ class VllmGenerator:
                     logp=float(answer.cumulative_logprob),
                     num_tokens=len(answer.token_ids),
                     num_prompt_tokens=len(prompt.token_ids),
+                    version=self._version,
                 )
             )
         self._count(results)
@@ -166,7 +219,7 @@ class VllmGenerator:
                     "vLLM returned no finite log-probability for an answer of "
                     f"{len(answer)} tokens after {start} prompt tokens; try dtype float32"
                 )
-            results.append(Score(logp, len(answer), start))
+            results.append(Score(logp, len(answer), start, self._version))
         self._count(results)
         return results
 
@@ -196,9 +249,12 @@ class VllmGenerator:
             ) from error
         return list(outputs)
 
-    def _check(self, prompts: Sequence[Prompt], num_new: Sequence[int]) -> None:
+    def _opened(self) -> None:
         if self._engine is None:
             raise GenerationError("this generator was closed; open a new one")
+
+    def _check(self, prompts: Sequence[Prompt], num_new: Sequence[int]) -> None:
+        self._opened()
         check_lengths(prompts, num_new, self._max_len)
 
     def _count(self, results: Sequence[Generation | Score]) -> None:

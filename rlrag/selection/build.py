@@ -10,7 +10,10 @@ from rlrag.config import SelectorConfig
 from rlrag.models import resolve_model
 from rlrag.selection.encoder_scorers import BiEncoderScorer, CrossEncoderScorer
 from rlrag.selection.feature_scorer import FeatureScorer
+from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.selection.plackett_luce import PlackettLucePolicy
+
+TrainablePolicy = PlackettLucePolicy | ListwiseLMPolicy
 
 
 def build_policy(
@@ -20,23 +23,30 @@ def build_policy(
     vector_size: int,
     cache_dir: Path,
     seed: int,
-) -> PlackettLucePolicy:
+) -> TrainablePolicy:
     """The policy that `config` describes, its initial weights drawn from `seed`.
 
     Args:
-        config: Kind and sizes of the scorer.
+        config: Kind and sizes of the policy.
         num_selected: Passages in a selection (K).
         num_scores: Retriever scores a candidate (C).
         vector_size: Length of the frozen embeddings (D); 0 without them.
         cache_dir: Where built-in models are unpacked.
         seed: Determines the initial weights, whatever else drew random numbers before.
+
+    Raises:
+        ConfigError: when `listwise_lm` is given a model that is no causal language model.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if config.kind == "listwise_lm":
+            model_dir = resolve_model(config.model, cache_dir)
+            return ListwiseLMPolicy(model_dir, num_selected, config.max_tokens, config.adapter_rank)
         if config.kind == "features":
             scorer: torch.nn.Module = FeatureScorer(
                 num_scores,
                 vector_size,
+                num_selected,
                 config.hidden_size,
                 config.projection_size,
                 config.prior_scale,
@@ -44,5 +54,5 @@ def build_policy(
         else:
             kind = BiEncoderScorer if config.kind == "bi_encoder" else CrossEncoderScorer
             model_dir = resolve_model(config.model, cache_dir)
-            scorer = kind(model_dir, config.max_tokens, config.prior_scale)
+            scorer = kind(model_dir, config.max_tokens, num_selected, config.prior_scale)
     return PlackettLucePolicy(scorer, num_selected)

@@ -1,6 +1,6 @@
-"""Texts in; one logit a candidate out, from a transformer encoder that is trained itself.
+"""Texts in; a logit for every pick and candidate out, from a text encoder that is trained itself.
 
-Shape letters: B questions, N candidates, L tokens, D hidden.
+Shape letters: B questions, K picks, N candidates, L tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -42,47 +42,53 @@ class _TextEncoder(nn.Module):
 
 
 class BiEncoderScorer(nn.Module):
-    """logit_i = -scale * rank_i + gate * cos(f(q), f(d_i)), gate starting at zero.
+    """logit_ti = -scale * rank_i + gate_t * cos(f(q), f(d_i)), the gate of each pick t from zero.
 
-    The zero gate makes the untrained policy the retriever's order; its own gradient is the first to
-    move, and the encoder's follow.
+    Zero gates make the untrained policy the retriever's order; their own gradient is the first
+    to move, and the encoder's follow.
     """
 
-    def __init__(self, model_dir: Path, max_tokens: int, prior_scale: float) -> None:
+    def __init__(
+        self, model_dir: Path, max_tokens: int, num_selected: int, prior_scale: float
+    ) -> None:
         super().__init__()
         self.encoder = _TextEncoder(model_dir, max_tokens)
         self.prior_scale = prior_scale
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate_K = nn.Parameter(torch.zeros(num_selected))
 
     def forward(self, batch: CandidateBatch) -> torch.Tensor:
-        """Logits of shape (B, N)."""
+        """Logits of shape (B, K, N)."""
         num_candidates = batch.scores_BNC.shape[1]
         passages = [text for texts in batch.passage_texts for text in texts]
         question_BD = nn.functional.normalize(self.encoder(list(batch.question_texts)), dim=-1)
         passage_ND = nn.functional.normalize(self.encoder(passages), dim=-1)
         passage_BND = passage_ND.view(len(batch), num_candidates, -1)
         cosine_BN = torch.einsum("bd,bnd->bn", question_BD, passage_BND)
-        return _with_prior(self.gate * cosine_BN, self.prior_scale)
+        return _with_prior(torch.einsum("k,bn->bkn", self.gate_K, cosine_BN), self.prior_scale)
 
 
 class CrossEncoderScorer(nn.Module):
-    """logit_i = -scale * rank_i + w . f(q, d_i), w starting at zero."""
+    """logit_ti = -scale * rank_i + w_t . f(q, d_i), the w of each pick t starting at zero."""
 
-    def __init__(self, model_dir: Path, max_tokens: int, prior_scale: float) -> None:
+    def __init__(
+        self, model_dir: Path, max_tokens: int, num_selected: int, prior_scale: float
+    ) -> None:
         super().__init__()
         self.encoder = _TextEncoder(model_dir, max_tokens)
         self.prior_scale = prior_scale
-        self.out = nn.Linear(self.encoder.model.config.hidden_size, 1, bias=False)
+        self.out = nn.Linear(self.encoder.model.config.hidden_size, num_selected, bias=False)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, batch: CandidateBatch) -> torch.Tensor:
-        """Logits of shape (B, N)."""
+        """Logits of shape (B, K, N)."""
         num_candidates = batch.scores_BNC.shape[1]
         questions = [q for q in batch.question_texts for _ in range(num_candidates)]
         passages = [text for texts in batch.passage_texts for text in texts]
-        pooled = self.encoder(questions, passages)
-        return _with_prior(self.out(pooled).view(len(batch), num_candidates), self.prior_scale)
+        logits_BNK = self.out(self.encoder(questions, passages)).view(
+            len(batch), num_candidates, -1
+        )
+        return _with_prior(logits_BNK.transpose(1, 2), self.prior_scale)
 
 
-def _with_prior(learned_BN: torch.Tensor, scale: float) -> torch.Tensor:
-    return retriever_prior(learned_BN.shape[1], scale).to(learned_BN.device) + learned_BN
+def _with_prior(learned_BKN: torch.Tensor, scale: float) -> torch.Tensor:
+    return retriever_prior(learned_BKN.shape[-1], scale).to(learned_BKN.device) + learned_BKN

@@ -1,6 +1,6 @@
-"""Frozen features and embeddings in; one logit a candidate out, from a small network.
+"""Frozen features and embeddings in; a logit for every pick and candidate out, by a small network.
 
-Shape letters: B questions, N candidates, F features, D embedding, P projection.
+Shape letters: B questions, K picks, N candidates, F features, D embedding, P projection.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from rlrag.selection.features import candidate_features, num_features
 
 
 def retriever_prior(num_candidates: int, scale: float) -> torch.Tensor:
-    """Logits of the retriever's order, shape (N,): each rank costs `scale` nats."""
+    """Logits of the retriever's order, shape (N,), for every pick: each rank costs `scale` nats."""
     return -scale * torch.arange(num_candidates, dtype=torch.float32)
 
 
 class FeatureScorer(nn.Module):
-    """logit_i = -scale * rank_i + w . gelu(W features_i) + sqrt(D) * (A q) . (B d_i).
+    """logit_ti = -scale * rank_i + w_t . gelu(W features_i) + sqrt(D) * c_t . (A q * B d_i).
 
-    w and B start at zero, so that before training the logits are the retriever's order. The last
-    term is a low-rank bilinear form of the frozen embeddings: it learns which kinds of passage
-    answer which kinds of question.
+    t is the pick, first to last: what is worth showing first differs from what is worth showing
+    last, next to the question. w and B start at zero, so that before training the logits of every
+    pick are the retriever's order. The last term is a low-rank bilinear form of the frozen
+    embeddings: it learns which kinds of passage answer which kinds of question.
     """
 
     def __init__(
         self,
         num_scores: int,
         vector_size: int,
+        num_selected: int,
         hidden_size: int,
         projection_size: int,
         prior_scale: float,
@@ -37,18 +39,19 @@ class FeatureScorer(nn.Module):
         self.prior_scale = prior_scale
         self.vector_size = vector_size
         self.hidden = nn.Linear(num_features(num_scores), hidden_size)
-        self.out = nn.Linear(hidden_size, 1, bias=False)
+        self.out = nn.Linear(hidden_size, num_selected, bias=False)
         nn.init.zeros_(self.out.weight)
         if vector_size:
             self.project_question = nn.Linear(vector_size, projection_size, bias=False)
             self.project_passage = nn.Linear(vector_size, projection_size, bias=False)
             nn.init.zeros_(self.project_passage.weight)
+            self.pick_mixture_KP = nn.Parameter(torch.ones(num_selected, projection_size))
 
     def forward(self, batch: CandidateBatch) -> torch.Tensor:
-        """Logits of shape (B, N)."""
+        """Logits of shape (B, K, N)."""
         device = self.out.weight.device
         features_BNF = torch.from_numpy(candidate_features(batch)).to(device)
-        logits_BN = self.out(nn.functional.gelu(self.hidden(features_BNF))).squeeze(-1)
+        logits_BKN = self.out(nn.functional.gelu(self.hidden(features_BNF))).transpose(1, 2)
         if self.vector_size:
             question_BP = self.project_question(
                 torch.from_numpy(batch.question_vectors_BD).to(device)
@@ -56,7 +59,9 @@ class FeatureScorer(nn.Module):
             passage_BNP = self.project_passage(
                 torch.from_numpy(batch.passage_vectors_BND).to(device)
             )
-            bilinear_BN = torch.einsum("bp,bnp->bn", question_BP, passage_BNP)
-            logits_BN = logits_BN + self.vector_size**0.5 * bilinear_BN
-        prior_N = retriever_prior(logits_BN.shape[1], self.prior_scale).to(device)
-        return prior_N + logits_BN
+            bilinear_BKN = torch.einsum(
+                "bp,kp,bnp->bkn", question_BP, self.pick_mixture_KP, passage_BNP
+            )
+            logits_BKN = logits_BKN + self.vector_size**0.5 * bilinear_BKN
+        prior_N = retriever_prior(logits_BKN.shape[-1], self.prior_scale).to(device)
+        return prior_N + logits_BKN

@@ -45,10 +45,10 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
 
     As training sharpens the policy it repeats itself more, so the estimate is on the high side.
     """
-    schedule = BatchSchedule(config.training, len(data.train), config.seed)
+    schedule = BatchSchedule(config.training, config.dro, len(data.train), config.seed)
     policy = open_policy(config, data.train)
     rows = np.linspace(0, len(data.train) - 1, min(_SAMPLE, len(data.train))).astype(int)
-    passes = schedule.num_steps * config.training.batch_size / len(data.train)
+    passes = schedule.epoch(schedule.num_steps)
     num_draws = max(1, round(passes * config.dro.num_samples))
     drawn = policy.sample(data.train.batch(rows), num_draws, [[config.seed, int(r)] for r in rows])
     distinct = [np.unique(draws, axis=0) for draws in drawn.positions_BMK]
@@ -60,13 +60,21 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     )
     per_question = float(np.mean([len(picks) for picks in distinct]))
     num_validation = len(data.validation) if data.validation else 0
-    # A validated question is answered anew for each candidate that the policy comes to prefer.
-    num_requests = round(per_question * len(data.train) * min(1.0, passes)) + 2 * num_validation
+    num_rollouts = round(passes * len(data.train)) * config.dro.num_samples
+    if config.training.objective == "sft":
+        num_rollouts = 0
+    if config.trains_generator:  # new weights answer everything anew
+        num_validations = 1 + schedule.num_steps // config.training.validate_every
+        num_requests = num_rollouts + num_validations * num_validation
+    else:
+        # A validated question is answered anew for each candidate that the policy comes to prefer.
+        num_requests = round(per_question * len(data.train) * min(1.0, passes))
+        num_requests += 2 * num_validation
     tokens = float(np.mean([len(prompt.token_ids) for prompt in sample]))
     tokens += config.generator.max_new_tokens / 2
     return Budget(
         num_steps=schedule.num_steps,
-        num_rollouts=schedule.num_steps * config.training.batch_size * config.dro.num_samples,
+        num_rollouts=num_rollouts,
         num_requests=num_requests,
         num_tokens=round(num_requests * tokens),
         sample_prompts=sample,

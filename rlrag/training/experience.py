@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from rlrag.config import EnvironmentConfig
+from rlrag.config import DROConfig, EnvironmentConfig
 from rlrag.errors import GenerationError, RlragError
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.protocol import SelectionReward
@@ -24,15 +24,18 @@ class Experience:
     """One batch of episodes, drawn by one version of the policy.
 
     `rewards_BM` holds NaN where a reward could not be computed; `errors` says why. `terms_BM` are
-    the reward's terms before weighting.
+    the reward's terms before weighting. `log_weights_BM` are the log a_i of `SampledSelections`.
+    The versions are the E-steps whose policy drew and whose generator weights scored.
     """
 
     question_rows: np.ndarray
     positions_BMK: np.ndarray
     behaviour_logp_BM: np.ndarray
+    log_weights_BM: np.ndarray
     rewards_BM: np.ndarray
     terms_BM: Mapping[str, np.ndarray]
     policy_version: int
+    generator_version: int
     errors: tuple[RlragError, ...] = ()
 
 
@@ -41,22 +44,23 @@ class ExperienceCollector:
 
     Args:
         config: Names the environment and the number of picks.
+        dro: Episodes a question (M) and how they are drawn.
         candidates: The questions with their candidates.
         reward: Scores finished selections, all of a batch in one call.
         num_questions: Questions a batch (B), over this worker's share.
-        num_samples: Episodes a question (M).
     """
 
     def __init__(
         self,
         config: EnvironmentConfig,
+        dro: DROConfig,
         candidates: CandidateTable,
         reward: SelectionReward,
         num_questions: int,
-        num_samples: int,
     ) -> None:
+        self._dro = dro
         self._candidates = candidates
-        self._num_samples = num_samples
+        self._num_samples = num_samples = dro.num_samples
         self._num_selected = config.num_selected
         self._env: VectorEnv = gymnasium.make_vec(
             config.id,
@@ -73,14 +77,23 @@ class ExperienceCollector:
         policy: SelectionPolicy,
         question_rows: np.ndarray,
         seeds: Sequence[Seed],
-        version: int,
+        policy_version: int,
+        generator_version: int,
     ) -> Experience:
         """Draw M selections a question, play them as episodes and return their rewards.
+
+        The versions are recorded, not checked: the caller holds the policy and the generator still.
 
         Raises:
             RlragError: the first failure, when no reward of the whole batch could be computed.
         """
-        drawn = policy.sample(self._candidates.batch(question_rows), self._num_samples, seeds)
+        drawn = policy.sample(
+            self._candidates.batch(question_rows),
+            self._num_samples,
+            seeds,
+            self._dro.proposal_temperature,
+            self._dro.replacement,
+        )
         shape = drawn.positions_BMK.shape[:2]
         self._env.reset(options={"question_rows": np.repeat(question_rows, self._num_samples)})
         actions = drawn.positions_BMK.reshape(-1, self._num_selected)
@@ -98,9 +111,11 @@ class ExperienceCollector:
             question_rows=question_rows,
             positions_BMK=drawn.positions_BMK,
             behaviour_logp_BM=drawn.logp_BM,
+            log_weights_BM=drawn.log_weights_BM,
             rewards_BM=rewards.reshape(shape),
             terms_BM=_terms(info, shape),
-            policy_version=version,
+            policy_version=policy_version,
+            generator_version=generator_version,
             errors=errors,
         )
 

@@ -30,7 +30,7 @@ def train_locally(
 ) -> None:
     """Run the loop in this process, without Ray."""
     reward = open_reward(config, generator, prompts)
-    TrainingLoop(config, data, generator, reward, run_dir, SingleWorker()).run()
+    TrainingLoop(config, data, generator, prompts, reward, run_dir, SingleWorker()).run()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ def train_on_ray(
             use_gpu=config.training.worker_gpus > 0,
             resources_per_worker=_resources(config),
         ),
-        torch_config=TorchConfig(timeout_s=int(config.training.collective_timeout_s)),
+        torch_config=TorchConfig(
+            # Counts and metrics are summed on the CPU, gradients where the model is.
+            backend="cpu:gloo,cuda:nccl" if config.training.worker_gpus else "gloo",
+            timeout_s=int(config.training.collective_timeout_s),
+        ),
         run_config=RayRunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",
             storage_path=str(run_dir.logs / "ray_train"),
@@ -106,7 +110,14 @@ def _worker(settings: dict[Any, Any]) -> None:
     reward = open_reward(config, task.generator, task.prompts)
     run_dir = RunDirectory(Path(task.run_dir))
     TrainingLoop(
-        config, data, task.generator, reward, run_dir, TorchWorkers(), on_step=_report
+        config,
+        data,
+        task.generator,
+        task.prompts,
+        reward,
+        run_dir,
+        TorchWorkers(),
+        on_step=_report,
     ).run()
 
 
@@ -119,7 +130,7 @@ def _report(metrics: Metrics) -> None:
     import ray.train
 
     if "validation/f1" in metrics:
-        ray.train.report(metrics)
+        ray.train.report({k: v for k, v in metrics.items() if isinstance(v, float | int)})
 
 
 def _final_errors() -> Any:

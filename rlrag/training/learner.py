@@ -12,10 +12,11 @@ from torch import nn
 
 from rlrag.algorithms import dro
 from rlrag.config import DROConfig, TrainingConfig
-from rlrag.errors import GenerationError, NonFiniteLossError
+from rlrag.errors import NonFiniteLossError
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.selection.plackett_luce import PlackettLucePolicy
+from rlrag.selection.build import TrainablePolicy
 from rlrag.training.experience import Experience
+from rlrag.training.learning_rate import linear_schedule
 from rlrag.training.workers import Workers
 
 
@@ -24,11 +25,21 @@ class SelectorLearner:
 
     Every worker sees its share of the batch. Gradients and metrics are summed over the workers and
     divided by the questions of the whole batch: one worker and many do the same mathematics.
+
+    Args:
+        policy: What is trained.
+        initial: The policy before training, which `kl_to_initial` is measured against.
+        candidates: The training questions with their candidates.
+        dro_config: Which loss.
+        config: Batch size, learning rate and limits.
+        num_steps: Steps of the whole run, for the learning rate.
+        workers: Whom the batch is shared with.
     """
 
     def __init__(
         self,
-        policy: PlackettLucePolicy,
+        policy: TrainablePolicy,
+        initial: TrainablePolicy,
         candidates: CandidateTable,
         dro_config: DROConfig,
         config: TrainingConfig,
@@ -36,37 +47,53 @@ class SelectorLearner:
         workers: Workers,
     ) -> None:
         self._policy = policy
+        self._initial = initial
         self._candidates = candidates
         self._dro = dro_config
         self._config = config
         self._num_steps = num_steps
         self._workers = workers
+        self._parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay
         )
 
-    def update(self, experience: Experience, step: int) -> dict[str, float]:
-        """One optimiser step; returns metrics averaged over the whole batch.
+    def update(
+        self, experience: Experience, weights_BM: torch.Tensor, step: int
+    ) -> dict[str, float]:
+        """One optimiser step; returns metrics averaged over the whole batch, as before the step.
+
+        `policy_entropy` is that of the first pick and `kl_to_initial` an estimate from the samples,
+        both in nats.
+
+        Args:
+            experience: This worker's share of the batch.
+            weights_BM: Its importance weights.
+            step: Number of this step, from 0.
 
         Raises:
-            GenerationError: when more rewards failed than `max_failed_share` allows.
             NonFiniteLossError: when the loss or the gradient is not finite.
         """
-        device = next(self._policy.parameters()).device
-        rewards_BM = torch.from_numpy(experience.rewards_BM)
-        weights_BM = dro.importance_weights(
-            rewards_BM, self._dro.reward_temperature, self._dro.weighting
+        batch = self._candidates.batch(experience.question_rows)
+        log_weights_BM = torch.from_numpy(experience.log_weights_BM)
+        behaviour_BM = torch.from_numpy(experience.behaviour_logp_BM).double()
+        with torch.no_grad():
+            initial_BM = self._initial.log_prob(batch, experience.positions_BMK).cpu().double()
+        coefficients_BM = self._coefficients(experience, weights_BM, initial_BM)
+        logp_BM = self._policy.log_prob(batch, experience.positions_BMK)
+        loss_B = self._loss(logp_BM, behaviour_BM, coefficients_BM)
+        kl_BM = dro.kl_coefficients(logp_BM.detach().cpu().double(), initial_BM, log_weights_BM)
+        first_pick_BN = torch.from_numpy(self._policy.first_pick_probabilities(batch))
+        metrics = self._mean(
+            {
+                "loss": loss_B.detach().sum().item(),
+                "kl_to_initial": -kl_BM.sum().item(),
+                "policy_entropy": torch.special.entr(first_pick_BN).sum().item(),
+            }
         )
-        valid_BM = ~rewards_BM.isnan()
-        coefficients_BM = dro.coefficients(weights_BM, valid_BM, self._dro.baseline)
-        totals = self._totals(experience, weights_BM)
-        logp_BM = self._policy.log_prob(
-            self._candidates.batch(experience.question_rows), experience.positions_BMK
+        rate = linear_schedule(
+            step, self._num_steps, self._config.warmup_steps, self._config.learning_rate
         )
-        loss_B = dro.selector_loss(logp_BM, coefficients_BM.to(device, logp_BM.dtype))
-        totals["loss"] = loss_B.detach().sum().item()
-        metrics = self._reduce(totals, experience)
-        rate = self._rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -76,54 +103,43 @@ class SelectorLearner:
         metrics["learning_rate"] = rate
         return metrics
 
-    def _totals(self, experience: Experience, weights_BM: torch.Tensor) -> dict[str, float]:
-        """Sums over this worker's questions (or samples) of everything that is averaged."""
-        rewards_BM = torch.from_numpy(experience.rewards_BM)
-        found = dro.diagnostics(weights_BM, rewards_BM, torch.from_numpy(experience.positions_BMK))
-        entropy_B = torch.special.entr(
-            torch.from_numpy(
-                self._policy.first_pick_probabilities(
-                    self._candidates.batch(experience.question_rows)
-                )
+    def _coefficients(
+        self, experience: Experience, weights_BM: torch.Tensor, initial_BM: torch.Tensor
+    ) -> torch.Tensor:
+        """What multiplies log p(z | x): the reward's part, entropy and KL, duplicates merged."""
+        log_weights_BM = torch.from_numpy(experience.log_weights_BM)
+        behaviour_BM = torch.from_numpy(experience.behaviour_logp_BM).double()
+        valid_BM = dro.valid_samples(torch.from_numpy(experience.rewards_BM), log_weights_BM)
+        found_BM = dro.coefficients(weights_BM, log_weights_BM, valid_BM, self._dro.baseline)
+        if self._dro.entropy_weight:
+            found_BM = found_BM + self._dro.entropy_weight * dro.entropy_coefficients(
+                behaviour_BM, log_weights_BM
             )
-        ).sum(dim=1)
-        totals = {
-            "ess": found.ess.sum().item(),
-            "weight_entropy": found.entropy.sum().item(),
-            "zero_signal_share": found.zero_signal.sum().item(),
-            "duplicate_share": found.duplicate_share.sum().item(),
-            "policy_entropy": entropy_B.sum().item(),
-            "reward": rewards_BM.nansum().item(),
-        }
-        for name in sorted(experience.terms_BM):
-            totals[f"reward/{name}"] = torch.from_numpy(experience.terms_BM[name]).nansum().item()
-        return totals
+        if self._dro.kl_weight:
+            found_BM = found_BM + self._dro.kl_weight * dro.kl_coefficients(
+                behaviour_BM, initial_BM, log_weights_BM
+            )
+        return dro.merge_duplicates(torch.from_numpy(experience.positions_BMK), found_BM)
 
-    def _reduce(self, totals: dict[str, float], experience: Experience) -> dict[str, float]:
-        names = list(totals)
-        counts = [float(len(experience.errors)), float(experience.rewards_BM.size)]
-        values = torch.tensor([*totals.values(), *counts], dtype=torch.float64)
-        summed = self._workers.sum(values).tolist()
-        num_failed, num_samples = summed[-2:]
-        if num_failed > self._config.max_failed_share * num_samples:
-            first = experience.errors[0] if experience.errors else "see the other workers' logs"
-            raise GenerationError(
-                f"{num_failed:.0f} of {num_samples:.0f} rewards of a batch could not be computed, "
-                f"more than training.max_failed_share {self._config.max_failed_share} allows; "
-                f"the first: {first}"
-            )
-        num_questions = self._config.batch_size
-        metrics = {
-            name: total / (num_samples - num_failed if name.startswith("reward") else num_questions)
-            for name, total in zip(names, summed, strict=False)
-        }
-        metrics["num_rollouts"] = num_samples
-        metrics["num_failed"] = num_failed
-        return metrics
+    def _loss(
+        self, logp_BM: torch.Tensor, behaviour_BM: torch.Tensor, coefficients_BM: torch.Tensor
+    ) -> torch.Tensor:
+        coefficients_BM = coefficients_BM.to(logp_BM.device, logp_BM.dtype)
+        if self._dro.clip_ratio is None:
+            return dro.selector_loss(logp_BM, coefficients_BM)
+        behaviour_BM = behaviour_BM.to(logp_BM.device, logp_BM.dtype)
+        return dro.clipped_selector_loss(
+            logp_BM, behaviour_BM, coefficients_BM, self._dro.clip_ratio
+        )
+
+    def _mean(self, totals: dict[str, float]) -> dict[str, float]:
+        """Sums over this worker's questions to means over those of the whole batch."""
+        summed = self._workers.sum(torch.tensor(list(totals.values()), dtype=torch.float64))
+        means = (summed / self._config.batch_size).tolist()
+        return dict(zip(totals, means, strict=True))
 
     def _clip_shared_gradient(self, step: int) -> float:
-        parameters = [p for p in self._policy.parameters() if p.requires_grad]
-        local = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        local = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         shared = self._workers.sum(nn.utils.parameters_to_vector(local))
         norm = shared.norm().item()
         if not math.isfinite(norm):
@@ -133,15 +149,7 @@ class SelectorLearner:
             )
         shared = shared * min(1.0, self._config.max_grad_norm / max(norm, 1e-12))
         start = 0
-        for parameter in parameters:
+        for parameter in self._parameters:
             parameter.grad = shared[start : start + parameter.numel()].view_as(parameter).clone()
             start += parameter.numel()
         return norm
-
-    def _rate(self, step: int) -> float:
-        """Linear warm-up to the peak, then linear decay to zero at the last step."""
-        warmup = self._config.warmup_steps
-        if step < warmup:
-            return self._config.learning_rate * (step + 1) / warmup
-        left = (self._num_steps - step) / max(self._num_steps - warmup, 1)
-        return self._config.learning_rate * min(1.0, left)

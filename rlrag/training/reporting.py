@@ -1,7 +1,8 @@
 """Metrics of finished steps in; a live line, log lines and experiment trackers out.
 
 On a terminal one line is redrawn; elsewhere each step is one short line. What libraries have to say
-goes to a file, so that neither is disturbed.
+goes to a file, so that neither is disturbed. A tracker that fails is dropped with one line and
+never ends a run: the metrics are in their file whatever happens to it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TextIO
 
 from rlrag.errors import SetupError
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _JOIN_TIMEOUT_S = 10.0
@@ -144,13 +147,50 @@ _LOGS: dict[str, Callable[[Path], MetricsConsumer]] = {
 def consumers(
     names: Sequence[str], directory: Path, num_steps: int
 ) -> Iterator[list[MetricsConsumer]]:
-    """The progress line and the named trackers, closed at the end of the block."""
+    """The progress line and the named trackers, closed at the end of the block.
+
+    One that cannot be closed is named on stderr.
+
+    Raises:
+        SetupError: before the block, when the library of a tracker is not installed.
+    """
     with ExitStack() as stack:
         found: list[MetricsConsumer] = [ProgressLine(num_steps)]
         found += [_LOGS[name](directory) for name in names]
         for consumer in found:
-            stack.callback(consumer.close)
+            stack.callback(_close, consumer)
         yield found
+
+
+def _close(consumer: MetricsConsumer) -> None:
+    try:
+        consumer.close()
+    except Exception as error:  # noqa: BLE001 - a tracker raises what its library does
+        _say_failed(consumer, error, "could not be closed and may lack the last steps")
+
+
+def _update(consumer: MetricsConsumer, metrics: Mapping[str, float]) -> bool:
+    """False when the consumer failed and gets no more."""
+    try:
+        consumer.update(metrics)
+    except Exception as error:  # noqa: BLE001 - a tracker raises what its library does
+        _say_failed(consumer, error, f"is dropped from step {metrics['step']:.0f} on")
+        return False
+    return True
+
+
+def _say_failed(consumer: MetricsConsumer, error: Exception, consequence: str) -> None:
+    name = type(consumer).__name__
+    reason = " ".join(str(error).split())
+    logger.info("%s %s", name, consequence, exc_info=error)
+    _say(f"{name} {consequence}: {type(error).__name__}: {reason}; metrics.jsonl has every step")
+
+
+def _say(text: str) -> None:
+    """One line on stderr, in the place of a live line."""
+    with suppress(OSError):  # stderr may be what failed; then there is nobody left to tell
+        sys.stderr.write(f"\r\x1b[2K{text}\n" if sys.stderr.isatty() else f"{text}\n")
+        sys.stderr.flush()
 
 
 @contextmanager
@@ -158,20 +198,20 @@ def following(path: Path, found: Sequence[MetricsConsumer]) -> Iterator[None]:
     """Feed every line that is appended to a metrics file, from now to the end of the block.
 
     The learner may run in another process; the file is all that the two share. A restart of the
-    learner truncates the file and repeats some steps: those are not fed twice.
+    learner truncates the file and repeats some steps: those are not fed twice. A consumer that
+    raises is named on stderr and gets no more; the others do.
     """
     stop = threading.Event()
     seen = max((int(line["step"]) for line in _whole_lines(path)), default=-1)
 
     def feed() -> None:
-        last = seen
+        last, working = seen, list(found)
         while True:
             ending = stop.is_set()
             for metrics in _whole_lines(path):
                 if metrics["step"] > last:
                     last = int(metrics["step"])
-                    for consumer in found:
-                        consumer.update(metrics)
+                    working = [consumer for consumer in working if _update(consumer, metrics)]
             if ending:
                 return
             stop.wait(_POLL_S)
@@ -183,12 +223,19 @@ def following(path: Path, found: Sequence[MetricsConsumer]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(_JOIN_TIMEOUT_S)
+        if thread.is_alive():
+            _say(
+                f"a tracker did not take the last steps within {_JOIN_TIMEOUT_S:g} s; "
+                "metrics.jsonl has every step"
+            )
 
 
 def _whole_lines(path: Path) -> list[dict[str, float]]:
-    if not path.is_file():
+    try:
+        text = path.read_text()
+    except FileNotFoundError:  # before the first step
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 @contextmanager

@@ -8,40 +8,72 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlrag.config import TrainingConfig
+from rlrag.config import DROConfig, TrainingConfig
 
 
 class BatchSchedule:
     """Batches of equal size from an endless stream of shuffled passes over the questions.
 
+    The batches are grouped into E-steps. The policy that draws and the generator that scores are
+    those of the start of an E-step (`starts_estep`); its batches are gone through `dro.passes`
+    times with the same draws. One batch an E-step and one pass is on-policy training; one pass over
+    all questions an E-step is the EM of the DRO paper.
+
     Example:
-        >>> schedule = BatchSchedule(TrainingConfig(batch_size=2, num_epochs=2), 3, seed=0)
+        >>> schedule = BatchSchedule(TrainingConfig(batch_size=2, num_epochs=2), DROConfig(), 3, 0)
         >>> seen = [int(row) for step in range(schedule.num_steps) for row in schedule.rows(step)]
         >>> schedule.num_steps, sorted(seen)
         (3, [0, 0, 1, 1, 2, 2])
     """
 
-    def __init__(self, config: TrainingConfig, num_questions: int, seed: int) -> None:
+    def __init__(
+        self, config: TrainingConfig, dro: DROConfig, num_questions: int, seed: int
+    ) -> None:
         self._batch_size = config.batch_size
         self._num_questions = num_questions
         self._seed = seed
-        self.num_steps = max(1, config.num_epochs * num_questions // config.batch_size)
+        self._passes = dro.passes
+        self._num_batches = max(1, config.num_epochs * num_questions // config.batch_size)
+        once = max(1, num_questions // config.batch_size)
+        self._refresh_every = min(dro.refresh_every or once, self._num_batches)
+        self._steps = self._refresh_every * self._passes  # of one E-step, except the last
+        self.num_steps = self._num_batches * self._passes
+
+    def starts_estep(self, step: int) -> bool:
+        """Whether the drawing policy and the scoring generator are renewed before this step."""
+        return step % self._steps == 0
+
+    def estep(self, step: int) -> int:
+        """Number of the E-step that a step belongs to, from 0; one more at the end of the run."""
+        return -(-step // self._steps) if step >= self.num_steps else step // self._steps
 
     def rows(self, step: int) -> np.ndarray:
         """Rows of the questions of a step, int64 of length batch_size."""
-        start = step * self._batch_size
+        start = self._batch(step) * self._batch_size
         places = np.arange(start, start + self._batch_size)
         passes, within = np.divmod(places, self._num_questions)
         orders = {p: self._order(p) for p in np.unique(passes)}
         return np.array([orders[p][i] for p, i in zip(passes, within, strict=True)])
 
     def epoch(self, step: int) -> float:
-        """Passes over the questions finished before a step."""
-        return step * self._batch_size / self._num_questions
+        """Passes over the questions whose samples were first seen before a step."""
+        if step >= self.num_steps:
+            return self._num_batches * self._batch_size / self._num_questions
+        first = self.estep(step) * self._refresh_every
+        seen = first + min(
+            step - first * self._passes, self._refresh_every, self._num_batches - first
+        )
+        return seen * self._batch_size / self._num_questions
 
     def sampling_seed(self, step: int, place: int) -> list[int]:
         """Seed of the draws for the question at `place` of a step's batch."""
-        return [self._seed, 1, step, place]
+        return [self._seed, 1, self._batch(step), place]
+
+    def _batch(self, step: int) -> int:
+        """Number of a step's batch; the passes of an E-step go through the same ones."""
+        first = self.estep(step) * self._refresh_every
+        in_estep = min(self._refresh_every, self._num_batches - first)
+        return first + (step - first * self._passes) % in_estep
 
     def _order(self, number: int) -> np.ndarray:
         return np.random.default_rng([self._seed, 0, int(number)]).permutation(self._num_questions)

@@ -19,7 +19,7 @@ def validate(
     answering: AnsweringReward,
     workers: Workers,
 ) -> dict[str, float]:
-    """EM and F1 of greedy selections and the share of first picks that the policy changed.
+    """EM, F1 and words an answer of greedy selections, and the share of changed selections.
 
     Each worker answers a part of the questions; all return the mean over all of them. Repeated
     validations cost little, as unchanged selections are answered from the cache.
@@ -30,12 +30,13 @@ def validate(
     selections = [[candidates.passages(row)[n] for n in picks[row]] for row in mine]
     answers = [answer.text for answer in answering.answer(questions, selections)]
     scores = [
-        (exact_match(a, q.golden_answers), token_f1(a, q.golden_answers))
+        (exact_match(a, q.golden_answers), token_f1(a, q.golden_answers), len(a.split()))
         for q, a in zip(questions, answers, strict=True)
     ]
-    totals = workers.sum(torch.tensor(np.array(scores).reshape(-1, 2).sum(axis=0))).tolist()
+    totals = workers.sum(torch.tensor(np.array(scores).reshape(-1, 3).sum(axis=0))).tolist()
     return {
         "validation/em": totals[0] / len(candidates),
         "validation/f1": totals[1] / len(candidates),
-        "validation/changed_share": float((picks[:, 0] != 0).mean()),
+        "validation/answer_words": totals[2] / len(candidates),
+        "validation/changed_share": float((picks != np.arange(picks.shape[1])).any(axis=1).mean()),
     }

@@ -1,36 +1,25 @@
-"""What a person decides about a run: typed, frozen, checked, importable without torch.
-
-A recipe returns one `RunConfig`. Every field is a command-line flag (`--dro.num-samples 8`) and a
-key of the saved `config.json`, which loads back to an equal object. Nothing that a run finds out is
-written here.
-"""
+"""The sections of a configuration: typed, frozen, checked, importable without torch."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlrag.errors import ConfigError
-
-DATA_DIR_VARIABLE = "RLRAG_DATA_DIR"
 BUILTIN_GENERATOR = "smollm2-135m-instruct"
 BUILTIN_ENCODER = "all-minilm-l6-v2"
 BUILTIN_CORPUS = "factbook"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Frozen values; unknown names, NaN and infinity are refused; docstrings become help texts."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where passages and questions come from."""
 
     corpus: str = BUILTIN_CORPUS
@@ -49,7 +38,7 @@ class DataConfig(_Section):
     """Words of a passage that are indexed and shown to the generator."""
 
 
-class RetrievalConfig(_Section):
+class RetrievalConfig(Section):
     """How candidates are found."""
 
     kind: Literal["bm25", "dense", "hybrid"] = "hybrid"
@@ -94,7 +83,7 @@ class RetrievalConfig(_Section):
         return self
 
 
-class EnvironmentConfig(_Section):
+class EnvironmentConfig(Section):
     """The Gymnasium environment that turns selections into rewards."""
 
     id: str = "envs:rlrag/DocumentSelection-v1"
@@ -103,11 +92,12 @@ class EnvironmentConfig(_Section):
     """Passages picked in one episode (K)."""
 
 
-class SelectorConfig(_Section):
+class SelectorConfig(Section):
     """The selection policy."""
 
-    kind: Literal["features", "bi_encoder", "cross_encoder"] = "features"
-    """Small network on frozen features, or a trained encoder that reads the texts."""
+    kind: Literal["features", "bi_encoder", "cross_encoder", "listwise_lm"] = "features"
+    """Small network on frozen features, a trained encoder that reads the texts, or a language model
+    that writes the order, as in the DRO paper."""
     hidden_size: int = Field(default=64, ge=1)
     """Width of the feature network."""
     projection_size: int = Field(default=32, ge=1)
@@ -115,12 +105,29 @@ class SelectorConfig(_Section):
     prior_scale: float = Field(default=0.5, gt=0)
     """Logit lost per retriever rank before training; larger means less exploration."""
     model: str = BUILTIN_ENCODER
-    """Encoder that `bi_encoder` and `cross_encoder` start from."""
+    """Encoder that `bi_encoder` and `cross_encoder` start from, or the causal language model of
+    `listwise_lm`."""
     max_tokens: int = Field(default=160, ge=8)
-    """Tokens of a text that a trained encoder reads."""
+    """Tokens of a text that a trained encoder reads; of one passage for `listwise_lm`."""
+    adapter_rank: int | None = Field(default=16, ge=1)
+    """Rank of the LoRA adapter that `listwise_lm` trains; unset trains all its weights."""
+    imitation_steps: int = Field(default=0, ge=0)
+    """Steps of supervised training before the first E-step, on orders drawn around the retriever's
+    as `prior_scale` says: what lets a language model start from a ranker."""
+    imitation_learning_rate: float = Field(default=1e-3, gt=0)
+    """AdamW step size of those steps."""
+
+    @model_validator(mode="after")
+    def _imitation_fits(self) -> Self:
+        if self.imitation_steps and self.kind != "listwise_lm":
+            raise ValueError(
+                f"selector.imitation_steps is {self.imitation_steps}, but selector.kind "
+                f"{self.kind!r} starts from the retriever's order by itself; set it to 0"
+            )
+        return self
 
 
-class FewShotExample(_Section):
+class FewShotExample(Section):
     """One worked example shown before the question."""
 
     title: str
@@ -133,7 +140,7 @@ class FewShotExample(_Section):
     """The example's answer."""
 
 
-class PromptConfig(_Section):
+class PromptConfig(Section):
     """How question and passages become a prompt."""
 
     style: Literal["plain", "chat"] = "plain"
@@ -150,7 +157,7 @@ class PromptConfig(_Section):
     """Passages are cut, the longest first, until the prompt fits; the question never is."""
 
 
-class GeneratorConfig(_Section):
+class GeneratorConfig(Section):
     """The language model that answers, and the actors that run it."""
 
     model: str = BUILTIN_GENERATOR
@@ -191,7 +198,7 @@ class GeneratorConfig(_Section):
     """The prompt; part of every cache key."""
 
 
-class RewardConfig(_Section):
+class RewardConfig(Section):
     """What an answer is worth."""
 
     functions: tuple[str, ...] = ("answer_logp",)
@@ -213,31 +220,108 @@ class RewardConfig(_Section):
         return self
 
 
-class DROConfig(_Section):
+class DROConfig(Section):
     """Direct Retrieval-augmented Optimization (arXiv 2505.03075)."""
 
-    num_samples: int = Field(default=8, ge=2)
-    """Permutations drawn a question (m); one sample carries no signal after normalisation."""
+    num_samples: int = Field(default=8, ge=1)
+    """Permutations drawn a question (m). One sample has weight 1 whatever its reward: the selector
+    then learns nothing."""
     reward_temperature: float = Field(default=1.0, gt=0)
     """w = softmax(reward / temperature); 1 with `answer_logp` is the paper's weight."""
     weighting: Literal["self_normalised", "raw"] = "self_normalised"
     """`self_normalised`: weights of a question sum to 1; `raw`: exp(reward / temperature) / m."""
-    baseline: Literal["none", "mean"] = "mean"
-    """`mean` subtracts 1/m from each weight: the same mean gradient, less variance."""
+    baseline: Literal["none", "mean", "leave_one_out"] = "mean"
+    """What is subtracted from a weight. `mean`: the mean weight of the question, which removes the
+    pull towards whatever was drawn; `leave_one_out`: the mean of the other samples' likelihoods,
+    for `raw` weights."""
+    replacement: bool = True
+    """Draw samples independently. False draws m different selections by Gumbel top-k and corrects
+    their weights (Kool et al., 2019, 2020)."""
+    proposal_temperature: float = Field(default=1.0, gt=0)
+    """Draw from p(z|x)^(1/T) and correct the weights; above 1 explores more."""
+    passes: int = Field(default=1, ge=1)
+    """Optimiser passes over the samples of an E-step; the paper's M-step takes several."""
+    refresh_every: int | None = Field(default=1, ge=1)
+    """Steps between refreshes of the policy and the generator that an E-step draws and scores with;
+    1 is on-policy, unset is once a pass over the questions, the paper's EM."""
+    clip_ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Off-policy guard: bounds p_now(z|x) / p_drawn(z|x) to 1 +- this, as PPO does; unset is the
+    paper's weighted likelihood."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """Adds this times the policy's entropy to the objective."""
+    kl_weight: float = Field(default=0.0, ge=0)
+    """Subtracts this times KL(policy || untrained policy) from the objective."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every update uses samples of the policy that it changes."""
+        return self.passes == 1 and self.refresh_every == 1
 
     @model_validator(mode="after")
-    def _baseline_fits(self) -> Self:
-        if self.weighting == "raw" and self.baseline == "mean":
+    def _estimator_fits(self) -> Self:
+        fitting = {"raw": ("none", "leave_one_out"), "self_normalised": ("none", "mean")}
+        if self.baseline not in fitting[self.weighting]:
             raise ValueError(
-                "dro.baseline 'mean' subtracts 1/m, the mean of self-normalised weights; "
-                "with dro.weighting 'raw' use baseline 'none'"
+                f"dro.baseline {self.baseline!r} does not fit dro.weighting {self.weighting!r}; "
+                f"use one of {', '.join(map(repr, fitting[self.weighting]))}"
+            )
+        if self.baseline == "leave_one_out" and self.num_samples < 2:
+            raise ValueError(
+                "dro.baseline 'leave_one_out' needs another sample; raise dro.num_samples to 2"
+            )
+        if self.baseline == "leave_one_out" and not self.replacement:
+            raise ValueError(
+                "dro.baseline 'leave_one_out' needs independent samples; use dro.replacement True"
+            )
+        if self.baseline != "none" and not self.on_policy and self.clip_ratio is None:
+            raise ValueError(
+                f"dro.baseline {self.baseline!r} is unbiased on-policy only; with dro.passes "
+                f"{self.passes} and dro.refresh_every {self.refresh_every} set dro.clip_ratio, or "
+                "use baseline 'none'"
             )
         return self
 
 
-class TrainingConfig(_Section):
+class GeneratorTrainingConfig(Section):
+    """The generator's M-step: L_G = - sum w log p(y | x, d_z)."""
+
+    method: Literal["lora", "full"] = "lora"
+    """Train a low-rank adapter or all weights."""
+    lora_rank: int = Field(default=16, ge=1)
+    """Rank of the adapter."""
+    lora_alpha: float = Field(default=32, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak AdamW step size."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the forward pass; weights and optimiser stay in float32."""
+    micro_batch_tokens: int = Field(default=4096, ge=64)
+    """Padded tokens in one forward pass; gradients accumulate over a step's passes."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    sequences_per_question: int | None = Field(default=None, ge=1)
+    """Selections a question that the step trains on: unset takes all m with their weights; a number
+    draws that many by weight, which has the same mean gradient and costs less."""
+    sharding: Literal["replicated", "fsdp2"] = "replicated"
+    """`fsdp2` shards weights, gradients and optimiser over the workers, for a generator larger than
+    one device."""
+    max_staleness: int = Field(default=0, ge=0)
+    """A batch that was rewarded by weights older than this many published versions is collected
+    again and counted; only `training.overlap` can make one."""
+
+
+class TrainingConfig(Section):
     """The loop, its optimiser and its records."""
 
+    parts: tuple[Literal["selector", "generator"], ...] = ("selector",)
+    """What is trained; the rest stays as it is."""
+    objective: Literal["dro", "sft"] = "dro"
+    """`sft` trains the generator alone on the untrained policy's own order, one selection a
+    question with weight 1: the baseline that DRO is compared with."""
     launcher: Literal["ray", "local"] = "ray"
     """`ray`: Ray Train workers and generator actors; `local`: this process alone."""
     num_workers: int = Field(default=1, ge=1)
@@ -268,6 +352,11 @@ class TrainingConfig(_Section):
     """Checkpoints kept besides the best."""
     max_failures: int = Field(default=3, ge=0)
     """Times that Ray Train restarts a broken worker group."""
+    patience: int | None = Field(default=None, ge=1)
+    """Training ends early after this many validations in a row without a better F1."""
+    overlap: bool = False
+    """Collect the next batch while the present one trains, with a policy and a generator that are
+    one update old; drained before every checkpoint."""
     max_failed_share: float = Field(default=0.05, ge=0, lt=1)
     """The run ends when a larger share of a batch's rewards could not be computed."""
     max_generator_tokens: int | None = Field(default=None, ge=1)
@@ -283,12 +372,14 @@ System = Literal[
     "retriever_first",
     "retriever_reversed",
     "retriever_order",
+    "tuned_selector",
+    "tuned_generator",
     "trained",
     "oracle",
 ]
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """The final comparison."""
 
     systems: tuple[System, ...] = (
@@ -301,118 +392,3 @@ class EvaluationConfig(_Section):
     """Systems in the table."""
     num_bootstrap: int = Field(default=10_000, ge=100)
     """Resamples for intervals and the paired test."""
-
-
-class RunConfig(_Section):
-    """One run, completely."""
-
-    recipe: str = "custom"
-    """Name of the recipe that this came from."""
-    seed: int = Field(default=0, ge=0)
-    """All randomness derives from it."""
-    cache_dir: str = "~/.cache/rlrag"
-    """Models, indexes, candidates and generations that runs share."""
-    data: DataConfig = DataConfig()
-    retrieval: RetrievalConfig = RetrievalConfig()
-    environment: EnvironmentConfig = EnvironmentConfig()
-    selector: SelectorConfig = SelectorConfig()
-    generator: GeneratorConfig = GeneratorConfig()
-    reward: RewardConfig = RewardConfig()
-    dro: DROConfig = DROConfig()
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-
-    @model_validator(mode="after")
-    def _parts_agree(self) -> Self:
-        k, n = self.environment.num_selected, self.retrieval.num_candidates
-        if k > n:
-            raise ValueError(
-                f"environment.num_selected is {k} but retrieval.num_candidates only {n}; "
-                "pick at most as many passages as are retrieved"
-            )
-        if self.training.batch_size % self.training.num_workers:
-            raise ValueError(
-                f"training.batch_size {self.training.batch_size} does not divide among "
-                f"training.num_workers {self.training.num_workers}; make it a multiple"
-            )
-        if self.training.launcher == "local" and self.training.num_workers != 1:
-            raise ValueError(
-                "training.launcher 'local' is one process; set training.num_workers to 1"
-            )
-        if self.training.launcher == "local" and self.generator.backend == "vllm":
-            raise ValueError(
-                "training.launcher 'local' runs without vLLM; use generator.backend transformers"
-            )
-        generator = self.generator
-        if generator.max_model_len < generator.prompt.max_prompt_tokens + generator.max_new_tokens:
-            raise ValueError(
-                f"generator.max_model_len {generator.max_model_len} is shorter than "
-                f"max_prompt_tokens {generator.prompt.max_prompt_tokens} plus max_new_tokens "
-                f"{generator.max_new_tokens}"
-            )
-        return self
-
-    @property
-    def cache_path(self) -> Path:
-        """`cache_dir` with `~` expanded."""
-        return Path(self.cache_dir).expanduser()
-
-    def to_json(self) -> str:
-        """The whole configuration as indented JSON with a newline at the end."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
-
-    def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 of the configuration."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
-
-    @classmethod
-    def from_json(cls, text: str, source: str = "config") -> RunConfig:
-        """Parse `to_json`'s text.
-
-        Raises:
-            ConfigError: naming `source`, the field, and for an unknown field the nearest valid one.
-        """
-        try:
-            return cls.model_validate(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{source} is not JSON: {error}") from error
-        except ValidationError as error:
-            raise ConfigError(f"{source}: {describe_validation_error(error)}") from error
-
-
-def describe_validation_error(error: ValidationError) -> str:
-    """One sentence for each problem that pydantic found, with a suggestion for unknown fields.
-
-    Fields are named from the root of the configuration, whichever section was being read.
-    """
-    sections = {path: section for path, section in _sections(RunConfig)}
-    places = {section.__name__: path for path, section in sections.items()}
-    sentences = []
-    for problem in error.errors():
-        parts = (*places.get(error.title, ()), *problem["loc"])
-        path = ".".join(map(str, parts)) or "the configuration"
-        if problem["type"] == "extra_forbidden":
-            names = sections[tuple(p for p in parts[:-1] if isinstance(p, str))].model_fields
-            near = difflib.get_close_matches(str(parts[-1]), names, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"valid fields: {', '.join(sorted(names))}"
-            )
-            sentences.append(f"unknown field {path!r}; {hint}")
-        elif problem["type"] == "value_error":
-            sentences.append(str(problem["ctx"]["error"]))
-        else:
-            sentences.append(f"{path} = {problem['input']!r}: {problem['msg']}")
-    return "; ".join(sentences)
-
-
-def _sections(
-    section: type[BaseModel], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
-    """A section and all below it, also those that a tuple holds, with their paths."""
-    yield path, section
-    for name, field in section.model_fields.items():
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _sections(kind, (*path, name))

@@ -1,0 +1,279 @@
+"""Time and memory of a push of new weights into a pool of engines that go on running.
+
+Run `python -m benchmarks.weight_sync`. This process plays the learner: it holds two sets of weights
+and pushes them in turn. Some pushes are timed; others, which are not, have the memory of all
+processes of the cluster read meanwhile (proportional set size, so that shared pages count once).
+After the last push the engines' scores are compared with those of a model in this process that
+holds the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlrag.config import GeneratorConfig
+    from rlrag.generation.protocol import Generator
+    from rlrag.generation.weights import GeneratorWeights
+    from rlrag.records import Prompt
+
+RESULTS_FILE = Path(__file__).parent / "results" / "weight_sync.md"
+TARGET_COPIES = 1.5
+_MIB = 2**20
+_SETTLE_S = 2.0  # Ray frees objects within a second
+
+
+class MemoryPeak:
+    """Reads the memory of this process and all that descend from it until it is left."""
+
+    def __init__(self) -> None:
+        self.before = memory_of_tree()
+        self.peak = self.before
+        self._stop = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+
+    def __enter__(self) -> MemoryPeak:
+        self._reader.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._reader.join()
+
+    @property
+    def extra(self) -> int:
+        """Bytes at the peak over those at the start."""
+        return self.peak - self.before
+
+    def _read(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak, memory_of_tree())
+
+
+def memory_of_tree() -> int:
+    """Proportional set size in bytes of this process and its descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            # After the name in parentheses, which may hold anything: state, then parent.
+            fields = _read_or_empty(f"/proc/{entry.name}/stat").rpartition(")")[2].split()
+            if fields:
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+    total, waiting = 0, [os.getpid()]
+    while waiting:
+        pid = waiting.pop()
+        waiting += children.get(pid, [])
+        for line in _read_or_empty(f"/proc/{pid}/smaps_rollup").splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def _read_or_empty(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return ""  # the process has ended
+
+
+@dataclass(frozen=True)
+class Pushes:
+    """What was measured of one pool."""
+
+    copy_bytes: int
+    first_s: float
+    later_s: Sequence[float]
+    hash_s: float
+    first_extra: int
+    later_extra: int
+    difference: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=None, help="default: the built-in generator")
+    parser.add_argument("--backends", nargs="+", default=["transformers", "vllm"])
+    parser.add_argument("--actors", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--pushes", type=int, default=5, help="timed, and as many watched")
+    parser.add_argument("--output", type=Path, default=RESULTS_FILE)
+    options = parser.parse_args(arguments)
+    report = measure(options)
+    print(report)
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text(report, encoding="utf-8")
+    return 0
+
+
+def measure(options: argparse.Namespace) -> str:
+    """The whole report, one row a back end and number of actors."""
+    import ray
+
+    from rlrag.config import GeneratorConfig, RunConfig
+    from rlrag.generation.build import resolve_config
+
+    wanted = {"model": options.model} if options.model else {}
+    cache = RunConfig().cache_path
+    rows = []
+    for backend in options.backends:
+        for num_actors in options.actors:
+            config = GeneratorConfig(
+                **wanted, backend=backend, num_actors=num_actors, cpus_per_actor=0.5
+            )
+            config = resolve_config(config, "ray")
+            learner, sets, hash_s = _learner(config, cache)
+            size = sum(tensor.nbytes for tensor in sets[0].tensors.values())
+            ray.init(
+                num_cpus=max(2, num_actors),
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=max(10**8, 3 * size),
+            )
+            try:
+                pushes = _measure_pool(config, cache, learner, sets, hash_s, options.pushes)
+            finally:
+                ray.shutdown()
+            rows.append(_row(backend, num_actors, pushes))
+    return _report(config, rows, options)
+
+
+def _learner(
+    config: GeneratorConfig, cache: Path
+) -> tuple[Generator, tuple[GeneratorWeights, GeneratorWeights], float]:
+    """A model in this process, two sets of weights for it, and the seconds that a hash takes."""
+    import torch
+
+    from rlrag.generation.transformers_backend import TransformersGenerator
+    from rlrag.generation.weights import pack_weights
+    from rlrag.models import resolve_model
+
+    directory = resolve_model(config.model, cache)
+    learner = TransformersGenerator(directory, config.dtype, "cpu")
+    parameters = _parameters(directory, config.dtype)
+    random = torch.Generator().manual_seed(0)
+    start = time.perf_counter()
+    first = pack_weights(parameters, version=1)
+    hash_s = time.perf_counter() - start
+    changed = {
+        name: tensor * (1 + 0.05 * torch.randn(tensor.shape, generator=random).to(tensor.dtype))
+        for name, tensor in parameters.items()
+    }
+    return learner, (first, pack_weights(changed, version=2)), hash_s
+
+
+def _parameters(directory: Path, dtype: str) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def _measure_pool(
+    config: GeneratorConfig,
+    cache: Path,
+    learner: Generator,
+    sets: tuple[GeneratorWeights, GeneratorWeights],
+    hash_s: float,
+    num_pushes: int,
+) -> Pushes:
+    from rlrag.generation.build import open_generator
+    from rlrag.generation.weights import GeneratorWeights
+
+    opened, _ = open_generator(config, "ray", cache)
+    pool = opened.inner
+    prompts, answers = _requests()
+    try:
+        pool.score(prompts * config.num_actors, answers * config.num_actors)  # all have started
+        version = 0
+
+        def push() -> float:
+            nonlocal version
+            version += 1
+            chosen = sets[version % 2]
+            start = time.perf_counter()
+            pool.load_weights(GeneratorWeights(version, chosen.digest, chosen.tensors))
+            return time.perf_counter() - start
+
+        time.sleep(_SETTLE_S)
+        with MemoryPeak() as first:
+            first_s = push()
+        later_s = [push() for _ in range(num_pushes)]
+        later_extra = 0
+        for _ in range(num_pushes):
+            time.sleep(_SETTLE_S)
+            with MemoryPeak() as later:
+                push()
+            later_extra = max(later_extra, later.extra)
+        learner.load_weights(sets[version % 2])
+        ours, theirs = pool.score(prompts, answers), learner.score(prompts, answers)
+        difference = max(abs(a.mean_logp - b.mean_logp) for a, b in zip(ours, theirs, strict=True))
+    finally:
+        opened.close()
+    size = sum(tensor.nbytes for tensor in sets[0].tensors.values())
+    return Pushes(size, first_s, later_s, hash_s, first.extra, later_extra, difference)
+
+
+def _requests() -> tuple[list[Prompt], list[tuple[int, ...]]]:
+    """Sixteen prompts of 40 tokens, with three answer tokens each."""
+    import numpy as np
+
+    from rlrag.records import Prompt
+
+    random = np.random.default_rng(0)
+    prompts = [Prompt(tuple(map(int, random.integers(5, 500, size=40))), "", 1) for _ in range(16)]
+    return prompts, [tuple(map(int, random.integers(5, 500, size=3))) for _ in prompts]
+
+
+def _row(backend: str, num_actors: int, pushes: Pushes) -> str:
+    later = statistics.median(pushes.later_s)
+    speed = num_actors * pushes.copy_bytes / later / 2**30
+    first_copies = pushes.first_extra / pushes.copy_bytes
+    later_copies = pushes.later_extra / pushes.copy_bytes
+    return (
+        f"| {backend} | {num_actors} | {pushes.copy_bytes / _MIB:,.1f} | {pushes.hash_s:.2f} | "
+        f"{pushes.first_s:.2f} | **{later:.2f}** | {speed:.2f} | {first_copies:.2f} | "
+        f"**{later_copies:.2f}** | {pushes.difference:.1e} |"
+    )
+
+
+def _report(config: GeneratorConfig, rows: Sequence[str], options: argparse.Namespace) -> str:
+    lines = [
+        "# Weight sync: a push into engines that go on running",
+        "",
+        f"{platform.machine()}, Python {platform.python_version()}, {config.model} in "
+        f"{config.dtype}; made by `python -m benchmarks.weight_sync`.",
+        "",
+        "A push ends when the last actor answers with the new weights. It has three parts: every "
+        "engine checks names and shapes, one copy goes to Ray's object store piece by piece, every "
+        "engine reads it there and copies it into its model. No engine restarts. `push, s` is the "
+        f"median of {options.pushes} pushes after the first. Extra memory is the peak of all "
+        "processes together during a push over the moment before it, in copies of the weights, "
+        f"the largest of {options.pushes} (target: at most {TARGET_COPIES}). The first push adds "
+        "the copy that stays in the object store for actors that restart; and a transformers "
+        "engine whose weights were pages of the model's file then gets memory of its own. The "
+        "difference is the largest between the engines' mean log-probability a token and that of "
+        "a transformers model in this process with the same weights.",
+        "",
+        "| back end | actors | one copy, MiB | hash, s | first push, s | push, s | GiB/s, all "
+        "actors | extra memory of the first push, copies | of later ones, copies | difference |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Draw runs as one HTML page that needs nothing else to be read.
+
+    python -m jobs.report --run-dir runs/nq --output report.html
+    python -m jobs.report --run-dir runs/m2 --run-dir runs/m8 --output samples.html
+
+Several runs are overlaid and compared. A run that is not finished is shown as far as it went.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jobs.command_line import parse, run_program
+from rlrag.config import RunConfig
+from rlrag.errors import ConfigError, DataError
+from rlrag.evaluation.report import render_report
+from rlrag.evaluation.run_record import RunRecord, to_json
+from rlrag.training.alarms import Alarms
+from rlrag.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Flags of `jobs.report`."""
+
+    run_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
+    """Directory of a run; give the flag again for each run to compare."""
+    output: Path
+    """HTML file to write."""
+    json: Path | None = None
+    """JSON file for the same numbers."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read, draw, write."""
+    arguments = parse(ReportArguments, None, argv, "python -m jobs.report")
+    if not arguments.run_dir:
+        raise ConfigError("no run to report; give --run-dir DIR")
+    _check_place("--output", arguments.output)
+    if arguments.json is not None:
+        _check_place("--json", arguments.json)
+    names = _names(arguments.run_dir)
+    runs = [
+        _read(RunDirectory(path), name) for path, name in zip(arguments.run_dir, names, strict=True)
+    ]
+    _write(arguments.output, render_report(runs))
+    if arguments.json is not None:
+        _write(arguments.json, json.dumps(to_json(runs), indent=2, allow_nan=False) + "\n")
+
+
+def _check_place(flag: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: the directory {path.parent} does not exist")
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path} is a directory; give the name of a file in it")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or the whole where two runs share it."""
+    whole = [path.expanduser().resolve() for path in paths]
+    twice = [str(path) for path, count in Counter(whole).items() if count > 1]
+    if twice:
+        raise ConfigError(f"--run-dir {twice[0]} is given more than once; give each run once")
+    shared = Counter(path.name for path in whole)
+    return [path.name if shared[path.name] == 1 else str(path) for path in whole]
+
+
+def _read(run_dir: RunDirectory, name: str) -> RunRecord:
+    if not run_dir.config.is_file():
+        raise ConfigError(
+            f"--run-dir {run_dir.path} holds no run: there is no config.json; give the directory "
+            "that jobs.train wrote"
+        )
+    config = RunConfig.from_json(run_dir.config.read_text(), str(run_dir.config))
+    try:
+        metrics = run_dir.read_metrics()
+    except ValueError as error:
+        raise DataError(
+            f"{run_dir.metrics} is damaged: {error}; restore it, or train the run again"
+        ) from error
+    if not metrics:
+        raise ConfigError(
+            f"--run-dir {run_dir.path} has no metrics yet; wait for the run's first step"
+        )
+    alarms = Alarms(config).replay(metrics)
+    return RunRecord(name, config, metrics, alarms, _read_evaluation(run_dir))
+
+
+def _read_evaluation(run_dir: RunDirectory) -> dict[str, Any] | None:
+    if not run_dir.evaluation.is_file():
+        return None
+    try:
+        found: Any = json.loads(run_dir.evaluation.read_text())
+    except ValueError as error:
+        raise DataError(_damaged(run_dir.evaluation, str(error))) from error
+    if not isinstance(found, dict) or not {"systems", "num_questions"} <= found.keys():
+        raise DataError(_damaged(run_dir.evaluation, "it holds no comparison of systems"))
+    return found
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"{path} is damaged: {reason}; delete it and run jobs.train again, which only evaluates"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror or error}; choose another file"
+        ) from error
+    print(f"written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_program(main)

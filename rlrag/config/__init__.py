@@ -1,0 +1,51 @@
+"""What a person decides about a run: typed, frozen, checked, importable without torch.
+
+A recipe returns one `RunConfig`. Every field is a command-line flag (`--dro.num-samples 8`) and a
+key of the saved `config.json`, which loads back to an equal object. Nothing that a run finds out is
+written here.
+"""
+
+from rlrag.config.run import RunConfig, describe_validation_error
+from rlrag.config.sections import (
+    BUILTIN_CORPUS,
+    BUILTIN_ENCODER,
+    BUILTIN_GENERATOR,
+    DataConfig,
+    DROConfig,
+    EnvironmentConfig,
+    EvaluationConfig,
+    FewShotExample,
+    GeneratorConfig,
+    GeneratorTrainingConfig,
+    PromptConfig,
+    RetrievalConfig,
+    RewardConfig,
+    SelectorConfig,
+    System,
+    TrainingConfig,
+)
+
+DATA_DIR_VARIABLE = "RLRAG_DATA_DIR"
+"""The environment variable that names the folder of the data sets which recipes train on."""
+
+__all__ = [
+    "BUILTIN_CORPUS",
+    "BUILTIN_ENCODER",
+    "BUILTIN_GENERATOR",
+    "DATA_DIR_VARIABLE",
+    "DROConfig",
+    "DataConfig",
+    "EnvironmentConfig",
+    "EvaluationConfig",
+    "FewShotExample",
+    "GeneratorConfig",
+    "GeneratorTrainingConfig",
+    "PromptConfig",
+    "RetrievalConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SelectorConfig",
+    "System",
+    "TrainingConfig",
+    "describe_validation_error",
+]

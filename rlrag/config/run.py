@@ -1,0 +1,135 @@
+"""The sections together: one run, to JSON and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from rlrag.config.complaints import describe
+from rlrag.config.sections import (
+    DataConfig,
+    DROConfig,
+    EnvironmentConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    GeneratorTrainingConfig,
+    RetrievalConfig,
+    RewardConfig,
+    Section,
+    SelectorConfig,
+    TrainingConfig,
+)
+from rlrag.errors import ConfigError
+
+
+class RunConfig(Section):
+    """One run, completely."""
+
+    recipe: str = "custom"
+    """Name of the recipe that this came from."""
+    seed: int = Field(default=0, ge=0)
+    """All randomness derives from it."""
+    cache_dir: str = "~/.cache/rlrag"
+    """Models, indexes, candidates and generations that runs share."""
+    data: DataConfig = DataConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    selector: SelectorConfig = SelectorConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    reward: RewardConfig = RewardConfig()
+    dro: DROConfig = DROConfig()
+    generator_training: GeneratorTrainingConfig = GeneratorTrainingConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        k, n = self.environment.num_selected, self.retrieval.num_candidates
+        if k > n:
+            raise ValueError(
+                f"environment.num_selected is {k} but retrieval.num_candidates only {n}; "
+                "pick at most as many passages as are retrieved"
+            )
+        if self.training.batch_size % self.training.num_workers:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} does not divide among "
+                f"training.num_workers {self.training.num_workers}; make it a multiple"
+            )
+        if not self.training.parts:
+            raise ValueError("training.parts is empty; train 'selector', 'generator' or both")
+        if self.training.objective == "sft" and self.training.parts != ("generator",):
+            raise ValueError(
+                "training.objective 'sft' trains the generator alone; set training.parts generator"
+            )
+        if self.training.overlap and self.dro.baseline != "none" and self.dro.clip_ratio is None:
+            raise ValueError(
+                f"training.overlap draws with a policy that is one update old and dro.baseline "
+                f"{self.dro.baseline!r} is unbiased on-policy only; set dro.clip_ratio, or use "
+                "baseline 'none'"
+            )
+        versions_overlap = self.training.overlap and self.trains_generator
+        if versions_overlap and not self.generator_training.max_staleness:
+            raise ValueError(
+                "training.overlap rewards with generator weights that are one version old; set "
+                "generator_training.max_staleness to 1, or train without overlap"
+            )
+        if self.training.launcher == "local" and self.training.num_workers != 1:
+            raise ValueError(
+                "training.launcher 'local' is one process; set training.num_workers to 1"
+            )
+        if self.training.launcher == "local" and self.generator.backend == "vllm":
+            raise ValueError(
+                "training.launcher 'local' runs without vLLM; use generator.backend transformers"
+            )
+        generator = self.generator
+        if generator.max_model_len < generator.prompt.max_prompt_tokens + generator.max_new_tokens:
+            raise ValueError(
+                f"generator.max_model_len {generator.max_model_len} is shorter than "
+                f"max_prompt_tokens {generator.prompt.max_prompt_tokens} plus max_new_tokens "
+                f"{generator.max_new_tokens}"
+            )
+        return self
+
+    @property
+    def trains_generator(self) -> bool:
+        """Whether the generator is a part that is trained."""
+        return "generator" in self.training.parts
+
+    @property
+    def cache_path(self) -> Path:
+        """`cache_dir` with `~` expanded."""
+        return Path(self.cache_dir).expanduser()
+
+    def to_json(self) -> str:
+        """The whole configuration as indented JSON with a newline at the end."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of the configuration."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "config") -> RunConfig:
+        """Parse `to_json`'s text.
+
+        Raises:
+            ConfigError: naming `source`, the field, and for an unknown field the nearest valid one.
+        """
+        try:
+            return cls.model_validate(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{source} is not JSON: {error}") from error
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {describe_validation_error(error)}") from error
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """One sentence for each problem that pydantic found, with a suggestion for unknown fields.
+
+    Fields are named from the root of the configuration, whichever section was being read.
+    """
+    return describe(error, RunConfig)

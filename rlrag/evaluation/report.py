@@ -1,0 +1,259 @@
+"""Runs in; one HTML page that shows how they went, complete in itself, out.
+
+The page loads nothing: styles and figures are in it, and it has no scripts. All text that comes
+from a run is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from rlrag.evaluation import report_figures
+from rlrag.evaluation.report_style import STYLE
+from rlrag.evaluation.run_record import RunRecord, differing_fields
+
+_Row = Sequence[str]
+
+
+def render_report(runs: Sequence[RunRecord]) -> str:
+    """The page for one run, or for several that are compared."""
+    names = [f"{run.config.recipe}, seed {run.config.seed}" for run in runs]
+    title = f"Training report: {names[0] if len(runs) == 1 else f'{len(runs)} runs'}"
+    sections = [
+        _section("What was run", _overview(runs)),
+        _section("Alarms", _alarms(runs)),
+        _section("Result", _comparison(runs) + _results(runs)),
+        _section("Stability", _figures(report_figures.stability(runs))),
+        _section(
+            "Convergence", _figures(report_figures.convergence(runs)) + _iteration_table(runs)
+        ),
+        _section("Variance against the number of samples", _samples_study(runs)),
+        _section("Signal and policy", _figures(report_figures.signal(runs))),
+        _section("Generator", _figures(report_figures.generator(runs))),
+        _section("Time and tokens", _figures(report_figures.cost(runs))),
+        _section("Configuration", _configuration(runs)),
+    ]
+    missing = report_figures.not_recorded(runs)
+    footer = f"Not recorded by any run: {', '.join(missing)}." if missing else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(title)}</h1>\n{''.join(sections)}"
+        f'<p class="note">{escape(footer)}</p>\n</main>\n</body>\n</html>\n'
+    )
+
+
+def _overview(runs: Sequence[RunRecord]) -> str:
+    headings = ("run", "recipe", "seed", "trains", "objective", "m", "K of n", "steps", "passes")
+    rows = [
+        (
+            run.name,
+            run.config.recipe,
+            str(run.config.seed),
+            " and ".join(run.config.training.parts),
+            run.config.training.objective,
+            str(run.num_samples),
+            f"{run.config.environment.num_selected} of {run.config.retrieval.num_candidates}",
+            f"{run.num_steps:,}",
+            f"{run.epoch:.2f} of {run.config.training.num_epochs}",
+            _duration(sum(run.phases().values())),
+            f"{sum(run.tokens().values()):,.0f}",
+            "unfinished" if run.evaluation is None else "finished",
+        )
+        for run in runs
+    ]
+    return _table((*headings, "time", "tokens", "state"), rows)
+
+
+def _alarms(runs: Sequence[RunRecord]) -> str:
+    rows = [
+        (run.name, str(alarm.step), alarm.name, alarm.text) for run in runs for alarm in run.alarms
+    ]
+    if not rows:
+        return "<p>No alarm was raised.</p>\n"
+    return _table(("run", "step", "alarm", "what was seen and what to try"), rows, prose=True)
+
+
+def _comparison(runs: Sequence[RunRecord]) -> str:
+    """The trained system of every run, side by side; nothing for a single run."""
+    if len(runs) < 2:
+        return ""
+    rows = []
+    for run in runs:
+        trained = run.system("trained")
+        rows.append(
+            (
+                run.name,
+                str(run.config.seed),
+                str(run.num_samples),
+                _with_interval(trained, "em"),
+                _with_interval(trained, "f1"),
+                f"{sum(run.tokens().values()):,.0f}",
+            )
+        )
+    headings = ("run", "seed", "m", "EM (95 %)", "F1 (95 %)", "generator tokens of training")
+    table = _table(headings, rows, "The trained system of each run")
+    hashes = [(run.evaluation or {}).get("hashes", {}).get("questions") for run in runs]
+    if len({found for found in hashes if found is not None}) > 1:
+        table += (
+            '<p class="warning">These runs were evaluated on different questions: their figures '
+            "do not compare.</p>\n"
+        )
+    return table
+
+
+def _results(runs: Sequence[RunRecord]) -> str:
+    """The final table of every finished run, and which runs have none yet."""
+    tables = [_result(run, run.evaluation) for run in runs if run.evaluation is not None]
+    open_runs = [f"{r.name} (at step {r.num_steps:,})" for r in runs if r.evaluation is None]
+    if open_runs:
+        told = f"Unfinished, without a final evaluation: {', '.join(open_runs)}."
+        tables.append(f"<p>{escape(told)}</p>\n")
+    return "".join(tables)
+
+
+def _result(run: RunRecord, evaluation: Mapping[str, Any]) -> str:
+    """The final table of one run with the paired test."""
+    systems: Mapping[str, Mapping[str, Any]] = evaluation["systems"]
+    ranked = [n for n in next(iter(systems.values()), {}) if n.startswith(("recall@", "ndcg@"))]
+    rows = [
+        (
+            name,
+            _with_interval(summary, "em"),
+            _with_interval(summary, "f1"),
+            *(_number(summary.get(measure)) for measure in ("accuracy", *ranked)),
+        )
+        for name, summary in systems.items()
+    ]
+    caption = f"{evaluation['num_questions']:,} questions"
+    if "bundle_step" in evaluation:
+        caption += f"; the trained system is that of step {evaluation['bundle_step']:,}"
+    headings = ("system", "EM (95 %)", "F1 (95 %)", "accuracy", *ranked)
+    tests = [_paired(name, pair) for name, pair in evaluation.get("paired", {}).items()]
+    heading = f"<h3>{escape(run.name)}</h3>\n"
+    return heading + _table(headings, rows, caption) + "".join(tests)
+
+
+def _paired(name: str, pair: Mapping[str, Any]) -> str:
+    parts = [
+        f"{measure} {pair[diff]:+.3f} (95 % {pair[interval][0]:+.3f} to {pair[interval][1]:+.3f}, "
+        f"p = {pair[p_value]:.2g})"
+        for measure, diff, interval, p_value in (
+            ("EM", "em_diff", "ci95", "p_value"),
+            ("F1", "f1_diff", "f1_ci95", "f1_p_value"),
+        )
+    ]
+    told = f"{name.replace('_vs_', ' minus ')}, paired on the same questions: {'; '.join(parts)}."
+    return f"<p>{escape(told)}</p>\n"
+
+
+def _iteration_table(runs: Sequence[RunRecord]) -> str:
+    """EM and F1 after each pass; a pass is an iteration of the paper where it is refreshed so."""
+    found = {run.name: {q.iteration: q for q in run.iterations()} for run in runs}
+    numbers = sorted({number for by_number in found.values() for number in by_number})
+    if not numbers:
+        return "<p>No run was validated.</p>\n"
+    rows = [
+        (name, *(f"{q.em:.3f} / {q.f1:.3f}" if (q := have.get(n)) else "-" for n in numbers))
+        for name, have in found.items()
+    ]
+    caption = "Last validation EM / F1 within each pass over the training questions; 0 is untrained"
+    return _table(("run", *map(str, numbers)), rows, caption)
+
+
+def _samples_study(runs: Sequence[RunRecord]) -> str:
+    rows = []
+    for run in runs:
+        statistics = run.weight_statistics()
+        rows.append((run.name, str(run.num_samples), *map(_number, statistics.values())))
+    headings = ("run", "m", "ESS", "ESS / m", "weight entropy", "log-weight variance")
+    table = _table(
+        (*headings, "gradient norm", "its variance", "generator's gradient variance"),
+        rows,
+        "Weights and gradient, over all steps",
+    )
+    figures = report_figures.against_samples(runs)
+    if not figures:
+        only = runs[0].num_samples
+        return table + (
+            f"<p>All runs here draw m = {only} samples a question. Give runs that differ in "
+            "dro.num_samples to see how the weights vary with m.</p>\n"
+        )
+    free = {"seed", "dro.num_samples", "cache_dir", "recipe"}
+    others = [name for name in differing_fields(runs) if name not in free]
+    if others:
+        table += (
+            '<p class="warning">These runs also differ in '
+            f"{escape(', '.join(others))}: m is not all that changes.</p>\n"
+        )
+    return _figures(figures) + table
+
+
+def _configuration(runs: Sequence[RunRecord]) -> str:
+    """What differs between the runs in the open, and everything behind a fold."""
+    flat = [run.flat_config() for run in runs]
+    headings = ("field", *(run.name for run in runs))
+
+    def table(names: Sequence[str]) -> str:
+        rows = [(name, *(_setting(leaves.get(name)) for leaves in flat)) for name in names]
+        return _table(headings, rows, prose=True)
+
+    different = differing_fields(runs)
+    shown = f"<p>The runs differ in:</p>\n{table(different)}" if different else ""
+    names = list(dict.fromkeys(name for leaves in flat for name in leaves))
+    return f"{shown}<details>\n<summary>All settings</summary>\n{table(names)}</details>\n"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{content}</section>\n" if content else ""
+
+
+def _figures(content: str) -> str:
+    return f'<div class="figures">\n{content}</div>\n' if content else ""
+
+
+def _table(headings: _Row, rows: Sequence[_Row], caption: str = "", prose: bool = False) -> str:
+    """An HTML table; columns after the first are set as figures unless they hold prose."""
+    kind = ' class="prose"' if prose else ""
+    named = f"<caption>{escape(caption)}</caption>\n" if caption else ""
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "".join(
+        "<tr>"
+        + f'<th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table{kind}>\n{named}<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>\n</table></div>\n"
+    )
+
+
+def _with_interval(summary: Mapping[str, Any] | None, measure: str) -> str:
+    if summary is None:
+        return "-"
+    low, high = summary[f"{measure}_ci95"]
+    return f"{summary[measure]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _number(value: float | None) -> str:
+    """Three decimals, or more where these would hide a small value."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
+
+
+def _setting(value: Any) -> str:
+    """A configured value as it stands in config.json, so that line breaks can be seen."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s"

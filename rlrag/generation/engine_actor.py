@@ -1,0 +1,136 @@
+"""A recipe for an engine in; what a pool's actor does with it out: start, take weights, answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlrag.errors import GenerationError
+from rlrag.generation.protocol import Generator, Sampling
+from rlrag.generation.weight_protocols import ChecksWeights
+from rlrag.generation.weight_store import StoredWeights, WeightsTag, call_store, fetch_tensors
+from rlrag.records import Generation, Prompt, Score
+
+Engine = Callable[[], Generator]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What an actor holds: the identity that its engine started with, and its weights.
+
+    `newest` is what the pool's store holds, where the actor asked it.
+    """
+
+    identity: str
+    tag: WeightsTag
+    newest: WeightsTag | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """No answer, because the actor does not hold the wanted weights (or no engine yet)."""
+
+    held: WeightsTag | None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One actor of a pool as its clients know it."""
+
+    name: str
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """What all clients of a pool share; `identity` is the one that its engines start with."""
+
+    members: tuple[Member, ...]
+    store: Any
+    identity: str
+
+
+class EngineActor:
+    """One engine, loaded by the first `start`; each request says which weights must answer it.
+
+    A restarted actor comes back without an engine, and its engine with the weights on disk, so it
+    refuses requests until `start` has loaded the wanted set from the pool's store.
+    """
+
+    def __init__(self, engine: Engine, store: Any, fetch_timeout_s: float) -> None:
+        """Remember how to make the engine; a constructor that failed would hide its error."""
+        self._make = engine
+        self._store = store
+        self._fetch_timeout_s = fetch_timeout_s
+        self._generator: Generator | None = None
+        self._first_identity = ""
+        self._held = WeightsTag()
+
+    def start(self, wanted: WeightsTag) -> Standing:
+        """Load the engine if it is not loaded, and the wanted weights if the store has them.
+
+        Raises:
+            SetupError, GenerationError: what keeps the engine from starting or the set from it.
+        """
+        self._open()
+        if self._held == wanted:
+            return Standing(self._first_identity, self._held)
+        stored = call_store(self._store.newest.remote(), "tell its newest set")
+        if stored is not None and stored.tag == wanted:
+            self._take(stored)
+        newest = stored.tag if stored is not None else None
+        return Standing(self._first_identity, self._held, newest)
+
+    def check_weights(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse a set that the engine could not load, before anybody gives up the old one.
+
+        Raises:
+            GenerationError: naming the tensors that do not fit.
+        """
+        generator = self._open()
+        if not isinstance(generator, ChecksWeights):
+            raise GenerationError(
+                f"{type(generator).__name__} has no check_weights; in a pool an engine must tell "
+                "whether weights fit before the old ones are given up"
+            )
+        generator.check_weights(shapes)
+
+    def generate(
+        self, wanted: WeightsTag, prompts: list[Prompt], sampling: Sampling
+    ) -> list[Generation] | Refusal:
+        """Decode one answer a prompt with the wanted weights."""
+        if self._generator is None or self._held != wanted:
+            return self._refusal()
+        return self._generator.generate(prompts, sampling)
+
+    def score(
+        self, wanted: WeightsTag, prompts: list[Prompt], answers: list[tuple[int, ...]]
+    ) -> list[Score] | Refusal:
+        """Teacher-forced log p(answer | prompt) with the wanted weights."""
+        if self._generator is None or self._held != wanted:
+            return self._refusal()
+        return self._generator.score(prompts, answers)
+
+    def _open(self) -> Generator:
+        if self._generator is None:
+            self._generator = self._make()
+            self._first_identity = self._generator.identity
+            self._held = WeightsTag()
+        return self._generator
+
+    def _take(self, stored: StoredWeights) -> None:
+        from rlrag.generation.weights import GeneratorWeights  # brings torch
+
+        tag = stored.tag
+        tensors = fetch_tensors(stored, self._fetch_timeout_s)
+        generator, self._generator = self._open(), None  # half-loaded weights must not answer
+        try:
+            generator.load_weights(GeneratorWeights(tag.version, tag.digest or "", tensors))
+        except Exception:
+            generator.close()
+            raise
+        self._generator, self._held = generator, tag
+
+    def _refusal(self) -> Refusal:
+        return Refusal(self._held if self._generator is not None else None)

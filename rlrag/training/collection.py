@@ -1,0 +1,192 @@
+"""A step's number in; its experience, of one version of policy and generator, out.
+
+    begin of an E-step   the drawing policy is renewed; the trained generator's weights go to the
+                         engines
+    collect              selections are drawn and rewarded
+    run ahead            with `training.overlap` the next batch is drawn while this one trains
+
+Engines are never given new weights while a batch is on its way through them, so no batch mixes two
+versions. Shape letters: B questions, M samples, K selected.
+"""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rlrag.config import RunConfig
+from rlrag.generation.protocol import Generator
+from rlrag.generation.weight_protocols import FollowsWeights
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.rewards.answering import AnsweringReward
+from rlrag.selection.build import TrainablePolicy
+from rlrag.training.experience import Experience, ExperienceCollector
+from rlrag.training.parts import TrainedParts
+from rlrag.training.schedule import BatchSchedule
+from rlrag.training.workers import Workers
+
+
+class _Batch(NamedTuple):
+    """Experience, and the generator tokens that this worker computed and was saved for it.
+
+    The tokens are counted by whoever draws the batch: beside the learner, a batch that runs ahead
+    falls into one step or the next as the clock will have it.
+    """
+
+    experience: Experience
+    num_tokens: np.ndarray
+
+
+class Collection:
+    """Draws the batches of one worker and keeps the engines' weights up to date."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        candidates: CandidateTable,
+        reward: AnsweringReward,
+        generator: Generator,
+        parts: TrainedParts,
+        schedule: BatchSchedule,
+        workers: Workers,
+    ) -> None:
+        self._config = config
+        self._candidates = candidates
+        self._generator = generator
+        self._parts = parts
+        self._schedule = schedule
+        self._workers = workers
+        self._collector = ExperienceCollector(
+            config.environment,
+            config.dro,
+            candidates,
+            reward,
+            config.training.batch_size // workers.size,
+        )
+        self._published = 0
+        self._drawing: TrainablePolicy | None = None
+        self._drawing_version = 0
+        self._ahead: tuple[int, Future[_Batch]] | None = None
+        self._thread = ThreadPoolExecutor(1, "run-ahead") if config.training.overlap else None
+
+    def collect(self, step: int, pauses_after: bool) -> tuple[Experience, dict[str, float]]:
+        """The batch of a step, and metrics about how it was collected.
+
+        Args:
+            step: Number of the step.
+            pauses_after: Whether a validation or checkpoint follows it; nothing is drawn ahead of
+                one, so that a resumed run sees what an undisturbed one sees.
+        """
+        if self._config.training.objective == "sft":
+            return self._own_order(step), {"num_rollouts": 0.0, **_described(torch.zeros(2))}
+        ahead, self._ahead = self._ahead, None
+        batch = ahead[1].result() if ahead and ahead[0] == step else None
+        if self._drawing is None or self._schedule.starts_estep(step):
+            self._drawing_version = self._schedule.estep(step)
+            self.publish(self._drawing_version)
+            self._drawing = self._policy_to_draw_with()
+        num_stale, stale_tokens = 0, np.zeros(2)
+        if batch is not None and self._staleness(batch.experience) > self._max_staleness:
+            # All workers hold the same versions, so that all collect theirs again.
+            num_stale = batch.experience.rewards_BM.size * self._workers.size
+            stale_tokens, batch = batch.num_tokens, None
+        if batch is None:
+            batch = self._draw(step, self._drawing)
+        if self._thread and not pauses_after and step + 1 < self._schedule.num_steps:
+            self._ahead = step + 1, self._thread.submit(self._draw, step + 1, self._drawing)
+        experience = batch.experience
+        tokens = self._workers.sum(torch.from_numpy(batch.num_tokens + stale_tokens))
+        return experience, {
+            "staleness": float(self._schedule.estep(step) - experience.policy_version),
+            "num_stale": float(num_stale),
+            **_described(tokens),
+        }
+
+    def publish(self, version: int, again: bool = False) -> None:
+        """Give the engines the trained generator's weights, if they have older ones.
+
+        All workers call this together: one sends the weights, the others learn what to expect.
+
+        Args:
+            version: Number of the weights, the E-step that they belong to.
+            again: Send them whatever was published; engines that outlived the worker of a resumed
+                run hold those of a step that is undone.
+        """
+        if version == self._published and not again:
+            return
+        weights = self._parts.generator_weights(version)
+        if weights is None:
+            return
+        if self._ahead is not None:  # of a run that ends early: nobody will ask for it
+            wait([self._ahead[1]])
+        self._workers.barrier()  # no worker has a batch on its way
+        if self._workers.rank == 0:
+            self._generator.load_weights(weights)
+        self._workers.barrier()
+        if self._workers.rank != 0 and isinstance(self._generator, FollowsWeights):
+            self._generator.expect_weights(weights.version, weights.digest)
+        self._published = version
+
+    def close(self) -> None:
+        """Wait for what is on its way and close the environment."""
+        if self._thread:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._collector.close()
+
+    @property
+    def _max_staleness(self) -> int:
+        return self._config.generator_training.max_staleness
+
+    def _staleness(self, experience: Experience) -> int:
+        return self._published - experience.generator_version
+
+    def _policy_to_draw_with(self) -> TrainablePolicy:
+        """The policy itself where it does not change before the E-step ends, else a copy."""
+        policy = self._parts.policy
+        return policy if self._config.dro.on_policy and not self._thread else copy.deepcopy(policy)
+
+    def _draw(self, step: int, policy: TrainablePolicy) -> _Batch:
+        places = self._places()
+        before = self._tokens()
+        experience = self._collector.collect(
+            policy,
+            self._schedule.rows(step)[places],
+            [self._schedule.sampling_seed(step, place) for place in places],
+            policy_version=self._drawing_version,
+            generator_version=self._generator.version,
+        )
+        return _Batch(experience, self._tokens() - before)
+
+    def _tokens(self) -> np.ndarray:
+        """Tokens that this worker's generator computed and was saved so far."""
+        return np.array([self._generator.tokens.spent, self._generator.tokens.saved], np.float64)
+
+    def _own_order(self, step: int) -> Experience:
+        """The untrained policy's best selection of each question, as one sample of weight 1."""
+        rows = self._schedule.rows(step)[self._places()]
+        with torch.no_grad():
+            positions_BK = self._parts.initial.greedy(self._candidates.batch(rows))
+        zeros_B1 = np.zeros((len(rows), 1))
+        return Experience(
+            question_rows=rows,
+            positions_BMK=positions_BK[:, None],
+            behaviour_logp_BM=zeros_B1,
+            log_weights_BM=zeros_B1,
+            rewards_BM=zeros_B1,
+            terms_BM={},
+            policy_version=0,
+            generator_version=self._generator.version,
+        )
+
+    def _places(self) -> range:
+        """This worker's places in every batch."""
+        return range(self._workers.rank, self._config.training.batch_size, self._workers.size)
+
+
+def _described(num_tokens: torch.Tensor) -> dict[str, float]:
+    names = ("generator_tokens_spent", "generator_tokens_saved")
+    return dict(zip(names, num_tokens.tolist(), strict=True))

@@ -1,0 +1,272 @@
+"""A model directory in; a causal language model whose answers can be made more probable out.
+
+The weights are float32. With LoRA (Hu et al., 2021, arXiv 2106.09685) each linear layer W of
+attention and feed-forward becomes W + (alpha / rank) B A, where W stays as it is and A and B are
+trained; B starts at zero, so that an untrained adapter changes nothing.
+
+Shape letters: S sequences, T tokens, A answer tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlrag.algorithms.sequence_logp import answer_batch, summed_logp
+from rlrag.config import GeneratorTrainingConfig
+from rlrag.errors import CheckpointError, ConfigError, GenerationError
+from rlrag.models import resolve_device, resolve_dtype
+from rlrag.storage import MANIFEST
+from rlrag.training.sharding import shard, sliced_like, whole
+
+_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+
+
+class TrainableGenerator:
+    """A causal language model with gradients and without dropout.
+
+    With `sharding` "fsdp2" every worker holds a slice of each weight: all workers then call
+    `answer_logp`, `trainable_tensors`, `load_trainable`, `stream_merged` and `merged_tensors`
+    together, and equally often.
+    """
+
+    def __init__(
+        self, model_dir: Path, config: GeneratorTrainingConfig, device: str, seed: int
+    ) -> None:
+        """Load the model; with LoRA add an adapter drawn from `seed`.
+
+        Raises:
+            GenerationError: when transformers cannot load the model.
+            ConfigError: when the model has no linear layers to adapt, or no group of workers is
+                there to shard over.
+        """
+        self.device = torch.device(resolve_device(device))
+        self._model_dir = model_dir
+        self._config = config
+        bfloat16 = resolve_dtype(config.precision, self.device.type) == "bfloat16"
+        self._model = _load(model_dir)
+        if config.method == "lora":
+            _add_adapter(self._model, config, seed)
+        self._model.eval()
+        if config.gradient_checkpointing:
+            _recompute_activations(self._model)
+        sharded = config.sharding == "fsdp2"
+        self._autocast = bfloat16 and not sharded
+        if sharded:
+            shard(self._model, _blocks(self._model), self.device.type, bfloat16)
+        else:
+            self._model.to(self.device)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that a learner changes, by name: the adapter's, or all."""
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+
+    def answer_logp(
+        self, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
+    ) -> torch.Tensor:
+        """Teacher-forced log p(answer | prompt), summed over the answer's tokens; float32 (S,).
+
+        One forward pass, differentiable. The vocabulary matrix, the largest of a small model, is
+        applied only where an answer token is predicted.
+
+        Raises:
+            GenerationError: when a prompt or answer is empty, or both are longer than the model
+                reads.
+        """
+        self._check(prompts, answers)
+        batch = answer_batch(prompts, answers, self.device)
+
+        def keep_answer_positions(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+            hidden_STH = inputs[0]
+            return (hidden_STH[batch.rows_A, batch.columns_A],)
+
+        head = self._model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(keep_answer_positions)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                logits_AV = self._model(input_ids=batch.tokens_ST, use_cache=False).logits
+        finally:
+            hook.remove()
+        return summed_logp(logits_AV, batch.targets_A, batch.lengths_S)
+
+    def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of sequences of like length, for one forward pass each.
+
+        A batch takes at most `micro_batch_tokens` tokens, padding included; a sequence longer than
+        that is alone. The longest come first, so that memory runs out at once or not at all.
+        """
+        batches: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            longest = lengths[batches[-1][0]] if batches else 0
+            if batches and (len(batches[-1]) + 1) * longest <= self._config.micro_batch_tokens:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    def trainable_tensors(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of what is trained, for a checkpoint."""
+        return {
+            name: whole(parameter.detach()).to("cpu", copy=True)
+            for name, parameter in self.trainable_parameters().items()
+        }
+
+    @torch.no_grad()
+    def load_trainable(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `trainable_tensors` gave.
+
+        Raises:
+            CheckpointError: when names or shapes differ from those that this model trains.
+        """
+        parameters = self.trainable_parameters()
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if given != shapes:
+            names = sorted({name for name, _ in set(given.items()) ^ set(shapes.items())})
+            raise CheckpointError(
+                f"{len(names)} tensors of the generator do not fit the configured one, first "
+                f"{names[0]!r}; use the generator_training configuration that they were saved with"
+            )
+        for name, parameter in parameters.items():
+            parameter.copy_(sliced_like(tensors[name], parameter))
+
+    @torch.no_grad()
+    def stream_merged(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight of the base model with the adapter merged in, one after another.
+
+        Names are those of the Hugging Face model; a vocabulary matrix that is tied to the
+        embedding comes once. The tensors are new ones on the CPU, merged in float32 and then
+        rounded to `dtype`; the training weights stay as they are.
+        """
+        parameters = dict(self._model.named_parameters())
+        scale = self._config.lora_alpha / self._config.lora_rank
+        for name, parameter in parameters.items():
+            if ".lora_" in name:
+                continue
+            tensor = whole(parameter)
+            layer = name.removesuffix(".base_layer.weight")
+            if layer != name:
+                down, up = (
+                    whole(parameters[f"{layer}.lora_{part}.default.weight"]) for part in "AB"
+                )
+                tensor = torch.addmm(tensor, up, down, alpha=scale)
+            yield name.replace(".base_layer.", "."), tensor.to("cpu", dtype, copy=True)
+        tied = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        for name, buffer in self._model.state_dict().items():
+            if name not in tied:
+                yield name, whole(buffer).to("cpu", copy=True)
+
+    def merged_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """All of `stream_merged`: one copy of the model."""
+        return dict(self.stream_merged(dtype))
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write the merged model in float32 where transformers and vLLM can load it.
+
+        An engine that loads it in another format rounds as `merged_tensors` does. Of a sharded
+        generator all workers call `merged_tensors`, and one of them `save_model`.
+        """
+        save_model(directory, self._model_dir, self.merged_tensors(torch.float32))
+
+    def _check(
+        self, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
+    ) -> None:
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            total = len(prompt) + len(answer)
+            if not prompt or not answer:
+                raise GenerationError(
+                    f"sequence {number} to train on has {len(prompt)} prompt and {len(answer)} "
+                    "answer tokens; both need at least one"
+                )
+            if limit is not None and total > limit:
+                raise GenerationError(
+                    f"sequence {number} to train on takes {total} tokens but the model reads at "
+                    f"most {limit}; lower prompt.max_prompt_tokens"
+                )
+
+
+def save_model(
+    directory: Path, model_dir: Path, tensors: Mapping[str, torch.Tensor], dtype: str = "float32"
+) -> None:
+    """Write a Hugging Face directory: weights, and what else `model_dir` holds of the model.
+
+    `dtype` is the format that `tensors` are in. Files above 5 GB are split.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in sorted(model_dir.iterdir()):
+        wanted = path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json")
+        if wanted and path.name != MANIFEST:
+            shutil.copyfile(path, directory / path.name)
+    settings = json.loads((model_dir / "config.json").read_text())
+    settings.pop("torch_dtype", None)  # the name before transformers 4.56
+    settings["dtype"] = dtype
+    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_torch_state_dict(dict(tensors), directory)
+
+
+def _load(model_dir: Path) -> Any:
+    """The model in float32 on the CPU, all its dropout rates zero."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        settings = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        for name, value in settings.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(settings, name, 0.0)
+        return AutoModelForCausalLM.from_pretrained(
+            model_dir, config=settings, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise GenerationError(
+            f"transformers cannot load the model in {model_dir}: {error}"
+        ) from error
+
+
+def _add_adapter(model: Any, config: GeneratorTrainingConfig, seed: int) -> None:
+    """Put an adapter on every linear layer but the vocabulary matrix; the rest is frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    head = model.get_output_embeddings()
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    if not layers:
+        raise ConfigError(
+            f"generator_training.method 'lora' adapts linear layers and {type(model).__name__} has "
+            "none; use method 'full'"
+        )
+    alpha: Any = config.lora_alpha  # peft declares an integer and computes with any number
+    adapter = LoraConfig(
+        r=config.lora_rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=layers
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(adapter, model)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _recompute_activations(model: Any) -> None:
+    model.gradient_checkpointing_enable(
+        {"use_reentrant": False, "preserve_rng_state": False}  # nothing random is computed
+    )
+    for block in _blocks(model):
+        # transformers 5 recomputes in training mode alone; the block's own flag, without that of
+        # the modules in it, is what it looks at.
+        block.training = True

@@ -1,0 +1,18 @@
+"""The number of a step in; the size of that step out."""
+
+from __future__ import annotations
+
+
+def linear_schedule(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear warm-up to `peak` over `warmup_steps` steps, then linear decay to 0 at `num_steps`.
+
+    Steps count from 0. The first step has peak / warmup_steps, and without a warm-up the peak.
+
+    Example:
+        >>> [linear_schedule(step, 4, 2, peak=1.0) for step in range(5)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    left = (num_steps - step) / max(num_steps - warmup_steps, 1)
+    return peak * min(1.0, left)

@@ -1,0 +1,163 @@
+"""A configuration in; the parts that a run trains, with their learners, out.
+
+The selector is a policy over selections, the generator a causal language model. Each has its own
+learner and optimiser; a part that is not trained has none. Both M-steps use the weights of one
+E-step, so that neither waits for the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+
+from rlrag.config import RunConfig
+from rlrag.generation.build import resolve_config
+from rlrag.generation.prompts import PromptBuilder
+from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.models import resolve_model
+from rlrag.pipeline import TrainingData, open_policy
+from rlrag.selection.build import TrainablePolicy
+from rlrag.selection.listwise_lm import ListwiseLMPolicy
+from rlrag.storage import restore_weights
+from rlrag.training.experience import Experience
+from rlrag.training.generator_examples import thinned, weighted_examples
+from rlrag.training.generator_learner import GeneratorLearner
+from rlrag.training.generator_model import TrainableGenerator
+from rlrag.training.imitation import imitate
+from rlrag.training.learner import SelectorLearner
+from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
+from rlrag.training.schedule import BatchSchedule
+from rlrag.training.workers import Workers
+
+Tensors = dict[str, torch.Tensor]
+
+
+class TrainedParts:
+    """Selector and generator of one worker; all workers hold the same weights at every step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: TrainingData,
+        prompts: PromptBuilder,
+        schedule: BatchSchedule,
+        workers: Workers,
+    ) -> None:
+        """Build the untrained parts; `warm_start` or `load` comes next."""
+        self._config = config
+        self._data = data
+        self._prompts = prompts
+        self._schedule = schedule
+        self._workers = workers
+        self.policy: TrainablePolicy = open_policy(config, data.train)
+        self.initial = copy.deepcopy(self.policy)
+        self._selector: SelectorLearner | None = None
+        if "selector" in config.training.parts:
+            self._selector = SelectorLearner(
+                self.policy,
+                self.initial,
+                data.train,
+                config.dro,
+                config.training,
+                schedule.num_steps,
+                workers,
+            )
+        self.generator: TrainableGenerator | None = None
+        self._generator: GeneratorLearner | None = None
+        if "generator" in config.training.parts:
+            self.generator = open_trainable_generator(config)
+            self._generator = GeneratorLearner(
+                self.generator,
+                config.generator_training,
+                config.training,
+                schedule.num_steps,
+                workers,
+            )
+
+    def warm_start(self) -> None:
+        """Bring a policy that starts anywhere to the retriever's order, where configured."""
+        selector = self._config.selector
+        if selector.imitation_steps and isinstance(self.policy, ListwiseLMPolicy):
+            imitate(
+                self.policy,
+                self._data.train,
+                steps=selector.imitation_steps,
+                batch_size=self._config.training.batch_size,
+                learning_rate=selector.imitation_learning_rate,
+                seed=self._config.seed,
+                prior_scale=selector.prior_scale,
+            )
+            self.initial.load_state_dict(self.policy.state_dict())
+
+    def update(
+        self, experience: Experience, weights_BM: torch.Tensor, step: int
+    ) -> dict[str, float]:
+        """One M-step of every trained part on this worker's share of a batch."""
+        metrics: dict[str, float] = {}
+        if self._selector is not None:
+            metrics |= self._selector.update(experience, weights_BM, step)
+        if self._generator is not None:
+            seeds = [[self._config.seed, 2, step, int(row)] for row in experience.question_rows]
+            limit = self._config.generator_training.sequences_per_question
+            examples = weighted_examples(
+                self._data.train,
+                self._prompts,
+                experience.question_rows,
+                experience.positions_BMK,
+                thinned(weights_BM, limit, seeds),
+            )
+            metrics |= self._generator.update(examples, self._config.training.batch_size, step)
+        return metrics
+
+    def generator_weights(self, version: int) -> GeneratorWeights | None:
+        """The trained generator as engines take it over; None where it is not trained."""
+        if self.generator is None:
+            return None
+        dtype = resolve_config(self._config.generator, self._config.training.launcher).dtype
+        return pack_weights(self.generator.merged_tensors(getattr(torch, dtype)), version)
+
+    def tensors(self) -> dict[str, Tensors]:
+        """Everything that a checkpoint keeps, by file."""
+        files = {"policy": copy.copy(self.policy.state_dict())}
+        if self._selector is not None:
+            files["optimizer"] = optimizer_tensors(self._selector.optimizer)
+        if self.generator is not None and self._generator is not None:
+            files["generator"] = self.generator.trainable_tensors()
+            files["generator_optimizer"] = self._generator.optimizer_tensors()
+        return files
+
+    def load(self, files: Mapping[str, Tensors]) -> None:
+        """Take over the weights and, where they are given, the optimisers' states.
+
+        Raises:
+            CheckpointError: when tensors do not fit the configured parts.
+        """
+        restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
+        if self._selector is not None and "optimizer" in files:
+            restore_optimizer(self._selector.optimizer, files["optimizer"])
+        if self.generator is not None and self._generator is not None:
+            self.generator.load_trainable(files["generator"])
+            if "generator_optimizer" in files:
+                self._generator.load_optimizer(files["generator_optimizer"])
+
+    def load_initial(self, files: Mapping[str, Tensors]) -> None:
+        """Take over the policy that training started from."""
+        restore_weights(self.initial, files["policy"], "the first policy")
+
+
+def open_trainable_generator(config: RunConfig) -> TrainableGenerator:
+    """The untrained generator of a run, on a worker's device."""
+    return TrainableGenerator(
+        resolve_model(config.generator.model, config.cache_path),
+        config.generator_training,
+        "cuda" if config.training.worker_gpus else "cpu",
+        config.seed,
+    )
+
+
+def open_whole_generator(config: RunConfig) -> TrainableGenerator:
+    """The same in one process, whatever it was sharded over in training."""
+    training = config.generator_training.model_copy(update={"sharding": "replicated"})
+    return open_trainable_generator(config.model_copy(update={"generator_training": training}))

@@ -1,0 +1,153 @@
+"""A configuration in; what a run of it will do, hold in memory and occupy, as text, out.
+
+Nothing is loaded. Sizes of models that are not on this machine are read from their names.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rlrag.config import BUILTIN_ENCODER, BUILTIN_GENERATOR, RunConfig
+from rlrag.errors import ConfigError
+
+_GIB = 2**30
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+_SIZE_IN_NAME = re.compile(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", re.IGNORECASE)
+_LINEAR_SHARE = 0.01
+"""A LoRA adapter's parameters as a share of the model's, roughly, at rank 16."""
+
+
+def describe_plan(config: RunConfig) -> str:
+    """Steps, memory and placement of a run, a line each.
+
+    Raises:
+        ConfigError: when the size of a model is neither on this machine nor in its name.
+    """
+    lines = [f"{config.recipe}: trains {' and '.join(config.training.parts)}", *_steps(config)]
+    lines += _generator_memory(config)
+    lines += _learner_memory(config)
+    lines += _placement(config)
+    return "\n".join(lines)
+
+
+def num_parameters(name: str, cache_dir: Path) -> int:
+    """Parameters of a model: counted where it is on this machine, else read from its name.
+
+    Raises:
+        ConfigError: when neither says it.
+
+    Example:
+        >>> num_parameters("meta-llama/Meta-Llama-3-8B-Instruct", Path("/nowhere"))
+        8000000000
+    """
+    named = _SIZE_IN_NAME.search(name.rsplit("/", 1)[-1])
+    if named and not Path(name).expanduser().is_dir():
+        return round(float(named[1]) * (1e9 if named[2].lower() == "b" else 1e6))
+    from safetensors import safe_open
+
+    directory = _on_this_machine(name, cache_dir)
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                size = 1
+                for length in tensors.get_slice(key).get_shape():
+                    size *= length
+                total += size
+    return total
+
+
+def _on_this_machine(name: str, cache_dir: Path) -> Path:
+    """The directory of a model that need not be fetched; a plan must not wait for a download."""
+    from huggingface_hub import snapshot_download
+
+    from rlrag.models import resolve_model
+
+    if name in (BUILTIN_GENERATOR, BUILTIN_ENCODER) or Path(name).expanduser().is_dir():
+        return resolve_model(name, cache_dir)
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as error:  # the hub's library raises both for what it lacks
+        raise ConfigError(
+            f"the size of model {name!r} is unknown: it is not on this machine and its name does "
+            "not say it (as '8B' does); give a local path"
+        ) from error
+
+
+def _steps(config: RunConfig) -> list[str]:
+    data, dro, training = config.data, config.dro, config.training
+    questions = data.max_train_questions
+    if questions is None:
+        amount = f"all questions of {data.train_questions}"
+    else:
+        trained = max(questions - data.num_validation_questions, 0)
+        steps = training.num_epochs * trained // training.batch_size * dro.passes
+        amount = f"{trained:,} questions, {steps:,} steps"
+    estep = "once a pass" if dro.refresh_every is None else f"every {dro.refresh_every} step(s)"
+    return [
+        f"  data        {amount}, {training.num_epochs} passes, {training.batch_size} a step",
+        f"  E-step      {dro.num_samples} selections of {config.environment.num_selected} from "
+        f"{config.retrieval.num_candidates} candidates a question; renewed "
+        f"{estep}; {dro.passes} pass(es) over its samples",
+        f"  rollouts    {training.num_epochs * dro.num_samples} a training question",
+    ]
+
+
+def _generator_memory(config: RunConfig) -> list[str]:
+    generator = config.generator
+    size = num_parameters(generator.model, config.cache_path)
+    weights = size * _BYTES[generator.dtype] / _GIB
+    where = "GPU" if generator.gpus_per_actor else "CPU"
+    cache = (
+        f"0.85 of the GPU less {weights:.1f} GiB"
+        if generator.gpus_per_actor
+        else f"{generator.kv_cache_gib} GiB"
+    )
+    return [
+        f"  generator   {generator.model}, {size / 1e9:.2f} B parameters: {weights:.1f} GiB of "
+        f"weights in each of {generator.num_actors} {where} actors; key-value cache {cache}"
+    ]
+
+
+def _learner_memory(config: RunConfig) -> list[str]:
+    """float32 weights, gradients and two AdamW moments: 16 bytes a trained parameter."""
+    found = []
+    workers = config.training.num_workers
+    if config.trains_generator:
+        settings = config.generator_training
+        size = num_parameters(config.generator.model, config.cache_path)
+        trained = size if settings.method == "full" else size * _LINEAR_SHARE
+        total = (4 * size + 12 * trained) / _GIB
+        share = total / workers if settings.sharding == "fsdp2" else total
+        found.append(
+            f"  M-step      generator, {settings.method}, {settings.sharding}: about {share:.1f} "
+            f"GiB of weights and optimiser a worker, and the activations of "
+            f"{settings.micro_batch_tokens:,} tokens"
+        )
+    if "selector" in config.training.parts and config.selector.kind != "features":
+        size = num_parameters(config.selector.model, config.cache_path)
+        by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
+        trained = size * _LINEAR_SHARE if by_adapter else size
+        total = (4 * size + 12 * trained) / _GIB
+        found.append(
+            f"  M-step      selector, {config.selector.kind}: about {total:.1f} GiB of weights and "
+            "optimiser a worker, and as many weights again for the policy that it started from"
+        )
+    return found
+
+
+def _placement(config: RunConfig) -> list[str]:
+    training, generator = config.training, config.generator
+    if training.launcher == "local":
+        return ["  placement   this process alone"]
+    cpus = training.num_workers * training.worker_cpus
+    cpus += generator.num_actors * generator.cpus_per_actor
+    gpus = training.num_workers * training.worker_gpus
+    gpus += generator.num_actors * generator.gpus_per_actor
+    return [
+        f"  placement   {training.num_workers} Ray Train worker(s) of {training.worker_cpus:g} CPU "
+        f"and {training.worker_gpus:g} GPU, {generator.num_actors} generator actor(s) of "
+        f"{generator.cpus_per_actor:g} CPU and {generator.gpus_per_actor:g} GPU; {cpus:g} CPU and "
+        f"{gpus:g} GPU together"
+    ]

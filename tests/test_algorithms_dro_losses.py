@@ -1,0 +1,171 @@
+"""DRO's losses and regularisers against enumeration, hand computation and their edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from enumerable_case import PERMUTATIONS, EnumerableCase, independent, mean_and_error
+
+from rlrag.algorithms import dro
+from rlrag.selection import plackett_luce
+
+INF = float("inf")
+
+
+def exact_policy(case: EnumerableCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that want a gradient and the log-probabilities of all permutations, (1, Z)."""
+    logits = case.logits.clone().requires_grad_()
+    return logits, plackett_luce.log_prob(logits[None], torch.tensor(PERMUTATIONS)[None])
+
+
+@pytest.mark.parametrize("kind", ["entropy", "kl"])
+def test_regularisers_have_the_gradient_that_autograd_finds_by_enumeration(kind):
+    case = EnumerableCase()
+    initial = plackett_luce.log_prob(
+        torch.tensor([[0.4, -0.2, 0.1, 0.9]], dtype=torch.float64),
+        torch.tensor(PERMUTATIONS)[None],
+    )
+    logits, logp = exact_policy(case)
+    gain = -(logp.exp() * (logp if kind == "entropy" else logp - initial)).sum()
+    (exact,) = torch.autograd.grad(gain, logits)
+
+    def coefficient(logp_BM: torch.Tensor, initial_BM: torch.Tensor, logw: torch.Tensor):
+        if kind == "entropy":
+            return dro.entropy_coefficients(logp_BM, logw)
+        return dro.kl_coefficients(logp_BM, initial_BM, logw)
+
+    logits, logp = exact_policy(case)
+    constants = coefficient(logp, initial, case.probability_Z.log()[None])
+    assert not constants.requires_grad
+    assert constants.sum().item() == pytest.approx(gain.item(), abs=1e-12), "the sum estimates it"
+    (found,) = torch.autograd.grad(-dro.selector_loss(logp, constants).sum(), logits)
+    assert torch.allclose(found, exact, atol=1e-12)
+    for way in ({}, {"temperature": 2.0}, {"replacement": False}):
+        draws_RM, logw_RM = case.policy_draws(4, 5_000, **way)
+        constants_RM = coefficient(
+            case.probability_Z.log()[draws_RM], initial[0][draws_RM], logw_RM
+        )
+        mean, error = mean_and_error(
+            torch.einsum("rm,rmn->rn", constants_RM, case.score_ZN[draws_RM])
+        )
+        assert torch.all((mean - exact).abs() < 4 * error)
+
+
+def test_regularisers_at_their_edges():
+    logp = torch.tensor([[-1.0, -2.0, -INF]])
+    logw = torch.tensor([[0.0, math.log(0.5), -INF]])
+    assert dro.entropy_coefficients(logp, logw)[0].tolist() == pytest.approx([1.0, 1.0, 0.0])
+    assert dro.kl_coefficients(logp, logp - 1, logw)[0].tolist() == pytest.approx([-1, -0.5, 0])
+    assert not dro.kl_coefficients(logp, logp, logw).any()
+    assert dro.entropy_coefficients(torch.zeros(1, 1), torch.zeros(1, 1)).item() == 0.0
+
+
+def test_merged_duplicates_equal_unmerged_in_value_and_gradient():
+    case = EnumerableCase()
+    draws = torch.tensor([[3, 7, 3, 3, 0, 7], [5, 5, 5, 5, 5, 5]])
+    positions = torch.tensor(PERMUTATIONS)[draws]
+    coefficient = case.coefficients(
+        draws, independent(case.likelihood_Z[draws]), "self_normalised", "mean"
+    )
+    merged = dro.merge_duplicates(positions, coefficient)
+    assert merged[0, 0].item() == pytest.approx(coefficient[0, [0, 2, 3]].sum().item())
+    assert merged[0, [2, 3, 5]].tolist() == merged[1, 1:4].tolist() == [0.0, 0.0, 0.0]
+
+    def value_and_gradient(constants: torch.Tensor, clipped: bool) -> tuple[torch.Tensor, ...]:
+        logits = case.logits.clone().requires_grad_()
+        logp = plackett_luce.log_prob(logits.expand(2, -1), positions)
+        behaviour = case.probability_Z.log()[draws] + 0.1
+        loss = (
+            dro.clipped_selector_loss(logp, behaviour, constants, 0.2)
+            if clipped
+            else dro.selector_loss(logp, constants)
+        )
+        return loss, *torch.autograd.grad(loss.sum(), logits)
+
+    for clipped in (False, True):
+        for one, other in zip(
+            value_and_gradient(coefficient, clipped),
+            value_and_gradient(merged, clipped),
+            strict=True,
+        ):
+            assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_the_clipped_loss_on_policy_has_the_gradient_of_the_plain_one():
+    case = EnumerableCase()
+    draws = torch.tensor([[0, 5, 5, 11, 3]])
+    positions = torch.tensor(PERMUTATIONS)[draws]
+    constants = case.coefficients(
+        draws, independent(case.likelihood_Z[draws]), "self_normalised", "mean"
+    )
+    gradients = []
+    for clipped in (True, False):
+        logits = case.logits.clone().requires_grad_()
+        logp = plackett_luce.log_prob(logits[None], positions)
+        behaviour = logp.detach()
+        assert torch.equal((logp - behaviour).exp(), torch.ones_like(logp)), "on-policy ratios"
+        loss = (
+            dro.clipped_selector_loss(logp, behaviour, constants, 0.2)
+            if clipped
+            else dro.selector_loss(logp, constants)
+        )
+        gradients.extend(torch.autograd.grad(loss.sum(), logits))
+    assert torch.allclose(*gradients, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "coefficient", "loss", "slope"),
+    [
+        (1.1, 2.0, -2.2, -2.2),
+        (1.5, 2.0, -2.4, 0.0),  # improved enough: no more pull
+        (0.5, 2.0, -1.0, -1.0),  # worsened: pulled back
+        (0.5, -2.0, 1.6, 0.0),  # lowered enough: no more push
+        (1.5, -2.0, 3.0, 3.0),  # raised against its sign: pushed back without bound
+    ],
+)
+def test_the_clipped_loss_by_hand(ratio, coefficient, loss, slope):
+    """The slope is d loss / d log p = -c rho where the plain ratio is the smaller term."""
+    logp = torch.tensor([[math.log(0.2 * ratio)]], dtype=torch.float64, requires_grad=True)
+    behaviour = torch.tensor([[math.log(0.2)]], dtype=torch.float64)
+    found = dro.clipped_selector_loss(logp, behaviour, torch.tensor([[coefficient]]), 0.2)
+    found.sum().backward()
+    assert found.tolist() == pytest.approx([loss])
+    assert logp.grad.item() == pytest.approx(slope)
+
+
+def test_the_clipped_loss_stays_finite_at_its_edges():
+    logp = torch.tensor([[-1.0, -1.0, -900.0, -900.0, -INF]], requires_grad=True)
+    behaviour = torch.tensor([[-900.0, -900.0, -1.0, -1.0, -INF]])
+    constants = torch.tensor([[1.0, -1e-9, 1.0, -1.0, 0.0]])
+    loss = dro.clipped_selector_loss(logp, behaviour, constants, 0.2)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(-(1.2 - 1e-9 * math.exp(20) + 0.0 - 0.8), rel=1e-5)
+    assert not logp.grad.any()
+
+
+@pytest.mark.parametrize("weighting", ["raw", "self_normalised"])
+def test_the_generators_loss_has_the_gradient_of_the_likelihood_by_enumeration(weighting):
+    """With all selections, L_G descends E[p(y|x,d_z)], or its log when self-normalised (Eq. 13)."""
+    case = EnumerableCase()
+    draws, logw = case.policy_draws(12, 1, replacement=False)
+    rewards = case.likelihood_Z.log()[draws]
+    answer_logp_Z = case.likelihood_Z.log().requires_grad_()
+    weights = dro.importance_weights(rewards, logw, 1.0, weighting)
+    loss = dro.generator_loss(answer_logp_Z[draws], weights).sum()
+    (found,) = torch.autograd.grad(loss, answer_logp_Z)
+    marginal = (case.probability_Z * answer_logp_Z.exp()).sum()
+    gain = marginal if weighting == "raw" else marginal.log()
+    (exact,) = torch.autograd.grad(gain, answer_logp_Z)
+    assert torch.allclose(-found, exact, atol=1e-12)
+
+
+def test_the_generators_loss_by_hand_and_at_its_edges():
+    logp = torch.tensor([[-1.0, -3.0], [-2.0, -INF]], requires_grad=True)
+    weights = torch.tensor([[0.75, 0.25], [1.0, 0.0]], requires_grad=True)
+    loss = dro.generator_loss(logp, weights)
+    assert loss.tolist() == [1.5, 2.0]
+    loss.sum().backward()
+    assert logp.grad.tolist() == [[-0.75, -0.25], [-1.0, 0.0]]
+    assert weights.grad is None, "weights are constants"

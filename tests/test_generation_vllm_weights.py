@@ -1,0 +1,130 @@
+"""Weights pushed into a vLLM engine: its scores equal those of a model that holds the same ones."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tokenizer
+
+from rlrag.config import GeneratorConfig
+from rlrag.errors import GenerationError
+from rlrag.generation.build import open_generator
+from rlrag.generation.pool_client import PoolClient
+from rlrag.generation.protocol import Sampling
+from rlrag.generation.transformers_backend import TransformersGenerator
+from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.records import Prompt
+
+TOLERANCE = 1e-3
+NUM_PUSHES = 20
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def save_model(directory: Path, tied: bool) -> Path:
+    """A random Llama with heads of 32 numbers, the fewest that vLLM takes on a CPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory.mkdir()
+    tokenizer = save_tokenizer(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    yield
+    ray.shutdown()
+
+
+def prompts(number: int) -> list[Prompt]:
+    """Prompts of 40 to 60 tokens whose first 36, more than a cache block, are the same."""
+    random = torch.Generator().manual_seed(5)
+    shared = torch.randint(10, 500, (36,), generator=random).tolist()
+    return [
+        Prompt(tuple(shared + torch.randint(10, 500, (4 + i,), generator=random).tolist()), "", 1)
+        for i in range(number)
+    ]
+
+
+def changed(model: torch.nn.Module, version: int) -> GeneratorWeights:
+    """Weights that differ from one version to the next by much more than rounding."""
+    random = torch.Generator().manual_seed(version)
+    return pack_weights(
+        {
+            name: p.detach() + 0.05 * torch.randn(p.shape, generator=random)
+            for name, p in model.named_parameters()
+        },
+        version,
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_20_pushes_under_load_leave_no_wrong_version_and_the_learners_scores(tmp_path, tied):
+    directory = save_model(tmp_path / "model", tied)
+    config = GeneratorConfig(
+        model=str(directory), dtype="float32", num_actors=1, max_model_len=256, batch_size=8
+    )
+    opened, _ = open_generator(config, "ray", tmp_path / "cache")
+    pool = opened.inner
+    assert isinstance(pool, PoolClient)
+    learner = TransformersGenerator(directory, "float32", "cpu")
+    model = learner._model
+    asked, answers = prompts(6), [(7, 8, 9)] * 3 + [(11,)] * 3
+    busy, stop = Sampling(max_new_tokens=2, stop=()), threading.Event()
+
+    def load() -> list[int]:
+        seen = []
+        while not stop.is_set():
+            before = pool.version
+            versions = {g.version for g in pool.generate(asked, busy)}
+            assert len(versions) == 1
+            assert before <= min(versions) <= pool.version
+            seen += versions
+        return seen
+
+    try:
+        start = changed(model, 0).tensors
+        with ThreadPoolExecutor(2) as threads:
+            loads = [threads.submit(load) for _ in range(2)]
+            try:
+                for version in range(1, NUM_PUSHES + 1):
+                    weights = changed(model, version)
+                    learner.load_weights(weights)
+                    pool.load_weights(weights)
+                    ours, theirs = pool.score(asked, answers), learner.score(asked, answers)
+                    assert {s.version for s in ours} == {version}
+                    assert [s.logp for s in ours] == pytest.approx(
+                        [s.logp for s in theirs], abs=TOLERANCE
+                    )
+            finally:
+                stop.set()
+        assert len(set(loads[0].result()) | set(loads[1].result())) > 1
+        before = pool.score(asked, answers)
+        misshapen = {**start, "model.norm.weight": torch.ones(3)}
+        with pytest.raises(GenerationError, match=r"'model\.norm\.weight' is \(3,\), not \(64,\)"):
+            pool.load_weights(GeneratorWeights(99, "bad", misshapen))
+        assert pool.score(asked, answers) == before
+    finally:
+        opened.close()

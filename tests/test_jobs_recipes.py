@@ -1,0 +1,85 @@
+"""Recipes are complete, valid and comparable: what should be equal between them is."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from jobs.recipes import RECIPES
+from rlrag.config import RunConfig
+
+CO_TRAINED = ("nq", "hotpotqa")
+
+
+def differences(left: RunConfig, right: RunConfig) -> set[str]:
+    """Paths of the fields that differ, sections joined by dots."""
+    found = set()
+    for section, fields in left.model_dump().items():
+        other = right.model_dump()[section]
+        if isinstance(fields, dict):
+            found |= {f"{section}.{name}" for name in fields if fields[name] != other[name]}
+        elif fields != other:
+            found.add(section)
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_valid_and_bears_its_name(name):
+    config = RECIPES[name]()
+    assert RunConfig.model_validate(config.model_dump()) == config
+    assert config.recipe == name
+    assert inspect.getdoc(RECIPES[name]).splitlines()[0].endswith(".")
+
+
+def test_the_recipes_of_the_comparison_are_there():
+    halves = {f"{data}-{system}" for data in CO_TRAINED for system in ("dro", "sft")}
+    halves |= {f"{data}-dro-{part}" for data in CO_TRAINED for part in ("selector", "generator")}
+    assert halves <= RECIPES.keys()
+
+
+@pytest.mark.parametrize("data", CO_TRAINED)
+@pytest.mark.parametrize("half", ["dro-selector", "dro-generator", "sft"])
+def test_each_half_differs_from_the_whole_in_what_it_trains_alone(data, half):
+    whole, part = RECIPES[f"{data}-dro"](), RECIPES[f"{data}-{half}"]()
+    expected = {"recipe", "training.parts", "evaluation.systems"}
+    if half == "sft":
+        expected |= {"training.objective"}
+    assert differences(whole, part) == expected
+    assert part.training.parts == (("selector",) if half == "dro-selector" else ("generator",))
+    assert whole.training.parts == ("selector", "generator")
+    assert set(part.evaluation.systems) <= set(whole.evaluation.systems)
+
+
+@pytest.mark.parametrize("data", CO_TRAINED)
+def test_the_whole_is_compared_with_each_of_its_trained_parts(data):
+    systems = RECIPES[f"{data}-dro"]().evaluation.systems
+    assert {"retriever_order", "tuned_selector", "tuned_generator", "trained"} <= set(systems)
+
+
+def test_hotpotqa_shows_three_passages():
+    assert RECIPES["hotpotqa-dro"]().environment.num_selected == 3
+    assert RECIPES["nq-dro"]().environment.num_selected == 2
+
+
+def test_the_papers_settings():
+    """arXiv 2505.03075, section 6.4; the length of an M-step is that of its released scripts."""
+    config = RECIPES["dro-paper"]()
+    assert config.retrieval.num_candidates == 20
+    assert config.environment.num_selected == 5
+    assert config.dro.num_samples == 8
+    assert config.training.num_epochs == 5
+    assert config.training.learning_rate == config.generator_training.learning_rate == 1e-5
+    assert config.training.weight_decay == config.generator_training.weight_decay == 0.01
+    assert config.training.batch_size == 128
+    assert (config.dro.refresh_every, config.dro.passes) == (None, 3)
+    assert (config.dro.baseline, config.dro.weighting) == ("none", "self_normalised")
+    assert config.selector.kind == "listwise_lm"
+    assert config.training.patience is not None
+
+
+def test_the_data_folder_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("RLRAG_DATA_DIR", "/data")
+    assert RECIPES["nq-dro"]().data.corpus == "/data/corpus/nq.jsonl.gz"
+    monkeypatch.delenv("RLRAG_DATA_DIR")
+    assert RECIPES["nq-dro"]().data.corpus == "$RLRAG_DATA_DIR/corpus/nq.jsonl.gz"

@@ -1,0 +1,237 @@
+"""What a run trains: one update of everything, its checkpoint, and its published weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loop_runs import changed, co_training
+from stand_ins import NUM_CANDIDATES, WordPrompts, make_table
+from thread_workers import make_group, run_together
+from tiny_models import save_tiny_llama
+
+from rlrag.config import RunConfig
+from rlrag.errors import CheckpointError
+from rlrag.generation.weights import pack_weights
+from rlrag.pipeline import TrainingData
+from rlrag.training.experience import Experience
+from rlrag.training.parts import TrainedParts, open_whole_generator
+from rlrag.training.schedule import BatchSchedule
+from rlrag.training.weighing import importance_weights
+from rlrag.training.workers import SingleWorker, Workers
+
+NUM_QUESTIONS, NUM_SAMPLES, NUM_SELECTED = 4, 3, 2
+CLOCKS = {"generator/tokens_per_s"}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture
+def config(small_config, model_dir) -> RunConfig:
+    config = co_training(small_config, model_dir, {"num_samples": NUM_SAMPLES}, batch_size=4)
+    return changed(config, environment={"num_selected": NUM_SELECTED})
+
+
+def open_parts(config: RunConfig, workers: Workers | None = None) -> TrainedParts:
+    data = TrainingData(make_table(12), None, {})
+    schedule = BatchSchedule(config.training, config.dro, 12, config.seed)
+    return TrainedParts(config, data, WordPrompts(), schedule, workers or SingleWorker())
+
+
+def batch(step: int, places: slice = slice(None)) -> Experience:
+    """Samples of four questions with random rewards; a share of them for one of two workers."""
+    rng = np.random.default_rng(step)
+    rows = rng.permutation(12)[:NUM_QUESTIONS]
+    shape = (NUM_QUESTIONS, NUM_SAMPLES)
+    orders = rng.permuted(np.tile(np.arange(NUM_CANDIDATES), (*shape, 1)), axis=2)
+    rewards_BM = -5 * rng.random(shape)[places]
+    behaviour_BM = np.full(shape, -np.log(20.0), dtype=np.float32)[places]
+    return Experience(
+        question_rows=rows[places],
+        positions_BMK=orders[places, :, :NUM_SELECTED],
+        behaviour_logp_BM=behaviour_BM,
+        log_weights_BM=np.full(shape, -np.log(NUM_SAMPLES))[places],
+        rewards_BM=rewards_BM,
+        terms_BM={"answer_logp": rewards_BM},
+        policy_version=step,
+        generator_version=step,
+    )
+
+
+def update(parts: TrainedParts, config: RunConfig, step: int, places: slice = slice(None)):
+    experience = batch(step, places)
+    return parts.update(experience, importance_weights(experience, config.dro), step)
+
+
+def copied(parts: TrainedParts) -> dict[str, torch.Tensor]:
+    return {
+        f"{file}/{name}": tensor.clone()
+        for file, tensors in parts.tensors().items()
+        for name, tensor in tensors.items()
+    }
+
+
+def test_an_update_moves_both_parts_and_describes_both(config):
+    parts = open_parts(config)
+    before = copied(parts)
+    metrics = update(parts, config, 0)
+    after = copied(parts)
+    for file in ("policy", "generator"):
+        names = [name for name in before if name.startswith(f"{file}/")]
+        assert any(not torch.equal(before[name], after[name]) for name in names), file
+    assert {"loss", "grad_norm", "kl_to_initial"} <= metrics.keys()
+    assert metrics["generator/num_sequences"] == NUM_QUESTIONS * NUM_SAMPLES
+    assert metrics["generator/loss"] > 0
+    initial = parts.initial.state_dict()
+    assert all(torch.equal(before[f"policy/{name}"], t) for name, t in initial.items())
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_two_workers_give_what_one_gives(config, limit):
+    config = changed(
+        config,
+        dro={"entropy_weight": 0.01, "kl_weight": 0.01},
+        generator_training={"sequences_per_question": limit, "micro_batch_tokens": 256},
+    )
+    alone = open_parts(config)
+    expected = [update(alone, config, step) for step in range(3)]
+    group = [open_parts(config, worker) for worker in make_group(2)]
+
+    def work(rank: int) -> list[dict[str, float]]:
+        return [update(group[rank], config, step, slice(rank, None, 2)) for step in range(3)]
+
+    found = run_together([lambda: work(0), lambda: work(1)])
+    for one, first, second in zip(expected, *found, strict=True):
+        for key in one.keys() - CLOCKS - {"generator/grad_variance"}:
+            assert first[key] == second[key]
+            assert first[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+    for name, tensor in copied(alone).items():
+        assert torch.equal(copied(group[0])[name], copied(group[1])[name]), name
+        assert torch.allclose(tensor, copied(group[0])[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_a_number_of_sequences_bounds_what_the_generator_reads(config):
+    config = changed(config, generator_training={"sequences_per_question": 1})
+    metrics = update(open_parts(config), config, 0)
+    assert metrics["generator/num_sequences"] == NUM_QUESTIONS
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_restored_run_goes_on_bit_by_bit(config, method):
+    config = changed(config, generator_training={"method": method})
+    parts = open_parts(config)
+    for step in range(2):
+        update(parts, config, step)
+    kept = {
+        file: {name: tensor.clone() for name, tensor in tensors.items()}
+        for file, tensors in parts.tensors().items()
+    }
+    assert sorted(kept) == ["generator", "generator_optimizer", "optimizer", "policy"]
+    restored = open_parts(config)
+    update(restored, config, 7)  # what it did before counts for nothing
+    restored.load(kept)
+    for step in range(2, 4):
+        expected, found = update(parts, config, step), update(restored, config, step)
+        assert {k: expected[k] for k in expected.keys() - CLOCKS} == {
+            k: found[k] for k in found.keys() - CLOCKS
+        }
+    for name, tensor in copied(parts).items():
+        assert torch.equal(tensor, copied(restored)[name]), name
+
+
+def test_parts_of_another_shape_are_refused(config):
+    files = open_parts(config).tensors()
+    wider = open_parts(changed(config, selector={"hidden_size": 16}))
+    with pytest.raises(CheckpointError, match=r"the policy of the checkpoint does not fit"):
+        wider.load(files)
+    with pytest.raises(CheckpointError, match=r"the first policy does not fit"):
+        wider.load_initial(files)
+    deeper = open_parts(changed(config, generator_training={"lora_rank": 3}))
+    with pytest.raises(CheckpointError, match=r"tensors of the generator do not fit"):
+        deeper.load(files)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_published_weights_are_numbered_and_in_the_format_of_the_engines(config, dtype):
+    config = changed(config, generator={"dtype": dtype})
+    parts = open_parts(config)
+    untrained = parts.generator_weights(3)
+    assert untrained.version == 3
+    assert {tensor.dtype for tensor in untrained.tensors.values()} == {getattr(torch, dtype)}
+    assert untrained.digest == parts.generator_weights(4).digest
+    update(parts, config, 0)
+    trained = parts.generator_weights(4)
+    assert trained.digest != untrained.digest
+    merged = parts.generator.merged_tensors(getattr(torch, dtype))
+    assert trained.digest == pack_weights(merged, 0).digest
+
+
+def test_a_whole_generator_takes_over_a_checkpoint(config):
+    parts = open_parts(config)
+    update(parts, config, 0)
+    whole = open_whole_generator(changed(config, generator_training={"sharding": "fsdp2"}))
+    whole.load_trainable(parts.tensors()["generator"])
+    found = pack_weights(whole.merged_tensors(torch.float32), 0)
+    assert found.digest == parts.generator_weights(0).digest
+
+
+@pytest.mark.parametrize(
+    ("trained", "files"),
+    [
+        ("selector", ["optimizer", "policy"]),
+        ("generator", ["generator", "generator_optimizer", "policy"]),
+    ],
+)
+def test_a_part_that_is_not_trained_has_no_learner(config, trained, files):
+    config = changed(config, training={"parts": [trained]})
+    parts = open_parts(config)
+    metrics = update(parts, config, 0)
+    assert sorted(parts.tensors()) == files
+    assert (parts.generator_weights(1) is None) == (trained == "selector")
+    assert ("loss" in metrics) == (trained == "selector")
+    assert ("generator/loss" in metrics) == (trained == "generator")
+    untrained = open_parts(config).policy.state_dict()
+    moved = [
+        name for name, t in parts.policy.state_dict().items() if not torch.equal(t, untrained[name])
+    ]
+    assert bool(moved) == (trained == "selector")
+
+
+def test_a_language_model_starts_from_the_retrievers_order(config, model_dir):
+    """The policy that KL is measured against starts there too."""
+    config = changed(
+        config,
+        selector={
+            "kind": "listwise_lm",
+            "model": str(model_dir),
+            "max_tokens": 8,
+            "adapter_rank": None,
+            "imitation_steps": 4,
+            "imitation_learning_rate": 0.01,
+        },
+        training={"parts": ["selector"]},
+    )
+    parts = open_parts(config)
+    rows = make_table(12).batch(range(12))
+    retriever = np.tile(np.arange(NUM_SELECTED), (12, 1, 1))
+
+    def logp(policy) -> float:
+        with torch.no_grad():
+            return policy.log_prob(rows, retriever).mean().item()
+
+    before = logp(parts.policy)
+    parts.warm_start()
+    assert logp(parts.policy) > before
+    assert logp(parts.initial) == logp(parts.policy)
+
+
+def test_without_imitation_nothing_is_warmed(config):
+    parts = open_parts(config)
+    before = copied(parts)
+    parts.warm_start()
+    assert all(torch.equal(before[name], tensor) for name, tensor in copied(parts).items())

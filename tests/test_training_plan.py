@@ -1,0 +1,130 @@
+"""What a run will take is said before anything is loaded, fetched or started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from loop_runs import changed
+from tiny_models import save_tiny_encoder, save_tiny_llama
+
+from jobs.recipes import RECIPES
+from rlrag.config import BUILTIN_GENERATOR, RunConfig
+from rlrag.errors import ConfigError
+from rlrag.training.plan import describe_plan, num_parameters
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Whoever opens a connection fails."""
+
+    def refuse(*args) -> None:
+        raise AssertionError(f"a plan must not open a connection to {args[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("plan") / "tiny")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_a_plan(recipe, tmp_path):
+    config = RECIPES[recipe]().model_copy(update={"cache_dir": str(tmp_path)})
+    lines = describe_plan(config).splitlines()
+    parts = " and ".join(config.training.parts)
+    assert lines[0] == f"{recipe}: trains {parts}"
+    assert [line.split()[0] for line in lines[1:5]] == ["data", "E-step", "rollouts", "generator"]
+    assert lines[-1].split()[0] == "placement"
+    assert sum("M-step" in line for line in lines) == (
+        ("generator" in config.training.parts) + (config.selector.kind != "features")
+    )
+
+
+def test_the_papers_settings_name_twelve_gpus(tmp_path):
+    """8 learners that share 8 B parameters, and 4 engines of 2 bytes a parameter."""
+    plan = describe_plan(RECIPES["dro-paper"]().model_copy(update={"cache_dir": str(tmp_path)}))
+    assert plan.endswith("12 CPU and 12 GPU together")
+    assert (
+        "8 selections of 5 from 20 candidates a question; renewed once a pass; 3 pass(es)" in plan
+    )
+    assert "rollouts    40 a training question" in plan
+    assert "8.00 B parameters: 14.9 GiB of weights in each of 4 GPU actors" in plan
+    share = 16 * 8e9 / 8 / 2**30
+    assert f"generator, full, fsdp2: about {share:.1f} GiB" in plan
+    selector = (4 * 8e9 + 12 * 0.01 * 8e9) / 2**30
+    assert f"selector, listwise_lm: about {selector:.1f} GiB" in plan
+
+
+def test_the_steps_are_counted_where_the_questions_are(tmp_path):
+    """700 questions less 100 held back, once, in batches of 24."""
+    plan = describe_plan(RECIPES["nq-dro"]().model_copy(update={"cache_dir": str(tmp_path)}))
+    assert "data        600 questions, 25 steps, 1 passes, 24 a step" in plan
+    assert "4 selections of 2 from 5 candidates a question; renewed every 1 step(s)" in plan
+    assert "rollouts    4 a training question" in plan
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8e9),
+        ("Qwen/Qwen2.5-0.5B", 5e8),
+        ("HuggingFaceTB/SmolLM2-360M-Instruct", 3.6e8),
+        (BUILTIN_GENERATOR, 1.35e8),
+        ("somebody/model-7b", 7e9),
+    ],
+)
+def test_the_name_says_how_large_a_model_is(name, count, tmp_path):
+    assert num_parameters(name, tmp_path) == round(count)
+
+
+def test_a_model_on_this_machine_is_counted(model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    expected = AutoModelForCausalLM.from_pretrained(model_dir).num_parameters()
+    assert num_parameters(str(model_dir), tmp_path) == expected
+    renamed = model_dir.with_name("tiny-70b")
+    renamed.symlink_to(model_dir)
+    assert num_parameters(str(renamed), tmp_path) == expected  # whatever it is called
+
+
+@pytest.mark.parametrize("name", ["somebody/small", "/nowhere/model", "large-4bit", "a//b"])
+def test_a_model_of_unknown_size_is_named(name, tmp_path):
+    config = RunConfig(cache_dir=str(tmp_path))
+    config = changed(config, generator={"model": name})
+    with pytest.raises(ConfigError, match=rf"size of model '{name}' is unknown.*give a local path"):
+        describe_plan(config)
+
+
+@pytest.mark.parametrize(
+    ("training", "trained"),
+    [
+        ({"method": "lora"}, 0.01),
+        ({"method": "full"}, 1.0),
+    ],
+)
+def test_the_learners_memory_is_that_of_weights_gradients_and_moments(tmp_path, training, trained):
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path)),
+        generator={"model": "somebody/model-1b"},
+        generator_training=training,
+        training={"parts": ["generator"]},
+    )
+    gib = (4 + 12 * trained) * 1e9 / 2**30
+    assert f"generator, {training['method']}, replicated: about {gib:.1f} GiB" in describe_plan(
+        config
+    )
+
+
+def test_trained_encoders_are_counted_too(tmp_path):
+    encoder = save_tiny_encoder(tmp_path / "encoder")
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path)),
+        selector={"kind": "bi_encoder", "model": str(encoder)},
+        training={"launcher": "local"},
+    )
+    plan = describe_plan(config)
+    assert "selector, bi_encoder: about 0.0 GiB" in plan
+    assert plan.endswith("placement   this process alone")

@@ -1,0 +1,160 @@
+"""Weights of a batch and the numbers that describe it, worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from two_candidates import LIKELIER_FIRST, drawn
+
+from rlrag.config import DROConfig, TrainingConfig
+from rlrag.errors import GenerationError, RewardError
+from rlrag.training.experience import Experience
+from rlrag.training.weighing import describe_experience, importance_weights
+from rlrag.training.workers import SingleWorker
+
+NAN = float("nan")
+FAILED = (RewardError("reward f for question 'q0': it raised"),)
+
+
+def described(
+    experience: Experience,
+    workers: SingleWorker | None = None,
+    dro: DROConfig | None = None,
+    **more,
+) -> dict[str, float]:
+    config = TrainingConfig(**{"batch_size": len(experience.question_rows)} | more)
+    weights_BM = importance_weights(experience, dro or DROConfig())
+    return describe_experience(experience, weights_BM, config, workers or SingleWorker())
+
+
+def test_weights_are_the_normalised_likelihoods_in_double_precision():
+    weights_BM = importance_weights(drawn(LIKELIER_FIRST), DROConfig())
+    assert weights_BM.dtype == torch.float64
+    assert weights_BM.tolist() == [pytest.approx([0.75, 0.25], rel=1e-12)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"weighting": "raw", "baseline": "none"}, [0.15, 0.05]),
+        ({"reward_temperature": 2.0}, [3**0.5 / (3**0.5 + 1), 1 / (3**0.5 + 1)]),
+    ],
+)
+def test_the_configuration_says_which_weights(settings, expected):
+    weights_BM = importance_weights(drawn(LIKELIER_FIRST), DROConfig(**settings))
+    assert weights_BM[0].tolist() == pytest.approx(expected)
+
+
+def test_sample_weights_correct_for_the_proposal():
+    experience = drawn(LIKELIER_FIRST, log_weights=[[math.log(0.1), math.log(0.9)]])
+    assert importance_weights(experience, DROConfig())[0].tolist() == pytest.approx([0.25, 0.75])
+
+
+def test_metrics_are_means_over_the_questions():
+    """Weights (3/4, 1/4) of two candidates, and (1/2, 1/2) of one that was drawn twice."""
+    metrics = described(drawn([*LIKELIER_FIRST, [-2.0, -2.0]], [[0, 1], [1, 1]]))
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    reward = (math.log(0.3) + math.log(0.1) - 4) / 4
+    assert metrics == pytest.approx(
+        {
+            "ess": (1 / (0.75**2 + 0.25**2) + 2) / 2,
+            "weight_entropy": (entropy + math.log(2)) / 2,
+            "log_weight_variance": (math.log(3) ** 2 / 2) / 2,
+            "zero_signal_share": 0.5,
+            "duplicate_share": 0.25,
+            "reward": reward,
+            "reward/answer_logp": reward,
+            "num_rollouts": 4.0,
+            "num_failed": 0.0,
+        }
+    )
+
+
+def test_a_failed_reward_is_left_out_and_counted():
+    """The valid samples 0, 1 of three give what two samples give."""
+    found = described(drawn([[*LIKELIER_FIRST[0], NAN]], [[0, 1, 1]], FAILED), max_failed_share=0.4)
+    two = described(drawn(LIKELIER_FIRST))
+    assert (found["num_failed"], found["num_rollouts"]) == (1.0, 3.0)
+    for name in ("reward", "reward/answer_logp", "ess", "weight_entropy", "zero_signal_share"):
+        assert found[name] == pytest.approx(two[name]), name
+    assert found["duplicate_share"] == pytest.approx(1 / 3)
+
+
+def test_a_term_that_is_logged_alone_has_its_own_mean():
+    terms = {"b": np.array([[1.0, 0.0]]), "a": np.array([[3.0, NAN]])}
+    metrics = described(replace(drawn(LIKELIER_FIRST), terms_BM=terms))
+    assert (metrics["reward/b"], metrics["reward/a"]) == (0.5, 1.5)
+    assert "reward/answer_logp" not in metrics
+
+
+@pytest.mark.parametrize(("share", "ends"), [(0.5, False), (0.49, True), (0.0, True)])
+def test_too_many_failed_rewards_end_the_run(share, ends):
+    experience = drawn([[-1.0, NAN]], errors=FAILED)
+    if not ends:
+        assert described(experience, max_failed_share=share)["num_failed"] == 1.0
+        return
+    with pytest.raises(GenerationError) as caught:
+        described(experience, max_failed_share=share)
+    assert "1 of 2 rewards of a batch" in str(caught.value)
+    assert f"max_failed_share {share}" in str(caught.value)
+    assert "the first: reward f for question 'q0': it raised" in str(caught.value)
+
+
+def test_a_question_without_any_reward_has_no_weight():
+    experience = drawn([[NAN, NAN], *LIKELIER_FIRST], errors=FAILED * 2)
+    assert importance_weights(experience, DROConfig())[0].tolist() == [0.0, 0.0]
+    metrics = described(experience, max_failed_share=0.5)
+    assert metrics["ess"] == pytest.approx((0 + 1.6) / 2)
+    assert metrics["reward"] == pytest.approx((math.log(0.3) + math.log(0.1)) / 2)
+
+
+class OtherWorker(SingleWorker):
+    """One of two in a group whose other member sent `others`; keeps what this one sends."""
+
+    size = 2
+
+    def __init__(self, others: list[torch.Tensor]) -> None:
+        self.sent: list[torch.Tensor] = []
+        self._others = others
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sent.append(tensor.clone())
+        return tensor + self._others[len(self.sent) - 1] if self._others else tensor.clone()
+
+
+REWARDS = [[-1.0, -3.0], [-0.5, NAN], [-2.0, -2.0], [-4.0, -0.1]]
+
+
+def part(rows: slice) -> Experience:
+    whole = drawn(REWARDS, [[0, 1], [1, 1], [0, 1], [1, 0]])
+    rewards_BM = whole.rewards_BM[rows]
+    return replace(
+        whole,
+        question_rows=whole.question_rows[rows],
+        positions_BMK=whole.positions_BMK[rows],
+        behaviour_logp_BM=whole.behaviour_logp_BM[rows],
+        log_weights_BM=whole.log_weights_BM[rows],
+        rewards_BM=rewards_BM,
+        terms_BM={"answer_logp": rewards_BM},
+        errors=FAILED * int(np.isnan(rewards_BM).sum()),
+    )
+
+
+def test_two_workers_with_halves_describe_the_whole():
+    settings = {"batch_size": 4, "max_failed_share": 0.2}
+    second = OtherWorker([])
+    described(part(slice(1, 4, 2)), second, **{**settings, "max_failed_share": 0.9})
+    found = described(part(slice(0, 4, 2)), OtherWorker(second.sent), **settings)
+    assert found == pytest.approx(described(part(slice(None)), **settings))
+    assert (found["num_rollouts"], found["num_failed"]) == (8.0, 1.0)
+
+
+def test_a_worker_without_failures_ends_with_the_others_too():
+    second = OtherWorker([])
+    described(part(slice(1, 4, 2)), second, batch_size=4, max_failed_share=0.9)
+    with pytest.raises(GenerationError, match=r"1 of 8 rewards.*see the other workers' logs"):
+        described(part(slice(0, 4, 2)), OtherWorker(second.sent), batch_size=4)
