@@ -2,7 +2,7 @@
 
 Run `python -m benchmarks.weight_sync`. This process plays the learner: it holds two sets of weights
 and pushes them in turn. Some pushes are timed; others, which are not, have the memory of all
-processes of the cluster read meanwhile (proportional set size, so that shared pages count once).
+processes of the cluster read meanwhile: the pages of each, and shared memory once.
 After the last push the engines' scores are compared with those of a model in this process that
 holds the same weights.
 """
@@ -36,11 +36,11 @@ _SETTLE_S = 2.0  # Ray frees objects within a second
 
 
 class MemoryPeak:
-    """Reads the memory of this process and all that descend from it until it is left."""
+    """Reads the memory of this process, all that descend from it, and Ray's object store."""
 
     def __init__(self) -> None:
-        self.before = memory_of_tree()
-        self.peak = self.before
+        self._store = _object_store(_descendants())
+        self.before = self.peak = self._memory()
         self._stop = threading.Event()
         self._reader = threading.Thread(target=self._read)
 
@@ -59,11 +59,23 @@ class MemoryPeak:
 
     def _read(self) -> None:
         while not self._stop.wait(0.01):
-            self.peak = max(self.peak, memory_of_tree())
+            self.peak = max(self.peak, self._memory())
+
+    def _memory(self) -> int:
+        """Pages that a process has alone or maps from a file, and those of the object store.
+
+        A mapped file counts for each process, since an engine needs its weights whether it copied
+        them or maps their file. The object store counts once, however many processes map it.
+        """
+        total = self._store.stat().st_blocks * 512
+        for pid in _descendants():
+            sizes = _sizes(f"/proc/{pid}/status")
+            total += sizes.get("RssAnon", 0) + sizes.get("RssFile", 0)
+        return total
 
 
-def memory_of_tree() -> int:
-    """Proportional set size in bytes of this process and its descendants."""
+def _descendants() -> list[int]:
+    """This process and all below it."""
     children: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -71,14 +83,28 @@ def memory_of_tree() -> int:
             fields = _read_or_empty(f"/proc/{entry.name}/stat").rpartition(")")[2].split()
             if fields:
                 children.setdefault(int(fields[1]), []).append(int(entry.name))
-    total, waiting = 0, [os.getpid()]
-    while waiting:
-        pid = waiting.pop()
-        waiting += children.get(pid, [])
-        for line in _read_or_empty(f"/proc/{pid}/smaps_rollup").splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1]) * 1024
-    return total
+    found = [os.getpid()]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def _object_store(pids: Sequence[int]) -> Path:
+    """The open file that Ray's object store lies in; it has no name any more."""
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                if os.readlink(descriptor).startswith("/dev/shm/plasma"):
+                    return descriptor
+            except OSError:
+                continue  # closed, or the process has ended
+    raise RuntimeError("Ray's object store has no file in /dev/shm; is Ray running here?")
+
+
+def _sizes(path: str) -> dict[str, int]:
+    """Bytes by name, from lines such as `RssAnon:   12 kB`."""
+    fields = (line.split() for line in _read_or_empty(path).splitlines())
+    return {f[0].rstrip(":"): int(f[1]) * 1024 for f in fields if len(f) == 3 and f[2] == "kB"}
 
 
 def _read_or_empty(path: str) -> str:
@@ -96,8 +122,7 @@ class Pushes:
     first_s: float
     later_s: Sequence[float]
     hash_s: float
-    first_extra: int
-    later_extra: int
+    extra: int
     difference: float
 
 
@@ -189,13 +214,16 @@ def _measure_pool(
     num_pushes: int,
 ) -> Pushes:
     from rlrag.generation.build import open_generator
+    from rlrag.generation.pool_client import PoolClient
     from rlrag.generation.weights import GeneratorWeights
 
     opened, _ = open_generator(config, "ray", cache)
-    pool = opened.inner
+    pool, num_actors = opened.inner, config.num_actors
+    assert isinstance(pool, PoolClient)
     prompts, answers = _requests()
     try:
-        pool.score(prompts * config.num_actors, answers * config.num_actors)  # all have started
+        pool.wait_until_ready()
+        pool.score(prompts * num_actors, answers * num_actors)
         version = 0
 
         def push() -> float:
@@ -206,23 +234,22 @@ def _measure_pool(
             pool.load_weights(GeneratorWeights(version, chosen.digest, chosen.tensors))
             return time.perf_counter() - start
 
-        time.sleep(_SETTLE_S)
-        with MemoryPeak() as first:
+        with MemoryPeak() as memory:
             first_s = push()
-        later_s = [push() for _ in range(num_pushes)]
-        later_extra = 0
+            for _ in range(num_pushes):
+                time.sleep(_SETTLE_S)
+                push()
+        later_s = []
         for _ in range(num_pushes):
             time.sleep(_SETTLE_S)
-            with MemoryPeak() as later:
-                push()
-            later_extra = max(later_extra, later.extra)
+            later_s.append(push())
         learner.load_weights(sets[version % 2])
         ours, theirs = pool.score(prompts, answers), learner.score(prompts, answers)
         difference = max(abs(a.mean_logp - b.mean_logp) for a, b in zip(ours, theirs, strict=True))
     finally:
         opened.close()
     size = sum(tensor.nbytes for tensor in sets[0].tensors.values())
-    return Pushes(size, first_s, later_s, hash_s, first.extra, later_extra, difference)
+    return Pushes(size, first_s, later_s, hash_s, memory.extra, difference)
 
 
 def _requests() -> tuple[list[Prompt], list[tuple[int, ...]]]:
@@ -239,12 +266,10 @@ def _requests() -> tuple[list[Prompt], list[tuple[int, ...]]]:
 def _row(backend: str, num_actors: int, pushes: Pushes) -> str:
     later = statistics.median(pushes.later_s)
     speed = num_actors * pushes.copy_bytes / later / 2**30
-    first_copies = pushes.first_extra / pushes.copy_bytes
-    later_copies = pushes.later_extra / pushes.copy_bytes
     return (
         f"| {backend} | {num_actors} | {pushes.copy_bytes / _MIB:,.1f} | {pushes.hash_s:.2f} | "
-        f"{pushes.first_s:.2f} | **{later:.2f}** | {speed:.2f} | {first_copies:.2f} | "
-        f"**{later_copies:.2f}** | {pushes.difference:.1e} |"
+        f"{pushes.first_s:.2f} | **{later:.2f}** | {speed:.2f} | "
+        f"**{pushes.extra / pushes.copy_bytes:.2f}** | {pushes.difference:.1e} |"
     )
 
 
@@ -259,16 +284,15 @@ def _report(config: GeneratorConfig, rows: Sequence[str], options: argparse.Name
         "engine checks names and shapes, one copy goes to Ray's object store piece by piece, every "
         "engine reads it there and copies it into its model. No engine restarts. `push, s` is the "
         f"median of {options.pushes} pushes after the first. Extra memory is the peak of all "
-        "processes together during a push over the moment before it, in copies of the weights, "
-        f"the largest of {options.pushes} (target: at most {TARGET_COPIES}). The first push adds "
-        "the copy that stays in the object store for actors that restart; and a transformers "
-        "engine whose weights were pages of the model's file then gets memory of its own. The "
-        "difference is the largest between the engines' mean log-probability a token and that of "
-        "a transformers model in this process with the same weights.",
+        f"processes and the object store over {options.pushes + 1} pushes, less what there was "
+        "before the first of them, in copies of the weights; the copy that stays in the object "
+        f"store for actors that restart is part of it (target: at most {TARGET_COPIES}). The "
+        "difference is the largest between the engines' mean log-probability a token "
+        "and that of a transformers model in this process with the same weights.",
         "",
         "| back end | actors | one copy, MiB | hash, s | first push, s | push, s | GiB/s, all "
-        "actors | extra memory of the first push, copies | of later ones, copies | difference |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "actors | extra memory, copies | difference |",
+        "|---|---|---|---|---|---|---|---|---|",
         *rows,
         "",
     ]

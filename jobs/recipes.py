@@ -84,7 +84,7 @@ def quickstart() -> RunConfig:
         environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(prompt=short_answers(question_mark=True)),
         dro=DROConfig(num_samples=4),
-        training=TrainingConfig(num_epochs=6, batch_size=32, learning_rate=5e-3, validate_every=6),
+        training=TrainingConfig(num_epochs=4, batch_size=32, learning_rate=5e-3, validate_every=8),
     )
 
 
@@ -146,6 +146,7 @@ def _co_training(
         training=TrainingConfig(
             parts=parts,
             objective=objective,
+            worker_threads=2,
             num_epochs=1,
             batch_size=24,
             learning_rate=1e-2,

@@ -28,6 +28,7 @@ from rlrag.errors import RlragError
 from rlrag.generation.build import measure_speed, open_generator, resolve_config
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
+from rlrag.models import resolve_model
 from rlrag.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # these bring torch and FAISS, which a refused command line does without
@@ -71,6 +72,10 @@ def main(argv: Sequence[str]) -> None:
 def _run(config: RunConfig, run_dir: RunDirectory) -> None:
     from rlrag.pipeline import open_library, open_training_data
 
+    # Before minutes go into an index.
+    resolve_model(config.generator.model, config.cache_path)
+    if config.selector.kind != "features":
+        resolve_model(config.selector.model, config.cache_path)
     say(f"{config.recipe}: reading {config.data.corpus} and its index")
     library = open_library(config)
     data = open_training_data(config, library)

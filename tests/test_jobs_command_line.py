@@ -194,7 +194,7 @@ def test_help_lists_the_recipes(words, code, capsys):
     said = capsys.readouterr().out
     assert said.startswith("usage: python -m jobs.train RECIPE [--run-dir DIR] [flags]")
     for name, make in RECIPES.items():
-        assert f"  {name:12} {make.__doc__.splitlines()[0]}" in said
+        assert f"  {name:22} {make.__doc__.splitlines()[0]}" in said
 
 
 def flag_names(section, prefix: str = "") -> list[str]:
@@ -247,7 +247,7 @@ def test_flags_change_single_fields_and_nothing_else():
     ("words", "message"),
     [
         (["--training.batch-size", "0"], "training.batch_size = 0: Input should be greater"),
-        (["--dro.weighting", "raw"], "dro.baseline 'mean' subtracts 1/m"),
+        (["--dro.weighting", "raw"], "dro.baseline 'mean' does not fit dro.weighting 'raw'"),
         (["--environment.num-selected", "9"], "num_selected is 9 but retrieval.num_candidates"),
         (["--reward.weights", "1", "2"], "reward.functions has 1 entries and reward.weights 2"),
         (["--generator.backend", "vllm", "--training.launcher", "local"], "runs without vLLM"),

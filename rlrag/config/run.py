@@ -65,6 +65,11 @@ class RunConfig(Section):
             raise ValueError(
                 "training.objective 'sft' trains the generator alone; set training.parts generator"
             )
+        if self.training.overlap and self.dro.passes > 1:
+            raise ValueError(
+                f"training.overlap draws across the end of an E-step, so that dro.passes "
+                f"{self.dro.passes} would not all see the same draws; use one pass, or no overlap"
+            )
         if self.training.overlap and self.dro.baseline != "none" and self.dro.clip_ratio is None:
             raise ValueError(
                 f"training.overlap draws with a policy that is one update old and dro.baseline "

@@ -330,6 +330,8 @@ class TrainingConfig(Section):
     """Ray CPU reservation of a worker."""
     worker_gpus: float = Field(default=0, ge=0)
     """Ray GPU reservation of a worker."""
+    worker_threads: int = Field(default=1, ge=1)
+    """Compute threads of a worker on a CPU; the engines rest while the M-step runs."""
     collective_timeout_s: float = Field(default=1800, gt=0)
     """Longest time that workers wait for each other."""
     num_epochs: int = Field(default=3, ge=1)

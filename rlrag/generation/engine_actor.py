@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from rlrag.errors import GenerationError
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.generation.weight_protocols import ChecksWeights
@@ -58,10 +60,13 @@ class EngineActor:
     refuses requests until `start` has loaded the wanted set from the pool's store.
     """
 
-    def __init__(self, engine: Engine, store: Any, fetch_timeout_s: float) -> None:
-        """Remember how to make the engine; a constructor that failed would hide its error."""
+    def __init__(self, engine: Engine, store: str, fetch_timeout_s: float) -> None:
+        """Remember how to make the engine; a constructor that failed would hide its error.
+
+        The weight store comes by name: Ray warns of a handle, whose object a restart would need.
+        """
         self._make = engine
-        self._store = store
+        self._store_name = store
         self._fetch_timeout_s = fetch_timeout_s
         self._generator: Generator | None = None
         self._first_identity = ""
@@ -76,7 +81,7 @@ class EngineActor:
         self._open()
         if self._held == wanted:
             return Standing(self._first_identity, self._held)
-        stored = call_store(self._store.newest.remote(), "tell its newest set")
+        stored = call_store(self._store().newest.remote(), "tell its newest set")
         if stored is not None and stored.tag == wanted:
             self._take(stored)
         newest = stored.tag if stored is not None else None
@@ -123,7 +128,7 @@ class EngineActor:
         from rlrag.generation.weights import GeneratorWeights  # brings torch
 
         tag = stored.tag
-        tensors = fetch_tensors(stored, self._fetch_timeout_s)
+        tensors = fetch_tensors(self._store(), stored, self._fetch_timeout_s)
         generator, self._generator = self._open(), None  # half-loaded weights must not answer
         try:
             generator.load_weights(GeneratorWeights(tag.version, tag.digest or "", tensors))
@@ -131,6 +136,14 @@ class EngineActor:
             generator.close()
             raise
         self._generator, self._held = generator, tag
+
+    def _store(self) -> Any:
+        try:
+            return ray.get_actor(self._store_name)
+        except ValueError as error:
+            raise GenerationError(
+                f"the pool's weight store {self._store_name} is gone; open a new pool"
+            ) from error
 
     def _refusal(self) -> Refusal:
         return Refusal(self._held if self._generator is not None else None)

@@ -48,11 +48,13 @@ class GeneratorPool(PoolClient):
             runtime_env={"env_vars": variables},
         )(EngineActor)
         pool = uuid.uuid4().hex[:6]
-        store = ray.remote(num_cpus=0, max_restarts=config.max_restarts)(WeightStore).remote()
+        store_name = f"weights-{pool}"
+        make_store = ray.remote(num_cpus=0, max_restarts=config.max_restarts)(WeightStore)
+        store = make_store.options(name=store_name).remote()
         members = []
         for number in range(config.num_actors):
             name = f"generator-{pool}-{number}"
-            handle = make.options(name=name).remote(engine, store, config.start_timeout_s)
+            handle = make.options(name=name).remote(engine, store_name, config.start_timeout_s)
             members.append(Member(name, handle))
         super().__init__(Actors(tuple(members), store, identity), config)
         for member in members:

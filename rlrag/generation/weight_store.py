@@ -1,23 +1,27 @@
 """A pool's newest weights: tensors of the learner in, what a restarted engine loads out.
 
-One copy lies in Ray's object store, piece by piece, and engines on its node read it without a copy
-of their own. An object lives as long as the process that owns it, and the learner may die; so the
-`WeightStore` actor owns the pieces: it gets each as an argument, whose copy ends with the call, and
-puts it itself. Giving up the old set before the first new piece arrives keeps the peak at one copy
-and a piece, instead of two copies. What that costs: an engine that restarts while a set is on its
-way has to wait until it has arrived.
+The learner puts one copy into Ray's object store, tensor by tensor, and engines on its node read it
+there without a copy of their own. Such an object ends with the process that put it, and the learner
+may end long before the pool. If the `WeightStore` actor put the tensors itself, each would lie
+there twice until Ray has freed the first. So it reads them instead, which keeps their memory in
+place whatever becomes of the learner, and hands out copies once the originals cannot be had.
+
+The old set is given up before the new one comes, which spares most of a second copy. Ray (2.60)
+frees objects a moment later, in batches of a hundred or once a second; so there is one object a
+tensor, the largest are given up first, and the largest new ones come last. What this costs: an
+engine that restarts while a set is on its way has to wait until it has arrived.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 
 from rlrag.errors import GenerationError, GeneratorTimeoutError, RlragError
 
@@ -26,7 +30,8 @@ if TYPE_CHECKING:  # the store's own process does without torch
 
     from rlrag.generation.weights import GeneratorWeights
 
-_PIECE_BYTES = 64 * 2**20
+logger = logging.getLogger(__name__)
+
 _CALL_TIMEOUT_S = 60.0
 
 
@@ -53,70 +58,77 @@ class PackedTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
-    """A complete set; `pieces` are references to lists of `PackedTensor`."""
+    """A complete set; `refs` lead to its `PackedTensor`s."""
 
     tag: WeightsTag
-    pieces: tuple[ray.ObjectRef, ...]
+    refs: tuple[ray.ObjectRef, ...]
 
 
 class WeightStore:
     """What runs in an actor: the newest complete set, or none while one is on its way."""
 
     def __init__(self) -> None:
-        self._complete: StoredWeights | None = None
         self._tag: WeightsTag | None = None
-        self._pieces: list[ray.ObjectRef] = []
+        self._complete = False
+        self._refs: tuple[ray.ObjectRef, ...] = ()
+        self._tensors: list[PackedTensor] = []
 
     def begin(self, tag: WeightsTag) -> None:
-        """Give up what is held; pieces of `tag` follow."""
-        self._complete = None
-        self._pieces = []
-        self._tag = tag
+        """Give up what is held; `tag` follows."""
+        self._tag, self._complete = tag, False
+        held = sorted(zip(self._tensors, self._refs, strict=True), key=lambda h: h[0].data.nbytes)
+        self._refs, self._tensors = (), []
+        while held:
+            held.pop()  # the largest first
 
-    def add(self, tag: WeightsTag, piece: list[PackedTensor]) -> None:
-        """Keep one more piece.
-
-        Raises:
-            GenerationError: when another set was begun meanwhile.
-        """
-        self._check(tag)
-        self._pieces.append(ray.put(piece))
-
-    def finish(self, tag: WeightsTag) -> None:
+    def finish(self, tag: WeightsTag, refs: tuple[ray.ObjectRef, ...]) -> None:
         """From now on `newest` is this set.
 
         Raises:
             GenerationError: when another set was begun meanwhile.
         """
         self._check(tag)
-        self._complete = StoredWeights(tag, tuple(self._pieces))
-        self._pieces = []
+        self._tensors = ray.get(list(refs), timeout=_CALL_TIMEOUT_S)
+        self._refs, self._complete = refs, True
 
     def newest(self) -> StoredWeights | None:
         """The complete set, if there is one."""
-        return self._complete
+        if self._tag is None or not self._complete:
+            return None
+        return StoredWeights(self._tag, self._refs)
+
+    def copy(self, tag: WeightsTag, number: int) -> PackedTensor:
+        """A tensor of the set, which does not depend on the process that pushed it.
+
+        Raises:
+            GenerationError: when another set was begun meanwhile.
+        """
+        self._check(tag)
+        return self._tensors[number]
 
     def _check(self, tag: WeightsTag) -> None:
         if tag != self._tag:
             raise GenerationError(
-                f"a piece of weights of {tag} came while {self._tag or 'nothing'} was awaited: "
-                "two processes push to one pool, or its weight store was restarted; let one "
-                "process push, and push again"
+                f"the weight store was asked about weights of {tag} but has begun on "
+                f"{self._tag or 'none'}: two processes push to one pool, or the store was "
+                "restarted; let one process push, and push again"
             )
 
 
 def store_weights(store: Any, weights: GeneratorWeights) -> WeightsTag:
-    """Send a set to the store, one piece at a time, so that no second copy arises.
+    """Put a set into the object store and give it to the pool's weight store.
 
     Raises:
-        GenerationError: when the store is gone or the object store is full.
-        GeneratorTimeoutError: when it does not answer.
+        GenerationError: when the weight store is gone or the object store is full.
+        GeneratorTimeoutError: when the weight store does not answer.
     """
     tag = WeightsTag(weights.version, weights.digest)
     call_store(store.begin.remote(tag), "begin a set of weights")
-    for piece in _pieces(weights.tensors):
-        call_store(store.add.remote(tag, piece), "take a piece of the weights")
-    call_store(store.finish.remote(tag), "finish a set of weights")
+    tensors = weights.tensors
+    by_size = sorted(tensors, key=lambda name: tensors[name].nbytes)
+    refs = {name: _put(_pack(name, tensors[name])) for name in by_size}
+    ordered = tuple(refs[name] for name in tensors)
+    call_store(store.finish.remote(tag, ordered), "take a set of weights")
     return tag
 
 
@@ -145,37 +157,36 @@ def call_store(ref: Any, what: str) -> Any:
         ) from error
 
 
-def fetch_tensors(stored: StoredWeights, timeout_s: float) -> dict[str, torch.Tensor]:
+def fetch_tensors(store: Any, stored: StoredWeights, timeout_s: float) -> dict[str, torch.Tensor]:
     """Tensors that share the object store's memory; read them, never write.
 
     Raises:
-        GenerationError: when a piece is lost or does not arrive in time.
+        GenerationError: when a tensor is lost or does not arrive in time.
     """
     try:
-        pieces = ray.get(list(stored.pieces), timeout=timeout_s)
+        packed = ray.get(list(stored.refs), timeout=timeout_s)
+    except ObjectLostError:
+        logger.info("the process that pushed %s has ended; its weight store helps", stored.tag)
+        packed = [
+            call_store(store.copy.remote(stored.tag, number), "copy a tensor")
+            for number in range(len(stored.refs))
+        ]
     except (RayError, GetTimeoutError) as error:
         raise GenerationError(
-            f"the weights of {stored.tag} could not be fetched from the pool's weight store: "
+            f"the weights of {stored.tag} could not be fetched from Ray's object store: "
             f"{type(error).__name__}: {error}; push them again"
         ) from error
-    return {packed.name: _unpack(packed) for piece in pieces for packed in piece}
+    return {tensor.name: _unpack(tensor) for tensor in packed}
 
 
-def _pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[PackedTensor]]:
-    """Whole tensors, together up to `_PIECE_BYTES` where they are not larger each."""
-    piece: list[PackedTensor] = []
-    for name, tensor in tensors.items():
-        packed = _pack(name, tensor)
-        if piece and _num_bytes(piece) + packed.data.nbytes > _PIECE_BYTES:
-            yield piece
-            piece = []
-        piece.append(packed)
-    if piece:
-        yield piece
-
-
-def _num_bytes(piece: Sequence[PackedTensor]) -> int:
-    return sum(packed.data.nbytes for packed in piece)
+def _put(packed: PackedTensor) -> ray.ObjectRef:
+    try:
+        return ray.put(packed)
+    except RayError as error:
+        raise GenerationError(
+            f"Ray's object store has no room for {packed.name!r}, {packed.data.nbytes:,} bytes: "
+            f"{error}; start Ray with an object_store_memory of twice the weights or more"
+        ) from error
 
 
 def _pack(name: str, tensor: torch.Tensor) -> PackedTensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError, RlragError
 from rlrag.generation.cache import CachedGenerator
@@ -106,6 +108,7 @@ def _worker(settings: dict[Any, Any]) -> None:
     """One Ray Train worker: open the parts, take part in the loop."""
     task: _WorkerTask = settings["task"]
     config = RunConfig.from_json(task.config)
+    torch.set_num_threads(config.training.worker_threads)  # Ray allows one for less than a CPU
     data = open_training_data(config, open_library(config))
     reward = open_reward(config, task.generator, task.prompts)
     run_dir = RunDirectory(Path(task.run_dir))
