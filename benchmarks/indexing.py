@@ -211,9 +211,9 @@ def report(memories: Sequence[Memory], speeds: Sequence[tuple[int, dict[str, flo
             f"- {small.kind}: peak of {large.num_passages:,} over {small.num_passages:,} passages "
             f"= **{large.peak_mib / small.peak_mib:.2f}**; added by indexing alone "
             f"{added[1] / added[0]:.2f}"
-            + (f" (target for the peak: at most {TARGET_RATIO})." if small.kind == "dense" else
-               ". Its postings are built in memory, four bytes a word and more.")
-        )  # fmt: skip
+            f" (target for the peak: at most {TARGET_RATIO})."
+            + ("" if small.kind == "dense" else " Its postings, eight bytes each, are in the peak.")
+        )
     lines += [
         "",
         "Flat search over the memory map against a bare `faiss.IndexFlatIP`, in turns, medians "

