@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rlrag.config import RewardConfig
 from rlrag.errors import ConfigError, GenerationError, PromptTooLongError, RewardError
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
+from rlrag.generation.weights import GeneratorWeights
 from rlrag.records import Generation, Passage, Prompt, Question, Score
 from rlrag.rewards.answering import AnsweringReward, PassageReward
 from rlrag.rewards.composite import RewardModel
@@ -51,6 +52,10 @@ class LastWordGenerator:
         self.tokens = TokenCount()
         self.num_generated: list[int] = []
         self.num_scored: list[int] = []
+        self.version = 0
+
+    def load_weights(self, weights: GeneratorWeights) -> None:
+        raise GenerationError("it has no weights")
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         assert sampling == SAMPLING
