@@ -62,9 +62,15 @@ def start(
     workers: Workers | None = None,
     prompts: PromptBuilder | WordPrompts | None = None,
 ) -> TrainingLoop:
-    """A loop that begins a run in `directory` or continues it."""
+    """A loop that begins a run in `directory` or continues it.
+
+    The launching process claims the directory, which of several workers is the first here.
+    """
     run_dir = RunDirectory(directory)
-    run_dir.claim(config)
+    workers = workers or SingleWorker()
+    if workers.rank == 0:
+        run_dir.claim(config)
+    workers.barrier()
     generator, prompts = generator or ReadingGenerator(), prompts or WordPrompts()
 
     def on_step(metrics: dict[str, float]) -> None:
@@ -78,7 +84,7 @@ def start(
         prompts,
         open_reward(config, generator, prompts),
         run_dir,
-        workers or SingleWorker(),
+        workers,
         on_step,
     )
 

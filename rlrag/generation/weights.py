@@ -35,5 +35,5 @@ def pack_weights(tensors: Mapping[str, torch.Tensor], version: int) -> Generator
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return GeneratorWeights(version, digest.hexdigest()[:16], tensors)
