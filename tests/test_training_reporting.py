@@ -142,6 +142,19 @@ def test_appended_lines_are_fed_once_and_in_order(tmp_path):
     assert one.steps == two.steps == [0, 1, 2, 3, 4]
 
 
+def test_an_alarm_is_said_once_and_trackers_get_numbers_alone(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    recorder, tensorboard = Recorder(), TensorBoardLog(tmp_path)
+    with following(path, [recorder, tensorboard]):
+        append(path, 1)
+        record = {"step": 2, "ess": 1.0, "alarms": {"collapse": "one selection has all"}}
+        path.open("a").write(json.dumps(record) + "\n")
+        append(path, 3)
+    tensorboard.close()
+    assert recorder.steps == [1, 2, 3]
+    assert capsys.readouterr().err == "step 2: alarm collapse: one selection has all\n"
+
+
 def test_what_is_appended_last_is_fed_before_the_block_ends(tmp_path):
     path, recorder = tmp_path / "metrics.jsonl", Recorder()
     with following(path, [recorder]):

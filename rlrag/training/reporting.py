@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rlrag.errors import SetupError
 
@@ -199,7 +199,7 @@ def following(path: Path, found: Sequence[MetricsConsumer]) -> Iterator[None]:
 
     The learner may run in another process; the file is all that the two share. A restart of the
     learner truncates the file and repeats some steps: those are not fed twice. A consumer that
-    raises is named on stderr and gets no more; the others do.
+    raises is named on stderr and gets no more; the others do. Alarms go to stderr alone.
     """
     stop = threading.Event()
     seen = max((int(line["step"]) for line in _whole_lines(path)), default=-1)
@@ -211,6 +211,8 @@ def following(path: Path, found: Sequence[MetricsConsumer]) -> Iterator[None]:
             for metrics in _whole_lines(path):
                 if metrics["step"] > last:
                     last = int(metrics["step"])
+                    for name, text in metrics.pop("alarms", {}).items():
+                        _say(f"step {last}: alarm {name}: {text}")
                     working = [consumer for consumer in working if _update(consumer, metrics)]
             if ending:
                 return
@@ -230,7 +232,7 @@ def following(path: Path, found: Sequence[MetricsConsumer]) -> Iterator[None]:
             )
 
 
-def _whole_lines(path: Path) -> list[dict[str, float]]:
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text()
     except FileNotFoundError:  # before the first step
