@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ class ResultStore:
         """
         self._path = path
         with self._connection() as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+            _use_write_ahead_log(connection)
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, text TEXT NOT NULL, "
                 "logp REAL NOT NULL, num_tokens INTEGER NOT NULL, "
@@ -98,6 +99,19 @@ class ResultStore:
             raise GenerationError(
                 f"the generation cache {self._path} cannot be used: {error}; {_way_out(str(error))}"
             ) from error
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Of processes that do this to a new file at once, all but one are refused without a wait."""
+    ends = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                raise
+            time.sleep(0.05)
 
 
 class CachedGenerator:
