@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.runs import own_cluster
+
 if TYPE_CHECKING:
     from rlrag.config import RunConfig
     from rlrag.retrieval.candidates import CandidateTable
@@ -108,18 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache-dir", default="~/.cache/rlrag")
     options = parser.parse_args(arguments)
 
-    import ray
-
-    ray.init(
-        num_cpus=max(2, options.threads),
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=2 * 10**8,
-    )
-    try:
+    with own_cluster(options.threads):
         report = measure(options)
-    finally:
-        ray.shutdown()
     print(report)
     RESULTS_FILE.write_text(report, encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""A recipe and a run directory in; the evaluation of a finished run out."""
+"""What several benchmarks need: finished runs, and a Ray cluster that ends with the block."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 _TIMEOUT_S = 3 * 3600
+
+
+@contextmanager
+def own_cluster(num_cpus: int, object_store_memory: int = 2 * 10**8) -> Iterator[None]:
+    """A Ray cluster on this machine with at least two CPUs; memory in bytes."""
+    import ray
+
+    ray.init(
+        num_cpus=max(2, num_cpus),
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=object_store_memory,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def finished_run(

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.runs import own_cluster
+
 if TYPE_CHECKING:
     import torch
 
@@ -144,8 +146,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> str:
     """The whole report, one row a back end and number of actors."""
-    import ray
-
     from rlrag.config import GeneratorConfig, RunConfig
     from rlrag.generation.build import resolve_config
 
@@ -164,16 +164,8 @@ def measure(options: argparse.Namespace) -> str:
             config = resolve_config(config, "ray")
             learner, sets, hash_s = _learner(config, cache)
             size = sum(tensor.nbytes for tensor in sets[0].tensors.values())
-            ray.init(
-                num_cpus=max(2, num_actors),
-                include_dashboard=False,
-                log_to_driver=False,
-                object_store_memory=max(10**8, 3 * size),
-            )
-            try:
+            with own_cluster(num_actors, max(10**8, 3 * size)):
                 pushes = _measure_pool(config, cache, learner, sets, hash_s, options.pushes)
-            finally:
-                ray.shutdown()
             rows.append(_row(backend, num_actors, pushes))
     return _report(config, rows, options)
 

@@ -30,6 +30,11 @@ from rlrag.config import (
 Part = Literal["selector", "generator"]
 
 
+def _data_folder() -> str:
+    """What the variable names; where it is unset, its name for the error to show."""
+    return os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
+
+
 def short_answers(question_mark: bool) -> PromptConfig:
     """Three worked examples that keep a small model's answers to a few words.
 
@@ -90,7 +95,7 @@ def quickstart() -> RunConfig:
 
 def nq() -> RunConfig:
     """Natural Questions from the folder that RLRAG_DATA_DIR names."""
-    folder = os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
+    folder = _data_folder()
     return RunConfig(
         recipe="nq",
         data=DataConfig(
@@ -125,7 +130,7 @@ def _co_training(
 
     The generator trains a low-rank adapter on one of the m selections a question, drawn by weight.
     """
-    folder = os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
+    folder = _data_folder()
     systems: tuple[System, ...] = ("no_retrieval", "retriever_order", "trained")
     if parts == ("selector", "generator"):
         systems = (*systems[:2], "tuned_selector", "tuned_generator", "trained")
@@ -200,7 +205,7 @@ def hotpotqa_sft() -> RunConfig:
 
 def dro_paper() -> RunConfig:
     """The settings of arXiv 2505.03075: 8 B models, n = 20, K = 5, m = 8; wants 12 large GPUs."""
-    folder = os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
+    folder = _data_folder()
     model = "meta-llama/Meta-Llama-3-8B-Instruct"
     return RunConfig(
         recipe="dro-paper",

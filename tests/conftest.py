@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from stand_ins import NUM_CANDIDATES, make_table
+from tiny_models import save_tiny_llama
 
 from rlrag.config import (
     DataConfig,
@@ -27,6 +29,33 @@ def training_data() -> TrainingData:
     return TrainingData(
         make_table(24), make_table(8, seed=1), {"corpus": "c", "train_questions": "q"}
     )
+
+
+@pytest.fixture
+def few_data() -> TrainingData:
+    """So little that a tiny language model can be trained on it too."""
+    return TrainingData(make_table(12), make_table(4, seed=1), {})
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model that is as small as one can be."""
+    return save_tiny_llama(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A Ray cluster of two CPUs that ends with the test module.
+
+    Its workers cannot import a test module by name; what is sent to them carries its code.
+    """
+    import cloudpickle
+    import ray
+
+    cloudpickle.register_pickle_by_value(request.module)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -64,13 +64,12 @@ def start(
 ) -> TrainingLoop:
     """A loop that begins a run in `directory` or continues it.
 
-    The launching process claims the directory, which of several workers is the first here.
+    Where several workers run, whoever launches them has claimed the directory.
     """
     run_dir = RunDirectory(directory)
     workers = workers or SingleWorker()
-    if workers.rank == 0:
+    if workers.size == 1:
         run_dir.claim(config)
-    workers.barrier()
     generator, prompts = generator or ReadingGenerator(), prompts or WordPrompts()
 
     def on_step(metrics: dict[str, float]) -> None:

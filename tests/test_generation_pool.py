@@ -22,6 +22,8 @@ from rlrag.records import Generation, Prompt, Score
 
 HANG, DIE, DIE_ONCE, RAISE = 10_001, 10_002, 10_003, 10_004
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 class Echo:
     """Answers with its prompt's tokens; some tokens make it hang, die or raise."""
@@ -68,17 +70,6 @@ class Echo:
 
 def refuse(folder: Path) -> Generator:
     raise SetupError("there is no compiler; install g++")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    import sys
-
-    # The workers cannot import a test module by name.
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-from ray import cloudpickle
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError
@@ -30,6 +29,8 @@ from rlrag.records import Generation, Prompt, Score
 
 PROMPTS = [Prompt((i,), f"prompt {i}", 0) for i in range(12)]
 HANG = -1.0
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 class Scaled:
@@ -62,17 +63,6 @@ class Scaled:
 
     def close(self) -> None:
         """Nothing to free."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    import sys
-
-    # The workers cannot import a test module by name.
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -35,13 +35,13 @@ class Trained:
     def files(self) -> dict[str, dict[str, torch.Tensor]]:
         return {
             "policy": self.policy.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer),
+            "optimizer": optimizer_tensors(self.optimizer, dict(self.policy.named_parameters())),
         }
 
     def restore(self, store: CheckpointStore, step: int) -> dict[str, Any]:
         files, state = store.load(step)
         restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
-        restore_optimizer(self.optimizer, files["optimizer"])
+        restore_optimizer(self.optimizer, dict(self.policy.named_parameters()), files["optimizer"])
         return state
 
 
@@ -114,7 +114,7 @@ def test_an_optimisers_tensors_are_copies(tmp_path):
     before = {name: tensor.clone() for name, tensor in kept.items()}
     trained.steps(2, 4)
     assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
-    assert {name.split(".")[1] for name in kept} == {"exp_avg", "exp_avg_sq", "step"}
+    assert {name.split(":")[1] for name in kept} == {"exp_avg", "exp_avg_sq", "step"}
 
 
 def test_nothing_is_pickled(tmp_path):

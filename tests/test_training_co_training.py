@@ -7,29 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from loop_runs import changed, co_training, start, steps_of, weights
-from stand_ins import ReadingGenerator, make_table
+from stand_ins import ReadingGenerator
 from thread_workers import make_group, run_together
-from tiny_models import save_tiny_llama
 
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.generation.weights import GeneratorWeights, pack_weights
-from rlrag.pipeline import TrainingData
 from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.parts import open_whole_generator
+from rlrag.training.run_directory import RunDirectory
 
 SIX_STEPS = {"batch_size": 4, "num_epochs": 2, "validate_every": 2, "checkpoint_every": 2}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("generator"))
-
-
-@pytest.fixture
-def few_data() -> TrainingData:
-    return TrainingData(make_table(12), make_table(4, seed=1), {})
 
 
 class Recording(ReadingGenerator):
@@ -171,8 +160,8 @@ def test_two_workers_do_what_one_does(small_config, few_data, model_dir, tmp_pat
     alone = start(config, few_data, tmp_path / "alone")
     alone.run()
     shared = Recording()
-    group = make_group(2)
-    loops = [start(config, few_data, tmp_path / "two", None, shared, w) for w in group]
+    RunDirectory(tmp_path / "two").claim(config)
+    loops = [start(config, few_data, tmp_path / "two", None, shared, w) for w in make_group(2)]
     run_together([loop.run for loop in loops])
     assert [version for version, _ in shared.given] == [1, 2, 3, 4, 5, 6]
     expected, first, second = weights(alone), weights(loops[0]), weights(loops[1])

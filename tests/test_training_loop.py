@@ -17,6 +17,7 @@ from rlrag.evaluation.systems import evaluate, greedy_picks
 from rlrag.pipeline import TrainingData, open_reward
 from rlrag.records import Generation, Score
 from rlrag.training.checkpoints import CheckpointStore
+from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import TorchWorkers
 
 
@@ -84,6 +85,7 @@ def _work(rank: int, size: int, config_json: str, directory: str, port: int, out
 def test_two_workers_do_what_one_does(small_config, training_data, tmp_path, unused_port):
     alone = start(small_config, training_data, tmp_path / "alone")
     alone.run()
+    RunDirectory(tmp_path / "two").claim(small_config)
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
     together = [

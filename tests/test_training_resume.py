@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from loop_runs import StopAfter, changed, co_training, start, steps_of, weights
-from stand_ins import ReadingGenerator, make_table
-from tiny_models import save_tiny_llama
+from stand_ins import ReadingGenerator
 
 from rlrag.config import RunConfig
 from rlrag.generation.transformers_backend import TransformersGenerator
@@ -17,16 +16,6 @@ from rlrag.pipeline import TrainingData
 from rlrag.training.checkpoints import CheckpointStore
 
 OFF_POLICY = {"refresh_every": 2, "passes": 2, "baseline": "none"}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("generator"))
-
-
-@pytest.fixture
-def few_data() -> TrainingData:
-    return TrainingData(make_table(12), make_table(4, seed=1), {})
 
 
 def assert_same_run(whole_loop, whole: Path, continued_loop, stopped: Path) -> None:

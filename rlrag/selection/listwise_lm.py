@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlrag.adapters import add_adapter
 from rlrag.errors import ConfigError, PromptTooLongError
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.branches import ReadPrompts, read_branches, read_prompts
@@ -68,7 +69,7 @@ class ListwiseLMPolicy(nn.Module):
         self.model = _load_model(model_dir)
         self._prompt = RankingPrompt(model_dir, max_tokens, num_selected)
         if adapter_rank is not None:
-            _add_adapter(self.model, adapter_rank)
+            add_adapter(self.model, adapter_rank, 2 * adapter_rank)
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_miss_no_frozen)
         self.eval()
@@ -297,14 +298,6 @@ def _load_model(model_dir: Path) -> Any:
         raise ConfigError(
             f"selector.kind 'listwise_lm': transformers cannot load {model_dir} ({error}); {advice}"
         ) from error
-
-
-def _add_adapter(model: nn.Module, rank: int) -> None:
-    """Freeze the model and add LoRA adapters (Hu et al., 2021) that start as the identity."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    inject_adapter_in_model(config, model)
 
 
 def _trained(module: nn.Module) -> set[str]:

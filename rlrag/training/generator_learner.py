@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from rlrag.algorithms import dro
 from rlrag.config import GeneratorTrainingConfig, TrainingConfig
-from rlrag.errors import CheckpointError, GenerationError, NonFiniteLossError
+from rlrag.errors import GenerationError, NonFiniteLossError
 from rlrag.training.generator_model import TrainableGenerator
+from rlrag.training.gradients import clip_gradient, share_gradient
 from rlrag.training.learning_rate import linear_schedule
-from rlrag.training.sharding import local, sliced_like, whole
+from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
+from rlrag.training.sharding import local
 from rlrag.training.workers import Workers
-
-# Gradients are summed over the workers in pieces of this size, which bounds the copy of each.
-_BUCKET_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +118,8 @@ class GeneratorLearner:
         return metrics
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU of the optimiser's state, named `parameter:slot`, for a checkpoint."""
-        return {
-            f"{name}:{slot}": whole(torch.as_tensor(value)).to("cpu", copy=True)
-            for name, parameter in self._parameters.items()
-            for slot, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        """Copies on the CPU of the optimiser's state, for a checkpoint."""
+        return optimizer_tensors(self.optimizer, self._parameters)
 
     def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over what `optimizer_tensors` gave.
@@ -131,24 +127,7 @@ class GeneratorLearner:
         Raises:
             CheckpointError: when a tensor belongs to a parameter that this learner does not train.
         """
-        numbers = {name: number for number, name in enumerate(self._parameters)}
-        slots: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            name, slot = key.rsplit(":", 1)
-            if name not in numbers:
-                raise CheckpointError(
-                    f"the checkpoint holds an optimiser state for {name!r}, which is not trained; "
-                    "use the generator_training configuration that it was saved with"
-                )
-            parameter = self._parameters[name]
-            has_its_shape = tensor.shape == parameter.shape
-            own = tensor.clone()
-            slots.setdefault(numbers[name], {})[slot] = (
-                sliced_like(own, parameter) if has_its_shape else own
-            )
-        state = self.optimizer.state_dict()
-        state["state"] = slots
-        self.optimizer.load_state_dict(state)
+        restore_optimizer(self.optimizer, self._parameters, tensors)
 
     @property
     def _measures_variance(self) -> bool:
@@ -215,7 +194,7 @@ class GeneratorLearner:
         read = examples or [idle]
         logp_S = self._model.answer_logp([e.prompt_ids for e in read], [e.answer_ids for e in read])
         weights_S = torch.tensor([e.weight for e in read], device=logp_S.device)
-        loss = -(weights_S * logp_S).sum() / num_questions
+        loss = dro.generator_loss(logp_S[None], weights_S[None]).sum() / num_questions
         # FSDP2 averages gradients over the workers where the loss asks for their sum.
         (loss * self._workers.size if self._sharded else loss).backward()
         logp = logp_S.detach().sum() if examples else torch.zeros_like(loss)
@@ -235,26 +214,14 @@ class GeneratorLearner:
 
     def _share_gradient(self, step: int) -> float:
         """Sum the gradient over the workers and clip it; returns its norm before clipping."""
-        for parameter in self._parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradient = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
-        if not self._sharded and self._workers.size > 1:
-            for bucket in _buckets(gradient):
-                total = self._workers.sum(torch.cat([tensor.flatten() for tensor in bucket]))
-                parts = total.split([tensor.numel() for tensor in bucket])
-                for tensor, part in zip(bucket, parts, strict=True):
-                    tensor.copy_(part.view_as(tensor))
-        square = nn.utils.get_total_norm(gradient).square()
-        norm = math.sqrt((self._workers.sum(square) if self._sharded else square).item())
+        parameters = list(self._parameters.values())
+        gradient, norm = share_gradient(parameters, self._workers, self._sharded)
         if not math.isfinite(norm):
             raise NonFiniteLossError(
                 f"the generator's gradient of step {step} is not finite; lower "
                 "generator_training.learning_rate, or look for infinite rewards in metrics.jsonl"
             )
-        if norm > self._config.max_grad_norm:
-            for tensor in gradient:
-                tensor.mul_(self._config.max_grad_norm / norm)
+        clip_gradient(gradient, norm, self._config.max_grad_norm)
         return norm
 
 
@@ -265,17 +232,3 @@ def _merged(examples: Sequence[WeightedExample]) -> list[WeightedExample]:
         key = (example.prompt_ids, example.answer_ids)
         weights[key] = weights.get(key, 0.0) + example.weight
     return [WeightedExample(*key, weight) for key, weight in weights.items() if weight != 0]
-
-
-def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Runs of tensors that take at most 64 MiB together; a larger one is alone."""
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + tensor.nbytes > _BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket

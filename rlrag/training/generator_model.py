@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlrag.adapters import add_adapter
 from rlrag.algorithms.sequence_logp import answer_batch, summed_logp
 from rlrag.config import GeneratorTrainingConfig
-from rlrag.errors import CheckpointError, ConfigError, GenerationError
+from rlrag.errors import CheckpointError, GenerationError
 from rlrag.models import resolve_device, resolve_dtype
 from rlrag.storage import MANIFEST
 from rlrag.training.sharding import shard, sliced_like, whole
@@ -52,7 +53,9 @@ class TrainableGenerator:
         bfloat16 = resolve_dtype(config.precision, self.device.type) == "bfloat16"
         self._model = _load(model_dir)
         if config.method == "lora":
-            _add_adapter(self._model, config, seed)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                add_adapter(self._model, config.lora_rank, config.lora_alpha)
         self._model.eval()
         if config.gradient_checkpointing:
             _recompute_activations(self._model)
@@ -229,30 +232,6 @@ def _load(model_dir: Path) -> Any:
         raise GenerationError(
             f"transformers cannot load the model in {model_dir}: {error}"
         ) from error
-
-
-def _add_adapter(model: Any, config: GeneratorTrainingConfig, seed: int) -> None:
-    """Put an adapter on every linear layer but the vocabulary matrix; the rest is frozen."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    head = model.get_output_embeddings()
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
-    if not layers:
-        raise ConfigError(
-            f"generator_training.method 'lora' adapts linear layers and {type(model).__name__} has "
-            "none; use method 'full'"
-        )
-    alpha: Any = config.lora_alpha  # peft declares an integer and computes with any number
-    adapter = LoraConfig(
-        r=config.lora_rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=layers
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inject_adapter_in_model(adapter, model)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -6,9 +6,9 @@ Shape letters: B questions, M samples, K selected.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from rlrag.algorithms import dro
 from rlrag.config import DROConfig, TrainingConfig
@@ -16,7 +16,9 @@ from rlrag.errors import NonFiniteLossError
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.build import TrainablePolicy
 from rlrag.training.experience import Experience
+from rlrag.training.gradients import clip_gradient, share_gradient
 from rlrag.training.learning_rate import linear_schedule
+from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
 from rlrag.training.workers import Workers
 
 
@@ -53,9 +55,9 @@ class SelectorLearner:
         self._config = config
         self._num_steps = num_steps
         self._workers = workers
-        self._parameters = [p for p in policy.parameters() if p.requires_grad]
+        self._parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+            self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
 
     def update(
@@ -98,10 +100,22 @@ class SelectorLearner:
             group["lr"] = rate
         self.optimizer.zero_grad()
         (loss_B.sum() / self._config.batch_size).backward()
-        metrics["grad_norm"] = self._clip_shared_gradient(step)
+        metrics["grad_norm"] = self._share_gradient(step)
         self.optimizer.step()
         metrics["learning_rate"] = rate
         return metrics
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of the optimiser's state, for a checkpoint."""
+        return optimizer_tensors(self.optimizer, self._parameters)
+
+    def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `optimizer_tensors` gave.
+
+        Raises:
+            CheckpointError: when a tensor belongs to a parameter that this learner does not train.
+        """
+        restore_optimizer(self.optimizer, self._parameters, tensors)
 
     def _coefficients(
         self, experience: Experience, weights_BM: torch.Tensor, initial_BM: torch.Tensor
@@ -138,18 +152,13 @@ class SelectorLearner:
         means = (summed / self._config.batch_size).tolist()
         return dict(zip(totals, means, strict=True))
 
-    def _clip_shared_gradient(self, step: int) -> float:
-        local = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        shared = self._workers.sum(nn.utils.parameters_to_vector(local))
-        norm = shared.norm().item()
+    def _share_gradient(self, step: int) -> float:
+        """Sum the gradient over the workers and clip it; returns its norm before clipping."""
+        gradient, norm = share_gradient(list(self._parameters.values()), self._workers)
         if not math.isfinite(norm):
             raise NonFiniteLossError(
                 f"the gradient of step {step} is not finite; lower training.learning_rate, or look "
                 "for infinite rewards in metrics.jsonl"
             )
-        shared = shared * min(1.0, self._config.max_grad_norm / max(norm, 1e-12))
-        start = 0
-        for parameter in self._parameters:
-            parameter.grad = shared[start : start + parameter.numel()].view_as(parameter).clone()
-            start += parameter.numel()
+        clip_gradient(gradient, norm, self._config.max_grad_norm)
         return norm

@@ -109,8 +109,7 @@ class TrainingLoop:
             self._last_pause = self.progress.step
             if self._workers.rank == 0:
                 self._run_dir.truncate_metrics(self.progress.step)
-                for record in self._run_dir.read_metrics():
-                    self._alarms.update(record)
+                self._alarms.replay(self._run_dir.read_metrics())
             self._workers.barrier()
             self._collection.publish(self._schedule.estep(self.progress.step), again=True)
             return

@@ -27,7 +27,6 @@ from rlrag.training.generator_learner import GeneratorLearner
 from rlrag.training.generator_model import TrainableGenerator
 from rlrag.training.imitation import imitate
 from rlrag.training.learner import SelectorLearner
-from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.workers import Workers
 
@@ -122,7 +121,7 @@ class TrainedParts:
         """Everything that a checkpoint keeps, by file."""
         files = {"policy": copy.copy(self.policy.state_dict())}
         if self._selector is not None:
-            files["optimizer"] = optimizer_tensors(self._selector.optimizer)
+            files["optimizer"] = self._selector.optimizer_tensors()
         if self.generator is not None and self._generator is not None:
             files["generator"] = self.generator.trainable_tensors()
             files["generator_optimizer"] = self._generator.optimizer_tensors()
@@ -136,7 +135,7 @@ class TrainedParts:
         """
         restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
         if self._selector is not None and "optimizer" in files:
-            restore_optimizer(self._selector.optimizer, files["optimizer"])
+            self._selector.load_optimizer(files["optimizer"])
         if self.generator is not None and self._generator is not None:
             self.generator.load_trainable(files["generator"])
             if "generator_optimizer" in files:
