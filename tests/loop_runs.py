@@ -18,6 +18,7 @@ from rlrag.config import RunConfig
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
 from rlrag.pipeline import TrainingData, open_reward
+from rlrag.training.dro_trainer import DROTrainer
 from rlrag.training.loop import TrainingLoop
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import SingleWorker, Workers
@@ -61,7 +62,7 @@ def start(
     generator: Generator | None = None,
     workers: Workers | None = None,
     prompts: PromptBuilder | WordPrompts | None = None,
-) -> TrainingLoop:
+) -> TrainingLoop[DROTrainer]:
     """A loop that begins a run in `directory` or continues it.
 
     Where several workers run, whoever launches them has claimed the directory.
@@ -76,25 +77,23 @@ def start(
         if metrics["step"] == stop_at:
             raise StopAfter
 
-    return TrainingLoop(
-        config,
-        data,
-        generator,
-        prompts,
-        open_reward(config, generator, prompts),
-        run_dir,
-        workers,
-        on_step,
-    )
+    reward = open_reward(config, generator, prompts)
+    trainer = DROTrainer(config, data, generator, prompts, reward, workers)
+    return TrainingLoop(config, trainer, run_dir, workers, on_step)
 
 
-def weights(loop: TrainingLoop) -> dict[str, torch.Tensor]:
+def weights(loop: TrainingLoop[DROTrainer]) -> dict[str, torch.Tensor]:
     """Everything that is trained, optimisers included, by file and name."""
     return {
         f"{file}/{name}": tensor.clone()
-        for file, tensors in loop.parts.tensors().items()
+        for file, tensors in loop.trainer.parts.tensors().items()
         for name, tensor in tensors.items()
     }
+
+
+def policy_weights(loop: TrainingLoop[DROTrainer]) -> dict[str, torch.Tensor]:
+    """Copies of the policy's weights by name."""
+    return {name: t.clone() for name, t in loop.trainer.parts.policy.state_dict().items()}
 
 
 def steps_of(directory: Path) -> list[dict[str, float]]:

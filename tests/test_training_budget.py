@@ -10,6 +10,7 @@ from stand_ins import ReadingGenerator, WordPrompts, make_table
 from rlrag.config import GeneratorConfig, RunConfig, SelectorConfig
 from rlrag.pipeline import TrainingData, open_reward
 from rlrag.training.budget import Budget, estimate_budget
+from rlrag.training.dro_trainer import DROTrainer
 from rlrag.training.loop import TrainingLoop
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import SingleWorker
@@ -89,9 +90,10 @@ def test_the_estimate_is_of_the_order_of_what_a_run_asks_for(small_config, train
     generator, run_dir = Counting(), RunDirectory(tmp_path / "run")
     run_dir.claim(small_config)
     reward = open_reward(small_config, generator, WordPrompts())
-    TrainingLoop(
-        small_config, training_data, generator, WordPrompts(), reward, run_dir, SingleWorker()
-    ).run()
+    trainer = DROTrainer(
+        small_config, training_data, generator, WordPrompts(), reward, SingleWorker()
+    )
+    TrainingLoop(small_config, trainer, run_dir, SingleWorker()).run()
     assert budget.num_steps == run_dir.read_metrics()[-1]["step"]
     assert budget.num_requests / 2 < len(generator.asked) < budget.num_requests * 1.5
 

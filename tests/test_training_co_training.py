@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_runs import changed, co_training, start, steps_of, weights
+from loop_runs import changed, co_training, policy_weights, start, steps_of, weights
 from stand_ins import ReadingGenerator
 from thread_workers import make_group, run_together
 
@@ -106,7 +106,7 @@ def test_sft_trains_the_generator_on_the_retrievers_order_without_rewards(
     config = changed(config, training={"parts": ["generator"], "objective": "sft"})
     generator = Unrewarding()
     loop = start(config, few_data, tmp_path / "run", generator=generator)
-    untrained = {name: t.clone() for name, t in loop.parts.policy.state_dict().items()}
+    untrained = policy_weights(loop)
     loop.run()
     records = steps_of(tmp_path / "run")
     assert [version for version, _ in generator.given] == [2, 4, 6]  # for validations alone
@@ -115,7 +115,7 @@ def test_sft_trains_the_generator_on_the_retrievers_order_without_rewards(
     assert records[-1]["generator_tokens_total"] == 0.0
     assert not {"reward", "ess", "loss", "staleness"} & set().union(*records)
     assert all(
-        torch.equal(untrained[name], t) for name, t in loop.parts.policy.state_dict().items()
+        torch.equal(untrained[name], tensor) for name, tensor in policy_weights(loop).items()
     )
     assert all(line["validation/changed_share"] == 0.0 for line in records[::2])
 
@@ -126,10 +126,10 @@ def test_the_generator_alone_leaves_the_selector_as_it_was(
     config = co_training(small_config, model_dir, **SIX_STEPS)
     config = changed(config, training={"parts": ["generator"]})
     loop = start(config, few_data, tmp_path / "run")
-    untrained = {name: t.clone() for name, t in loop.parts.policy.state_dict().items()}
+    untrained = policy_weights(loop)
     loop.run()
     assert all(
-        torch.equal(untrained[name], t) for name, t in loop.parts.policy.state_dict().items()
+        torch.equal(untrained[name], tensor) for name, tensor in policy_weights(loop).items()
     )
     last = steps_of(tmp_path / "run")[-1]
     assert {"reward", "ess", "generator/loss"} <= last.keys()

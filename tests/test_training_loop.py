@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loop_runs import StopAfter, changed, start, steps_of, weights
+from loop_runs import StopAfter, changed, policy_weights, start, steps_of, weights
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import RunConfig
@@ -30,8 +30,8 @@ def test_training_finds_the_passages_that_answer(small_config, training_data, tm
             for q in range(40)
         ]
     )
-    before = (greedy_picks(loop.parts.policy, unseen)[:, 0] == gold).mean()
-    parts = loop.run()
+    before = (greedy_picks(loop.trainer.parts.policy, unseen)[:, 0] == gold).mean()
+    parts = loop.run().parts
     after = (greedy_picks(parts.policy, unseen)[:, 0] == gold).mean()
     assert before < 0.5 < 0.8 < after
     metrics = steps_of(tmp_path / "run")
@@ -45,7 +45,7 @@ def test_training_finds_the_passages_that_answer(small_config, training_data, tm
 def test_the_evaluation_of_a_trained_policy_beats_the_retriever(
     small_config, training_data, tmp_path
 ):
-    policy = start(small_config, training_data, tmp_path / "run").run().policy
+    policy = start(small_config, training_data, tmp_path / "run").run().parts.policy
     reward = open_reward(small_config, ReadingGenerator(), WordPrompts())
     table = evaluate(small_config, policy, make_table(60, seed=6), reward)
     assert list(table.systems) == list(small_config.evaluation.systems)
@@ -143,7 +143,7 @@ def test_failed_rewards_are_counted_and_too_many_end_the_run(small_config, train
 def test_a_gradient_that_is_not_finite_ends_the_run(small_config, training_data, tmp_path):
     loop = start(small_config, training_data, tmp_path / "run")
     with torch.no_grad():
-        loop.parts.policy.scorer.out.weight.fill_(float("inf"))
+        loop.trainer.parts.policy.scorer.out.weight.fill_(float("inf"))
     with pytest.raises((NonFiniteLossError, ValueError)):
         loop.run()
 
@@ -190,8 +190,8 @@ def test_patience_ends_a_run_after_so_many_validations_without_a_better_f1(
     """Nothing is better than at step 0; validations come at 3 and 6."""
     config = changed(small_config, training={"patience": 2})
     loop = start(config, training_data, tmp_path / "run", generator=Hopeless())
-    first = {name: tensor.clone() for name, tensor in loop.parts.policy.state_dict().items()}
-    parts = loop.run()
+    first = policy_weights(loop)
+    parts = loop.run().parts
     assert (loop.progress.step, loop.progress.best_step, loop.progress.finished) == (6, 0, True)
     assert [line["step"] for line in steps_of(tmp_path / "run")] == list(range(7))
     assert CheckpointStore(tmp_path / "run" / "checkpoints").steps()[-1] == 6

@@ -137,10 +137,10 @@ def test_a_generator_that_outlived_its_worker_is_taken_back(
 
 
 def test_a_finished_run_is_not_continued(small_config, training_data, tmp_path):
-    first = start(small_config, training_data, tmp_path / "run").run().tensors()["policy"]
+    first = start(small_config, training_data, tmp_path / "run").run().parts.tensors()["policy"]
     records = steps_of(tmp_path / "run")
     generator = ReadingGenerator()
-    again = start(small_config, training_data, tmp_path / "run", generator=generator).run()
+    again = start(small_config, training_data, tmp_path / "run", generator=generator).run().parts
     assert generator.num_calls == 0
     assert steps_of(tmp_path / "run") == records
     assert all(torch.equal(first[name], t) for name, t in again.tensors()["policy"].items())
@@ -156,7 +156,7 @@ def test_what_kl_is_measured_against_stays_after_a_resume(small_config, training
     store.save(0, {**files, "policy": warm}, state)
     continued = start(small_config, training_data, tmp_path / "run")
     continued.run()
-    for name, tensor in continued.parts.initial.state_dict().items():
+    for name, tensor in continued.trainer.parts.initial.state_dict().items():
         assert torch.equal(tensor, warm[name]), name
 
 

@@ -12,15 +12,18 @@ from pydantic import Field, ValidationError, model_validator
 from rlrag.config.complaints import describe
 from rlrag.config.sections import (
     DataConfig,
-    DROConfig,
     EnvironmentConfig,
-    EvaluationConfig,
     GeneratorConfig,
-    GeneratorTrainingConfig,
     RetrievalConfig,
     RewardConfig,
     Section,
     SelectorConfig,
+)
+from rlrag.config.training import (
+    DROConfig,
+    EvaluationConfig,
+    GeneratorTrainingConfig,
+    OpenRAGConfig,
     TrainingConfig,
 )
 from rlrag.errors import ConfigError
@@ -42,6 +45,7 @@ class RunConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
     reward: RewardConfig = RewardConfig()
     dro: DROConfig = DROConfig()
+    openrag: OpenRAGConfig = OpenRAGConfig()
     generator_training: GeneratorTrainingConfig = GeneratorTrainingConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,4 +1,4 @@
-"""The sections of a configuration: typed, frozen, checked, importable without torch."""
+"""The sections that say what a pipeline is made of; those about its training are in `training`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 BUILTIN_GENERATOR = "smollm2-135m-instruct"
 BUILTIN_ENCODER = "all-minilm-l6-v2"
+BUILTIN_VOCABULARY_ENCODER = "splade-tiny"
 BUILTIN_CORPUS = "factbook"
 
 
@@ -41,7 +42,7 @@ class DataConfig(Section):
 class RetrievalConfig(Section):
     """How candidates are found."""
 
-    kind: Literal["bm25", "dense", "hybrid"] = "hybrid"
+    kind: Literal["bm25", "dense", "hybrid", "semi_parametric"] = "hybrid"
     """The order that the untrained selector reproduces."""
     num_candidates: int = Field(default=10, ge=1)
     """Candidates a question (n)."""
@@ -53,6 +54,15 @@ class RetrievalConfig(Section):
     """Tokens of a passage or question that the encoder reads."""
     encode_batch_size: int = Field(default=64, ge=1)
     """Passages encoded in one forward pass."""
+    vocabulary_encoder: str = BUILTIN_VOCABULARY_ENCODER
+    """Masked language model of `semi_parametric`: a Hugging Face id, a path or the built-in
+    name."""
+    vocabulary_head: Literal["masked_lm", "layer_norm"] = "masked_lm"
+    """How hidden states reach the vocabulary: through the model's own head, or through a fresh
+    LayerNorm as in VDR."""
+    vocabulary_top_k: int = Field(default=768, ge=0)
+    """Largest entries of a vector in vocabulary space that are kept, besides those of its own
+    tokens."""
     index: Literal["flat", "hnsw", "ivfpq"] = "flat"
     """FAISS index over the passage vectors."""
     hnsw_links: int = Field(default=32, ge=2)
@@ -218,179 +228,3 @@ class RewardConfig(Section):
         if not any(self.weights):
             raise ValueError("reward.weights are all zero; at least one term must count")
         return self
-
-
-class DROConfig(Section):
-    """Direct Retrieval-augmented Optimization (arXiv 2505.03075)."""
-
-    num_samples: int = Field(default=8, ge=1)
-    """Permutations drawn a question (m). One sample has weight 1 whatever its reward: the selector
-    then learns nothing."""
-    reward_temperature: float = Field(default=1.0, gt=0)
-    """w = softmax(reward / temperature); 1 with `answer_logp` is the paper's weight."""
-    weighting: Literal["self_normalised", "raw"] = "self_normalised"
-    """`self_normalised`: weights of a question sum to 1; `raw`: exp(reward / temperature) / m."""
-    baseline: Literal["none", "mean", "leave_one_out"] = "mean"
-    """What is subtracted from a weight. `mean`: the mean weight of the question, which removes the
-    pull towards whatever was drawn; `leave_one_out`: the mean of the other samples' likelihoods,
-    for `raw` weights."""
-    replacement: bool = True
-    """Draw samples independently. False draws m different selections by Gumbel top-k and corrects
-    their weights (Kool et al., 2019, 2020)."""
-    proposal_temperature: float = Field(default=1.0, gt=0)
-    """Draw from p(z|x)^(1/T) and correct the weights; above 1 explores more."""
-    passes: int = Field(default=1, ge=1)
-    """Optimiser passes over the samples of an E-step; the paper's M-step takes several."""
-    refresh_every: int | None = Field(default=1, ge=1)
-    """Steps between refreshes of the policy and the generator that an E-step draws and scores with;
-    1 is on-policy, unset is once a pass over the questions, the paper's EM."""
-    clip_ratio: float | None = Field(default=None, gt=0, lt=1)
-    """Off-policy guard: bounds p_now(z|x) / p_drawn(z|x) to 1 +- this, as PPO does; unset is the
-    paper's weighted likelihood."""
-    entropy_weight: float = Field(default=0.0, ge=0)
-    """Adds this times the policy's entropy to the objective."""
-    kl_weight: float = Field(default=0.0, ge=0)
-    """Subtracts this times KL(policy || untrained policy) from the objective."""
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether every update uses samples of the policy that it changes."""
-        return self.passes == 1 and self.refresh_every == 1
-
-    @model_validator(mode="after")
-    def _estimator_fits(self) -> Self:
-        fitting = {"raw": ("none", "leave_one_out"), "self_normalised": ("none", "mean")}
-        if self.baseline not in fitting[self.weighting]:
-            raise ValueError(
-                f"dro.baseline {self.baseline!r} does not fit dro.weighting {self.weighting!r}; "
-                f"use one of {', '.join(map(repr, fitting[self.weighting]))}"
-            )
-        if self.baseline == "leave_one_out" and self.num_samples < 2:
-            raise ValueError(
-                "dro.baseline 'leave_one_out' needs another sample; raise dro.num_samples to 2"
-            )
-        if self.baseline == "leave_one_out" and not self.replacement:
-            raise ValueError(
-                "dro.baseline 'leave_one_out' needs independent samples; use dro.replacement True"
-            )
-        if self.baseline != "none" and not self.on_policy and self.clip_ratio is None:
-            raise ValueError(
-                f"dro.baseline {self.baseline!r} is unbiased on-policy only; with dro.passes "
-                f"{self.passes} and dro.refresh_every {self.refresh_every} set dro.clip_ratio, or "
-                "use baseline 'none'"
-            )
-        return self
-
-
-class GeneratorTrainingConfig(Section):
-    """The generator's M-step: L_G = - sum w log p(y | x, d_z)."""
-
-    method: Literal["lora", "full"] = "lora"
-    """Train a low-rank adapter or all weights."""
-    lora_rank: int = Field(default=16, ge=1)
-    """Rank of the adapter."""
-    lora_alpha: float = Field(default=32, gt=0)
-    """The adapter's output is scaled by alpha / rank."""
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak AdamW step size."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this global norm."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the forward pass; weights and optimiser stay in float32."""
-    micro_batch_tokens: int = Field(default=4096, ge=64)
-    """Padded tokens in one forward pass; gradients accumulate over a step's passes."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    sequences_per_question: int | None = Field(default=None, ge=1)
-    """Selections a question that the step trains on: unset takes all m with their weights; a number
-    draws that many by weight, which has the same mean gradient and costs less."""
-    sharding: Literal["replicated", "fsdp2"] = "replicated"
-    """`fsdp2` shards weights, gradients and optimiser over the workers, for a generator larger than
-    one device."""
-    max_staleness: int = Field(default=0, ge=0)
-    """A batch that was rewarded by weights older than this many published versions is collected
-    again and counted; only `training.overlap` can make one."""
-
-
-class TrainingConfig(Section):
-    """The loop, its optimiser and its records."""
-
-    parts: tuple[Literal["selector", "generator"], ...] = ("selector",)
-    """What is trained; the rest stays as it is."""
-    objective: Literal["dro", "sft"] = "dro"
-    """`sft` trains the generator alone on the untrained policy's own order, one selection a
-    question with weight 1: the baseline that DRO is compared with."""
-    launcher: Literal["ray", "local"] = "ray"
-    """`ray`: Ray Train workers and generator actors; `local`: this process alone."""
-    num_workers: int = Field(default=1, ge=1)
-    """Ray Train workers; each takes a shard of every batch."""
-    worker_cpus: float = Field(default=0.5, gt=0)
-    """Ray CPU reservation of a worker."""
-    worker_gpus: float = Field(default=0, ge=0)
-    """Ray GPU reservation of a worker."""
-    worker_threads: int = Field(default=1, ge=1)
-    """Compute threads of a worker on a CPU; the engines rest while the M-step runs."""
-    collective_timeout_s: float = Field(default=1800, gt=0)
-    """Longest time that workers wait for each other."""
-    num_epochs: int = Field(default=3, ge=1)
-    """Passes over the training questions."""
-    batch_size: int = Field(default=32, ge=1)
-    """Questions a step, over all workers."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak AdamW step size."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW decoupled weight decay."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up; then linear decay to zero."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this global norm."""
-    validate_every: int = Field(default=20, ge=1)
-    """Steps between validations."""
-    checkpoint_every: int = Field(default=20, ge=1)
-    """Steps between checkpoints; the first and last step are always kept."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints kept besides the best."""
-    max_failures: int = Field(default=3, ge=0)
-    """Times that Ray Train restarts a broken worker group."""
-    patience: int | None = Field(default=None, ge=1)
-    """Training ends early after this many validations in a row without a better F1."""
-    overlap: bool = False
-    """Collect the next batch while the present one trains, with a policy and a generator that are
-    one update old; drained before every checkpoint."""
-    max_failed_share: float = Field(default=0.05, ge=0, lt=1)
-    """The run ends when a larger share of a batch's rewards could not be computed."""
-    max_generator_tokens: int | None = Field(default=None, ge=1)
-    """Training stops and evaluates once it asked for this many prompt and answer tokens, computed
-    or cached, so that a run and its repetition stop at the same step."""
-    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Besides `metrics.jsonl`, which is always written."""
-
-
-System = Literal[
-    "no_retrieval",
-    "random_order",
-    "retriever_first",
-    "retriever_reversed",
-    "retriever_order",
-    "tuned_selector",
-    "tuned_generator",
-    "trained",
-    "oracle",
-]
-
-
-class EvaluationConfig(Section):
-    """The final comparison."""
-
-    systems: tuple[System, ...] = (
-        "no_retrieval",
-        "random_order",
-        "retriever_order",
-        "trained",
-        "oracle",
-    )
-    """Systems in the table."""
-    num_bootstrap: int = Field(default=10_000, ge=100)
-    """Resamples for intervals and the paired test."""

@@ -18,6 +18,7 @@ from rlrag.errors import GenerationError, RlragError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.pipeline import TrainingData, open_library, open_reward, open_training_data
+from rlrag.training.dro_trainer import DROTrainer
 from rlrag.training.loop import Metrics, TrainingLoop
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import SingleWorker, TorchWorkers
@@ -32,7 +33,8 @@ def train_locally(
 ) -> None:
     """Run the loop in this process, without Ray."""
     reward = open_reward(config, generator, prompts)
-    TrainingLoop(config, data, generator, prompts, reward, run_dir, SingleWorker()).run()
+    trainer = DROTrainer(config, data, generator, prompts, reward, SingleWorker())
+    TrainingLoop(config, trainer, run_dir, SingleWorker()).run()
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,9 @@ def _worker(settings: dict[Any, Any]) -> None:
     data = open_training_data(config, open_library(config))
     reward = open_reward(config, task.generator, task.prompts)
     run_dir = RunDirectory(Path(task.run_dir))
-    TrainingLoop(
-        config,
-        data,
-        task.generator,
-        task.prompts,
-        reward,
-        run_dir,
-        TorchWorkers(),
-        on_step=_report,
-    ).run()
+    workers = TorchWorkers()
+    trainer = DROTrainer(config, data, task.generator, task.prompts, reward, workers)
+    TrainingLoop(config, trainer, run_dir, workers, on_step=_report).run()
 
 
 def _report(metrics: Metrics) -> None:

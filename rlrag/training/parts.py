@@ -27,10 +27,9 @@ from rlrag.training.generator_learner import GeneratorLearner
 from rlrag.training.generator_model import TrainableGenerator
 from rlrag.training.imitation import imitate
 from rlrag.training.learner import SelectorLearner
+from rlrag.training.loop import Files
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.workers import Workers
-
-Tensors = dict[str, torch.Tensor]
 
 
 class TrainedParts:
@@ -117,9 +116,11 @@ class TrainedParts:
         dtype = resolve_config(self._config.generator, self._config.training.launcher).dtype
         return pack_weights(self.generator.merged_tensors(getattr(torch, dtype)), version)
 
-    def tensors(self) -> dict[str, Tensors]:
+    def tensors(self) -> Files:
         """Everything that a checkpoint keeps, by file."""
-        files = {"policy": copy.copy(self.policy.state_dict())}
+        files: dict[str, Mapping[str, torch.Tensor]] = {
+            "policy": copy.copy(self.policy.state_dict())
+        }
         if self._selector is not None:
             files["optimizer"] = self._selector.optimizer_tensors()
         if self.generator is not None and self._generator is not None:
@@ -127,7 +128,7 @@ class TrainedParts:
             files["generator_optimizer"] = self._generator.optimizer_tensors()
         return files
 
-    def load(self, files: Mapping[str, Tensors]) -> None:
+    def load(self, files: Files) -> None:
         """Take over the weights and, where they are given, the optimisers' states.
 
         Raises:
@@ -141,7 +142,7 @@ class TrainedParts:
             if "generator_optimizer" in files:
                 self._generator.load_optimizer(files["generator_optimizer"])
 
-    def load_initial(self, files: Mapping[str, Tensors]) -> None:
+    def load_initial(self, files: Files) -> None:
         """Take over the policy that training started from."""
         restore_weights(self.initial, files["policy"], "the first policy")
 

@@ -1,0 +1,226 @@
+"""The sections that say how a pipeline is trained and what it is compared with."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlrag.config.sections import Section
+
+
+class DROConfig(Section):
+    """Direct Retrieval-augmented Optimization (arXiv 2505.03075)."""
+
+    num_samples: int = Field(default=8, ge=1)
+    """Permutations drawn a question (m). One sample has weight 1 whatever its reward: the selector
+    then learns nothing."""
+    reward_temperature: float = Field(default=1.0, gt=0)
+    """w = softmax(reward / temperature); 1 with `answer_logp` is the paper's weight."""
+    weighting: Literal["self_normalised", "raw"] = "self_normalised"
+    """`self_normalised`: weights of a question sum to 1; `raw`: exp(reward / temperature) / m."""
+    baseline: Literal["none", "mean", "leave_one_out"] = "mean"
+    """What is subtracted from a weight. `mean`: the mean weight of the question, which removes the
+    pull towards whatever was drawn; `leave_one_out`: the mean of the other samples' likelihoods,
+    for `raw` weights."""
+    replacement: bool = True
+    """Draw samples independently. False draws m different selections by Gumbel top-k and corrects
+    their weights (Kool et al., 2019, 2020)."""
+    proposal_temperature: float = Field(default=1.0, gt=0)
+    """Draw from p(z|x)^(1/T) and correct the weights; above 1 explores more."""
+    passes: int = Field(default=1, ge=1)
+    """Optimiser passes over the samples of an E-step; the paper's M-step takes several."""
+    refresh_every: int | None = Field(default=1, ge=1)
+    """Steps between refreshes of the policy and the generator that an E-step draws and scores with;
+    1 is on-policy, unset is once a pass over the questions, the paper's EM."""
+    clip_ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Off-policy guard: bounds p_now(z|x) / p_drawn(z|x) to 1 +- this, as PPO does; unset is the
+    paper's weighted likelihood."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """Adds this times the policy's entropy to the objective."""
+    kl_weight: float = Field(default=0.0, ge=0)
+    """Subtracts this times KL(policy || untrained policy) from the objective."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every update uses samples of the policy that it changes."""
+        return self.passes == 1 and self.refresh_every == 1
+
+    @model_validator(mode="after")
+    def _estimator_fits(self) -> Self:
+        fitting = {"raw": ("none", "leave_one_out"), "self_normalised": ("none", "mean")}
+        if self.baseline not in fitting[self.weighting]:
+            raise ValueError(
+                f"dro.baseline {self.baseline!r} does not fit dro.weighting {self.weighting!r}; "
+                f"use one of {', '.join(map(repr, fitting[self.weighting]))}"
+            )
+        if self.baseline == "leave_one_out" and self.num_samples < 2:
+            raise ValueError(
+                "dro.baseline 'leave_one_out' needs another sample; raise dro.num_samples to 2"
+            )
+        if self.baseline == "leave_one_out" and not self.replacement:
+            raise ValueError(
+                "dro.baseline 'leave_one_out' needs independent samples; use dro.replacement True"
+            )
+        if self.baseline != "none" and not self.on_policy and self.clip_ratio is None:
+            raise ValueError(
+                f"dro.baseline {self.baseline!r} is unbiased on-policy only; with dro.passes "
+                f"{self.passes} and dro.refresh_every {self.refresh_every} set dro.clip_ratio, or "
+                "use baseline 'none'"
+            )
+        return self
+
+
+class OpenRAGConfig(Section):
+    """The retriever's training on what helped the generator (OpenRAG, arXiv 2503.08398).
+
+    It trains the encoder of `retrieval.kind`, which is `dense` or `semi_parametric`; `training`
+    holds its batch size and optimiser.
+    """
+
+    stages: tuple[Literal["offline", "online"], ...] = ("offline", "online")
+    """`offline` trains on the pools of the first retrieval, `online` on what the retriever in
+    training finds; either alone is an ablation of the paper."""
+    labels: Literal["generator", "gold"] = "generator"
+    """A passage is positive when the generator answers right with it; `gold` takes the passages
+    that the questions name, the relevance training that OpenRAG is compared with."""
+    num_offline: int = Field(default=100, ge=2)
+    """Passages a question that are labelled before training (k)."""
+    num_online: int = Field(default=20, ge=2)
+    """Passages that the fixed first stage finds and the current weights rank again (m)."""
+    first_stage: Literal["frozen", "bm25"] = "frozen"
+    """What finds passages online: the index that never changes (bag of tokens for
+    `semi_parametric`, the untrained vectors for `dense`), or BM25."""
+    offline_epochs: int = Field(default=40, ge=1)
+    """Passes over the questions in the offline stage."""
+    online_epochs: int = Field(default=40, ge=1)
+    """Passes over the questions in the online stage."""
+    loss: Literal["contrastive", "kl"] = "contrastive"
+    """`kl` draws the retriever's distribution over a question's passages to the generator's
+    likelihoods (RePlug), the paper's ablation."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the inner products of the loss; the paper has 1, vectors of length 1 want less."""
+    likelihood_temperature: float = Field(default=1.0, gt=0)
+    """Divides the log-likelihoods that `kl` distils."""
+    micro_batch_texts: int = Field(default=32, ge=1)
+    """Texts that are embedded at once; vectors of a larger batch are cached and their gradients
+    fed back piece by piece, with the same result."""
+    tied: bool = True
+    """One encoder for questions and passages, or one each that start alike."""
+    min_auc: float = Field(default=0.6, ge=0, le=1)
+    """A warning is recorded when the generator's score tells right from wrong answers worse than
+    this, as the area under the ROC curve within questions."""
+
+
+class GeneratorTrainingConfig(Section):
+    """The generator's M-step: L_G = - sum w log p(y | x, d_z)."""
+
+    method: Literal["lora", "full"] = "lora"
+    """Train a low-rank adapter or all weights."""
+    lora_rank: int = Field(default=16, ge=1)
+    """Rank of the adapter."""
+    lora_alpha: float = Field(default=32, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak AdamW step size."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the forward pass; weights and optimiser stay in float32."""
+    micro_batch_tokens: int = Field(default=4096, ge=64)
+    """Padded tokens in one forward pass; gradients accumulate over a step's passes."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    sequences_per_question: int | None = Field(default=None, ge=1)
+    """Selections a question that the step trains on: unset takes all m with their weights; a number
+    draws that many by weight, which has the same mean gradient and costs less."""
+    sharding: Literal["replicated", "fsdp2"] = "replicated"
+    """`fsdp2` shards weights, gradients and optimiser over the workers, for a generator larger than
+    one device."""
+    max_staleness: int = Field(default=0, ge=0)
+    """A batch that was rewarded by weights older than this many published versions is collected
+    again and counted; only `training.overlap` can make one."""
+
+
+class TrainingConfig(Section):
+    """The loop, its optimiser and its records."""
+
+    parts: tuple[Literal["retriever", "selector", "generator"], ...] = ("selector",)
+    """What is trained; the rest stays as it is."""
+    objective: Literal["dro", "sft"] = "dro"
+    """`sft` trains the generator alone on the untrained policy's own order, one selection a
+    question with weight 1: the baseline that DRO is compared with."""
+    launcher: Literal["ray", "local"] = "ray"
+    """`ray`: Ray Train workers and generator actors; `local`: this process alone."""
+    num_workers: int = Field(default=1, ge=1)
+    """Ray Train workers; each takes a shard of every batch."""
+    worker_cpus: float = Field(default=0.5, gt=0)
+    """Ray CPU reservation of a worker."""
+    worker_gpus: float = Field(default=0, ge=0)
+    """Ray GPU reservation of a worker."""
+    worker_threads: int = Field(default=1, ge=1)
+    """Compute threads of a worker on a CPU; the engines rest while the M-step runs."""
+    collective_timeout_s: float = Field(default=1800, gt=0)
+    """Longest time that workers wait for each other."""
+    num_epochs: int = Field(default=3, ge=1)
+    """Passes over the training questions."""
+    batch_size: int = Field(default=32, ge=1)
+    """Questions a step, over all workers."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak AdamW step size."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW decoupled weight decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up; then linear decay to zero."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    validate_every: int = Field(default=20, ge=1)
+    """Steps between validations."""
+    checkpoint_every: int = Field(default=20, ge=1)
+    """Steps between checkpoints; the first and last step are always kept."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints kept besides the best."""
+    max_failures: int = Field(default=3, ge=0)
+    """Times that Ray Train restarts a broken worker group."""
+    patience: int | None = Field(default=None, ge=1)
+    """Training ends early after this many validations in a row without a better F1."""
+    overlap: bool = False
+    """Collect the next batch while the present one trains, with a policy and a generator that are
+    one update old; drained before every checkpoint."""
+    max_failed_share: float = Field(default=0.05, ge=0, lt=1)
+    """The run ends when a larger share of a batch's rewards could not be computed."""
+    max_generator_tokens: int | None = Field(default=None, ge=1)
+    """Training stops and evaluates once it asked for this many prompt and answer tokens, computed
+    or cached, so that a run and its repetition stop at the same step."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Besides `metrics.jsonl`, which is always written."""
+
+
+System = Literal[
+    "no_retrieval",
+    "random_order",
+    "retriever_first",
+    "retriever_reversed",
+    "retriever_order",
+    "tuned_selector",
+    "tuned_generator",
+    "trained",
+    "oracle",
+]
+
+
+class EvaluationConfig(Section):
+    """The final comparison."""
+
+    systems: tuple[System, ...] = (
+        "no_retrieval",
+        "random_order",
+        "retriever_order",
+        "trained",
+        "oracle",
+    )
+    """Systems in the table."""
+    num_bootstrap: int = Field(default=10_000, ge=100)
+    """Resamples for intervals and the paired test."""
