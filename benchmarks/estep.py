@@ -38,6 +38,7 @@ RESULTS_FILE = Path(__file__).parent / "results" / "estep.md"
 TARGETS = {"untrained": 2.0, "trained": 3.0}
 _TIMEOUT_S = 1800
 _BATCH_SIZE = 16
+_WARM_UP_QUESTIONS = 2
 
 Request = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, answer ids
 
@@ -101,8 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and write it down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="threads of each side, in all")
-    parser.add_argument("--turns", type=int, default=3, help="batches a row of the table")
+    parser.add_argument("--turns", type=int, default=2, help="batches a row of the table")
     parser.add_argument("--questions", type=int, default=64, help="questions a batch")
+    parser.add_argument(
+        "--plain-questions", type=int, default=16, help="of these, scored by plain transformers"
+    )
     parser.add_argument("--samples", type=int, default=8, help="permutations a question (m)")
     parser.add_argument("--num-selected", type=int, default=3, help="passages in each (K)")
     parser.add_argument("--num-candidates", type=int, default=10, help="candidates (n)")
@@ -119,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> str:
     """The whole report."""
-    from jobs.recipes import quickstart
+    from jobs.recipes.selection import quickstart
     from rlrag.pipeline import candidates_of, load_questions, open_library, open_policy
 
     run = quickstart()
@@ -136,7 +140,7 @@ def measure(options: argparse.Namespace) -> str:
     )
     library = open_library(run)
     found = load_questions(run.data.train_questions, run.cache_path, library.corpus)
-    needed = options.questions * (2 * options.turns + 1) + 500
+    needed = 2 * (_WARM_UP_QUESTIONS + options.questions * options.turns) + 500
     candidates = candidates_of(library, found.sample(needed, seed=0), run)
     untrained, trained = open_policy(run, candidates), open_policy(run, candidates)
     _train(trained, candidates, run, options.training_steps)
@@ -241,30 +245,38 @@ def _measure_policy(
     number: int,
 ) -> list[str]:
     names = ("plain", "distinct", "prefix", "pool")
-    seconds: dict[str, list[float]] = {way: [] for way in names}
+    speeds: dict[str, list[float]] = {way: [] for way in names}
     differences: dict[str, float] = dict.fromkeys(names, 0.0)
     distinct = []
-    for turn in range(options.turns + 1):
-        first = options.questions * (turn if not turn else turn + number * options.turns)
-        requests = _draw(policy, candidates, ways, options, first)
+    # The first questions pay for starting engines and for the shared prefix; they are not counted.
+    first = number * (_WARM_UP_QUESTIONS + options.questions * options.turns)
+    warm_up = _draw(policy, candidates, ways, options.samples, first, _WARM_UP_QUESTIONS)
+    for way in names:
+        ways.score(way, warm_up)
+    first += _WARM_UP_QUESTIONS
+    for _ in range(options.turns):
+        requests = _draw(policy, candidates, ways, options.samples, first, options.questions)
+        first += options.questions
+        num_alone = options.plain_questions * options.samples
         reference: list[float] = []
         for way in names:
-            took, logps = ways.score(way, requests)
+            asked = requests[:num_alone] if way in ("plain", "distinct") else requests
+            took, logps = ways.score(way, asked)
+            speeds[way].append(len(asked) / took)
             reference = reference or logps
-            if turn:  # the first pays for starting engines and for the shared prefix
-                seconds[way].append(took)
-                gap = max(abs(a - b) for a, b in zip(logps, reference, strict=True))
-                differences[way] = max(differences[way], gap)
+            gap = max(abs(a - b) for a, b in zip(logps, reference, strict=False))
+            differences[way] = max(differences[way], gap)
+            print(
+                f"{name} {way}: {speeds[way][-1]:.1f} permutations/s", file=sys.stderr, flush=True
+            )
         distinct.append(len(set(requests)) / len(requests))
     rows = []
-    size = options.questions * options.samples
     for way in names:
-        speed = statistics.median(size / s for s in seconds[way])
-        pairs = zip(seconds["plain"], seconds[way], strict=True)
-        ratio = statistics.median(plain / ours for plain, ours in pairs)
+        pairs = zip(speeds[way], speeds["plain"], strict=True)
+        ratio = statistics.median(ours / plain for ours, plain in pairs)
         rows.append(
-            f"| {name} | {way} | {statistics.mean(distinct):.2f} | {speed:.1f} | **{ratio:.2f}** | "
-            f"{differences[way]:.3f} |"
+            f"| {name} | {way} | {statistics.mean(distinct):.2f} | "
+            f"{statistics.median(speeds[way]):.1f} | **{ratio:.2f}** | {differences[way]:.3f} |"
         )
     return rows
 
@@ -273,11 +285,12 @@ def _draw(
     policy: SelectionPolicy,
     candidates: CandidateTable,
     ways: _Ways,
-    options: argparse.Namespace,
+    num_samples: int,
     first: int,
+    num_questions: int,
 ) -> list[Request]:
-    rows = range(first, first + options.questions)
-    drawn = policy.sample(candidates.batch(rows), options.samples, [[1, row] for row in rows])
+    rows = range(first, first + num_questions)
+    drawn = policy.sample(candidates.batch(rows), num_samples, [[1, row] for row in rows])
     requests = []
     for row, positions_MK in zip(rows, drawn.positions_BMK, strict=True):
         question, passages = candidates.questions[row], candidates.passages(row)
@@ -300,10 +313,12 @@ def _report(run: RunConfig, rows: Sequence[str], options: argparse.Namespace) ->
         "",
         f"{options.samples} permutations of {options.num_selected} of {options.num_candidates} "
         f"candidates for {options.questions} questions a turn, {options.threads} threads on each "
-        "side. Each way adds a measure to the one above it, see the module. Medians of "
-        f"{options.turns} turns; the ratio is that of each turn, then the median (targets for the "
-        f"pool: {targets}). The last column is the largest difference from plain in nats; all ways "
-        "compute in the same number format, which they round in other places.",
+        f"side; plain and distinct score the first {options.plain_questions} of these questions "
+        "alone, for they take as long for each. Each way adds a measure to the one above it, see "
+        f"the module. Medians of {options.turns} turns; the ratio is that of each turn, then the "
+        f"median (targets for the pool: {targets}). The last column is the largest difference from "
+        "plain in nats; all ways compute in the same number format, which they round in other "
+        "places.",
         "",
         "| policy | way | distinct share | permutations/s | ratio to plain | difference, nats |",
         "|---|---|---|---|---|---|",

@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> str:
     """The whole report, for one actor with all threads and for one actor a thread."""
-    from jobs.recipes import quickstart
+    from jobs.recipes.selection import quickstart
     from rlrag.pipeline import candidates_of, load_questions, open_library
 
     run = quickstart()

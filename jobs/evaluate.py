@@ -17,6 +17,7 @@ from rich.console import Console
 
 from jobs.cluster import cluster
 from jobs.command_line import parse, run_program
+from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
 
 
@@ -34,6 +35,8 @@ class EvaluateArguments:
     """JSON file to write."""
     limit: int | None = None
     """Evaluate a seeded sample of this many questions."""
+    docs_in_context: int | None = None
+    """Passages shown to the generator; as in training when unset."""
     launcher: Literal["ray", "local"] | None = None
     """Where the generator runs; as in training when unset."""
 
@@ -43,6 +46,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse(EvaluateArguments, None, argv, "python -m jobs.evaluate")
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit is {arguments.limit}; give at least 1")
+    shown = arguments.docs_in_context
+    if shown is not None and shown < 1:
+        raise ConfigError(f"--docs-in-context is {shown}; give at least 1")
     if not arguments.output.parent.is_dir():
         raise ConfigError(
             f"--output {arguments.output}: the directory {arguments.output.parent} does not exist"
@@ -52,22 +58,17 @@ def main(argv: Sequence[str]) -> None:
     from rlrag.evaluation.systems import evaluate
     from rlrag.evaluation.table import render
     from rlrag.generation.build import open_generator, resolve_config
-    from rlrag.pipeline import open_evaluation_data, open_library, open_reward
+    from rlrag.pipeline import (
+        open_evaluation_data,
+        open_library,
+        open_reward,
+        other_retrievers,
+    )
     from rlrag.training.reporting import library_chatter_in
 
     bundle = load_bundle(arguments.bundle)
     launcher = arguments.launcher or bundle.config.training.launcher
-    config = bundle.config.model_copy(
-        update={
-            "data": bundle.config.data.model_copy(
-                update={
-                    "corpus": arguments.corpus,
-                    "eval_questions": arguments.questions,
-                    "max_eval_questions": arguments.limit,
-                }
-            )
-        }
-    )
+    config = _configured(bundle.config, arguments)
     log = Path(tempfile.gettempdir()) / "rlrag-evaluate.log"
     with library_chatter_in(log), cluster(launcher):
         generator, prompts = open_generator(config.generator, launcher, config.cache_path)
@@ -82,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
                 open_reward(config, generator, prompts),
                 progress=lambda name: print(name, file=sys.stderr, flush=True),
                 tune_generator=lambda: generator.load_weights(weights) if weights else None,
+                retrievers=other_retrievers(config, library, bundle.retriever_dir),
             )
         finally:
             generator.close()
@@ -91,6 +93,27 @@ def main(argv: Sequence[str]) -> None:
     }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     Console().print(render(table))
+
+
+def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
+    """The bundle's configuration with other questions, and other numbers of passages shown."""
+    values = config.model_dump()
+    values["data"] |= {
+        "corpus": arguments.corpus,
+        "eval_questions": arguments.questions,
+        "max_eval_questions": arguments.limit,
+    }
+    shown = arguments.docs_in_context
+    if shown is not None:
+        if config.training.parts != ("retriever",) and shown != config.environment.num_selected:
+            raise ConfigError(
+                f"--docs-in-context is {shown}, but the bundle's selector was trained to pick "
+                f"{config.environment.num_selected}; leave the flag out"
+            )
+        values["environment"]["num_selected"] = shown
+        for section, field in (("retrieval", "num_candidates"), ("openrag", "num_online")):
+            values[section][field] = max(values[section][field], shown)
+    return type(config).model_validate(values)
 
 
 if __name__ == "__main__":

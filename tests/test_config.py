@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import pytest
@@ -39,6 +39,12 @@ def saved(**sections: Any) -> str:
         else:
             values[name] = value
     return json.dumps(values)
+
+
+def training_retriever(retrieval: Mapping[str, Any] | None = None, **sections: Any) -> str:
+    """The default configuration's JSON with the dense retriever trained, and some keys set."""
+    training = {"parts": ["retriever"], **sections.pop("training", {})}
+    return saved(retrieval={"kind": "dense", **(retrieval or {})}, training=training, **sections)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -95,7 +101,7 @@ def another(value: Any, annotation: Any) -> Any:
     if isinstance(value, tuple):
         return value[1:] if value else (EXAMPLE,)
     assert value is None
-    return 7
+    return "x" if str in get_args(annotation) else 7
 
 
 def changed(section: BaseModel, path: Path, value: Any) -> BaseModel:
@@ -186,7 +192,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
         (saved(dro={"clip_ratio": 1.0}), "dro.clip_ratio = 1.0: Input should be less than 1"),
         (
             saved(training={"parts": []}),
-            "training.parts is empty; train 'selector', 'generator' or",
+            "training.parts is empty; train 'retriever', 'selector', 'generator' or several",
         ),
         (
             saved(training={"objective": "sft"}),
@@ -207,6 +213,47 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
                 training={"overlap": True, "parts": ["selector", "generator"]},
             ),
             "generator weights that are one version old; set generator_training.max_staleness to 1",
+        ),
+        (
+            saved(training={"parts": ["retriever"]}),
+            "training.parts names the retriever, but retrieval.kind 'hybrid' has nothing to train; "
+            "use dense or semi_parametric",
+        ),
+        (
+            training_retriever({"kind": "bm25"}),
+            "retrieval.kind 'bm25' has nothing to train; use dense or semi_parametric",
+        ),
+        (
+            training_retriever(openrag={"stages": []}),
+            "openrag.stages is empty; name 'offline', 'online' or both",
+        ),
+        (
+            training_retriever(openrag={"labels": "gold", "loss": "kl"}),
+            "openrag.loss 'kl' distils the generator's likelihoods, which openrag.labels 'gold' "
+            "does without; use loss contrastive",
+        ),
+        (
+            training_retriever(openrag={"first_stage": "bm25"}),
+            "'bm25' needs a BM25 index; set retrieval.bm25_scores True",
+        ),
+        (
+            training_retriever(openrag={"tied": False}),
+            "openrag.tied False is for semi_parametric; a dense encoder reads questions and",
+        ),
+        (
+            training_retriever(openrag={"num_online": 4}, environment={"num_selected": 5}),
+            "openrag.num_online 4 finds fewer passages than environment.num_selected 5 shows",
+        ),
+        (saved(openrag={"num_offline": 1}), "openrag.num_offline = 1: Input should be greater"),
+        (saved(openrag={"temperature": 0}), "openrag.temperature = 0: Input should be greater"),
+        (
+            saved(training={"rounds": 2}),
+            "training.rounds is 2, but only a run that trains the retriever and another part takes "
+            "turns; set it to 1",
+        ),
+        (
+            training_retriever(training={"parts": ["retriever", "generator"], "objective": "sft"}),
+            "training.objective 'sft' takes no turns with the retriever; use dro",
         ),
         (
             saved(selector={"imitation_steps": 5}),
@@ -250,6 +297,17 @@ def test_contradictions_and_bad_values_give_one_clear_sentence(text, words):
             "training": {"overlap": True, "parts": ["generator", "selector"]},
         },
         {"selector": {"kind": "listwise_lm", "imitation_steps": 5}},
+        {"retrieval": {"kind": "dense"}, "training": {"parts": ["retriever"]}},
+        {
+            "retrieval": {"kind": "semi_parametric", "bm25_scores": True},
+            "openrag": {"first_stage": "bm25", "tied": False, "loss": "kl", "num_online": 2},
+            "training": {"parts": ["retriever"]},
+        },
+        {
+            "retrieval": {"kind": "dense"},
+            "openrag": {"labels": "gold", "stages": ["online"]},
+            "training": {"parts": ["retriever", "selector", "generator"], "rounds": 2},
+        },
     ],
 )
 def test_what_agrees_is_accepted_and_loads_back(sections):
@@ -276,6 +334,23 @@ def test_on_policy_is_one_pass_over_the_newest_samples(settings, on_policy):
 )
 def test_a_run_says_whether_it_trains_the_generator(parts, trains):
     assert RunConfig(training=TrainingConfig(parts=parts)).trains_generator is trains
+
+
+@pytest.mark.parametrize(
+    ("parts", "trains", "in_turns"),
+    [
+        (("selector",), False, False),
+        (("retriever",), True, False),
+        (("retriever", "selector"), True, True),
+        (("generator", "retriever"), True, True),
+    ],
+)
+def test_a_run_says_whether_it_trains_the_retriever_and_in_turns(parts, trains, in_turns):
+    config = RunConfig.from_json(
+        saved(retrieval={"kind": "dense"}, training={"parts": list(parts)})
+    )
+    assert config.trains_retriever is trains
+    assert config.trains_in_turns is in_turns
 
 
 def test_several_problems_are_named_together():

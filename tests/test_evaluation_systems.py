@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import EnvironmentConfig, EvaluationConfig, RunConfig
 from rlrag.data.corpus import MemoryCorpus
+from rlrag.errors import ConfigError
 from rlrag.evaluation.systems import evaluate, greedy_picks
 from rlrag.evaluation.table import EvaluationTable
 from rlrag.pipeline import open_policy, open_reward
@@ -74,6 +77,7 @@ def run(
     generator: ReadingGenerator | None = None,
     progress=lambda name: None,
     tune_generator=lambda: None,
+    retrievers=MappingProxyType({}),
 ) -> EvaluationTable:
     config = RunConfig(
         seed=seed,
@@ -82,7 +86,7 @@ def run(
     )
     reward = open_reward(config, generator or ReadingGenerator(), WordPrompts())
     policy = PlackettLucePolicy(LastFirst(), num_selected)
-    return evaluate(config, policy, table, reward, progress, tune_generator)
+    return evaluate(config, policy, table, reward, progress, tune_generator, retrievers)
 
 
 @pytest.mark.parametrize(
@@ -306,3 +310,95 @@ def test_the_generator_is_tuned_once_and_only_where_it_is_asked(systems, times):
     generator = Tunable()
     run(three_questions(), *systems, generator=generator, tune_generator=generator.tune)
     assert generator.events == ["tune"] * times
+
+
+class Fetched:
+    """Tables of other retrievers by system; counts how often each was asked for."""
+
+    def __init__(self, **orders: tuple[int, int, int]) -> None:
+        table, self.times = three_questions(), dict.fromkeys(orders, 0)
+        self._tables = {
+            name: replace(table, rows_QN=table.rows_QN[:, list(order)])
+            for name, order in orders.items()
+        }
+        self.systems = {name: partial(self._fetch, name) for name in orders}
+
+    def _fetch(self, name: str) -> CandidateTable:
+        self.times[name] += 1
+        return self._tables[name]
+
+
+def test_a_retriever_is_the_first_of_its_own_candidates_in_its_own_order():
+    """Candidates 0, 1, 2 say wrong paris rome, lima wrong peru, red green blue."""
+    fetched = Fetched(bm25=(1, 0, 2), tuned_retriever=(2, 1, 0))
+    generator = Listening()
+    found = run(
+        three_questions(),
+        *("bm25", "retriever_order", "tuned_retriever"),
+        num_selected=2,
+        generator=generator,
+        retrievers=fetched.systems,
+    ).systems
+    question = "which word is blue"
+    assert generator.calls == [
+        [f"it says {w[i]} | it says {w[j]} | {question}" for w in SAID]
+        for i, j in ((1, 0), (0, 1), (2, 1))
+    ]
+    assert found["bm25"].em == pytest.approx(1 / 3)  # paris, wrong, green
+    assert found["bm25"].recall == pytest.approx((1 + 1 / 2) / 2)
+    assert found["tuned_retriever"].ndcg == pytest.approx(
+        (1 / math.log2(3) + 1 / (1 + 1 / math.log2(3))) / 2
+    )
+
+
+def test_what_is_trained_picks_from_what_the_tuned_retriever_finds():
+    """The policy prefers the last: of the tuned table, whose order is turned, it is the first."""
+    asked = ("tuned_selector", "trained", "oracle")
+    for orders, last in (({"tuned_retriever": (2, 1, 0), "bm25": (0, 1, 2)}, 0), ({}, 2)):
+        generator = Listening()
+        run(three_questions(), *asked, generator=generator, retrievers=Fetched(**orders).systems)
+        picked, _, by_trained = generator.calls
+        assert picked == [f"it says {w[2]} | which word is blue" for w in SAID]
+        assert by_trained == [f"it says {w[last]} | which word is blue" for w in SAID]
+
+
+def test_tables_are_fetched_only_when_their_turn_comes():
+    fetched = Fetched(bm25=(0, 1, 2), dense=(0, 1, 2), tuned_retriever=(0, 1, 2))
+    seen = []
+    run(
+        three_questions(),
+        *("retriever_order", "tuned_retriever", "dense"),
+        retrievers=fetched.systems,
+        progress=lambda name: seen.append((name, dict(fetched.times))),
+    )
+    none = {"bm25": 0, "dense": 0, "tuned_retriever": 0}
+    assert seen == [
+        ("retriever_order", none),
+        ("tuned_retriever", none),
+        ("dense", none | {"tuned_retriever": 1}),
+    ]
+    assert fetched.times == {"bm25": 0, "dense": 1, "tuned_retriever": 1}
+
+
+def test_retrievers_that_are_missing_are_named_before_anything_is_answered():
+    generator = Listening()
+    with pytest.raises(ConfigError, match=r"asks for dense, tuned_retriever, but .*leave it out"):
+        run(
+            three_questions(),
+            *("retriever_order", "dense", "bm25", "tuned_retriever"),
+            generator=generator,
+            retrievers=Fetched(bm25=(0, 1, 2)).systems,
+        )
+    assert generator.calls == []
+
+
+def test_the_tuned_retriever_is_compared_with_the_original():
+    fetched = Fetched(original_retriever=(0, 1, 2), tuned_retriever=(1, 0, 2))
+    table = run(
+        three_questions(),
+        *("original_retriever", "tuned_retriever"),
+        retrievers=fetched.systems,
+    )
+    assert list(table.paired) == ["tuned_retriever_vs_original_retriever"]
+    pair = table.paired["tuned_retriever_vs_original_retriever"]
+    assert pair.accuracy_diff == pytest.approx(0.0)  # paris instead of lima

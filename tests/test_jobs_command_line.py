@@ -277,6 +277,8 @@ def test_words_that_are_no_values_end_with_code_2(words, capsys):
     ("extra", "message"),
     [
         (["--limit", "0"], "--limit is 0; give at least 1"),
+        (["--docs-in-context", "0"], "--docs-in-context is 0; give at least 1"),
+        (["--docs-in-context", "-3"], "--docs-in-context is -3; give at least 1"),
         (["--output", "/no/such/folder/out.json"], "directory /no/such/folder does not exist"),
     ],
 )

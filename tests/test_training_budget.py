@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
-from rlrag.config import GeneratorConfig, RunConfig, SelectorConfig
+from rlrag.config import GeneratorConfig, OpenRAGConfig, RunConfig, SelectorConfig
 from rlrag.pipeline import TrainingData, open_reward
 from rlrag.training.budget import Budget, estimate_budget
 from rlrag.training.dro_trainer import DROTrainer
@@ -113,6 +113,31 @@ def test_sft_asks_for_validations_alone(small_config, training_data):
     budget = estimate_budget(config, training_data, WordPrompts())
     assert (budget.num_steps, budget.num_rollouts) == (12, 0)
     assert budget.num_requests == 5 * 8
+
+
+@pytest.mark.parametrize(
+    ("openrag", "num_steps", "num_judged", "num_found"),
+    [
+        ({}, 12, 2 * 120, 2 * 24),  # 24 questions of 5 candidates; 2 + 2 passes in batches of 8
+        ({"stages": ("offline",)}, 6, 2 * 120, 0),
+        ({"stages": ("online",), "online_epochs": 3}, 9, 2 * 120, 3 * 24),
+        ({"labels": "gold"}, 12, 0, 0),
+    ],
+)
+def test_a_retriever_asks_for_each_first_candidate_and_for_what_it_finds(
+    small_config, training_data, openrag, num_steps, num_judged, num_found
+):
+    """An answer and a score a candidate; 8 questions are held back and answered each third step."""
+    settings = OpenRAGConfig(offline_epochs=2, **{"online_epochs": 2, **openrag})
+    config = with_training(small_config, parts=("retriever",))
+    config = config.model_copy(update={"openrag": settings})
+    budget = estimate_budget(config, training_data, WordPrompts())
+    assert budget.num_steps == num_steps
+    assert budget.num_requests == num_judged + num_found + 8 * (1 + num_steps // 3)
+    counts = prompt_tokens(training_data)
+    mean = sum(counts) / len(counts) + config.generator.max_new_tokens / 2
+    assert budget.num_tokens == round(budget.num_requests * mean)
+    assert [len(prompt.token_ids) for prompt in budget.sample_prompts] == counts
 
 
 def test_passes_over_the_same_samples_ask_for_nothing_new(small_config, training_data):

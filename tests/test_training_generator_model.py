@@ -89,6 +89,35 @@ def gradients(model: TrainableGenerator) -> dict[str, torch.Tensor]:
     return dict(zip(parameters, found, strict=True))
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_prompts_share_is_read_once_with_the_same_gradient(model_dir, method):
+    shared = tuple(range(100, 140))
+    prompts = [shared + prompt for prompt in PROMPTS]
+    model = make(model_dir, method=method)
+    disturb(model)
+    parameters = list(model.trainable_parameters().values())
+    weights = torch.linspace(-1, 1, len(prompts))
+    num_read = []
+
+    def count(_, args, kwargs):
+        num_read.append(kwargs["input_ids"].numel())
+
+    model._model.register_forward_pre_hook(count, with_kwargs=True)
+
+    def measure() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        logp = model.answer_logp(prompts, ANSWERS)
+        return logp, torch.autograd.grad((weights * logp).sum(), parameters)
+
+    logp, gradient = measure()
+    shared_reads, num_read = sum(num_read), []
+    model._shares_prefix = False
+    plain_logp, plain_gradient = measure()
+    assert torch.allclose(logp, plain_logp, atol=1e-4)
+    for found, expected in zip(gradient, plain_gradient, strict=True):
+        assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item() + 1e-6)
+    assert shared_reads == sum(num_read) - (len(prompts) - 1) * len(shared)
+
+
 def test_recomputed_activations_give_the_same_gradient_and_no_dropout(model_dir, tmp_path):
     dropping = shutil.copytree(model_dir, tmp_path / "dropping")
     settings = json.loads((dropping / "config.json").read_text())

@@ -30,17 +30,35 @@ def model_dir(tmp_path_factory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("plan") / "tiny")
 
 
+def headings(config: RunConfig) -> list[str]:
+    """First words of the lines that a plan of this run must have, in their order."""
+    selects = config.training.parts != ("retriever",)
+    named = {
+        "rounds": config.trains_in_turns,
+        "retriever": config.trains_retriever,
+        "offline": config.trains_retriever and config.openrag.labels == "generator",
+        "online": config.trains_retriever and "online" in config.openrag.stages,
+        "E-step": selects,
+        "rollouts": selects,
+        "generator": True,
+        "M-step": "generator" in config.training.parts,
+        "learner": config.trains_retriever,
+        "M-step (selector)": "selector" in config.training.parts
+        and config.selector.kind != "features",
+        "placement": True,
+    }
+    return [name.split()[0] for name, is_there in named.items() if is_there]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_has_a_plan(recipe, tmp_path):
     config = RECIPES[recipe]().model_copy(update={"cache_dir": str(tmp_path)})
     lines = describe_plan(config).splitlines()
     parts = " and ".join(config.training.parts)
     assert lines[0] == f"{recipe}: trains {parts}"
-    assert [line.split()[0] for line in lines[1:5]] == ["data", "E-step", "rollouts", "generator"]
-    assert lines[-1].split()[0] == "placement"
-    assert sum("M-step" in line for line in lines) == (
-        ("generator" in config.training.parts) + (config.selector.kind != "features")
-    )
+    found = [line.split()[0] for line in lines[1:]]
+    assert [word for word in found if word != "data"] == headings(config)
+    assert found.count("data") == 1 + config.trains_in_turns
 
 
 def test_the_papers_settings_name_twelve_gpus(tmp_path):
@@ -128,3 +146,80 @@ def test_trained_encoders_are_counted_too(tmp_path):
     plan = describe_plan(config)
     assert "selector, bi_encoder: about 0.0 GiB" in plan
     assert plan.endswith("placement   this process alone")
+
+
+def retriever_plan(tmp_path: Path, **sections) -> str:
+    training = {"parts": ["retriever"], "launcher": "local", "batch_size": 10}
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path)),
+        retrieval={"kind": "dense"},
+        generator={"model": "somebody/model-1b"},
+        training=training | sections.pop("training", {}),
+        data={"max_train_questions": 250, "num_validation_questions": 50},
+        **sections,
+    )
+    return describe_plan(config)
+
+
+def test_the_plan_of_a_retriever_says_what_each_stage_costs(tmp_path):
+    """250 questions less 50 held back, with 100 passages each."""
+    plan = retriever_plan(tmp_path)
+    assert "data        200 questions; 40 passes offline, then 40 passes online; 10 qu" in plan
+    assert "retriever   dense, loss contrastive, 32 texts embedded at once" in plan
+    assert "offline     judges 100 a question, 20,000 in all, each answered and scored once" in plan
+    assert "online      ranks 20 passages a question anew at each step" in plan
+    one = retriever_plan(tmp_path, openrag={"stages": ["offline"], "offline_epochs": 3})
+    assert "200 questions; 3 passes offline; 10 questions a step" in one
+    assert "  online" not in one
+    gold = retriever_plan(tmp_path, openrag={"labels": "gold", "stages": ["online"]})
+    assert "200 questions; 40 passes online; 10 questions a step" in gold
+    assert "judges" not in gold
+
+
+@pytest.mark.parametrize(("tied", "times"), [(True, 1), (False, 2)])
+def test_an_encoder_each_takes_twice_the_memory(tmp_path, tied, times):
+    encoder = {"kind": "semi_parametric", "vocabulary_encoder": "somebody/encoder-100m"}
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path)),
+        retrieval=encoder,
+        generator={"model": "somebody/model-1b"},
+        openrag={"tied": tied},
+        training={"parts": ["retriever"], "launcher": "local"},
+    )
+    gib = 16 * times * 1e8 / 2**30
+    assert f"learner     somebody/encoder-100m: about {gib:.1f} GiB" in describe_plan(config)
+
+
+def test_an_encoder_of_unknown_size_does_not_end_the_plan(tmp_path):
+    plan = retriever_plan(tmp_path, training={"launcher": "ray"})
+    assert "placement" in plan
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path)),
+        retrieval={"kind": "dense", "encoder": "somebody/encoder"},
+        generator={"model": "somebody/model-1b"},
+        training={"parts": ["retriever"]},
+    )
+    assert "somebody/encoder: 16 bytes" in describe_plan(config)
+
+
+def test_turns_are_planned_one_after_the_other(tmp_path):
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path)),
+        retrieval={"kind": "dense"},
+        generator={"model": "somebody/model-1b"},
+        training={"parts": ["retriever", "selector"], "rounds": 3},
+    )
+    lines = describe_plan(config).splitlines()
+    assert lines[1] == "  rounds      3, each: the retriever, then selector"
+    assert [line.split()[0] for line in lines[2:8]] == [
+        *("data", "retriever", "offline", "online", "data", "E-step")
+    ]
+
+
+def test_the_papers_retriever_has_its_settings(tmp_path):
+    config = RECIPES["openrag-paper"]().model_copy(update={"cache_dir": str(tmp_path)})
+    plan = describe_plan(config)
+    assert "40 passes offline, then 40 passes online; 128 questions a step" in plan
+    assert "offline     judges 100 a question, each answered and scored once" in plan
+    assert "ranks 20 passages a question anew" in plan
+    assert "Meta-Llama-3-8B, 8.00 B parameters: 14.9 GiB" in plan

@@ -1,11 +1,12 @@
-"""A directory in; a random language model or sentence encoder that loads like a real one out.
+"""A directory in; a random language model or text encoder that loads like a real one out.
 
-Both are seeded, have a tokenizer that was trained on the built-in sample, and answer in
+All are seeded, have a tokenizer that was trained on the built-in sample, and answer in
 milliseconds on one core.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -95,4 +96,69 @@ def save_tiny_encoder(directory: Path, seed: int = 0) -> Path:
     words = models.Transformer(str(backbone), max_seq_length=256)
     pooling = models.Pooling(words.get_embedding_dimension())
     SentenceTransformer(modules=[words, pooling], device="cpu").save(str(directory))
+    return directory
+
+
+def save_word_pieces(directory: Path, num_tokens: int = NUM_TOKENS) -> Any:
+    """A WordPiece tokenizer like BERT's, with the sample's most frequent words; returns it too.
+
+    Its vocabulary is counted here, as the library's trainer orders equal counts differently each
+    time.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word
+        for text in _sample_texts()
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
+    )
+    special = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused2]"]
+    letters = sorted({letter for word in words for letter in word})
+    frequent = sorted(
+        (word for word in words if len(word) > 1), key=lambda word: (-words[word], word)
+    )
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *frequent][:num_tokens]
+    vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
+    raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    raw.normalizer, raw.pre_tokenizer = normalizer, splitter
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(token, raw.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        model_max_length=128,
+    )
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def save_tiny_masked_lm(directory: Path, seed: int = 0) -> Path:
+    """A BERT with two layers, its masked-LM head and random weights, with its tokenizer."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM
+
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = save_word_pieces(directory)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,  # vectors of different texts differ, so that rankings are no ties
+    )
+    model = BertForMaskedLM(config)
+    torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model.save_pretrained(directory)
     return directory

@@ -16,6 +16,9 @@ import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+# Below this, a second forward pass costs as much as it saves.
+_WORTH_SHARING = 16
+
 
 class AnswerBatch(NamedTuple):
     """What a model reads, and where in it the answers are predicted.
@@ -30,6 +33,26 @@ class AnswerBatch(NamedTuple):
     columns_A: torch.Tensor
     targets_A: torch.Tensor
     lengths_S: list[int]
+
+
+def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all prompts begin with and that are worth reading apart from the rest.
+
+    Every prompt keeps at least its last token, from which its answer's first is predicted. 0 for a
+    single prompt, and where the prompts share few tokens.
+
+    Example:
+        >>> examples = tuple(range(100))
+        >>> shared_length([(*examples, 1), (*examples, 2), examples])
+        99
+        >>> shared_length([(1, 2, 3), (1, 2, 4)]), shared_length([examples])
+        (0, 0)
+    """
+    first, last = min(prompts), max(prompts)  # what these share, all between them share
+    same = (a == b for a, b in zip(first, last, strict=False))
+    length = next((place for place, equal in enumerate(same) if not equal), min(map(len, prompts)))
+    length = min(length, min(map(len, prompts)) - 1)
+    return length if len(prompts) > 1 and length >= _WORTH_SHARING else 0
 
 
 def answer_batch(

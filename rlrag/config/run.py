@@ -64,7 +64,18 @@ class RunConfig(Section):
                 f"training.num_workers {self.training.num_workers}; make it a multiple"
             )
         if not self.training.parts:
-            raise ValueError("training.parts is empty; train 'selector', 'generator' or both")
+            raise ValueError(
+                "training.parts is empty; train 'retriever', 'selector', 'generator' or several"
+            )
+        if self.trains_retriever:
+            self._check_retriever_training()
+        elif self.training.rounds > 1:
+            raise ValueError(
+                f"training.rounds is {self.training.rounds}, but only a run that trains the "
+                "retriever and another part takes turns; set it to 1"
+            )
+        if self.trains_in_turns and self.training.objective == "sft":
+            raise ValueError("training.objective 'sft' takes no turns with the retriever; use dro")
         if self.training.objective == "sft" and self.training.parts != ("generator",):
             raise ValueError(
                 "training.objective 'sft' trains the generator alone; set training.parts generator"
@@ -102,6 +113,45 @@ class RunConfig(Section):
                 f"{generator.max_new_tokens}"
             )
         return self
+
+    def _check_retriever_training(self) -> None:
+        retrieval, openrag = self.retrieval, self.openrag
+        if retrieval.kind not in ("dense", "semi_parametric"):
+            raise ValueError(
+                f"training.parts names the retriever, but retrieval.kind {retrieval.kind!r} has "
+                "nothing to train; use dense or semi_parametric"
+            )
+        if not openrag.stages:
+            raise ValueError("openrag.stages is empty; name 'offline', 'online' or both")
+        if openrag.labels == "gold" and openrag.loss == "kl":
+            raise ValueError(
+                "openrag.loss 'kl' distils the generator's likelihoods, which openrag.labels "
+                "'gold' does without; use loss contrastive"
+            )
+        if openrag.first_stage == "bm25" and not retrieval.bm25_scores:
+            raise ValueError(
+                "openrag.first_stage 'bm25' needs a BM25 index; set retrieval.bm25_scores True"
+            )
+        if not openrag.tied and retrieval.kind == "dense":
+            raise ValueError(
+                "openrag.tied False is for semi_parametric; a dense encoder reads questions and "
+                "passages alike"
+            )
+        if openrag.num_online < self.environment.num_selected:
+            raise ValueError(
+                f"openrag.num_online {openrag.num_online} finds fewer passages than "
+                f"environment.num_selected {self.environment.num_selected} shows"
+            )
+
+    @property
+    def trains_in_turns(self) -> bool:
+        """Whether the retriever and other parts are trained, one after the other."""
+        return self.trains_retriever and len(self.training.parts) > 1
+
+    @property
+    def trains_retriever(self) -> bool:
+        """Whether the retriever is a part that is trained."""
+        return "retriever" in self.training.parts
 
     @property
     def trains_generator(self) -> bool:

@@ -121,6 +121,8 @@ class SelectorConfig(Section):
     """Tokens of a text that a trained encoder reads; of one passage for `listwise_lm`."""
     adapter_rank: int | None = Field(default=16, ge=1)
     """Rank of the LoRA adapter that `listwise_lm` trains; unset trains all its weights."""
+    weights: str | None = None
+    """File of a trained selector of the same kind to start from (`bundle/selector.safetensors`)."""
     imitation_steps: int = Field(default=0, ge=0)
     """Steps of supervised training before the first E-step, on orders drawn around the retriever's
     as `prior_scale` says: what lets a language model start from a ranker."""

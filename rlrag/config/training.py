@@ -75,7 +75,7 @@ class OpenRAGConfig(Section):
     """The retriever's training on what helped the generator (OpenRAG, arXiv 2503.08398).
 
     It trains the encoder of `retrieval.kind`, which is `dense` or `semi_parametric`; `training`
-    holds its batch size and optimiser.
+    holds what it shares with the other parts: batch size, warm-up, validation and checkpoints.
     """
 
     stages: tuple[Literal["offline", "online"], ...] = ("offline", "online")
@@ -95,6 +95,12 @@ class OpenRAGConfig(Section):
     """Passes over the questions in the offline stage."""
     online_epochs: int = Field(default=40, ge=1)
     """Passes over the questions in the online stage."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """Peak AdamW step size."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW decoupled weight decay."""
+    max_grad_norm: float = Field(default=2.0, gt=0)
+    """Gradients are clipped to this global norm."""
     loss: Literal["contrastive", "kl"] = "contrastive"
     """`kl` draws the retriever's distribution over a question's passages to the generator's
     likelihoods (RePlug), the paper's ablation."""
@@ -107,6 +113,10 @@ class OpenRAGConfig(Section):
     fed back piece by piece, with the same result."""
     tied: bool = True
     """One encoder for questions and passages, or one each that start alike."""
+    contribution_margin: float = Field(default=1.0, gt=0)
+    """Where selections were rewarded before, a passage counts as positive without being judged when
+    the mean reward with it is higher than without it by this much, and as negative when it is no
+    higher."""
     min_auc: float = Field(default=0.6, ge=0, le=1)
     """A warning is recorded when the generator's score tells right from wrong answers worse than
     this, as the area under the ROC curve within questions."""
@@ -186,6 +196,11 @@ class TrainingConfig(Section):
     """Times that Ray Train restarts a broken worker group."""
     patience: int | None = Field(default=None, ge=1)
     """Training ends early after this many validations in a row without a better F1."""
+    rounds: int = Field(default=1, ge=1)
+    """Where the retriever and another part are trained: turns of training the retriever and then
+    the others on what it finds."""
+    log_experience: bool = False
+    """Keep every selection and reward in the run directory, which training in turns needs."""
     overlap: bool = False
     """Collect the next batch while the present one trains, with a policy and a generator that are
     one update old; drained before every checkpoint."""
@@ -204,6 +219,11 @@ System = Literal[
     "retriever_first",
     "retriever_reversed",
     "retriever_order",
+    "bm25",
+    "dense",
+    "hybrid",
+    "original_retriever",
+    "tuned_retriever",
     "tuned_selector",
     "tuned_generator",
     "trained",

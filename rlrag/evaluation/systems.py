@@ -2,7 +2,9 @@
 
 A system is a way to choose passages: nothing, the retriever's first K in its order, the same K in
 reverse, its first alone, K at random, the trained policy's pick, or for each question the single
-candidate that turns out best (the oracle). All are answered by the generator as training found it,
+candidate that turns out best (the oracle). `bm25`, `dense`, `hybrid`, `original_retriever` and
+`tuned_retriever` are the first K of that retriever; where a retriever was trained, `trained` picks
+from what it finds. All are answered by the generator as training found it,
 but `trained` and `tuned_generator` (the retriever's order), where a generator was trained.
 
 Shape letters: Q questions, N candidates, K selected.
@@ -10,11 +12,13 @@ Shape letters: Q questions, N candidates, K selected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from rlrag.config import RunConfig
+from rlrag.errors import ConfigError
 from rlrag.evaluation.ranking import ndcg_at_k, recall_at_k
 from rlrag.evaluation.table import EvaluationTable, SystemMetrics, build_table
 from rlrag.records import Passage, Question
@@ -25,6 +29,7 @@ from rlrag.selection.protocol import SelectionPolicy
 
 _POLICY_BATCH = 64
 _BY_TUNED_GENERATOR = ("tuned_generator", "trained")
+_RETRIEVERS = ("bm25", "dense", "hybrid", "original_retriever", "tuned_retriever")
 
 Picks = Sequence[Sequence[int]] | np.ndarray
 """For each question the positions of the picked candidates, best first."""
@@ -37,6 +42,7 @@ def evaluate(
     answering: AnsweringReward,
     progress: Callable[[str], None] = lambda text: None,
     tune_generator: Callable[[], None] = lambda: None,
+    retrievers: Mapping[str, Callable[[], CandidateTable]] = MappingProxyType({}),
 ) -> EvaluationTable:
     """Answer every question under every configured system and compare them.
 
@@ -48,20 +54,33 @@ def evaluate(
         progress: Called with the name of each system before its answers are asked for.
         tune_generator: Gives the generator behind `answering` its trained weights; called once,
             before the systems that use them, which come last.
+        retrievers: Candidates of the same questions from other retrievers, by system; fetched when
+            that system's turn comes.
+
+    Raises:
+        ConfigError: a system is asked for whose retriever this run has not.
     """
     num_selected = config.environment.num_selected
     found: dict[str, SystemMetrics] = {}
     asked = config.evaluation.systems
+    missing = [name for name in asked if name in _RETRIEVERS and name not in retrievers]
+    if missing:
+        raise ConfigError(
+            f"evaluation.systems asks for {', '.join(missing)}, but this run trained no retriever "
+            "or has no such index; leave it out"
+        )
     tuned = [name for name in asked if name in _BY_TUNED_GENERATOR]
     for name in [*(name for name in asked if name not in tuned), *tuned]:
         if name in tuned[:1]:
             tune_generator()
         progress(name)
+        source = "tuned_retriever" if name == "trained" else name
+        table = retrievers[source]() if source in retrievers else candidates
         if name == "oracle":
-            found[name] = _oracle(candidates, answering)
+            found[name] = _oracle(table, answering)
         else:
-            picks = _picks(name, policy, candidates, num_selected, config.seed)
-            found[name] = _measure(candidates, picks, answering, ranked=name != "no_retrieval")
+            picks = _picks(name, policy, table, num_selected, config.seed)
+            found[name] = _measure(table, picks, answering, ranked=name != "no_retrieval")
     systems: dict[str, SystemMetrics] = {name: found[name] for name in asked}
     return build_table(systems, num_selected, config.evaluation.num_bootstrap, config.seed)
 
@@ -79,7 +98,7 @@ def _picks(
     num_questions = len(candidates)
     if name == "no_retrieval":
         return [()] * num_questions
-    if name in ("retriever_order", "tuned_generator"):
+    if name in ("retriever_order", "tuned_generator", *_RETRIEVERS):
         return [tuple(range(num_selected))] * num_questions
     if name == "retriever_first":
         return [(0,)] * num_questions

@@ -20,8 +20,8 @@ from rlrag.evaluation.significance import (
     paired_randomization_test,
 )
 
-PAIRED_SYSTEMS = ("trained", "retriever_order")
-"""The two systems that the paired test compares."""
+PAIRED_SYSTEMS = (("trained", "retriever_order"), ("tuned_retriever", "original_retriever"))
+"""The systems that paired tests compare, ours first."""
 
 Interval = tuple[float, float]
 
@@ -58,15 +58,18 @@ class SystemSummary:
 class PairedComparison:
     """Mean differences on the same questions, their 95 % intervals and two-sided p-values.
 
-    `ci95` and `p_value` belong to exact match, `f1_ci95` and `f1_p_value` to F1.
+    `ci95` and `p_value` belong to exact match; the others name their metric.
     """
 
     em_diff: float
     f1_diff: float
+    accuracy_diff: float
     ci95: Interval
     f1_ci95: Interval
+    accuracy_ci95: Interval
     p_value: float
     f1_p_value: float
+    accuracy_p_value: float
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,13 @@ class EvaluationTable:
                 name: {
                     "em_diff": comparison.em_diff,
                     "f1_diff": comparison.f1_diff,
+                    "accuracy_diff": comparison.accuracy_diff,
                     "ci95": list(comparison.ci95),
                     "f1_ci95": list(comparison.f1_ci95),
+                    "accuracy_ci95": list(comparison.accuracy_ci95),
                     "p_value": comparison.p_value,
                     "f1_p_value": comparison.f1_p_value,
+                    "accuracy_p_value": comparison.accuracy_p_value,
                 }
                 for name, comparison in self.paired.items()
             },
@@ -117,7 +123,7 @@ def build_table(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> EvaluationTable:
-    """Summarise the systems in the given order, and compare the two of `PAIRED_SYSTEMS` if there.
+    """Summarise the systems in the given order, and compare the pairs of `PAIRED_SYSTEMS`.
 
     Raises:
         DataError: no systems, no questions, unequal numbers of questions, or a value that is not
@@ -132,9 +138,10 @@ def build_table(
         name: _summarize(name, metrics, num_resamples, seed) for name, metrics in systems.items()
     }
     paired = {}
-    if all(name in systems for name in PAIRED_SYSTEMS):
-        ours, theirs = (systems[name] for name in PAIRED_SYSTEMS)
-        paired["_vs_".join(PAIRED_SYSTEMS)] = _compare(ours, theirs, num_resamples, seed)
+    for pair in PAIRED_SYSTEMS:
+        if all(name in systems for name in pair):
+            ours, theirs = (systems[name] for name in pair)
+            paired["_vs_".join(pair)] = _compare(ours, theirs, num_resamples, seed)
     return EvaluationTable(next(iter(lengths.values())), num_selected, summaries, paired)
 
 
@@ -158,7 +165,7 @@ def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
         drawn.add_column(metric, justify="right", no_wrap=True)
     for name, summary in table.systems.items():
         drawn.add_row(
-            Text(name, style="bold" if name == PAIRED_SYSTEMS[0] else ""),
+            Text(name, style="bold" if name in {ours for ours, _ in PAIRED_SYSTEMS} else ""),
             f"{_share(summary.em)} ({_share(summary.em_ci95[0])}-{_share(summary.em_ci95[1])})",
             f"{_share(summary.f1)} ({_share(summary.f1_ci95[0])}-{_share(summary.f1_ci95[1])})",
             *map(_share, (summary.accuracy, summary.recall, summary.ndcg)),
@@ -209,10 +216,15 @@ def _compare(
     return PairedComparison(
         em_diff=float(np.mean(ours.em) - np.mean(theirs.em)),
         f1_diff=float(np.mean(ours.f1) - np.mean(theirs.f1)),
+        accuracy_diff=float(np.mean(ours.accuracy) - np.mean(theirs.accuracy)),
         ci95=paired_bootstrap_ci(ours.em, theirs.em, num_resamples, seed),
         f1_ci95=paired_bootstrap_ci(ours.f1, theirs.f1, num_resamples, seed),
+        accuracy_ci95=paired_bootstrap_ci(ours.accuracy, theirs.accuracy, num_resamples, seed),
         p_value=paired_randomization_test(ours.em, theirs.em, num_resamples, seed),
         f1_p_value=paired_randomization_test(ours.f1, theirs.f1, num_resamples, seed),
+        accuracy_p_value=paired_randomization_test(
+            ours.accuracy, theirs.accuracy, num_resamples, seed
+        ),
     )
 
 
@@ -222,6 +234,7 @@ def _describe(name: str, pair: PairedComparison) -> Text:
         for metric, diff, (low, high), p_value in (
             ("EM", pair.em_diff, pair.ci95, pair.p_value),
             ("F1", pair.f1_diff, pair.f1_ci95, pair.f1_p_value),
+            ("accuracy", pair.accuracy_diff, pair.accuracy_ci95, pair.accuracy_p_value),
         )
     ]
     return Text("\n".join([name.replace("_vs_", " minus "), *lines]))

@@ -2,8 +2,8 @@
 
 What is missing under `cache_dir/indexes` is built, what is there is loaded, and what does not
 belong is refused. Each part lies in a directory of its own (`bm25-*`, `vectors-*`, `hnsw-*`,
-`ivfpq-*`), named by a hash of what it was made from, so that a change of one parameter builds one
-part anew.
+`ivfpq-*`, `vocabulary_vectors-*`), named by a hash of what it was made from, so that a change of
+one parameter builds one part anew.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlrag.config import RetrievalConfig
 from rlrag.data.corpus import Corpus
 from rlrag.errors import ConfigError
-from rlrag.models import resolve_model
+from rlrag.models import resolve_device, resolve_model
 from rlrag.retrieval.bm25 import open_bm25
 from rlrag.retrieval.dense import DenseRetriever, check_index_fits, open_index
 from rlrag.retrieval.encoder import Encoder, TextEncoder
@@ -26,6 +26,9 @@ from rlrag.retrieval.hybrid import HybridRetriever
 from rlrag.retrieval.manifest import IndexKind, Manifest, digest
 from rlrag.retrieval.protocol import Retriever, check_num_hits
 from rlrag.retrieval.vectors import open_vectors
+
+if TYPE_CHECKING:
+    from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,19 @@ def open_retrievers(
     config: RetrievalConfig,
     cache_dir: Path,
     encoder: Encoder | None = None,
+    vocabulary_encoder: VocabularyEncoder | None = None,
 ) -> RetrieverSet:
     """Build or load everything that `config` asks for.
 
-    `bm25` and `hybrid` have a BM25 component, `dense` has one with `bm25_scores`; a configured
+    `bm25` and `hybrid` have a BM25 component, the others have one with `bm25_scores`; a configured
     encoder always gives a dense one, since its vectors and scores are features of the selection
-    policy. An `encoder` that is given takes the place of the one that `config.encoder` names.
+    policy. An `encoder` that is given takes the place of the one that `config.encoder` names, and
+    a `vocabulary_encoder` that of `config.vocabulary_encoder`; its weights must not change as long
+    as the retrievers are used.
 
     Raises:
         ConfigError: when the corpus has fewer passages than `num_candidates`, or too few vectors
-            for the lists of an IVF-PQ index.
+            for the lists of an IVF-PQ index, or an encoder was given that nothing uses.
         IndexMismatchError: when a directory on disk belongs to something else or is damaged.
     """
     check_num_hits(config.num_candidates, len(corpus))
@@ -101,6 +107,16 @@ def open_retrievers(
         components["dense"] = DenseRetriever(encoder, vectors_PD, config, index)
     elif encoder is not None:
         raise ConfigError("an encoder was given, but retrieval.encoder is unset; set it")
+    if config.kind == "semi_parametric":
+        components["semi_parametric"], manifest = _semi_parametric(
+            corpus, config, cache_dir, vocabulary_encoder
+        )
+        manifests.append(manifest)
+    elif vocabulary_encoder is not None:
+        raise ConfigError(
+            f"a vocabulary encoder was given, but retrieval.kind is {config.kind!r}; set it to "
+            "semi_parametric"
+        )
     return RetrieverSet(
         primary=_primary(config, components, len(corpus)),
         components=components,
@@ -110,6 +126,53 @@ def open_retrievers(
             [[manifest.compared for manifest in manifests], _search_parameters(config)]
         ),
     )
+
+
+def open_vocabulary_encoder(
+    config: RetrievalConfig, cache_dir: Path, tied: bool | None = None
+) -> VocabularyEncoder:
+    """Load the encoder that `config.vocabulary_encoder` names.
+
+    Args:
+        config: Names the encoder and how it is used.
+        cache_dir: Where a built-in model is unpacked.
+        tied: One encoder for questions and passages, or one each; unset takes it as it was saved.
+
+    Raises:
+        ConfigError: when it is no masked language model with its own head and tokenizer.
+        ModelNotFoundError: when there is no such model.
+    """
+    from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder, has_encoder_each
+
+    model_dir = resolve_model(config.vocabulary_encoder, cache_dir)
+    encoder = VocabularyEncoder(
+        model_dir,
+        config.encoder_max_tokens,
+        config.vocabulary_top_k,
+        config.vocabulary_head,
+        tied=not has_encoder_each(model_dir) if tied is None else tied,
+        batch_size=config.encode_batch_size,
+    )
+    return encoder.to(resolve_device("auto"))
+
+
+def _semi_parametric(
+    corpus: Corpus,
+    config: RetrievalConfig,
+    cache_dir: Path,
+    encoder: VocabularyEncoder | None,
+) -> tuple[Retriever, Manifest]:
+    from rlrag.retrieval.semi_parametric import (
+        SemiParametricRetriever,
+        open_vocabulary_vectors,
+        vocabulary_manifest,
+    )
+
+    encoder = encoder or open_vocabulary_encoder(config, cache_dir)
+    manifest = vocabulary_manifest(corpus, encoder, config.vocabulary_encoder)
+    directory = cache_dir / "indexes" / manifest.directory_name
+    passages = open_vocabulary_vectors(corpus, encoder, directory, manifest)
+    return SemiParametricRetriever(encoder, passages), manifest
 
 
 def _configured_encoder(config: RetrievalConfig, name: str, cache_dir: Path) -> TextEncoder:

@@ -1,7 +1,7 @@
 """What an index on disk was made from: written beside it, and compared before it is used.
 
 An index directory holds `manifest.json`. A directory appears under its name only when it is
-complete (`staged_directory`), except the one with vectors, which says itself how far it is.
+complete (`staged_directory`), except those with vectors, which say themselves how far they are.
 """
 
 from __future__ import annotations
@@ -23,9 +23,17 @@ from rlrag.retrieval.encoder import EncoderIdentity
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-_LIBRARIES = ("bm25s", "faiss-cpu", "numpy", "sentence-transformers", "torch")
+_LIBRARIES = (
+    "bm25s",
+    "faiss-cpu",
+    "numpy",
+    "scipy",
+    "sentence-transformers",
+    "torch",
+    "transformers",
+)
 
-IndexKind = Literal["bm25", "vectors", "hnsw", "ivfpq"]
+IndexKind = Literal["bm25", "vectors", "hnsw", "ivfpq", "bag_of_tokens", "vocabulary_vectors"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rlrag.config import RunConfig
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.pipeline import TrainingData, open_policy
 from rlrag.records import Prompt
-from rlrag.training.schedule import BatchSchedule
+from rlrag.training.schedule import BatchSchedule, openrag_schedule
 
 _SAMPLE = 40
 
@@ -45,6 +45,8 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
 
     As training sharpens the policy it repeats itself more, so the estimate is on the high side.
     """
+    if config.trains_retriever:
+        return _openrag_budget(config, data, prompts)
     schedule = BatchSchedule(config.training, config.dro, len(data.train), config.seed)
     policy = open_policy(config, data.train)
     rows = np.linspace(0, len(data.train) - 1, min(_SAMPLE, len(data.train))).astype(int)
@@ -75,6 +77,37 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     return Budget(
         num_steps=schedule.num_steps,
         num_rollouts=num_rollouts,
+        num_requests=num_requests,
+        num_tokens=round(num_requests * tokens),
+        sample_prompts=sample,
+    )
+
+
+def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -> Budget:
+    """Each training question with each of its first candidates is answered once and scored once.
+
+    Of the online stage it counts one new passage a question and pass, of validation one answer a
+    question; passages found before are cached.
+    """
+    openrag = config.openrag
+    num_questions = len(data.train)
+    rows = np.linspace(0, num_questions - 1, min(_SAMPLE, num_questions)).astype(int)
+    sample = tuple(
+        prompts.build(data.train.questions[row], [data.train.passages(int(row))[0]]) for row in rows
+    )
+    num_requests = 0
+    if openrag.labels == "generator":
+        num_requests = 2 * data.train.rows_QN.size
+        if "online" in openrag.stages:
+            num_requests += openrag.online_epochs * num_questions
+    num_steps = openrag_schedule(config, num_questions).num_steps
+    num_validation = len(data.validation) if data.validation else 0
+    num_requests += (1 + num_steps // config.training.validate_every) * num_validation
+    tokens = float(np.mean([len(prompt.token_ids) for prompt in sample]))
+    tokens += config.generator.max_new_tokens / 2
+    return Budget(
+        num_steps=num_steps,
+        num_rollouts=data.train.rows_QN.size,
         num_requests=num_requests,
         num_tokens=round(num_requests * tokens),
         sample_prompts=sample,

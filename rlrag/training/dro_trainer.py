@@ -18,6 +18,7 @@ from rlrag.generation.protocol import Generator
 from rlrag.pipeline import TrainingData
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.training.collection import Collection
+from rlrag.training.experience_log import ExperienceLog
 from rlrag.training.loop import Files, Metrics
 from rlrag.training.parts import TrainedParts
 from rlrag.training.schedule import BatchSchedule
@@ -34,6 +35,7 @@ class DROTrainer:
     """
 
     best_by = "validation/f1"
+    tokens_before = 0
 
     def __init__(
         self,
@@ -43,8 +45,10 @@ class DROTrainer:
         prompts: PromptBuilder,
         reward: AnsweringReward,
         workers: Workers,
+        log: ExperienceLog | None = None,
     ) -> None:
         self._config = config
+        self._log = log
         self._validation = data.validation
         self._reward = reward
         self._workers = workers
@@ -72,6 +76,8 @@ class DROTrainer:
         started = time.monotonic()
         experience, collected = self._collection.collect(step, pauses_after)
         collected_at = time.monotonic()
+        if self._log is not None:
+            self._log.append(step, experience)
         metrics: Metrics = {"epoch": self._schedule.epoch(step + 1)}
         weights_BM = importance_weights(experience, self._config.dro)
         if self._config.training.objective == "dro":
@@ -103,6 +109,8 @@ class DROTrainer:
 
     def resume(self, step: int, files: Files, first: Files) -> None:
         """Continue; engines that outlived an earlier worker get the checkpoint's weights."""
+        if self._log is not None:
+            self._log.truncate(step)
         self.parts.load(files)
         self.parts.load_initial(first)
         self._collection.publish(self._schedule.estep(step), again=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from rlrag.adapters import add_adapter
-from rlrag.algorithms.sequence_logp import answer_batch, summed_logp
+from rlrag.algorithms.sequence_logp import answer_batch, shared_length, summed_logp
 from rlrag.config import GeneratorTrainingConfig
 from rlrag.errors import CheckpointError, GenerationError
 from rlrag.models import resolve_device, resolve_dtype
@@ -60,6 +61,8 @@ class TrainableGenerator:
         if config.gradient_checkpointing:
             _recompute_activations(self._model)
         sharded = config.sharding == "fsdp2"
+        # Recomputed activations leave no keys and values; sharded weights are gathered once a pass.
+        self._shares_prefix = not (sharded or config.gradient_checkpointing)
         self._autocast = bfloat16 and not sharded
         if sharded:
             shard(self._model, _blocks(self._model), self.device.type, bfloat16)
@@ -75,28 +78,47 @@ class TrainableGenerator:
     ) -> torch.Tensor:
         """Teacher-forced log p(answer | prompt), summed over the answer's tokens; float32 (S,).
 
-        One forward pass, differentiable. The vocabulary matrix, the largest of a small model, is
-        applied only where an answer token is predicted.
+        Differentiable. What all prompts of the batch begin with, worked examples for one, is read
+        once: the sequences share its keys and values, and their gradients flow back through them.
+        The vocabulary matrix, the largest of a small model, is applied only where an answer token
+        is predicted.
 
         Raises:
             GenerationError: when a prompt or answer is empty, or both are longer than the model
                 reads.
         """
         self._check(prompts, answers)
-        batch = answer_batch(prompts, answers, self.device)
+        shared = shared_length(prompts) if self._shares_prefix else 0
+        batch = answer_batch([prompt[shared:] for prompt in prompts], answers, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            past = self._read_prefix(prompts[0][:shared], len(prompts)) if shared else None
+            with self._output_at(batch.rows_A, batch.columns_A):
+                logits_AV = self._model(
+                    input_ids=batch.tokens_ST, past_key_values=past, use_cache=past is not None
+                ).logits
+        return summed_logp(logits_AV, batch.targets_A, batch.lengths_S)
 
-        def keep_answer_positions(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-            hidden_STH = inputs[0]
-            return (hidden_STH[batch.rows_A, batch.columns_A],)
+    def _read_prefix(self, token_ids: tuple[int, ...], num_sequences: int) -> Any:
+        """Keys and values of these tokens, with gradient, once for each sequence."""
+        nowhere = torch.zeros(0, dtype=torch.long, device=self.device)
+        tokens_1T = torch.tensor([token_ids], device=self.device)
+        with self._output_at(nowhere, nowhere):
+            past = self._model(input_ids=tokens_1T, use_cache=True).past_key_values
+        past.batch_repeat_interleave(num_sequences)
+        return past
 
-        head = self._model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(keep_answer_positions)
+    @contextmanager
+    def _output_at(self, rows_A: torch.Tensor, columns_A: torch.Tensor) -> Iterator[None]:
+        """Let the model compute logits at these places alone, shape (A, V)."""
+
+        def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            return (inputs[0][rows_A, columns_A],)
+
+        hook = self._model.get_output_embeddings().register_forward_pre_hook(keep)
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-                logits_AV = self._model(input_ids=batch.tokens_ST, use_cache=False).logits
+            yield
         finally:
             hook.remove()
-        return summed_logp(logits_AV, batch.targets_A, batch.lengths_S)
 
     def micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of sequences of like length, for one forward pass each.

@@ -17,24 +17,62 @@ from rlrag.config import RunConfig
 from rlrag.errors import GenerationError, RlragError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
-from rlrag.pipeline import TrainingData, open_library, open_reward, open_training_data
+from rlrag.generation.protocol import Generator
+from rlrag.pipeline import (
+    Library,
+    TrainingData,
+    open_library,
+    open_reward,
+    open_training_data,
+    sampling_of,
+)
 from rlrag.training.dro_trainer import DROTrainer
-from rlrag.training.loop import Metrics, TrainingLoop
+from rlrag.training.experience_log import ExperienceLog
+from rlrag.training.loop import Metrics, Trainer, TrainingLoop
+from rlrag.training.openrag_trainer import OpenRAGTrainer
+from rlrag.training.passage_judge import PassageJudge
+from rlrag.training.pools import load_pools
 from rlrag.training.run_directory import RunDirectory
-from rlrag.training.workers import SingleWorker, TorchWorkers
+from rlrag.training.workers import SingleWorker, TorchWorkers, Workers
+
+
+def open_trainer(
+    config: RunConfig,
+    library: Library,
+    data: TrainingData,
+    generator: Generator,
+    prompts: PromptBuilder,
+    run_dir: RunDirectory,
+    workers: Workers,
+) -> Trainer:
+    """What the configured parts are trained by.
+
+    Raises:
+        CheckpointError: when a retriever is to be trained and its pools are missing or damaged.
+    """
+    reward = open_reward(config, generator, prompts)
+    if not config.trains_retriever:
+        log = None
+        if config.training.log_experience:
+            log = ExperienceLog(run_dir.experience, workers.rank, data.train)
+        return DROTrainer(config, data, generator, prompts, reward, workers, log)
+    judge = PassageJudge(generator, prompts, sampling_of(config))
+    pools = load_pools(config, data.train, generator.identity, run_dir.pools)
+    return OpenRAGTrainer(config, library, data, pools, generator, judge, reward, workers)
 
 
 def train_locally(
     config: RunConfig,
+    library: Library,
     data: TrainingData,
-    generator: CachedGenerator,
+    generator: Generator,
     prompts: PromptBuilder,
     run_dir: RunDirectory,
 ) -> None:
     """Run the loop in this process, without Ray."""
-    reward = open_reward(config, generator, prompts)
-    trainer = DROTrainer(config, data, generator, prompts, reward, SingleWorker())
-    TrainingLoop(config, trainer, run_dir, SingleWorker()).run()
+    workers = SingleWorker()
+    trainer = open_trainer(config, library, data, generator, prompts, run_dir, workers)
+    TrainingLoop(config, trainer, run_dir, workers).run()
 
 
 @dataclass(frozen=True)
@@ -111,11 +149,11 @@ def _worker(settings: dict[Any, Any]) -> None:
     task: _WorkerTask = settings["task"]
     config = RunConfig.from_json(task.config)
     torch.set_num_threads(config.training.worker_threads)  # Ray allows one for less than a CPU
-    data = open_training_data(config, open_library(config))
-    reward = open_reward(config, task.generator, task.prompts)
+    library = open_library(config)
+    data = open_training_data(config, library)
     run_dir = RunDirectory(Path(task.run_dir))
     workers = TorchWorkers()
-    trainer = DROTrainer(config, data, task.generator, task.prompts, reward, workers)
+    trainer = open_trainer(config, library, data, task.generator, task.prompts, run_dir, workers)
     TrainingLoop(config, trainer, run_dir, workers, on_step=_report).run()
 
 

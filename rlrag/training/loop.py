@@ -36,6 +36,9 @@ class Trainer(Protocol):
     best_by: str
     """The validation metric whose highest value chooses the checkpoint that a run ends with."""
 
+    tokens_before: int
+    """Generator tokens that were asked for before the first step."""
+
     @property
     def num_steps(self) -> int:
         """Steps of the whole run."""
@@ -149,7 +152,12 @@ class TrainingLoop(Generic[AnyTrainer]):
         if self._workers.rank == 0:
             self._run_dir.truncate_metrics(-1)
         self.trainer.warm_start()
-        metrics: Metrics = {"step": 0, "epoch": 0.0}
+        self.progress.generator_tokens = self.trainer.tokens_before
+        metrics: Metrics = {
+            "step": 0,
+            "epoch": 0.0,
+            "generator_tokens_total": float(self.trainer.tokens_before),
+        }
         self._validate(metrics)
         self._record(metrics)
         self._save()

@@ -8,7 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rlrag.config import BUILTIN_ENCODER, BUILTIN_GENERATOR, RunConfig
+from rlrag.config import (
+    BUILTIN_ENCODER,
+    BUILTIN_GENERATOR,
+    BUILTIN_VOCABULARY_ENCODER,
+    RunConfig,
+)
 from rlrag.errors import ConfigError
 
 _GIB = 2**30
@@ -64,7 +69,8 @@ def _on_this_machine(name: str, cache_dir: Path) -> Path:
 
     from rlrag.models import resolve_model
 
-    if name in (BUILTIN_GENERATOR, BUILTIN_ENCODER) or Path(name).expanduser().is_dir():
+    builtin = (BUILTIN_GENERATOR, BUILTIN_ENCODER, BUILTIN_VOCABULARY_ENCODER)
+    if name in builtin or Path(name).expanduser().is_dir():
         return resolve_model(name, cache_dir)
     try:
         return Path(snapshot_download(name, local_files_only=True))
@@ -75,7 +81,44 @@ def _on_this_machine(name: str, cache_dir: Path) -> Path:
         ) from error
 
 
+def _retriever_steps(config: RunConfig) -> list[str]:
+    data, openrag, training = config.data, config.openrag, config.training
+    questions = data.max_train_questions
+    amount = f"all questions of {data.train_questions}"
+    judged = f"{openrag.num_offline} a question"
+    if questions is not None:
+        trained = max(questions - data.num_validation_questions, 0)
+        amount = f"{trained:,} questions"
+        judged += f", {trained * openrag.num_offline:,} in all"
+    epochs = {"offline": openrag.offline_epochs, "online": openrag.online_epochs}
+    stages = ", then ".join(f"{epochs[stage]} passes {stage}" for stage in openrag.stages)
+    lines = [
+        f"  data        {amount}; {stages}; {training.batch_size} questions a step",
+        f"  retriever   {config.retrieval.kind}, loss {openrag.loss}, "
+        f"{openrag.micro_batch_texts} texts embedded at once",
+    ]
+    if openrag.labels == "generator":
+        lines.append(f"  offline     judges {judged}, each answered and scored once")
+    if "online" in openrag.stages:
+        lines.append(
+            f"  online      ranks {openrag.num_online} passages a question anew at each step and "
+            "scores them from the top to the first negative"
+        )
+    return lines
+
+
 def _steps(config: RunConfig) -> list[str]:
+    if config.trains_in_turns:
+        others = tuple(part for part in config.training.parts if part != "retriever")
+        turn = config.training.model_copy(update={"parts": others})
+        return [
+            f"  rounds      {config.training.rounds}, each: the retriever, then "
+            f"{' and '.join(others)}",
+            *_retriever_steps(config),
+            *_steps(config.model_copy(update={"training": turn})),
+        ]
+    if config.trains_retriever:
+        return _retriever_steps(config)
     data, dro, training = config.data, config.dro, config.training
     questions = data.max_train_questions
     if questions is None:
@@ -125,6 +168,14 @@ def _learner_memory(config: RunConfig) -> list[str]:
             f"GiB of weights and optimiser a worker, and the activations of "
             f"{settings.micro_batch_tokens:,} tokens"
         )
+    if config.trains_retriever:
+        retrieval = config.retrieval
+        model = (
+            retrieval.vocabulary_encoder
+            if retrieval.kind == "semi_parametric"
+            else retrieval.encoder or BUILTIN_ENCODER
+        )
+        found.append(f"  learner     {model}: {_encoder_memory(model, config)} a worker")
     if "selector" in config.training.parts and config.selector.kind != "features":
         size = num_parameters(config.selector.model, config.cache_path)
         by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
@@ -135,6 +186,15 @@ def _learner_memory(config: RunConfig) -> list[str]:
             "optimiser a worker, and as many weights again for the policy that it started from"
         )
     return found
+
+
+def _encoder_memory(model: str, config: RunConfig) -> str:
+    """Names of encoders seldom tell their size, and a plan must not wait for a download."""
+    try:
+        size = num_parameters(model, config.cache_path) * (1 if config.openrag.tied else 2)
+    except ConfigError:
+        return "16 bytes of weights and optimiser for each of its parameters (not known here)"
+    return f"about {16 * size / _GIB:.1f} GiB of weights and optimiser"
 
 
 def _placement(config: RunConfig) -> list[str]:

@@ -2,6 +2,9 @@
 
 DIR/config.json       the resolved configuration; the same command continues the run
 DIR/metrics.jsonl     one object a finished step
+DIR/pools/            where a retriever is trained, what the generator made of first candidates
+DIR/experience/       where it is kept, every selection that was drawn and its reward
+DIR/rounds/           where parts are trained in turns, a run directory for each turn
 DIR/checkpoints/      what a stopped run continues from
 DIR/bundle/           what evaluation and serving load
 DIR/evaluation.json   the final comparison
@@ -25,6 +28,9 @@ class RunDirectory:
         self.path = path.expanduser().absolute()
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.pools = self.path / "pools"
+        self.experience = self.path / "experience"
+        self.rounds = self.path / "rounds"
         self.checkpoints = self.path / "checkpoints"
         self.bundle = self.path / "bundle"
         self.evaluation = self.path / "evaluation.json"
@@ -74,9 +80,16 @@ class RunDirectory:
         Raises:
             CheckpointError: when the disk is full; the records then stay as they were.
         """
-        kept = [line for line in self.read_metrics() if line["step"] <= num_steps]
+        self.replace_metrics([line for line in self.read_metrics() if line["step"] <= num_steps])
+
+    def replace_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Let these be all the records.
+
+        Raises:
+            CheckpointError: when the disk is full; the records then stay as they were.
+        """
         try:
-            _replace_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            _replace_text(self.metrics, "".join(json.dumps(line) + "\n" for line in records))
         except OSError as error:
             raise CheckpointError(self._cannot_write(error)) from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlrag.config import DROConfig, TrainingConfig
+from rlrag.config import DROConfig, RunConfig, TrainingConfig
 
 
 class BatchSchedule:
@@ -77,3 +77,20 @@ class BatchSchedule:
 
     def _order(self, number: int) -> np.ndarray:
         return np.random.default_rng([self._seed, 0, int(number)]).permutation(self._num_questions)
+
+
+def openrag_schedule(config: RunConfig, num_questions: int) -> BatchSchedule:
+    """The batches of OpenRAG's stages, one stream of shuffled passes over the usable questions."""
+    epochs = {"offline": config.openrag.offline_epochs, "online": config.openrag.online_epochs}
+    total = sum(epochs[stage] for stage in config.openrag.stages)
+    training = config.training.model_copy(update={"num_epochs": total})
+    return BatchSchedule(training, DROConfig(), num_questions, config.seed)
+
+
+def num_offline_steps(config: RunConfig, num_questions: int) -> int:
+    """Steps of OpenRAG before its online stage begins."""
+    if "offline" not in config.openrag.stages:
+        return 0
+    if "online" not in config.openrag.stages:
+        return openrag_schedule(config, num_questions).num_steps
+    return config.openrag.offline_epochs * num_questions // config.training.batch_size

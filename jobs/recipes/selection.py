@@ -1,22 +1,15 @@
-"""Complete configurations by name; a recipe is a function that returns one.
-
-Each says what it needs and about how long it takes. Change single fields by flags; write a function
-here for a setting of your own.
-"""
+"""Recipes that train the selector, the generator or both by DRO (arXiv 2505.03075)."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from typing import Literal
 
+from jobs.recipes.shared import data_folder, named, short_answers
 from rlrag.config import (
-    DATA_DIR_VARIABLE,
     DataConfig,
     DROConfig,
     EnvironmentConfig,
     EvaluationConfig,
-    FewShotExample,
     GeneratorConfig,
     GeneratorTrainingConfig,
     PromptConfig,
@@ -28,49 +21,6 @@ from rlrag.config import (
 )
 
 Part = Literal["selector", "generator"]
-
-
-def _data_folder() -> str:
-    """What the variable names; where it is unset, its name for the error to show."""
-    return os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
-
-
-def short_answers(question_mark: bool) -> PromptConfig:
-    """Three worked examples that keep a small model's answers to a few words.
-
-    Args:
-        question_mark: Whether the data's questions end with one. The prompt adds what is missing:
-            a small model answers better to a question that ends with it.
-    """
-    mark = "?" if question_mark else ""
-    return PromptConfig(
-        instruction="",
-        passage_template="Context: [{number}] Title: {title} {text}\n",
-        question_template="Question: {question}" + ("" if question_mark else "?") + "\nAnswer:",
-        few_shot=(
-            FewShotExample(
-                title="Danube",
-                text="The Danube is Europe's second-longest river, after the Volga. It flows "
-                "through ten countries, rising in Germany and emptying into the Black Sea.",
-                question=f"which sea does the danube flow into{mark}",
-                answer="Black Sea",
-            ),
-            FewShotExample(
-                title="Apollo 11",
-                text="Apollo 11 was the spaceflight that first landed humans on the Moon. "
-                "Commander Neil Armstrong and pilot Buzz Aldrin landed on July 20, 1969.",
-                question=f"who was the first person to walk on the moon{mark}",
-                answer="Neil Armstrong",
-            ),
-            FewShotExample(
-                title="Penicillin",
-                text="Penicillin was discovered in 1928 by the Scottish scientist Alexander "
-                "Fleming at St Mary's Hospital in London.",
-                question=f"when was penicillin discovered{mark}",
-                answer="1928",
-            ),
-        ),
-    )
 
 
 def quickstart() -> RunConfig:
@@ -95,7 +45,7 @@ def quickstart() -> RunConfig:
 
 def nq() -> RunConfig:
     """Natural Questions from the folder that RLRAG_DATA_DIR names."""
-    folder = _data_folder()
+    folder = data_folder()
     return RunConfig(
         recipe="nq",
         data=DataConfig(
@@ -123,14 +73,14 @@ def nq() -> RunConfig:
     )
 
 
-def _co_training(
+def co_training(
     name: str, num_selected: int, parts: tuple[Part, ...], objective: Literal["dro", "sft"] = "dro"
 ) -> RunConfig:
     """What the recipes below share: the same 600 questions and steps for every system.
 
     The generator trains a low-rank adapter on one of the m selections a question, drawn by weight.
     """
-    folder = _data_folder()
+    folder = data_folder()
     systems: tuple[System, ...] = ("no_retrieval", "retriever_order", "trained")
     if parts == ("selector", "generator"):
         systems = (*systems[:2], "tuned_selector", "tuned_generator", "trained")
@@ -165,47 +115,47 @@ def _co_training(
 
 def nq_dro() -> RunConfig:
     """Selector and generator together on Natural Questions (RLRAG_DATA_DIR)."""
-    return _co_training("nq", 2, ("selector", "generator"))
+    return co_training("nq", 2, ("selector", "generator"))
 
 
 def nq_dro_selector() -> RunConfig:
     """The selector half of nq-dro, with the generator frozen."""
-    return _named("nq-dro-selector", _co_training("nq", 2, ("selector",)))
+    return named("nq-dro-selector", co_training("nq", 2, ("selector",)))
 
 
 def nq_dro_generator() -> RunConfig:
     """The generator half of nq-dro, with the untrained selector's samples."""
-    return _named("nq-dro-generator", _co_training("nq", 2, ("generator",)))
+    return named("nq-dro-generator", co_training("nq", 2, ("generator",)))
 
 
 def nq_sft() -> RunConfig:
     """The generator fine-tuned on the retriever's order, in as many steps as nq-dro."""
-    return _co_training("nq", 2, ("generator",), "sft")
+    return co_training("nq", 2, ("generator",), "sft")
 
 
 def hotpotqa_dro() -> RunConfig:
     """Selector and generator together on HotpotQA, three passages (RLRAG_DATA_DIR)."""
-    return _co_training("hotpotqa", 3, ("selector", "generator"))
+    return co_training("hotpotqa", 3, ("selector", "generator"))
 
 
 def hotpotqa_dro_selector() -> RunConfig:
     """The selector half of hotpotqa-dro, with the generator frozen."""
-    return _named("hotpotqa-dro-selector", _co_training("hotpotqa", 3, ("selector",)))
+    return named("hotpotqa-dro-selector", co_training("hotpotqa", 3, ("selector",)))
 
 
 def hotpotqa_dro_generator() -> RunConfig:
     """The generator half of hotpotqa-dro, with the untrained selector's samples."""
-    return _named("hotpotqa-dro-generator", _co_training("hotpotqa", 3, ("generator",)))
+    return named("hotpotqa-dro-generator", co_training("hotpotqa", 3, ("generator",)))
 
 
 def hotpotqa_sft() -> RunConfig:
     """The generator fine-tuned on the retriever's order, in as many steps as hotpotqa-dro."""
-    return _co_training("hotpotqa", 3, ("generator",), "sft")
+    return co_training("hotpotqa", 3, ("generator",), "sft")
 
 
 def dro_paper() -> RunConfig:
     """The settings of arXiv 2505.03075: 8 B models, n = 20, K = 5, m = 8; wants 12 large GPUs."""
-    folder = _data_folder()
+    folder = data_folder()
     model = "meta-llama/Meta-Llama-3-8B-Instruct"
     return RunConfig(
         recipe="dro-paper",
@@ -252,22 +202,3 @@ def dro_paper() -> RunConfig:
             checkpoint_every=1,
         ),
     )
-
-
-def _named(name: str, config: RunConfig) -> RunConfig:
-    return config.model_copy(update={"recipe": name})
-
-
-RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "quickstart": quickstart,
-    "nq": nq,
-    "nq-dro": nq_dro,
-    "nq-dro-selector": nq_dro_selector,
-    "nq-dro-generator": nq_dro_generator,
-    "nq-sft": nq_sft,
-    "hotpotqa-dro": hotpotqa_dro,
-    "hotpotqa-dro-selector": hotpotqa_dro_selector,
-    "hotpotqa-dro-generator": hotpotqa_dro_generator,
-    "hotpotqa-sft": hotpotqa_sft,
-    "dro-paper": dro_paper,
-}

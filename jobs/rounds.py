@@ -1,0 +1,131 @@
+"""Retriever, selector and generator trained in turns: each learns from what the others became.
+
+    round 1   retriever    on what the untrained generator makes of its passages
+              the others   on what the tuned retriever finds
+    round 2   retriever    from its tuned weights and a new index; selections that were rewarded in
+                           round 1 label passages, the rest is judged by the tuned generator
+              the others   from their tuned weights, on the new candidates
+    ...
+
+Each turn is an ordinary run in a directory of its own, `DIR/rounds/1-retriever` and so on, with its
+own configuration, pools, checkpoints and bundle: these say which versions of the other parts it
+learned from. A run that is stopped continues in the turn that it was in.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jobs.single_run import evaluate_bundle, run_once, say
+from rlrag.config import RunConfig
+from rlrag.retrieval.tuned import tuned_retrieval
+from rlrag.training.run_directory import RunDirectory
+
+RETRIEVER, OTHERS = "retriever", "selection"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What earlier turns left: the newest weights of each part and the log of rewards."""
+
+    retriever: Path | None = None
+    selector: Path | None = None
+    generator: Path | None = None
+    experience: Path | None = None
+
+
+def run_rounds(config: RunConfig, run_dir: RunDirectory) -> None:
+    """Take all turns, then bundle the last weights of every part and compare them."""
+    trained = Trained()
+    for number in range(1, config.training.rounds + 1):
+        for turn in (RETRIEVER, OTHERS):
+            directory = RunDirectory(run_dir.rounds / f"{number}-{turn}")
+            turn_config = config_of_turn(config, turn, trained)
+            directory.claim(turn_config)
+            if directory.bundle.is_dir():
+                say(f"round {number}, {turn}: done before")
+            else:
+                say(f"round {number} of {config.training.rounds}, {turn}")
+                run_once(turn_config, directory, evaluate=False, experience=trained.experience)
+            trained = _after(turn, directory, trained)
+        _join_metrics(config, run_dir)
+    _bundle_and_evaluate(config, run_dir, trained)
+
+
+def config_of_turn(config: RunConfig, turn: str, trained: Trained) -> RunConfig:
+    """The run of one turn, which starts from what earlier turns left."""
+    values = config.model_dump()
+    values["recipe"] = f"{config.recipe}/{turn}"
+    others = tuple(part for part in config.training.parts if part != RETRIEVER)
+    values["training"] |= {
+        "rounds": 1,
+        "parts": (RETRIEVER,) if turn == RETRIEVER else others,
+        "log_experience": turn == OTHERS,
+    }
+    if trained.retriever is not None:
+        values["retrieval"] = tuned_retrieval(config.retrieval, trained.retriever).model_dump()
+    if trained.generator is not None:
+        values["generator"]["model"] = str(trained.generator)
+    if trained.selector is not None and turn == OTHERS:
+        values["selector"]["weights"] = str(trained.selector)
+    return RunConfig.model_validate(values)
+
+
+def _after(turn: str, directory: RunDirectory, trained: Trained) -> Trained:
+    if turn == RETRIEVER:
+        return replace(trained, retriever=directory.bundle / "retriever")
+    generator = directory.bundle / "generator"
+    return replace(
+        trained,
+        selector=directory.bundle / "selector.safetensors",
+        generator=generator if generator.is_dir() else trained.generator,
+        experience=directory.experience,
+    )
+
+
+def _join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
+    """The records of all turns so far as one run: steps and generator tokens add up."""
+    records: list[dict[str, Any]] = []
+    for number in range(1, config.training.rounds + 1):
+        for turn in (RETRIEVER, OTHERS):
+            found = RunDirectory(run_dir.rounds / f"{number}-{turn}").read_metrics()
+            steps = records[-1]["step"] if records else 0
+            tokens = records[-1]["generator_tokens_total"] if records else 0.0
+            for record in found[1:] if records else found:
+                record |= {
+                    "step": record["step"] + steps,
+                    "generator_tokens_total": record["generator_tokens_total"] + tokens,
+                    "round": number,
+                    "trains_retriever": float(turn == RETRIEVER),
+                }
+                records.append(record)
+    run_dir.replace_metrics(records)
+
+
+def _bundle_and_evaluate(config: RunConfig, run_dir: RunDirectory, trained: Trained) -> None:
+    from rlrag.bundle import save_bundle
+    from rlrag.pipeline import open_evaluation_data, open_library, open_policy
+
+    library = open_library(config)
+    candidates, _ = open_evaluation_data(config, library)
+    selector = config.selector.model_copy(update={"weights": str(trained.selector)})
+    policy = open_policy(config.model_copy(update={"selector": selector}), candidates)
+    last = run_dir.rounds / f"{config.training.rounds}-{OTHERS}" / "bundle" / "bundle.json"
+    facts = json.loads(last.read_text())
+    save_bundle(
+        run_dir.bundle,
+        config,
+        policy,
+        candidates,
+        facts["hashes"],
+        run_dir.read_metrics()[-1]["step"],
+        partial(shutil.copytree, trained.generator) if trained.generator else None,
+        partial(shutil.copytree, trained.retriever) if trained.retriever else None,
+    )
+    say(f"evaluating {run_dir.bundle}")
+    evaluate_bundle(config, run_dir, library)

@@ -1,0 +1,65 @@
+"""A configuration in; the encoder that it trains and the fixed first stage of its retrieval out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlrag.config import OpenRAGConfig, RetrievalConfig
+from rlrag.data.corpus import Corpus
+from rlrag.errors import ConfigError
+from rlrag.models import resolve_model
+from rlrag.retrieval.bag_of_tokens import open_bag_of_tokens
+from rlrag.retrieval.build import RetrieverSet, open_vocabulary_encoder
+from rlrag.retrieval.dense import DenseRetriever
+from rlrag.retrieval.late_parametric import FirstStage, FrozenIndex, RetrieverProposals
+from rlrag.retrieval.trainable import TrainableEncoder
+from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
+from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
+
+
+def open_trainable_encoder(
+    retrieval: RetrievalConfig, openrag: OpenRAGConfig, cache_dir: Path
+) -> TrainableTextEncoder | VocabularyEncoder:
+    """The untrained encoder of the retriever that `retrieval.kind` names.
+
+    Raises:
+        ConfigError: when that retriever has no encoder to train.
+    """
+    if retrieval.kind == "semi_parametric":
+        return open_vocabulary_encoder(retrieval, cache_dir, openrag.tied)
+    if retrieval.kind == "dense" and retrieval.encoder is not None:
+        return TrainableTextEncoder(
+            resolve_model(retrieval.encoder, cache_dir),
+            retrieval.encoder_max_tokens,
+            retrieval.encode_batch_size,
+        )
+    raise ConfigError(
+        f"retrieval.kind {retrieval.kind!r} has no encoder to train; use dense or semi_parametric"
+    )
+
+
+def open_first_stage(
+    retrievers: RetrieverSet,
+    corpus: Corpus,
+    encoder: TrainableEncoder,
+    openrag: OpenRAGConfig,
+    cache_dir: Path,
+) -> FirstStage:
+    """What proposes passages while the encoder is trained; its index never changes.
+
+    For an encoder into vocabulary space that is the index of the passages' tokens, for a dense one
+    that of the vectors before training.
+
+    Raises:
+        ConfigError: when there is no such index.
+    """
+    if openrag.first_stage == "bm25":
+        return RetrieverProposals(retrievers.components["bm25"])
+    if isinstance(encoder, VocabularyEncoder):
+        return FrozenIndex(open_bag_of_tokens(corpus, encoder, cache_dir / "indexes"))
+    if isinstance(retrievers.primary, DenseRetriever):
+        return FrozenIndex(retrievers.primary)
+    raise ConfigError(
+        f"the retriever {retrievers.primary.name!r} has no index that is searched by vectors; use "
+        "retrieval.kind dense or semi_parametric"
+    )

@@ -1,0 +1,123 @@
+"""Texts in; vectors of length 1 that carry a gradient out, by a sentence-transformers model.
+
+Shape letters: B texts, D vector length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from rlrag.errors import ConfigError, DataError
+from rlrag.models import resolve_device
+from rlrag.retrieval.trainable import Embedded, Role
+
+
+class TrainableTextEncoder(nn.Module):
+    """What `TextEncoder` loads, in float32 and with a gradient; implements `TrainableEncoder`.
+
+    Questions and passages share the weights, so that the role of a text is ignored. Dropout is off
+    also in training: the module never leaves evaluation mode.
+
+    Args:
+        model_dir: Directory of the model, as `rlrag.models.resolve_model` gives it.
+        max_tokens: Tokens of a text that are read.
+        batch_size: Texts in one forward pass of `encode`.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: when the model reads fewer than `max_tokens` tokens.
+    """
+
+    def __init__(
+        self, model_dir: Path, max_tokens: int, batch_size: int = 64, device: str = "auto"
+    ) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        super().__init__()
+        self._model_dir = model_dir
+        self._batch_size = batch_size
+        self.model = SentenceTransformer(
+            str(model_dir),
+            device=resolve_device(device),
+            local_files_only=True,
+            model_kwargs={"dtype": torch.float32},
+        )
+        limit = getattr(self.model.tokenizer, "model_max_length", None)
+        if limit is not None and max_tokens > limit:
+            raise ConfigError(
+                f"retrieval.encoder_max_tokens is {max_tokens}, but the encoder {model_dir} reads "
+                f"at most {limit} tokens; lower it"
+            )
+        self._read_tokens = self.model.max_seq_length
+        self.model.max_seq_length = max_tokens
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever is asked for: a vector is the same every time."""
+        return super().train(False)
+
+    def embed(self, texts: Sequence[str], role: Role) -> Embedded:
+        """Vectors of Euclidean length 1 of the texts, with gradient."""
+        name = self.model.default_prompt_name
+        features = self.model.preprocess(
+            list(texts), prompt=self.model.prompts[name] if name is not None else None
+        )
+        placed = {
+            key: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
+            for key, value in features.items()
+        }
+        vectors_BD = self.model(placed)["sentence_embedding"]
+        return Embedded(nn.functional.normalize(vectors_BD, dim=-1))
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """The same vectors without gradient, float32 of shape (B, D), for an index.
+
+        Texts are sorted by length before they are cut into batches.
+
+        Raises:
+            DataError: naming the first text whose vector is zero or not finite.
+        """
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
+        size = self.model.get_embedding_dimension()
+        vectors_BD = np.zeros((len(texts), size or 0), dtype=np.float32)
+        for start in range(0, len(order), self._batch_size):
+            rows = order[start : start + self._batch_size]
+            with torch.no_grad():
+                found = self.embed([texts[row] for row in rows], "passage").vectors_BD
+            vectors_BD[rows] = found.cpu().numpy()
+        lengths_B = np.linalg.norm(vectors_BD, axis=1)
+        unusable = np.flatnonzero(~(lengths_B > 0.5))  # normalised: 1, or 0, or NaN
+        if len(unusable):
+            raise DataError(
+                f"the encoder {self._model_dir} made a vector that is zero or not finite from "
+                f"{texts[int(unusable[0])][:80]!r}; lower training.learning_rate or use another "
+                "encoder"
+            )
+        return vectors_BD
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write a new directory from which `TextEncoder` loads these weights.
+
+        Equal weights of one model are written as equal files: what a tokenizer remembers of the
+        texts that it read last, how it cut and padded them, is left out.
+
+        Raises:
+            FileExistsError: when the directory exists.
+        """
+        directory.mkdir(parents=True)
+        max_tokens = self.model.max_seq_length
+        backend = getattr(self.model.tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # each call sets both again
+            backend.no_truncation()
+            backend.no_padding()
+        self.model.max_seq_length = self._read_tokens
+        try:
+            self.model.save_pretrained(str(directory), create_model_card=False)
+        finally:
+            self.model.max_seq_length = max_tokens

@@ -1,0 +1,124 @@
+"""Batches of episodes in; a log of them on disk, and what each passage added to the rewards, out.
+
+Rewards of selections cost generator tokens. Kept, they tell a retriever what they told the
+selector: a passage whose presence raises the reward helps, and need not be judged again by itself.
+
+Each worker appends to a file of its own, one line a question and step. Shape letters: B questions,
+M samples, K selected, N candidates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlrag.algorithms.rag_labels import Label, marginal_contributions
+from rlrag.errors import CheckpointError, DataError
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.training.experience import Experience
+
+
+class ExperienceLog:
+    """The log of one worker."""
+
+    def __init__(self, directory: Path, rank: int, candidates: CandidateTable) -> None:
+        self._path = directory / f"worker-{rank}.jsonl"
+        self._candidates = candidates
+
+    def append(self, step: int, experience: Experience) -> None:
+        """Add what a step collected.
+
+        Raises:
+            CheckpointError: when the disk is full.
+        """
+        lines = []
+        for place, question in enumerate(experience.question_rows.tolist()):
+            rewards = experience.rewards_BM[place]
+            lines.append(
+                {
+                    "step": step,
+                    "question": self._candidates.questions[question].id,
+                    "candidates": self._candidates.rows_QN[question].tolist(),
+                    "selections": experience.positions_BMK[place].tolist(),
+                    "rewards": [None if np.isnan(reward) else float(reward) for reward in rewards],
+                    "policy_version": experience.policy_version,
+                    "generator_version": experience.generator_version,
+                }
+            )
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as stream:
+                stream.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self._path}: {error.strerror or error}; free space, then run the "
+                "same command again: it continues from the last checkpoint"
+            ) from error
+
+    def truncate(self, num_steps: int) -> None:
+        """Drop what was collected after so many steps; a resumed run collects it again."""
+        kept = [line for line in _lines(self._path) if line["step"] < num_steps]
+        if self._path.exists():
+            staging = self._path.with_name(f".{self._path.name}.new")
+            staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            staging.replace(self._path)
+
+
+def labels_from_experience(directory: Path, margin: float) -> dict[str, dict[int, Label]]:
+    """Labels of the passages whose contribution to the reward is clear, by question id and row.
+
+    The contribution of a passage is the mean reward of the selections with it less that of those
+    without it (`marginal_contributions`), over the selections of one question that were rewarded by
+    one version of the generator; versions are averaged. A contribution of at least `margin` makes a
+    positive, one of at most 0 a negative; what lies between stays open.
+
+    Raises:
+        DataError: when a line of the log is not what `ExperienceLog` writes.
+    """
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (question, _), records in _grouped(directory).items():
+        rows = records[0]["candidates"]
+        positions = np.array([s for record in records for s in record["selections"]])
+        rewards = np.array([r for record in records for r in record["rewards"]], dtype=np.float64)
+        for row, value in zip(
+            rows, marginal_contributions(positions, rewards, len(rows)), strict=True
+        ):
+            if not np.isnan(value):
+                found[question][row].append(float(value))
+    labels: dict[str, dict[int, Label]] = {}
+    for question, contributions in found.items():
+        means = {row: float(np.mean(values)) for row, values in contributions.items()}
+        positive: dict[int, Label] = {row: 1 for row, mean in means.items() if mean >= margin}
+        negative: dict[int, Label] = {row: 0 for row, mean in means.items() if mean <= 0}
+        labels[question] = {**negative, **positive}
+    return labels
+
+
+def _grouped(directory: Path) -> Mapping[tuple[str, str], list[dict[str, Any]]]:
+    """Records by question, and by what decides its rewards and positions."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(directory.glob("worker-*.jsonl")):
+        for line in _lines(path):
+            key = json.dumps([line["generator_version"], line["candidates"]])
+            groups[line["question"], key].append(line)
+    return groups
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open() as stream:
+        for number, text in enumerate(stream, 1):
+            if not text.endswith("\n"):  # a writer was killed in the middle of it
+                return
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not JSON ({error}); delete the line"
+                ) from error

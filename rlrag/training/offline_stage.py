@@ -1,0 +1,143 @@
+"""Training questions in; their pools on disk, and what they are worth, out (OpenRAG's first stage).
+
+It runs once, before the loop and in the process that launches it. Every judgement goes through the
+generator's cache, so a stage that was stopped continues without asking for one twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlrag.config import RunConfig
+from rlrag.errors import DataError
+from rlrag.generation.prompts import PromptBuilder
+from rlrag.generation.protocol import Generator
+from rlrag.pipeline import sampling_of
+from rlrag.records import Question
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.training.experience_log import labels_from_experience
+from rlrag.training.passage_judge import PassageJudge
+from rlrag.training.pools import FAILED, Pools, gold_pools, judge_candidates, pools_source
+
+logger = logging.getLogger(__name__)
+
+
+def run_offline_stage(
+    config: RunConfig,
+    candidates: CandidateTable,
+    generator: Generator,
+    prompts: PromptBuilder,
+    directory: Path,
+    say: Callable[[str], None],
+    experience: Path | None = None,
+) -> Pools:
+    """Label the first candidates of every question, or load what an earlier call saved.
+
+    Args:
+        config: The run.
+        candidates: Training questions with `openrag.num_offline` candidates each.
+        generator: Judges the passages.
+        prompts: Shows them to it.
+        directory: Where the pools are kept.
+        say: Takes lines of progress.
+        experience: Log of selections that were rewarded before; what they tell is not judged again.
+
+    Raises:
+        DataError: when no question has both a positive and a negative passage.
+        GenerationError: when too many passages cannot be judged.
+    """
+    source = pools_source(config, candidates, generator.identity)
+    pools = Pools.load(directory, source)
+    if pools is None:
+        if config.openrag.labels == "gold":
+            pools = gold_pools(candidates, source)
+        else:
+            before = generator.tokens.spent, generator.tokens.saved
+            margin = config.openrag.contribution_margin
+            known = labels_from_experience(experience, margin) if experience else {}
+            if known:
+                num_known = sum(map(len, known.values()))
+                say(f"offline stage: {num_known:,} labels from selections that were rewarded")
+            pools = judge_candidates(
+                candidates,
+                PassageJudge(generator, prompts, sampling_of(config)),
+                source,
+                config.training.max_failed_share,
+                known,
+                lambda done, of: say(f"offline stage: {done:,} of {of:,} questions"),
+            )
+            spent, saved = generator.tokens.spent - before[0], generator.tokens.saved - before[1]
+            say(f"offline stage: {spent:,} generator tokens computed, {saved:,} cached")
+            pools = replace(pools, num_tokens=spent + saved)
+        pools.save(directory, describe_pools(pools, candidates.questions))
+    _report(pools, config, say)
+    return pools
+
+
+def describe_pools(pools: Pools, questions: Sequence[Question]) -> dict[str, Any]:
+    """How many questions are of use and how well the score predicts the label, by question type.
+
+    The type of a question is its `metadata.type`; those without one count as `other`.
+    """
+    types = np.array([str(question.metadata.get("type", "other")) for question in questions])
+    groups = {"all": np.arange(len(questions))}
+    groups |= {name: np.flatnonzero(types == name) for name in sorted(set(types.tolist()))}
+    return {name: _describe_group(pools, rows) for name, rows in groups.items()}
+
+
+def _describe_group(pools: Pools, rows: np.ndarray) -> dict[str, float | int | None]:
+    labels = pools.labels_QN[rows]
+    auc = pools.auc_of(rows)
+    return {
+        "num_questions": len(rows),
+        "num_usable": int(np.isin(rows, pools.usable).sum()),
+        "num_without_positive": int((~(labels == 1).any(axis=1)).sum()),
+        "num_without_negative": int((~(labels == 0).any(axis=1)).sum()),
+        "num_failed": int((labels == FAILED).sum()),
+        "positive_share": float((labels == 1).mean()),
+        "first_is_positive": float((labels[:, 0] == 1).mean()),
+        "best_score_is_positive": _share_of_best(pools, rows),
+        "auc": None if math.isnan(auc) else auc,
+    }
+
+
+def _share_of_best(pools: Pools, rows: np.ndarray) -> float | None:
+    """How often the passage with the highest score is positive; None without scores."""
+    logp = pools.logp_QN[rows]
+    known = rows[np.isfinite(logp).any(axis=1)]
+    if not len(known):
+        return None
+    best = np.nanargmax(pools.logp_QN[known], axis=1)
+    return float((pools.labels_QN[known, best] == 1).mean())
+
+
+def _report(pools: Pools, config: RunConfig, say: Callable[[str], None]) -> None:
+    num_questions, num_usable = len(pools.rows_QN), len(pools.usable)
+    if num_usable < config.training.batch_size:
+        raise DataError(
+            f"only {num_usable} of {num_questions} questions have both a passage that helps the "
+            f"generator and one that does not, fewer than training.batch_size "
+            f"{config.training.batch_size}; use more questions, a larger openrag.num_offline, a "
+            "generator or prompt that answers more, or a smaller batch"
+        )
+    auc = pools.auc_of(np.arange(num_questions))
+    say(
+        f"offline stage: {num_usable:,} of {num_questions:,} questions have positives and "
+        f"negatives; {(pools.labels_QN == 1).mean():.1%} of the passages are positive"
+        + ("" if math.isnan(auc) else f"; score against label: AUC {auc:.3f}")
+    )
+    if auc < config.openrag.min_auc:
+        logger.warning(
+            "the generator's score hardly predicts whether it is right: AUC %.3f is below "
+            "openrag.min_auc %.2f, so that labels of the online stage will be poor; try another "
+            "prompt or generator, or openrag.stages offline",
+            auc,
+            config.openrag.min_auc,
+        )

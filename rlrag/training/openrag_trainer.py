@@ -1,0 +1,213 @@
+"""A configuration and opened parts in; steps that train the retriever by OpenRAG out.
+
+    offline stage   pairs at random from the pools of the first retrieval
+    online stage    pairs from what the retriever in training finds and the generator makes of it
+
+Both stages take the same step on the pairs (OpenRAG, arXiv 2503.08398, sections 3.2 to 3.4). Which
+passages a step trains on depends on the weights and the step's number alone.
+
+Departures from the paper: the learning rate falls linearly over both stages together, and
+checkpoints are validated on late-parametric retrieval of `openrag.num_online` passages, not of 100.
+
+Shape letters: B questions of a step, M passages found for each.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import numpy as np
+import torch
+
+from rlrag.config import RunConfig
+from rlrag.evaluation.ranking import recall_at_k
+from rlrag.generation.protocol import Generator
+from rlrag.pipeline import Library, TrainingData
+from rlrag.retrieval.late_parametric import LateParametricRetriever
+from rlrag.retrieval.open_trainable import open_first_stage, open_trainable_encoder
+from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
+from rlrag.rewards.answering import AnsweringReward
+from rlrag.storage import restore_weights
+from rlrag.training.loop import Files, Metrics
+from rlrag.training.passage_judge import PassageJudge
+from rlrag.training.pools import Pools
+from rlrag.training.retriever_learner import RetrieverLearner
+from rlrag.training.retriever_pairs import PairFinder
+from rlrag.training.schedule import num_offline_steps, openrag_schedule
+from rlrag.training.workers import Workers
+
+
+class OpenRAGTrainer:
+    """OpenRAG (arXiv 2503.08398); implements `loop.Trainer`."""
+
+    best_by = "validation/accuracy"
+
+    def __init__(
+        self,
+        config: RunConfig,
+        library: Library,
+        data: TrainingData,
+        pools: Pools,
+        generator: Generator,
+        judge: PassageJudge,
+        answering: AnsweringReward,
+        workers: Workers,
+    ) -> None:
+        """Build the untrained encoder.
+
+        Args:
+            config: The whole run.
+            library: The corpus and the retrievers that the first stage may be.
+            data: Training questions, those of the pools in their order, and held-back ones.
+            pools: What the offline stage found out.
+            generator: Counts the tokens.
+            judge: Scores passages online.
+            answering: Answers for validation.
+            workers: This worker's view of the group.
+        """
+        self._config = config
+        self._validation = data.validation
+        self._generator = generator
+        self._answering = answering
+        self._workers = workers
+        self._questions = data.train.questions
+        self._corpus = library.corpus
+        self._pools = pools
+        self.tokens_before = pools.num_tokens
+        self._usable = pools.usable
+        self._schedule = openrag_schedule(config, len(self._usable))
+        self._offline_steps = num_offline_steps(config, len(self._usable))
+        self.encoder = open_trainable_encoder(config.retrieval, config.openrag, config.cache_path)
+        self._learner = RetrieverLearner(
+            self.encoder, config.training, config.openrag, self.num_steps, workers
+        )
+        self._retriever = LateParametricRetriever(
+            self.encoder,
+            open_first_stage(
+                library.retrievers,
+                library.corpus,
+                self.encoder,
+                config.openrag,
+                config.cache_path,
+            ),
+            library.corpus,
+            config.openrag.num_online,
+            config.openrag.micro_batch_texts,
+        )
+        self._pairs = PairFinder(
+            self._questions,
+            library.corpus,
+            pools,
+            judge if config.openrag.labels == "generator" else None,
+            config.training.max_failed_share,
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of both stages."""
+        return self._schedule.num_steps
+
+    def may_pause(self, step: int) -> bool:
+        """Always: no step depends on what an earlier one left in flight."""
+        return True
+
+    def warm_start(self) -> None:
+        """Nothing: step 0 is the retriever as it came."""
+
+    def step(self, step: int, pauses_after: bool) -> Metrics:
+        """Find a pair for each question of the batch and train on them."""
+        started, before = time.monotonic(), self._tokens()
+        places = range(self._workers.rank, self._config.training.batch_size, self._workers.size)
+        rows = self._usable[self._schedule.rows(step)[places]]
+        seeds = [self._schedule.sampling_seed(step, place) for place in places]
+        is_online = step >= self._offline_steps
+        if self._config.openrag.loss == "kl":
+            found = self._pairs.listed(rows, self._retriever if is_online else None)
+            collected_at = time.monotonic()
+            metrics: Metrics = dict(self._learner.update_kl(*found, step))
+        else:
+            metrics, collected_at = self._learn_from_pairs(rows, seeds, step, is_online)
+        tokens = self._workers.sum(torch.from_numpy(self._tokens() - before)).tolist()
+        return metrics | {
+            "epoch": self._schedule.epoch(step + 1),
+            "stage": float(is_online),
+            "generator_tokens_spent": tokens[0],
+            "generator_tokens_saved": tokens[1],
+            "collect_s": collected_at - started,
+            "learn_s": time.monotonic() - collected_at,
+        }
+
+    def _learn_from_pairs(
+        self, rows: np.ndarray, seeds: list[list[int]], step: int, is_online: bool
+    ) -> tuple[Metrics, float]:
+        described: Metrics = {}
+        if is_online:
+            pairs, sums = self._pairs.online(rows, seeds, self._retriever)
+            total = self._workers.sum(torch.tensor(list(sums.values()), dtype=torch.float64))
+            described = dict(zip(sums, total.tolist(), strict=True))
+        else:
+            pairs = self._pairs.offline(rows, seeds)
+        collected_at = time.monotonic()
+        metrics = self._learner.update(
+            [self._questions[row].question for row in rows],
+            [self._corpus[pair.positive].contents for pair in pairs],
+            [self._corpus[pair.negative].contents for pair in pairs],
+            step,
+        )
+        return described | metrics, collected_at
+
+    def validate(self, step: int) -> Metrics:
+        """Answers from the first K passages of late-parametric retrieval with present weights."""
+        table = self._validation
+        if table is None:
+            return {}
+        mine = range(self._workers.rank, len(table), self._workers.size)
+        questions = [table.questions[row] for row in mine]
+        num_shown = self._config.environment.num_selected
+        hits = self._retriever.search([question.question for question in questions], num_shown)
+        selections = [[self._corpus[int(row)] for row in found] for found in hits.rows_BK]
+        answers = [answer.text for answer in self._answering.answer(questions, selections)]
+        sums = np.zeros(6)
+        for question, selection, answer in zip(questions, selections, answers, strict=True):
+            golden, gold_ids = question.golden_answers, question.gold_ids
+            ids = [passage.id for passage in selection]
+            sums += (
+                answer_contained(answer, golden),
+                exact_match(answer, golden),
+                token_f1(answer, golden),
+                len(answer.split()),
+                recall_at_k(ids, gold_ids, num_shown) if gold_ids else 0.0,
+                bool(gold_ids),
+            )
+        totals = self._workers.sum(torch.from_numpy(sums)).tolist()
+        names = ("accuracy", "em", "f1", "answer_words")
+        found = {
+            f"validation/{name}": total / len(table)
+            for name, total in zip(names, totals, strict=False)
+        }
+        if totals[5]:
+            found["validation/recall"] = totals[4] / totals[5]
+        return found
+
+    def tensors(self) -> Files:
+        """The encoder's weights and its optimiser."""
+        return {
+            "retriever": copy.copy(dict(self.encoder.state_dict())),
+            "retriever_optimizer": self._learner.optimizer_tensors(),
+        }
+
+    def load(self, files: Files) -> None:
+        """Take over weights and optimiser."""
+        restore_weights(self.encoder, files["retriever"], "the retriever of the checkpoint")
+        self._learner.load_optimizer(files["retriever_optimizer"])
+
+    def resume(self, step: int, files: Files, first: Files) -> None:
+        """Continue from a checkpoint."""
+        self.load(files)
+
+    def close(self) -> None:
+        """Nothing runs ahead."""
+
+    def _tokens(self) -> np.ndarray:
+        return np.array([self._generator.tokens.spent, self._generator.tokens.saved], np.float64)

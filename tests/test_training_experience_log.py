@@ -1,0 +1,92 @@
+"""What DRO paid for is kept, survives a stop, and labels passages for the retriever."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from stand_ins import make_table
+
+from rlrag.errors import DataError
+from rlrag.training.experience import Experience
+from rlrag.training.experience_log import ExperienceLog, labels_from_experience
+
+
+def batch(rows: list[int], positions, rewards, generator_version: int = 0) -> Experience:
+    positions = np.array(positions)
+    zeros = np.zeros(positions.shape[:2])
+    return Experience(
+        question_rows=np.array(rows),
+        positions_BMK=positions,
+        behaviour_logp_BM=zeros,
+        log_weights_BM=zeros,
+        rewards_BM=np.array(rewards, dtype=np.float64),
+        terms_BM={},
+        policy_version=3,
+        generator_version=generator_version,
+    )
+
+
+def test_a_clear_contribution_labels_a_passage_and_an_unclear_one_does_not(tmp_path):
+    """Candidate 0 adds (-1 - 3) / 2 + 5 = 3 nats, 1 adds 0, 2 takes 3; 3, 4 were never drawn."""
+    table = make_table(2)
+    log = ExperienceLog(tmp_path, 0, table)
+    log.append(0, batch([1], [[[0, 1], [0, 2], [1, 2]]], [[-1.0, -3.0, -5.0]]))
+    rows = table.rows_QN[1].tolist()
+    assert labels_from_experience(tmp_path, margin=1.0) == {
+        "q1": {rows[0]: 1, rows[1]: 0, rows[2]: 0}
+    }
+
+
+def test_what_lies_between_stays_open(tmp_path):
+    table = make_table(1)
+    ExperienceLog(tmp_path, 0, table).append(0, batch([0], [[[0], [1]]], [[-1.0, -1.5]]))
+    rows = table.rows_QN[0].tolist()
+    assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {rows[1]: 0}}
+    assert labels_from_experience(tmp_path, margin=0.5) == {"q0": {rows[0]: 1, rows[1]: 0}}
+
+
+def test_selections_of_all_steps_and_workers_count_together(tmp_path):
+    table = make_table(1)
+    ExperienceLog(tmp_path, 0, table).append(0, batch([0], [[[0]]], [[-1.0]]))
+    assert labels_from_experience(tmp_path, margin=1.0) == {}
+    ExperienceLog(tmp_path, 1, table).append(4, batch([0], [[[1]]], [[-9.0]]))
+    rows = table.rows_QN[0].tolist()
+    assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {rows[0]: 1, rows[1]: 0}}
+
+
+def test_rewards_of_two_generators_are_never_compared(tmp_path):
+    table = make_table(1)
+    log = ExperienceLog(tmp_path, 0, table)
+    log.append(0, batch([0], [[[0]]], [[-1.0]], generator_version=0))
+    log.append(1, batch([0], [[[1]]], [[-9.0]], generator_version=1))
+    assert labels_from_experience(tmp_path, margin=1.0) == {}
+
+
+def test_failed_rewards_are_left_out(tmp_path):
+    table = make_table(1)
+    log = ExperienceLog(tmp_path, 0, table)
+    log.append(0, batch([0], [[[0], [1], [2]]], [[-1.0, np.nan, -4.0]]))
+    rows = table.rows_QN[0].tolist()
+    assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {rows[0]: 1, rows[2]: 0}}
+
+
+def test_a_resumed_run_drops_what_it_collects_again(tmp_path):
+    log = ExperienceLog(tmp_path, 0, make_table(1))
+    for step in range(4):
+        log.append(step, batch([0], [[[step]]], [[-1.0]]))
+    log.truncate(2)
+    lines = (tmp_path / "worker-0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+
+
+def test_a_line_that_was_cut_by_a_kill_is_passed_over_and_a_foreign_one_is_named(tmp_path):
+    log = ExperienceLog(tmp_path, 0, make_table(1))
+    log.append(0, batch([0], [[[0], [1]]], [[-1.0, -9.0]]))
+    path = tmp_path / "worker-0.jsonl"
+    path.write_text(path.read_text() + '{"step": 1, "quest')
+    assert len(labels_from_experience(tmp_path, 1.0)["q0"]) == 2
+    path.write_text("what is this\n")
+    with pytest.raises(DataError, match=rf"{path}, line 1: not JSON"):
+        labels_from_experience(tmp_path, 1.0)
