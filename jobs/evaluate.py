@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     from rlrag.pipeline import (
         open_evaluation_data,
         open_library,
+        open_policy,
         open_reward,
         other_retrievers,
     )
@@ -78,7 +79,8 @@ def main(argv: Sequence[str]) -> None:
             weights = bundle.generator_weights(resolve_config(config.generator, launcher).dtype)
             table = evaluate(
                 config,
-                bundle.policy,
+                # A run of the retriever alone has no selector that is bound to its number of picks.
+                bundle.policy if shown is None else open_policy(config, candidates),
                 candidates,
                 open_reward(config, generator, prompts),
                 progress=lambda name: print(name, file=sys.stderr, flush=True),

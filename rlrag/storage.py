@@ -219,7 +219,7 @@ def restore_weights(
         module.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{source} does not fit the configured selector: {error}; use the configuration that "
+            f"{source} does not fit the configuration: {error}; use the configuration that "
             "it was saved with"
         ) from error
 

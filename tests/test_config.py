@@ -225,7 +225,19 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
         ),
         (
             training_retriever(openrag={"stages": []}),
-            "openrag.stages is empty; name 'offline', 'online' or both",
+            "openrag.stages is []; name offline, online or both in this order",
+        ),
+        (
+            training_retriever(openrag={"stages": ["online", "offline"]}),
+            "openrag.stages is ['online', 'offline']; name offline, online or both in this order",
+        ),
+        (
+            saved(evaluation={"systems": ["tuned_retriever"]}),
+            "evaluation.systems asks for tuned_retriever, but training.parts trains no retriever",
+        ),
+        (
+            saved(retrieval={"kind": "bm25", "encoder": None}, evaluation={"systems": ["hybrid"]}),
+            "evaluation.systems asks for hybrid, but retrieval.encoder is unset",
         ),
         (
             training_retriever(openrag={"labels": "gold", "loss": "kl"}),

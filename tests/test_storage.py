@@ -318,7 +318,7 @@ def test_weights_of_another_shape_name_or_format_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights(torch.nn.Linear(5, 3), path)
     for other in (torch.nn.Linear(4, 3), torch.nn.Linear(5, 3, bias=False), torch.nn.GRU(5, 3)):
-        with pytest.raises(CheckpointError, match="does not fit the configured selector"):
+        with pytest.raises(CheckpointError, match="does not fit the configuration"):
             load_weights(other, path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=r"w\.safetensors"):

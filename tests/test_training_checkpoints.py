@@ -143,7 +143,7 @@ def test_a_damaged_file_is_named(tmp_path, name, harm):
 
 def test_a_checkpoint_of_another_selector_is_refused(tmp_path):
     store, other = save(tmp_path, 1), Trained(hidden=5)
-    with pytest.raises(CheckpointError, match="does not fit the configured selector"):
+    with pytest.raises(CheckpointError, match="does not fit the configuration"):
         other.restore(store, 1)
 
 

@@ -77,6 +77,16 @@ def test_foreign_files_are_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_pools_and_turns_of_a_run_that_failed_before_its_first_record_are_taken_over(tmp_path):
+    """They cost generator tokens, and say themselves what they were made from."""
+    run_dir = claimed(tmp_path / "run")
+    run_dir.pools.mkdir()
+    run_dir.rounds.mkdir()
+    run_dir.release()
+    assert not run_dir.config.exists()
+    assert claimed(tmp_path / "run").config.is_file()
+
+
 def test_an_empty_directory_may_be_claimed(tmp_path):
     assert claimed(tmp_path).config.is_file()
 

@@ -67,6 +67,7 @@ class RunConfig(Section):
             raise ValueError(
                 "training.parts is empty; train 'retriever', 'selector', 'generator' or several"
             )
+        self._check_systems()
         if self.trains_retriever:
             self._check_retriever_training()
         elif self.training.rounds > 1:
@@ -114,6 +115,21 @@ class RunConfig(Section):
             )
         return self
 
+    def _check_systems(self) -> None:
+        asked = self.evaluation.systems
+        for name in ("original_retriever", "tuned_retriever"):
+            if name in asked and not self.trains_retriever:
+                raise ValueError(
+                    f"evaluation.systems asks for {name}, but training.parts trains no retriever; "
+                    "leave it out"
+                )
+        for name in ("dense", "hybrid"):
+            if name in asked and self.retrieval.encoder is None:
+                raise ValueError(
+                    f"evaluation.systems asks for {name}, but retrieval.encoder is unset; name one "
+                    "or leave the system out"
+                )
+
     def _check_retriever_training(self) -> None:
         retrieval, openrag = self.retrieval, self.openrag
         if retrieval.kind not in ("dense", "semi_parametric"):
@@ -121,8 +137,11 @@ class RunConfig(Section):
                 f"training.parts names the retriever, but retrieval.kind {retrieval.kind!r} has "
                 "nothing to train; use dense or semi_parametric"
             )
-        if not openrag.stages:
-            raise ValueError("openrag.stages is empty; name 'offline', 'online' or both")
+        if openrag.stages not in (("offline",), ("online",), ("offline", "online")):
+            raise ValueError(
+                f"openrag.stages is {list(openrag.stages)}; name offline, online or both in this "
+                "order"
+            )
         if openrag.labels == "gold" and openrag.loss == "kl":
             raise ValueError(
                 "openrag.loss 'kl' distils the generator's likelihoods, which openrag.labels "

@@ -47,7 +47,8 @@ class RetrievalConfig(Section):
     num_candidates: int = Field(default=10, ge=1)
     """Candidates a question (n)."""
     encoder: str | None = BUILTIN_ENCODER
-    """Sentence encoder: a Hugging Face id, a path or the built-in name; unset for BM25 alone."""
+    """Sentence encoder of `dense` and `hybrid`, whose vectors are also features of the selector: a
+    Hugging Face id, a path or the built-in name; may be unset for the other kinds."""
     encoder_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` takes bfloat16 where the processor multiplies it natively, else float32."""
     encoder_max_tokens: int = Field(default=160, ge=8)
@@ -86,9 +87,10 @@ class RetrievalConfig(Section):
 
     @model_validator(mode="after")
     def _encoder_present(self) -> Self:
-        if self.encoder is None and self.kind != "bm25":
+        if self.encoder is None and self.kind in ("dense", "hybrid"):
             raise ValueError(
-                f"retrieval.kind {self.kind!r} needs retrieval.encoder; name one or use bm25"
+                f"retrieval.kind {self.kind!r} needs retrieval.encoder; name one, or use bm25 or "
+                "semi_parametric"
             )
         return self
 

@@ -86,8 +86,8 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
 def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -> Budget:
     """Each training question with each of its first candidates is answered once and scored once.
 
-    Of the online stage it counts one new passage a question and pass, of validation one answer a
-    question; passages found before are cached.
+    Of the online stage it counts one new passage a question and pass, or all that are distilled; of
+    validation one answer a question. Passages found before are cached.
     """
     openrag = config.openrag
     num_questions = len(data.train)
@@ -99,7 +99,8 @@ def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     if openrag.labels == "generator":
         num_requests = 2 * data.train.rows_QN.size
         if "online" in openrag.stages:
-            num_requests += openrag.online_epochs * num_questions
+            per_question = openrag.num_online if openrag.loss == "kl" else openrag.online_epochs
+            num_requests += per_question * num_questions
     num_steps = openrag_schedule(config, num_questions).num_steps
     num_validation = len(data.validation) if data.validation else 0
     num_requests += (1 + num_steps // config.training.validate_every) * num_validation
@@ -107,7 +108,7 @@ def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     tokens += config.generator.max_new_tokens / 2
     return Budget(
         num_steps=num_steps,
-        num_rollouts=data.train.rows_QN.size,
+        num_rollouts=data.train.rows_QN.size if openrag.labels == "generator" else 0,
         num_requests=num_requests,
         num_tokens=round(num_requests * tokens),
         sample_prompts=sample,

@@ -53,7 +53,11 @@ class RunDirectory:
                     f"({'; '.join(_differences(kept, config))}); choose another --run-dir, or give "
                     "the same flags to continue that run"
                 )
-        elif self.path.exists() and any(path != self.logs for path in self.path.iterdir()):
+        elif self.path.exists() and not set(self.path.iterdir()) <= {
+            self.logs,
+            self.pools,  # these say themselves what they were made from
+            self.rounds,
+        }:
             raise RunDirectoryError(
                 f"{self.path} holds files but no config.json, so it is not a run; choose another "
                 "--run-dir"

@@ -1,0 +1,190 @@
+"""A small task that a retriever can learn in; OpenRAG's training loop in this process out.
+
+Every subject has a ledger, a rumour and a legend. All three speak of it alike, and the ledger alone
+holds the answer. A retriever that has learnt this finds the ledgers of subjects that it never saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loop_runs import StopAfter, changed
+from stand_ins import ReadingGenerator, WordPrompts
+
+from rlrag.config import (
+    DataConfig,
+    OpenRAGConfig,
+    RetrievalConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from rlrag.data.checks import DataReport
+from rlrag.data.corpus import MemoryCorpus
+from rlrag.data.questions import QuestionSet
+from rlrag.generation.protocol import Generator
+from rlrag.pipeline import Library, TrainingData, candidates_of
+from rlrag.records import Passage, Question
+from rlrag.retrieval.build import open_retrievers
+from rlrag.training.launch import open_trainer
+from rlrag.training.loop import TrainingLoop
+from rlrag.training.offline_stage import run_offline_stage
+from rlrag.training.openrag_trainer import OpenRAGTrainer
+from rlrag.training.run_directory import RunDirectory
+from rlrag.training.workers import SingleWorker, Workers
+
+SUBJECTS = (
+    *(
+        "lamp",
+        "river",
+        "stone",
+        "cloud",
+        "garden",
+        "bridge",
+        "hammer",
+        "candle",
+        "mirror",
+        "forest",
+    ),
+    *("basket", "tower", "window", "carpet", "bottle", "market", "island", "ladder", "saddle"),
+    "whistle",
+)
+KINDS = ("ledger", "rumour", "legend")
+NUM_VALIDATION = 12
+
+
+@dataclass(frozen=True)
+class Task:
+    """A corpus with its retrievers, and the candidates of the questions."""
+
+    library: Library
+    data: TrainingData
+
+
+def make_corpus() -> MemoryCorpus:
+    """Three passages a subject; the ledger's place among them changes."""
+    passages = []
+    for number, subject in enumerate(SUBJECTS):
+        for place in range(len(KINDS)):
+            kind = KINDS[(place + number) % len(KINDS)]
+            word = f"answer{number:02d}" if kind == "ledger" else f"{kind}{number:02d}"
+            text = f"the {kind} says that the {subject} holds {word}"
+            passages.append(Passage(f"{subject}-{kind}", subject, text))
+    return MemoryCorpus(passages)
+
+
+def make_questions() -> list[Question]:
+    """Two a subject; the last ones, whose subjects are theirs alone, are for validation."""
+    return [
+        Question(
+            f"{subject}-{form}",
+            text.format(subject),
+            (f"answer{number:02d}",),
+            {"gold_ids": [f"{subject}-ledger"], "type": subject[0]},
+        )
+        for number, subject in enumerate(SUBJECTS)
+        for form, text in enumerate(("what does the {} hold?", "which thing has the {} got?"))
+    ]
+
+
+def openrag_config(cache_dir: Path, encoder_dir: Path, **sections: Mapping[str, Any]) -> RunConfig:
+    """A run that trains the dense encoder in `encoder_dir`; `sections` change single fields."""
+    config = RunConfig(
+        recipe="openrag",
+        cache_dir=str(cache_dir),
+        data=DataConfig(num_validation_questions=NUM_VALIDATION),
+        retrieval=RetrievalConfig(
+            kind="dense",
+            encoder=str(encoder_dir),
+            encoder_dtype="float32",
+            encoder_max_tokens=32,
+            bm25_scores=True,
+            num_candidates=5,
+        ),
+        openrag=OpenRAGConfig(
+            num_offline=16,
+            num_online=6,
+            first_stage="bm25",
+            offline_epochs=2,
+            online_epochs=2,
+            learning_rate=2e-3,
+            temperature=0.1,
+            micro_batch_texts=16,
+        ),
+        training=TrainingConfig(
+            parts=("retriever",),
+            launcher="local",
+            batch_size=8,
+            validate_every=4,
+            checkpoint_every=3,
+            loggers=(),
+        ),
+    )
+    return changed(config, **sections)
+
+
+def make_task(config: RunConfig) -> Task:
+    """The task, retrieved by what `config` names."""
+    corpus = make_corpus()
+    library = Library(corpus, open_retrievers(corpus, config.retrieval, config.cache_path))
+    openrag = changed(config, retrieval={"num_candidates": config.openrag.num_offline})
+    questions = make_questions()
+    train, validation = (
+        candidates_of(
+            library, QuestionSet.of(part, DataReport(name, len(part), len(part))), openrag
+        )
+        for name, part in (
+            ("train", questions[:-NUM_VALIDATION]),
+            ("validation", questions[-NUM_VALIDATION:]),
+        )
+    )
+    return Task(library, TrainingData(train, validation, {}))
+
+
+def prepare(config: RunConfig, task: Task, directory: Path, generator: Generator) -> None:
+    """What comes before the loop: claim the directory and fill the pools."""
+    run_dir = RunDirectory(directory)
+    run_dir.claim(config)
+    run_offline_stage(
+        config, task.data.train, generator, WordPrompts(), run_dir.pools, lambda text: None
+    )
+
+
+def start(
+    config: RunConfig,
+    task: Task,
+    directory: Path,
+    stop_at: int | None = None,
+    generator: Generator | None = None,
+    workers: Workers | None = None,
+) -> TrainingLoop[OpenRAGTrainer]:
+    """A loop that begins a run in `directory` or continues it.
+
+    Where several workers run, whoever launches them has prepared the directory.
+    """
+    workers, generator = workers or SingleWorker(), generator or ReadingGenerator()
+    if workers.size == 1:
+        prepare(config, task, directory, generator)
+
+    def on_step(metrics: dict[str, float]) -> None:
+        if metrics["step"] == stop_at:
+            raise StopAfter
+
+    run_dir = RunDirectory(directory)
+    trainer = open_trainer(
+        config, task.library, task.data, generator, WordPrompts(), run_dir, workers
+    )
+    assert isinstance(trainer, OpenRAGTrainer)
+    return TrainingLoop(config, trainer, run_dir, workers, on_step)
+
+
+def weights(loop: TrainingLoop[OpenRAGTrainer]) -> dict[str, torch.Tensor]:
+    """Everything that is trained, the optimiser included, by file and name."""
+    return {
+        f"{file}/{name}": tensor.clone()
+        for file, tensors in loop.trainer.tensors().items()
+        for name, tensor in tensors.items()
+    }
