@@ -67,6 +67,7 @@ def config_of_turn(config: RunConfig, turn: str, trained: Trained) -> RunConfig:
         "parts": (RETRIEVER,) if turn == RETRIEVER else others,
         "log_experience": turn == OTHERS,
     }
+    values["evaluation"]["systems"] = ("retriever_order",)  # a turn is not compared by itself
     if trained.retriever is not None:
         values["retrieval"] = tuned_retrieval(config.retrieval, trained.retriever).model_dump()
     if trained.generator is not None:

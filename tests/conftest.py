@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from stand_ins import NUM_CANDIDATES, make_table
-from tiny_models import save_tiny_llama
+from tiny_models import save_tiny_encoder, save_tiny_llama
 
 from rlrag.config import (
     DataConfig,
@@ -56,6 +56,18 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def openrag_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, questions that name their gold passages, and the models."""
+    from openrag_runs import write_files
+
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder)
+    save_tiny_encoder(folder / "encoder")
+    save_tiny_llama(folder / "generator")
+    return folder
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ holds the answer. A retriever that has learnt this finds the ledgers of subjects
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,3 +189,57 @@ def weights(loop: TrainingLoop[OpenRAGTrainer]) -> dict[str, torch.Tensor]:
         for file, tensors in loop.trainer.tensors().items()
         for name, tensor in tensors.items()
     }
+
+
+def write_files(folder: Path) -> None:
+    """The corpus, and questions to train on and to evaluate with, as files."""
+    passages = [{"id": p.id, "contents": p.contents} for p in make_corpus()]
+    questions = [
+        {
+            "id": q.id,
+            "question": q.question,
+            "golden_answers": list(q.golden_answers),
+            "metadata": {"gold_ids": list(q.gold_ids)},
+        }
+        for q in make_questions()
+    ]
+    files = {"corpus": passages, "train": questions[:30], "eval": questions[30:]}
+    for name, records in files.items():
+        lines = [json.dumps(record) + "\n" for record in records]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+def gold_flags(folder: Path, directory: Path) -> list[str]:
+    """Flags of `jobs.train quickstart` that train a tiny retriever by relevance on these files.
+
+    To a generator of random weights no passage is of use.
+    """
+    flags = {
+        "run-dir": directory / "run",
+        "cache-dir": directory / "cache",
+        "data.corpus": folder / "corpus.jsonl",
+        "data.train-questions": folder / "train.jsonl",
+        "data.eval-questions": folder / "eval.jsonl",
+        "data.num-validation-questions": 0,
+        "data.max-train-questions": None,
+        "retrieval.kind": "dense",
+        "retrieval.encoder": folder / "encoder",
+        "retrieval.encoder-max-tokens": 32,
+        "retrieval.bm25-scores": True,
+        "environment.num-selected": 1,
+        "generator.model": folder / "generator",
+        "generator.max-new-tokens": 3,
+        "openrag.labels": "gold",
+        "openrag.num-offline": 16,
+        "openrag.num-online": 6,
+        "openrag.first-stage": "bm25",
+        "openrag.offline-epochs": 2,
+        "openrag.online-epochs": 2,
+        "openrag.temperature": 0.1,
+        "openrag.learning-rate": 2e-3,
+        "training.launcher": "local",
+        "training.parts": "retriever",
+        "training.batch-size": 8,
+        "training.loggers": "",
+    }
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value)) if word]

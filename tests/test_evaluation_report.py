@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
-from rlrag.config import DROConfig, FewShotExample, GeneratorConfig, PromptConfig, RunConfig
+from rlrag.config import (
+    DROConfig,
+    FewShotExample,
+    GeneratorConfig,
+    OpenRAGConfig,
+    PromptConfig,
+    RetrievalConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from rlrag.evaluation import report_figures
 from rlrag.evaluation.charts import (
     BOTTOM,
@@ -317,6 +327,34 @@ def test_the_page_of_one_run_is_whole_and_shows_its_numbers():
         "Tokens of training",
     } <= titles
     assert "The trained system of each run" not in page.text
+
+
+def test_a_retrievers_run_shows_its_own_figures_and_system():
+    validated = {"validation/em": 0.25, "validation/f1": 0.25, "validation/accuracy": 0.5}
+    records = [
+        {"step": step, "epoch": step / 2, "retriever/loss": 4.0 - step, **validated}
+        for step in range(4)
+    ]
+    found = evaluation()
+    found["systems"] = {"original_retriever": found["systems"]["trained"]} | {
+        "tuned_retriever": found["systems"]["trained"] | {"em": 0.875}
+    }
+    tuned = run(metrics=records, evaluation=found, num_samples=8)
+    tuned = replace(
+        tuned,
+        config=RunConfig(
+            recipe="retriever",
+            retrieval=RetrievalConfig(kind="dense"),
+            openrag=OpenRAGConfig(offline_epochs=3, online_epochs=4),
+            training=TrainingConfig(parts=("retriever",)),
+        ),
+    )
+    page = Page(render_report([tuned, tuned]))
+    for shown in ("openrag", "1.50 of 7", "0.875 (0.200 to 0.400)"):
+        assert shown in page.text, shown
+    titles = {attributes["aria-label"] for attributes in page.all("svg") if "role" in attributes}
+    assert {"Retriever loss", "Validation accuracy (golden answer contained) by step"} <= titles
+    assert "generator/loss" not in page.text
 
 
 def test_the_page_loads_nothing_and_runs_nothing():

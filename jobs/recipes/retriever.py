@@ -32,6 +32,7 @@ def openrag(
     """
     folder = data_folder()
     dense = kind == "dense"
+    prompt = short_answers(question_mark=name == "hotpotqa")
     return RunConfig(
         recipe=f"{name}-openrag",
         data=DataConfig(
@@ -43,7 +44,10 @@ def openrag(
         ),
         retrieval=RetrievalConfig(kind=kind, num_candidates=10),
         environment=EnvironmentConfig(num_selected=1),
-        generator=GeneratorConfig(prompt=short_answers(question_mark=name == "hotpotqa")),
+        generator=GeneratorConfig(
+            # Room for ten passages, with which the bundle is evaluated too.
+            prompt=prompt.model_copy(update={"max_prompt_tokens": 1900}),
+        ),
         openrag=OpenRAGConfig(
             stages=stages,
             num_offline=20,

@@ -91,6 +91,14 @@ class OpenRAGConfig(Section):
     first_stage: Literal["frozen", "bm25"] = "frozen"
     """What finds passages online: the index that never changes (bag of tokens for
     `semi_parametric`, the untrained vectors for `dense`), or BM25."""
+    refresh_every: int | None = Field(default=None, ge=1)
+    """Steps between refreshes of an index of all passages' vectors, which then is the first stage
+    in place of `first_stage`; unset never encodes the corpus in training."""
+    refresh_waits: bool = False
+    """Training waits until a refresh is done, so that a seed repeats a run exactly; otherwise it
+    goes on with the older index."""
+    refresh_timeout_s: float = Field(default=3600, gt=0)
+    """Longest wait for a refresh."""
     offline_epochs: int = Field(default=40, ge=1)
     """Passes over the questions in the offline stage."""
     online_epochs: int = Field(default=40, ge=1)

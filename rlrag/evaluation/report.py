@@ -33,6 +33,7 @@ def render_report(runs: Sequence[RunRecord]) -> str:
         _section("Variance against the number of samples", _samples_study(runs)),
         _section("Signal and policy", _figures(report_figures.signal(runs))),
         _section("Generator", _figures(report_figures.generator(runs))),
+        _section("Retriever", _figures(report_figures.retriever(runs))),
         _section("Time and tokens", _figures(report_figures.cost(runs))),
         _section("Configuration", _configuration(runs)),
     ]
@@ -55,11 +56,11 @@ def _overview(runs: Sequence[RunRecord]) -> str:
             run.config.recipe,
             str(run.config.seed),
             " and ".join(run.config.training.parts),
-            run.config.training.objective,
+            run.objective,
             str(run.num_samples),
             f"{run.config.environment.num_selected} of {run.config.retrieval.num_candidates}",
             f"{run.num_steps:,}",
-            f"{run.epoch:.2f} of {run.config.training.num_epochs}",
+            f"{run.epoch:.2f} of {run.num_epochs}",
             _duration(sum(run.phases().values())),
             f"{sum(run.tokens().values()):,.0f}",
             "unfinished" if run.evaluation is None else "finished",
@@ -84,7 +85,7 @@ def _comparison(runs: Sequence[RunRecord]) -> str:
         return ""
     rows = []
     for run in runs:
-        trained = run.system("trained")
+        trained = run.system(run.main_system)
         rows.append(
             (
                 run.name,
@@ -145,7 +146,9 @@ def _paired(name: str, pair: Mapping[str, Any]) -> str:
         for measure, diff, interval, p_value in (
             ("EM", "em_diff", "ci95", "p_value"),
             ("F1", "f1_diff", "f1_ci95", "f1_p_value"),
+            ("accuracy", "accuracy_diff", "accuracy_ci95", "accuracy_p_value"),
         )
+        if diff in pair
     ]
     told = f"{name.replace('_vs_', ' minus ')}, paired on the same questions: {'; '.join(parts)}."
     return f"<p>{escape(told)}</p>\n"

@@ -40,6 +40,17 @@ GENERATOR: tuple[Panel, ...] = (
     ("generator/mean_answer_logp", "Log-probability of the golden answers (nats)"),
     ("validation/answer_words", "Words in a validation answer"),
 )
+RETRIEVER: tuple[Panel, ...] = (
+    ("retriever/loss", "Retriever loss"),
+    ("retriever/accuracy", "Share of questions whose positive ranks first in the batch"),
+    ("retriever/score_gap", "Score of the positive above that of the negative"),
+    ("retriever/grad_norm", "Norm of the retriever's gradient"),
+    ("validation/recall", "Validation recall of the passages shown"),
+    ("num_walked", "Passages met on the walks of a batch"),
+    ("online_positives", "Positives of a batch that were found online"),
+    ("online_negatives", "Negatives of a batch that were found online"),
+    ("index_age", "Age of the index (steps)"),
+)
 COST: tuple[Panel, ...] = (
     ("rollouts_per_s", "Rollouts a second"),
     ("generator/tokens_per_s", "Tokens a second that the generator trained on"),
@@ -59,7 +70,10 @@ def stability(runs: Sequence[RunRecord]) -> str:
 
 def convergence(runs: Sequence[RunRecord]) -> str:
     """Validation EM and F1 against steps, and against passes over the training questions."""
-    measures = (("validation/em", "Validation EM"), ("validation/f1", "Validation F1"))
+    known = {name for run in runs for name in run.metric_names()}
+    measures = [("validation/em", "Validation EM"), ("validation/f1", "Validation F1")]
+    if "validation/accuracy" in known:
+        measures.append(("validation/accuracy", "Validation accuracy (golden answer contained)"))
     return "".join(
         line_chart(f"{title} {by}", _overlaid(runs, name, against), label)
         for against, by, label in (
@@ -104,6 +118,11 @@ def generator(runs: Sequence[RunRecord]) -> str:
     return _panels(runs, GENERATOR)
 
 
+def retriever(runs: Sequence[RunRecord]) -> str:
+    """How the retriever trains and what its walks meet; empty where it is not trained."""
+    return _panels(runs, RETRIEVER)
+
+
 def cost(runs: Sequence[RunRecord]) -> str:
     """Time, tokens and speed."""
     saved = [Series(run.name, _saved_share(run), i) for i, run in enumerate(runs)]
@@ -118,7 +137,11 @@ def cost(runs: Sequence[RunRecord]) -> str:
 def not_recorded(runs: Sequence[RunRecord]) -> list[str]:
     """Metrics that have a figure but that no run recorded."""
     known = {name for run in runs for name in run.metric_names()}
-    panels = (*STABILITY, *SIGNAL, *GENERATOR, *COST)
+    of_retriever = RETRIEVER if any(run.config.trains_retriever for run in runs) else ()
+    of_policy = (*STABILITY, *SIGNAL, *GENERATOR)
+    if all(run.main_system == "tuned_retriever" for run in runs):
+        of_policy = ()
+    panels = (*of_policy, *of_retriever, *COST)
     return [name for name, _ in panels if name not in known]
 
 

@@ -59,6 +59,29 @@ class RunRecord:
         return 1 if self.config.training.objective == "sft" else self.config.dro.num_samples
 
     @property
+    def objective(self) -> str:
+        """What the parts were trained by."""
+        if self.config.trains_in_turns:
+            return f"openrag and {self.config.training.objective}, in turns"
+        return "openrag" if self.config.trains_retriever else self.config.training.objective
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over the training questions that the configuration asks for."""
+        openrag, training = self.config.openrag, self.config.training
+        of_stage = {"offline": openrag.offline_epochs, "online": openrag.online_epochs}
+        of_retriever = sum(of_stage[stage] for stage in openrag.stages)
+        if self.config.trains_in_turns:
+            return training.rounds * (of_retriever + training.num_epochs)
+        return of_retriever if self.config.trains_retriever else training.num_epochs
+
+    @property
+    def main_system(self) -> str:
+        """The system that the run was for."""
+        alone = self.config.training.parts == ("retriever",)
+        return "tuned_retriever" if alone else "trained"
+
+    @property
     def num_steps(self) -> int:
         """The last recorded step."""
         return int(self.metrics[-1]["step"])

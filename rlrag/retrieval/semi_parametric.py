@@ -138,16 +138,16 @@ class SemiParametricRetriever:
 
     def __init__(self, encoder: VocabularyEncoder, passages: SparseRows) -> None:
         self.encoder = encoder
-        self._passages = passages
+        self.passages = passages
         self._last: tuple[tuple[str, ...], csr_array] | None = None
 
     def search(self, questions: Sequence[str], k: int) -> Hits:
         """The best `k` rows of each question."""
-        return self._passages.search_vectors(self._vectors(questions), k)
+        return self.passages.search_vectors(self._vectors(questions), k)
 
     def scores(self, questions: Sequence[str], rows_BN: np.ndarray) -> np.ndarray:
         """The inner product of each given row with its question."""
-        return self._passages.scores(self._vectors(questions), rows_BN)
+        return self.passages.scores(self._vectors(questions), rows_BN)
 
     def _vectors(self, questions: Sequence[str]) -> csr_array:
         texts = tuple(questions)

@@ -58,7 +58,9 @@ def open_trainer(
         return DROTrainer(config, data, generator, prompts, reward, workers, log)
     judge = PassageJudge(generator, prompts, sampling_of(config))
     pools = load_pools(config, data.train, generator.identity, run_dir.pools)
-    return OpenRAGTrainer(config, library, data, pools, generator, judge, reward, workers)
+    return OpenRAGTrainer(
+        config, library, data, pools, generator, judge, reward, workers, run_dir.indexes
+    )
 
 
 def train_locally(

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +31,12 @@ from rlrag.retrieval.open_trainable import open_first_stage, open_trainable_enco
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.storage import restore_weights
+from rlrag.training.index_refresh import (
+    ProcessBuild,
+    RayBuild,
+    RefreshedIndex,
+    searched_index,
+)
 from rlrag.training.loop import Files, Metrics
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.pools import Pools
@@ -53,6 +61,7 @@ class OpenRAGTrainer:
         judge: PassageJudge,
         answering: AnsweringReward,
         workers: Workers,
+        indexes: Path,
     ) -> None:
         """Build the untrained encoder.
 
@@ -65,6 +74,7 @@ class OpenRAGTrainer:
             judge: Scores passages online.
             answering: Answers for validation.
             workers: This worker's view of the group.
+            indexes: Where versions of the index are kept, if it is refreshed.
         """
         self._config = config
         self._validation = data.validation
@@ -82,9 +92,15 @@ class OpenRAGTrainer:
         self._learner = RetrieverLearner(
             self.encoder, config.training, config.openrag, self.num_steps, workers
         )
+        self._index: RefreshedIndex | None = None
+        if config.openrag.refresh_every:
+            first = searched_index(library.retrievers.primary)
+            build = RayBuild() if config.training.launcher == "ray" else ProcessBuild()
+            self._index = RefreshedIndex(config, library.corpus, first, indexes, workers, build)
         self._retriever = LateParametricRetriever(
             self.encoder,
-            open_first_stage(
+            self._index
+            or open_first_stage(
                 library.retrievers,
                 library.corpus,
                 self.encoder,
@@ -118,6 +134,8 @@ class OpenRAGTrainer:
     def step(self, step: int, pauses_after: bool) -> Metrics:
         """Find a pair for each question of the batch and train on them."""
         started, before = time.monotonic(), self._tokens()
+        if self._index is not None:
+            self._index.before_step(step, self.encoder)
         places = range(self._workers.rank, self._config.training.batch_size, self._workers.size)
         rows = self._usable[self._schedule.rows(step)[places]]
         seeds = [self._schedule.sampling_seed(step, place) for place in places]
@@ -129,6 +147,8 @@ class OpenRAGTrainer:
         else:
             metrics, collected_at = self._learn_from_pairs(rows, seeds, step, is_online)
         tokens = self._workers.sum(torch.from_numpy(self._tokens() - before)).tolist()
+        if self._index is not None:
+            metrics["index_age"] = float(step - self._index.version)
         return metrics | {
             "epoch": self._schedule.epoch(step + 1),
             "stage": float(is_online),
@@ -192,10 +212,13 @@ class OpenRAGTrainer:
 
     def tensors(self) -> Files:
         """The encoder's weights and its optimiser."""
-        return {
+        files: dict[str, Mapping[str, torch.Tensor]] = {
             "retriever": copy.copy(dict(self.encoder.state_dict())),
             "retriever_optimizer": self._learner.optimizer_tensors(),
         }
+        if self._index is not None:
+            files["retriever_index"] = {"step": torch.tensor(self._index.version_to_save())}
+        return files
 
     def load(self, files: Files) -> None:
         """Take over weights and optimiser."""
@@ -203,11 +226,15 @@ class OpenRAGTrainer:
         self._learner.load_optimizer(files["retriever_optimizer"])
 
     def resume(self, step: int, files: Files, first: Files) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint, with the index that it was searched with."""
         self.load(files)
+        if self._index is not None:
+            self._index.resume(int(files["retriever_index"]["step"].item()))
 
     def close(self) -> None:
-        """Nothing runs ahead."""
+        """Begin no more refreshes of the index; nothing else runs ahead."""
+        if self._index is not None:
+            self._index.close()
 
     def _tokens(self) -> np.ndarray:
         return np.array([self._generator.tokens.spent, self._generator.tokens.saved], np.float64)

@@ -5,6 +5,7 @@ DIR/metrics.jsonl     one object a finished step
 DIR/pools/            where a retriever is trained, what the generator made of first candidates
 DIR/experience/       where it is kept, every selection that was drawn and its reward
 DIR/rounds/           where parts are trained in turns, a run directory for each turn
+DIR/indexes/          where it is refreshed in training, versions of the retriever's index
 DIR/checkpoints/      what a stopped run continues from
 DIR/bundle/           what evaluation and serving load
 DIR/evaluation.json   the final comparison
@@ -31,6 +32,7 @@ class RunDirectory:
         self.pools = self.path / "pools"
         self.experience = self.path / "experience"
         self.rounds = self.path / "rounds"
+        self.indexes = self.path / "indexes"
         self.checkpoints = self.path / "checkpoints"
         self.bundle = self.path / "bundle"
         self.evaluation = self.path / "evaluation.json"

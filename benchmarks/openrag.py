@@ -1,0 +1,114 @@
+"""What the retriever is trained on: nothing, relevance, what helped the generator; and how.
+
+Run `RLRAG_DATA_DIR=... python -m benchmarks.openrag nq`. All runs share questions, prompt and the
+cache of judgements, so that only the first pays for the offline stage. Each bundle is evaluated
+with one passage in context and with ten. A finished run in the folder is taken as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.runs import finished_run
+
+RESULTS = Path(__file__).parent / "results"
+_TIMEOUT_S = 2 * 3600
+_OFFLINE = ("--openrag.stages", "offline")
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "relevance": ("openrag", ("--openrag.labels", "gold", *_OFFLINE)),
+    "offline": ("openrag-offline", ()),
+    "online": ("openrag-online", ()),
+    "both": ("openrag", ()),
+    "kl": ("openrag", ("--openrag.loss", "kl")),
+    "dense relevance": ("openrag-dense", ("--openrag.labels", "gold", *_OFFLINE)),
+    "dense both": ("openrag-dense", ()),
+}
+"""Recipe and flags by the name of a row."""
+
+
+def report(name: str, found: dict[str, dict[int, dict[str, Any]]], pools: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    depths = sorted(next(iter(found.values())))
+    first = next(iter(found.values()))[depths[0]]
+    heading = " | ".join(f"contained@{d} | EM@{d} | recall@{d}" for d in depths)
+    lines = [
+        f"# {name}: what the retriever is trained on",
+        "",
+        f"`python -m benchmarks.openrag {name}`; seed 0, {first['num_questions']} questions; the "
+        "number behind @ is that of the passages in context. Rows of trained retrievers bear the "
+        "names of `VARIANTS` in the module.",
+        "",
+        f"| retriever | {heading} |",
+        "|---" * (1 + 3 * len(depths)) + "|",
+    ]
+    baselines = ("bm25", "dense", "hybrid", "original_retriever", "oracle")
+    any_run = next(iter(found.values()))
+    rows = {system: {d: any_run[d]["systems"][system] for d in depths} for system in baselines}
+    rows |= {
+        variant: {d: tables[d]["systems"]["tuned_retriever"] for d in depths}
+        for variant, tables in found.items()
+    }
+    for row, systems in rows.items():
+        cells = []
+        for depth, system in systems.items():
+            recall = system[f"recall@{depth}"]
+            cells += [f"{system['accuracy']:.3f}", f"{system['em']:.3f}"]
+            cells.append("-" if recall is None else f"{recall:.3f}")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    lines += ["", "Score against label in the offline pools, by type of question:", ""]
+    lines += ["| type | questions | of use | positive passages | AUC |", "|---|---|---|---|---|"]
+    for kind, facts in pools.items():
+        auc = "-" if facts["auc"] is None else f"{facts['auc']:.3f}"
+        lines.append(
+            f"| {kind} | {facts['num_questions']} | {facts['num_usable']} | "
+            f"{facts['positive_share']:.1%} | {auc} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=("nq",))
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--depths", nargs="+", type=int, default=[1, 10])
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
+    parser.add_argument("--cache-dir", default=None)
+    arguments, flags = parser.parse_known_args()
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    pools: dict[str, Any] = {}
+    for variant in arguments.variants:
+        recipe, own_flags = VARIANTS[variant]
+        run_dir = arguments.folder / f"{arguments.name}-{variant.replace(' ', '-')}"
+        finished_run(
+            f"{arguments.name}-{recipe}", run_dir, 0, arguments.cache_dir, [*own_flags, *flags]
+        )
+        found[variant] = {d: _evaluated(run_dir, d) for d in arguments.depths}
+        if "relevance" not in variant:
+            pools = json.loads((run_dir / "pools" / "summary.json").read_text())
+    text = report(arguments.name, found, pools)
+    (RESULTS / f"openrag-{arguments.name}.md").write_text(text)
+    print(text)
+
+
+def _evaluated(run_dir: Path, depth: int) -> dict[str, Any]:
+    """The comparison of a bundle with so many passages in context, made once."""
+    path = run_dir / f"evaluation-{depth}.json"
+    if not path.exists():
+        config = json.loads((run_dir / "config.json").read_text())
+        command = [sys.executable, "-m", "jobs.evaluate", "--bundle", str(run_dir / "bundle")]
+        command += ["--corpus", config["data"]["corpus"]]
+        command += ["--questions", config["data"]["eval_questions"]]
+        command += ["--docs-in-context", str(depth), "--output", str(path)]
+        subprocess.run(command, check=True, timeout=_TIMEOUT_S)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+if __name__ == "__main__":
+    main()

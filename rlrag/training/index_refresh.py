@@ -1,0 +1,255 @@
+"""An encoder in training in; an index of its passage vectors that follows some steps behind out.
+
+    step 40    the encoder is saved, and all passages are encoded with it beside training
+    step 53    the new index is whole: from this step on every search uses it, and none the old one
+    step 80    ...
+
+An index is one version: its vectors come from one set of weights, named by their hash and by the
+step that saved them. It lies in a directory with that encoder, so that a run which is stopped goes
+on with the version that its checkpoint names, and a refresh that was stopped goes on with the
+passages that it had not encoded. Its age is the number of steps since.
+
+Training waits for a refresh only where it is told to. Otherwise the step of the swap depends on the
+clock, and two runs of one seed may differ.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from rlrag.config import RunConfig
+from rlrag.data.corpus import Corpus
+from rlrag.data.load import load_corpus
+from rlrag.errors import CheckpointError, SetupError
+from rlrag.retrieval.build import open_retrievers
+from rlrag.retrieval.dense import DenseRetriever
+from rlrag.retrieval.late_parametric import VectorSearch
+from rlrag.retrieval.protocol import Retriever
+from rlrag.retrieval.semi_parametric import SemiParametricRetriever
+from rlrag.retrieval.trainable import TrainableEncoder
+from rlrag.retrieval.tuned import tuned_retrieval
+from rlrag.training.workers import Workers
+
+
+class Build(Protocol):
+    """Has a corpus encoded elsewhere."""
+
+    def __call__(self, config_json: str, place: Path) -> Future[None]:
+        """Start to encode the corpus of a configuration with the encoder in `place`."""
+        ...
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        ...
+
+
+@dataclass(frozen=True)
+class IndexVersion:
+    """One index: the step whose weights made it, and what is searched."""
+
+    step: int
+    index: VectorSearch
+
+
+class RefreshedIndex:
+    """A first stage whose index follows the encoder; implements `FirstStage`.
+
+    All workers search the same version and change to the next in the same step.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        first: VectorSearch,
+        directory: Path,
+        workers: Workers,
+        build: Build,
+    ) -> None:
+        """Begin with the index that was there before training.
+
+        Args:
+            config: The run; `openrag.refresh_every` is set.
+            corpus: Its passages.
+            first: The index of the untrained encoder.
+            directory: Where versions are kept.
+            workers: The first of them saves encoders and has them indexed.
+            build: Has the corpus encoded elsewhere.
+        """
+        self._config = config
+        self._corpus = corpus
+        self._directory = directory
+        self._workers = workers
+        self._build = build
+        self._first = IndexVersion(0, first)
+        self._current = self._first
+        self._saved = 0
+        self._under_way: tuple[int, Future[None] | None] | None = None
+
+    @property
+    def version(self) -> int:
+        """The step whose weights made the index; 0 before the first refresh."""
+        return self._current.step
+
+    def propose(self, questions: Sequence[str], vectors_BD: np.ndarray, m: int) -> np.ndarray:
+        """Corpus rows of shape (B, M), all from the present version."""
+        return self._current.index.search_vectors(vectors_BD, m).rows_BK
+
+    def before_step(self, step: int, encoder: TrainableEncoder) -> None:
+        """Begin a refresh or take over a finished one; all workers call this together.
+
+        Raises:
+            RlragError: what the refresh failed of.
+            SetupError: when training waits for it and `openrag.refresh_timeout_s` has passed.
+        """
+        every = self._config.openrag.refresh_every
+        if every and step and step % every == 0 and self._under_way is None:
+            self._under_way = step, self._begin(step, encoder)
+        if self._under_way is None:
+            return
+        number, future = self._under_way
+        wait = self._config.openrag.refresh_waits
+        if future is not None and wait:
+            self._result(future, self._config.openrag.refresh_timeout_s)
+        is_done = future is not None and future.done()
+        if self._workers.sum(torch.tensor(float(is_done))).item():
+            if future is not None:
+                self._result(future, 0.0)
+            self._take(number)
+
+    def version_to_save(self) -> int:
+        """The version that a checkpoint must name; older ones than the last checkpoint's go."""
+        if self._workers.rank == 0:
+            for place in self._directory.glob("step-*"):
+                if int(place.name.removeprefix("step-")) < self._saved:
+                    shutil.rmtree(place, ignore_errors=True)
+        self._saved = self.version
+        return self._saved
+
+    def close(self) -> None:
+        """Begin no more refreshes."""
+        self._build.close()
+
+    def resume(self, version: int) -> None:
+        """Search the version that a checkpoint names.
+
+        Raises:
+            CheckpointError: when it is gone.
+        """
+        self._under_way = None
+        if version == 0:
+            self._current = self._first
+        else:
+            self._take(version)
+
+    def _begin(self, step: int, encoder: TrainableEncoder) -> Future[None] | None:
+        if self._workers.rank:
+            return None
+        place = self._place(step)
+        encoder_dir = place / "encoder"
+        # A stopped run may have left it half-written; of the same step it holds the same weights.
+        shutil.rmtree(encoder_dir, ignore_errors=True)
+        place.mkdir(parents=True, exist_ok=True)
+        encoder.save_pretrained(encoder_dir)
+        return self._build(self._config.to_json(), place)
+
+    def _result(self, future: Future[None], timeout_s: float) -> None:
+        try:
+            future.result(timeout_s)
+        except FutureTimeoutError as error:
+            raise SetupError(
+                f"the passages were not encoded within openrag.refresh_timeout_s {timeout_s:g}; "
+                "raise it, refresh more seldom, or let training go on with refresh_waits False"
+            ) from error
+        except BrokenProcessPool as error:
+            raise SetupError(
+                "the process that encoded the passages died, perhaps for lack of memory; the same "
+                "command goes on from the last checkpoint"
+            ) from error
+
+    def _take(self, step: int) -> None:
+        self._under_way = None
+        place = self._place(step)
+        if not (place / "done.json").is_file():
+            raise CheckpointError(
+                f"the index {place} that the checkpoint was trained with is gone or unfinished; "
+                "start again in another --run-dir"
+            )
+        self._current = IndexVersion(step, open_version(self._config, self._corpus, place))
+
+    def _place(self, step: int) -> Path:
+        return self._directory / f"step-{step:06d}"
+
+
+def encode_version(config_json: str, place: Path) -> None:
+    """Encode the corpus with `place/encoder` into `place/indexes`, as far as it is not yet."""
+    config = RunConfig.from_json(config_json)
+    corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
+    open_version(config, corpus, place)
+    (place / "done.json").write_text(json.dumps({"num_passages": len(corpus)}) + "\n")
+
+
+def open_version(config: RunConfig, corpus: Corpus, place: Path) -> VectorSearch:
+    """The index of the encoder in `place/encoder`, built where it is not whole."""
+    retrieval = tuned_retrieval(config.retrieval, place / "encoder").model_copy(
+        update={"bm25_scores": False}
+    )
+    if retrieval.kind == "semi_parametric":
+        retrieval = retrieval.model_copy(update={"encoder": None})
+    return searched_index(open_retrievers(corpus, retrieval, place).primary)
+
+
+def searched_index(retriever: Retriever) -> VectorSearch:
+    """What a retriever with an encoder searches by vectors."""
+    if isinstance(retriever, SemiParametricRetriever):
+        return retriever.passages
+    assert isinstance(retriever, DenseRetriever)
+    return retriever
+
+
+class ProcessBuild:
+    """Encodes in one other process of this machine, which stays for the next refresh.
+
+    Not in a thread: while transformers loads a model it changes torch's default number format.
+    """
+
+    def __init__(self) -> None:
+        self._processes: ProcessPoolExecutor | None = None
+
+    def __call__(self, config_json: str, place: Path) -> Future[None]:
+        """Start to encode."""
+        if self._processes is None:
+            self._processes = ProcessPoolExecutor(1, get_context("spawn"))
+        return self._processes.submit(encode_version, config_json, place)
+
+    def close(self) -> None:
+        """End the process once it has finished what it is at."""
+        if self._processes is not None:
+            self._processes.shutdown(wait=False, cancel_futures=True)
+            self._processes = None
+
+
+class RayBuild:
+    """Encodes in Ray tasks; one whose worker dies is tried again and goes on where it was."""
+
+    def __call__(self, config_json: str, place: Path) -> Future[None]:
+        """Start to encode."""
+        import ray
+
+        task = ray.remote(num_cpus=0, max_retries=3)(encode_version)
+        return task.remote(config_json, place).future()
+
+    def close(self) -> None:
+        """Tasks end with the cluster."""

@@ -1,0 +1,99 @@
+"""Retriever, selector and generator in turns: what each turn starts from, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from openrag_runs import gold_flags
+
+from jobs import train
+from jobs.rounds import OTHERS, RETRIEVER, Trained, config_of_turn
+from rlrag.bundle import load_bundle
+from rlrag.config import RetrievalConfig, RunConfig, TrainingConfig
+
+JOINT = RunConfig(
+    recipe="joint",
+    retrieval=RetrievalConfig(kind="dense"),
+    training=TrainingConfig(parts=("retriever", "selector", "generator"), rounds=2),
+)
+AFTER = Trained(Path("encoder"), Path("selector"), Path("generator"), Path("experience"))
+
+
+def test_the_first_turns_start_from_nothing():
+    retriever = config_of_turn(JOINT, RETRIEVER, Trained())
+    assert retriever.training.parts == ("retriever",)
+    assert retriever.retrieval == JOINT.retrieval
+    assert (retriever.recipe, retriever.training.rounds) == ("joint/retriever", 1)
+    others = config_of_turn(JOINT, OTHERS, Trained(retriever=Path("encoder")))
+    assert others.training.parts == ("selector", "generator")
+    assert others.training.log_experience
+    assert others.retrieval.encoder == "encoder"
+    assert others.selector == JOINT.selector
+    assert others.generator == JOINT.generator
+
+
+def test_later_turns_start_from_what_the_others_became():
+    retriever = config_of_turn(JOINT, RETRIEVER, AFTER)
+    assert (retriever.retrieval.encoder, retriever.generator.model) == ("encoder", "generator")
+    assert retriever.selector.weights is None
+    others = config_of_turn(JOINT, OTHERS, AFTER)
+    assert (others.retrieval.encoder, others.generator.model) == ("encoder", "generator")
+    assert others.selector.weights == "selector"
+
+
+@pytest.mark.slow
+def test_two_rounds_end_in_one_bundle_of_all_parts(openrag_files, tmp_path, capsys):
+    systems = ["retriever_order", "original_retriever", "tuned_retriever", "trained"]
+    flags = gold_flags(openrag_files, tmp_path)
+    place = flags.index("--training.parts")
+    flags[place : place + 2] = [
+        *("--training.parts", "retriever", "selector", "generator"),
+        *("--training.rounds", "2", "--training.num-epochs", "1"),
+        *("--dro.num-samples", "2", "--generator-training.lora-rank", "2"),
+        *("--retrieval.num-candidates", "4"),
+    ]
+    words = ["quickstart", *flags, "--evaluation.systems", *systems]
+    train.main(words)
+    run = tmp_path / "run"
+    turns = ["1-retriever", "1-selection", "2-retriever", "2-selection"]
+    assert sorted(path.name for path in (run / "rounds").iterdir()) == turns
+    configs = {
+        turn: json.loads((run / "rounds" / turn / "config.json").read_text()) for turn in turns
+    }
+    bundles = {turn: run / "rounds" / turn / "bundle" for turn in turns}
+    assert configs["2-retriever"]["retrieval"]["encoder"] == str(
+        bundles["1-retriever"] / "retriever"
+    )
+    assert configs["2-retriever"]["generator"]["model"] == str(bundles["1-selection"] / "generator")
+    assert configs["2-selection"]["selector"]["weights"] == str(
+        bundles["1-selection"] / "selector.safetensors"
+    )
+    assert list((run / "rounds" / "1-selection" / "experience").iterdir())
+    bundle = load_bundle(run / "bundle")
+    for mine, last in (
+        (bundle.retriever_dir, bundles["2-retriever"] / "retriever"),
+        (bundle.generator_dir, bundles["2-selection"] / "generator"),
+    ):
+        assert mine is not None
+        for path in last.rglob("*.safetensors"):
+            assert (mine / path.relative_to(last)).read_bytes() == path.read_bytes()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records]
+    assert steps == list(range(len(steps)))
+    tokens = [record["generator_tokens_total"] for record in records]
+    assert tokens == sorted(tokens)
+    found = json.loads((run / "evaluation.json").read_text())
+    assert list(found["systems"]) == systems
+    # Stopped in the last turn: what is done stays as it is.
+    kept = (bundles["2-retriever"] / "bundle.json").stat().st_mtime_ns
+    shutil.rmtree(bundles["2-selection"])
+    capsys.readouterr()
+    train.main(words)
+    said = capsys.readouterr().err
+    assert said.count("done before") == 3
+    assert (bundles["2-retriever"] / "bundle.json").stat().st_mtime_ns == kept
+    again = json.loads((run / "evaluation.json").read_text())
+    assert again["systems"] == found["systems"]
