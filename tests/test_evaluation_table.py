@@ -79,11 +79,28 @@ def test_json_has_the_promised_keys_and_plain_values() -> None:
     assert set(found["paired"]["trained_vs_retriever_order"]) == {
         "em_diff",
         "f1_diff",
+        "accuracy_diff",
         "ci95",
         "f1_ci95",
+        "accuracy_ci95",
         "p_value",
         "f1_p_value",
+        "accuracy_p_value",
     }
+
+
+def test_a_tuned_retriever_is_compared_with_the_original_one() -> None:
+    systems = {
+        "original_retriever": SYSTEMS["retriever_order"],
+        "tuned_retriever": SYSTEMS["trained"],
+    }
+    paired = build_table(systems, num_selected=1, num_resamples=300, seed=9).paired
+    assert list(paired) == ["tuned_retriever_vs_original_retriever"]
+    ours, theirs = systems["tuned_retriever"].accuracy, systems["original_retriever"].accuracy
+    [pair] = paired.values()
+    assert pair.accuracy_diff == np.mean(ours) - np.mean(theirs)
+    assert pair.accuracy_ci95 == paired_bootstrap_ci(ours, theirs, 300, 9)
+    assert pair.accuracy_p_value == paired_randomization_test(ours, theirs, 300, 9)
 
 
 def test_without_the_two_systems_there_is_no_comparison() -> None:
@@ -118,7 +135,7 @@ def test_the_drawn_table_fits_a_terminal_without_folding() -> None:
         console.print(render(table))
     lines = captured.get().splitlines()
     assert sum(line.startswith(tuple(SYSTEMS)) for line in lines) == 3
-    assert len(lines) == 1 + 2 + 3 + 3
+    assert len(lines) == 1 + 2 + 3 + 4
     assert not any("…" in line for line in lines)
 
 
