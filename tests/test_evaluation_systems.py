@@ -12,7 +12,13 @@ import pytest
 import torch
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
-from rlrag.config import EnvironmentConfig, EvaluationConfig, RunConfig
+from rlrag.config import (
+    EnvironmentConfig,
+    EvaluationConfig,
+    RetrievalConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError
 from rlrag.evaluation.systems import evaluate, greedy_picks
@@ -81,7 +87,9 @@ def run(
 ) -> EvaluationTable:
     config = RunConfig(
         seed=seed,
+        retrieval=RetrievalConfig(kind="dense"),
         environment=EnvironmentConfig(num_selected=num_selected),
+        training=TrainingConfig(parts=("retriever",)),  # so that every system may be asked for
         evaluation=EvaluationConfig(systems=systems, num_bootstrap=100),
     )
     reward = open_reward(config, generator or ReadingGenerator(), WordPrompts())
