@@ -16,7 +16,6 @@ from rlrag.algorithms.rag_labels import (
     closed_set_label,
     marginal_contributions,
     score_auc,
-    walk,
     walk_together,
 )
 from rlrag.errors import ConfigError, DataError
@@ -80,6 +79,15 @@ def test_a_score_that_could_not_be_computed_is_undecided():
 )
 def test_a_closed_set_is_right_when_the_choice_is_strictly_likeliest(logp, correct, label):
     assert closed_set_label(logp, correct) == label
+
+
+def walk(rows, label, chunk_size: int = 1) -> Walk:
+    """A question that walks alone."""
+
+    def label_pairs(pairs):
+        return label([row for _, row in pairs])
+
+    return walk_together([rows], label_pairs, chunk_size)[0]
 
 
 def naive_walk(rows: list[int], label_of: dict[int, int | None]) -> Walk:

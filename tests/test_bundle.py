@@ -256,10 +256,13 @@ def test_a_trained_retriever_comes_back_with_its_vectors(with_retriever, encoder
     assert tuned.kind == "dense"
     found = open_retrievers(corpus, tuned, tmp_path / "cache")
     original = open_retrievers(corpus, bundle.config.retrieval, tmp_path / "cache")
-    assert np.allclose(found.passage_vectors, encoder.encode(texts), atol=1e-5)
-    assert not np.allclose(found.passage_vectors, original.passage_vectors, atol=1e-2)
-    untrained = TrainableTextEncoder(encoder_dir, 32).encode(texts)
-    assert np.allclose(original.passage_vectors, untrained, atol=1e-5)
+    untrained = TrainableTextEncoder(encoder_dir, 32)
+    with torch.no_grad():
+        tuned_PD = encoder.embed(texts, "passage").vectors_BD.numpy()
+        untrained_PD = untrained.embed(texts, "passage").vectors_BD.numpy()
+    assert np.allclose(found.passage_vectors, tuned_PD, atol=1e-5)
+    assert np.allclose(original.passage_vectors, untrained_PD, atol=1e-5)
+    assert not np.allclose(tuned_PD, untrained_PD, atol=1e-2)
     assert found.manifest_hash != original.manifest_hash
 
 

@@ -94,9 +94,11 @@ def test_other_retrievers_are_opened_once_and_only_when_asked(config, encoder_di
     assert found["bm25"]().score_names[0] == "bm25"
     assert found["hybrid"]().score_names[0] == "hybrid"
     assert not np.array_equal(found["tuned_retriever"]().rows_QN, own.rows_QN)
-    vectors = tuned.encode([passage.contents for passage in library.corpus])
-    questions = tuned.encode([question.question for question in own.questions])
-    first = (questions @ vectors.T).argmax(axis=1)
+    passages = [passage.contents for passage in library.corpus]
+    with torch.no_grad():
+        vectors = tuned.embed(passages, "passage").vectors_BD
+        questions = tuned.embed([q.question for q in own.questions], "question").vectors_BD
+    first = (questions @ vectors.T).argmax(dim=1)
     assert found["tuned_retriever"]().rows_QN[:, 0].tolist() == first.tolist()
     for table in (get() for get in found.values()):
         assert table.questions == own.questions

@@ -13,11 +13,12 @@ from rlrag.errors import ConfigError, DataError, IndexMismatchError
 from rlrag.models import resolve_model
 from rlrag.records import Passage
 from rlrag.retrieval import vectors as vectors_module
+from rlrag.retrieval.chunked_build import PROGRESS_FILE
 from rlrag.retrieval.dense import DenseRetriever, open_index
 from rlrag.retrieval.encoder import EncoderIdentity, TextEncoder
 from rlrag.retrieval.manifest import Manifest
 from rlrag.retrieval.protocol import Retriever
-from rlrag.retrieval.vectors import PROGRESS_FILE, VECTORS_FILE, open_vectors
+from rlrag.retrieval.vectors import VECTORS_FILE, open_vectors
 
 
 class WordEncoder:

@@ -21,11 +21,11 @@ from rlrag.errors import ConfigError, IndexMismatchError
 from rlrag.retrieval import semi_parametric
 from rlrag.retrieval.bag_of_tokens import open_bag_of_tokens
 from rlrag.retrieval.build import RetrieverSet, open_retrievers, open_vocabulary_encoder
+from rlrag.retrieval.chunked_build import PROGRESS_FILE
 from rlrag.retrieval.encoder import EncoderIdentity
 from rlrag.retrieval.late_parametric import FrozenIndex, LateParametricRetriever
 from rlrag.retrieval.protocol import Retriever
 from rlrag.retrieval.semi_parametric import (
-    PROGRESS_FILE,
     SemiParametricRetriever,
     open_vocabulary_vectors,
     vocabulary_manifest,

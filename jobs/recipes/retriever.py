@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jobs.recipes.shared import data_folder, named, short_answers
+from jobs.recipes.shared import named, questions_of, short_answers
 from rlrag.config import (
-    DataConfig,
     EnvironmentConfig,
     EvaluationConfig,
     GeneratorConfig,
@@ -30,18 +29,11 @@ def openrag(
 
     Vectors of length 1 need a temperature; those in vocabulary space are the paper's and have none.
     """
-    folder = data_folder()
     dense = kind == "dense"
     prompt = short_answers(question_mark=name == "hotpotqa")
     return RunConfig(
         recipe=f"{name}-openrag",
-        data=DataConfig(
-            corpus=f"{folder}/corpus/{name}.jsonl.gz",
-            train_questions=f"{folder}/questions/{name}.train.jsonl",
-            eval_questions=f"{folder}/questions/{name}.dev.jsonl",
-            max_train_questions=700,
-            num_validation_questions=100,
-        ),
+        data=questions_of(name, 100, 700),
         retrieval=RetrievalConfig(kind=kind, num_candidates=10),
         environment=EnvironmentConfig(num_selected=1),
         generator=GeneratorConfig(
@@ -106,15 +98,9 @@ def openrag_paper() -> RunConfig:
     beneath it. To start as the paper does, give the path of such an encoder in
     retrieval.vocabulary_encoder.
     """
-    folder = data_folder()
     return RunConfig(
         recipe="openrag-paper",
-        data=DataConfig(
-            corpus=f"{folder}/corpus/nq.jsonl.gz",
-            train_questions=f"{folder}/questions/nq.train.jsonl",
-            eval_questions=f"{folder}/questions/nq.dev.jsonl",
-            num_validation_questions=200,
-        ),
+        data=questions_of("nq", 200),
         retrieval=RetrievalConfig(
             kind="semi_parametric",
             vocabulary_encoder="google-bert/bert-base-uncased",

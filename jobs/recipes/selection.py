@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jobs.recipes.shared import data_folder, named, short_answers
+from jobs.recipes.shared import named, questions_of, short_answers
 from rlrag.config import (
     DataConfig,
     DROConfig,
@@ -45,15 +45,9 @@ def quickstart() -> RunConfig:
 
 def nq() -> RunConfig:
     """Natural Questions from the folder that RLRAG_DATA_DIR names."""
-    folder = data_folder()
     return RunConfig(
         recipe="nq",
-        data=DataConfig(
-            corpus=f"{folder}/corpus/nq.jsonl.gz",
-            train_questions=f"{folder}/questions/nq.train.jsonl",
-            eval_questions=f"{folder}/questions/nq.dev.jsonl",
-            num_validation_questions=150,
-        ),
+        data=questions_of("nq", 150),
         retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=5),
         environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(prompt=short_answers(question_mark=False)),
@@ -80,19 +74,12 @@ def co_training(
 
     The generator trains a low-rank adapter on one of the m selections a question, drawn by weight.
     """
-    folder = data_folder()
     systems: tuple[System, ...] = ("no_retrieval", "retriever_order", "trained")
     if parts == ("selector", "generator"):
         systems = (*systems[:2], "tuned_selector", "tuned_generator", "trained")
     return RunConfig(
         recipe=f"{name}-{'sft' if objective == 'sft' else 'dro'}",
-        data=DataConfig(
-            corpus=f"{folder}/corpus/{name}.jsonl.gz",
-            train_questions=f"{folder}/questions/{name}.train.jsonl",
-            eval_questions=f"{folder}/questions/{name}.dev.jsonl",
-            max_train_questions=700,
-            num_validation_questions=100,
-        ),
+        data=questions_of(name, 100, 700),
         retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=5),
         environment=EnvironmentConfig(num_selected=num_selected),
         generator=GeneratorConfig(prompt=short_answers(question_mark=name == "hotpotqa")),
@@ -155,16 +142,10 @@ def hotpotqa_sft() -> RunConfig:
 
 def dro_paper() -> RunConfig:
     """The settings of arXiv 2505.03075: 8 B models, n = 20, K = 5, m = 8; wants 12 large GPUs."""
-    folder = data_folder()
     model = "meta-llama/Meta-Llama-3-8B-Instruct"
     return RunConfig(
         recipe="dro-paper",
-        data=DataConfig(
-            corpus=f"{folder}/corpus/nq.jsonl.gz",
-            train_questions=f"{folder}/questions/nq.train.jsonl",
-            eval_questions=f"{folder}/questions/nq.dev.jsonl",
-            num_validation_questions=200,
-        ),
+        data=questions_of("nq", 200),
         retrieval=RetrievalConfig(kind="dense", num_candidates=20),
         environment=EnvironmentConfig(num_selected=5),
         selector=SelectorConfig(

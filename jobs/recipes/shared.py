@@ -1,15 +1,29 @@
-"""What recipes of several kinds have in common: the data folder, the prompt, the name."""
+"""What recipes of several kinds have in common: the data, the prompt, the name."""
 
 from __future__ import annotations
 
 import os
 
-from rlrag.config import DATA_DIR_VARIABLE, FewShotExample, PromptConfig, RunConfig
+from rlrag.config import DATA_DIR_VARIABLE, DataConfig, FewShotExample, PromptConfig, RunConfig
 
 
-def data_folder() -> str:
+def _data_folder() -> str:
     """What the variable names; where it is unset, its name for the error to show."""
     return os.environ.get(DATA_DIR_VARIABLE, f"${DATA_DIR_VARIABLE}")
+
+
+def questions_of(
+    name: str, num_validation: int, max_train_questions: int | None = None
+) -> DataConfig:
+    """The corpus and questions of a data set in that folder."""
+    folder = _data_folder()
+    return DataConfig(
+        corpus=f"{folder}/corpus/{name}.jsonl.gz",
+        train_questions=f"{folder}/questions/{name}.train.jsonl",
+        eval_questions=f"{folder}/questions/{name}.dev.jsonl",
+        max_train_questions=max_train_questions,
+        num_validation_questions=num_validation,
+    )
 
 
 def named(name: str, config: RunConfig) -> RunConfig:

@@ -104,40 +104,21 @@ class Walk:
     """Passages that were scored."""
 
 
-def walk(
-    rows: Sequence[int],
-    label: Callable[[Sequence[int]], Sequence[Label | None]],
-    chunk_size: int = 1,
-) -> Walk:
-    """Go down a ranking from the top until the first negative (section 3.3).
-
-    Args:
-        rows: Passages in the order of the ranking.
-        label: Scores a chunk of passages at once and labels them.
-        chunk_size: Passages in a chunk. 1 is the paper's walk; a larger one finds the same and
-            scores up to `chunk_size` - 1 passages more, in fewer calls.
-
-    Example:
-        >>> walk([7, 3, 9, 4], lambda chunk: [0 if row == 9 else 1 for row in chunk])
-        Walk(positives=[7, 3], negative=9, num_scored=3)
-    """
-
-    def label_pairs(pairs: Sequence[tuple[int, int]]) -> Sequence[Label | None]:
-        return label([row for _, row in pairs])
-
-    return walk_together([rows], label_pairs, chunk_size)[0]
-
-
 def walk_together(
     rankings: Sequence[Sequence[int]],
     label: Callable[[Sequence[tuple[int, int]]], Sequence[Label | None]],
     chunk_size: int = 1,
 ) -> list[Walk]:
-    """`walk` for several questions, one chunk of each at a time.
+    """Go down the ranking of each question from the top until its first negative (section 3.3).
 
-    `label` gets pairs of the ranking's number and the passage, the next chunk of every question
-    that has not met a negative, so that a generator sees them as one batch. The result does not
-    depend on which questions walk together.
+    The result does not depend on which questions walk together.
+
+    Args:
+        rankings: Passages of each question in the order of its ranking.
+        label: Scores and labels pairs of a ranking's number and a passage, the next chunk of every
+            question that has not met a negative, so that a generator sees them as one batch.
+        chunk_size: Passages of a question in a chunk. 1 is the paper's walk; a larger one finds the
+            same and scores up to `chunk_size` - 1 passages more, in fewer calls.
 
     Example:
         >>> chunks = []

@@ -73,7 +73,8 @@ def _build(corpus: Corpus, tokens: Bags, directory: Path) -> None:
     for start in range(0, len(corpus), _CHUNK_PASSAGES):
         end = min(start + _CHUNK_PASSAGES, len(corpus))
         bags = tokens.bags([corpus[row].contents for row in range(start, end)])
-        num_entries = write_rows(directory, start, num_entries, bags, binary=True)
+        write_rows(directory, start, bags, binary=True)
+        num_entries += bags.nnz
     if not num_entries:
         raise DataError(
             f"none of the {len(corpus)} passages holds a token of the vocabulary; check that the "

@@ -28,11 +28,8 @@ def open_trainable_encoder(
     if retrieval.kind == "semi_parametric":
         return open_vocabulary_encoder(retrieval, cache_dir, openrag.tied)
     if retrieval.kind == "dense" and retrieval.encoder is not None:
-        return TrainableTextEncoder(
-            resolve_model(retrieval.encoder, cache_dir),
-            retrieval.encoder_max_tokens,
-            retrieval.encode_batch_size,
-        )
+        model_dir = resolve_model(retrieval.encoder, cache_dir)
+        return TrainableTextEncoder(model_dir, retrieval.encoder_max_tokens)
     raise ConfigError(
         f"retrieval.kind {retrieval.kind!r} has no encoder to train; use dense or semi_parametric"
     )

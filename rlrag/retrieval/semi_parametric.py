@@ -4,43 +4,28 @@ The whole search of the semi-parametric retriever (SiDR; OpenRAG, arXiv 2503.083
 product of sparsified question and passage vectors. While the encoder is in training, its passages'
 vectors go stale; then `late_parametric` retrieves through the bags of tokens instead.
 
-The directory holds the rows of `sparse_rows` and `progress.json` with the number of rows and
-entries that are safe on disk. It is filled chunk by chunk and resumed after a stop; two processes
-that fill it at once do no harm, as each writes the same bytes at the same places.
+The directory holds the rows of `sparse_rows`; it is filled chunk by chunk and resumed after a stop.
 
 Shape letters: B questions, K hits, N given rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from rlrag.data.corpus import Corpus
-from rlrag.retrieval.manifest import (
-    Manifest,
-    cannot_write,
-    check_manifest,
-    damaged,
-    staged_directory,
-)
+from rlrag.retrieval.chunked_build import fill_in_chunks
+from rlrag.retrieval.manifest import Manifest, check_manifest, staged_directory
 from rlrag.retrieval.protocol import Hits
 from rlrag.retrieval.sparse_rows import SparseRows, read_rows, write_rows
 from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
 
-logger = logging.getLogger(__name__)
-
-PROGRESS_FILE = "progress.json"
-# Large enough that sorting by length saves padding, small enough that a stop loses little.
 CHUNK_PASSAGES = 1024
-_LOG_EVERY_S = 10.0
 
 
 def vocabulary_manifest(
@@ -70,58 +55,18 @@ def open_vocabulary_vectors(
         with staged_directory(directory, manifest):
             pass
     check_manifest(directory, manifest)
-    num_rows, num_entries = _read_progress(directory, len(corpus))
-    if num_rows < len(corpus):
-        _encode_from(num_rows, num_entries, corpus, encoder, directory)
+    fill_in_chunks(
+        directory,
+        len(corpus),
+        CHUNK_PASSAGES,
+        partial(_encode_chunk, corpus, encoder),
+        partial(write_rows, directory, binary=False),
+    )
     return read_rows(directory, len(corpus), encoder.size, binary=False)
 
 
-def _read_progress(directory: Path, num_passages: int) -> tuple[int, int]:
-    path = directory / PROGRESS_FILE
-    if not path.exists():
-        return 0, 0
-    try:
-        content = json.loads(path.read_text())
-        num_rows, num_entries = int(content["num_rows"]), int(content["num_entries"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
-    if not 0 <= num_rows <= num_passages or num_entries < 0:
-        raise damaged(path, f"it counts {num_rows} of {num_passages} passages")
-    return num_rows, num_entries
-
-
-def _write_progress(directory: Path, num_rows: int, num_entries: int) -> None:
-    # One name a process: two builders of one directory must not write the same temporary file.
-    temporary = directory / f".{PROGRESS_FILE}-{os.getpid()}"
-    with temporary.open("w") as stream:
-        json.dump({"num_rows": num_rows, "num_entries": num_entries}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(directory / PROGRESS_FILE)
-
-
-def _encode_from(
-    first_row: int, num_entries: int, corpus: Corpus, encoder: VocabularyEncoder, directory: Path
-) -> None:
-    num_passages = len(corpus)
-    logger.info("encoding passages %d to %d into %s", first_row, num_passages, directory)
-    started = last_logged = time.monotonic()
-    for start in range(first_row, num_passages, CHUNK_PASSAGES):
-        end = min(start + CHUNK_PASSAGES, num_passages)
-        rows = encoder.encode([corpus[row].contents for row in range(start, end)], "passage")
-        try:
-            num_entries = write_rows(directory, start, num_entries, rows, binary=False)
-            _write_progress(directory, end, num_entries)
-        except OSError as error:
-            raise cannot_write(directory, error) from error
-        now = time.monotonic()
-        if now - last_logged >= _LOG_EVERY_S or end == num_passages:
-            last_logged = now
-            rate = (end - first_row) / max(now - started, 1e-9)
-            logger.info(
-                "encoded %d of %d passages, %.0f a second, %.0f s left",
-                *(end, num_passages, rate, (num_passages - end) / rate),
-            )
+def _encode_chunk(corpus: Corpus, encoder: VocabularyEncoder, start: int, end: int) -> csr_array:
+    return encoder.encode([corpus[row].contents for row in range(start, end)], "passage")
 
 
 class SemiParametricRetriever:

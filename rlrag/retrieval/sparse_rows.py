@@ -133,13 +133,15 @@ def _columns_of(vectors: csr_array | np.ndarray) -> np.ndarray:
     return vectors_VB
 
 
-def write_rows(
-    directory: Path, first_row: int, first_entry: int, rows: csr_array, binary: bool
-) -> int:
-    """Write a chunk of rows at its place; returns where its entries end.
+def write_rows(directory: Path, first_row: int, rows: csr_array, binary: bool) -> None:
+    """Write a chunk of rows behind those before `first_row`, which are there already.
 
     A chunk that is written again, after a stop or by another process, lands on the same bytes.
     """
+    first_entry = 0
+    if first_row:
+        ends_before = _mapped(directory / ROW_ENDS_FILE, _ROW_END, first_row)
+        first_entry = int(ends_before[-1])
     ends = first_entry + rows.indptr[1:].astype(_ROW_END)
     _write_at(directory / ROW_ENDS_FILE, first_row * _ROW_END.itemsize, ends)
     _write_at(
@@ -147,7 +149,6 @@ def write_rows(
     )
     if not binary:
         _write_at(directory / VALUES_FILE, first_entry * _VALUE.itemsize, rows.data.astype(_VALUE))
-    return first_entry + rows.nnz
 
 
 def _write_at(path: Path, offset: int, array: np.ndarray) -> None:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 from torch import nn
 
-from rlrag.errors import ConfigError, DataError
+from rlrag.errors import ConfigError
 from rlrag.models import resolve_device
 from rlrag.retrieval.trainable import Embedded, Role
 
@@ -27,21 +26,16 @@ class TrainableTextEncoder(nn.Module):
     Args:
         model_dir: Directory of the model, as `rlrag.models.resolve_model` gives it.
         max_tokens: Tokens of a text that are read.
-        batch_size: Texts in one forward pass of `encode`.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
         ConfigError: when the model reads fewer than `max_tokens` tokens.
     """
 
-    def __init__(
-        self, model_dir: Path, max_tokens: int, batch_size: int = 64, device: str = "auto"
-    ) -> None:
+    def __init__(self, model_dir: Path, max_tokens: int, device: str = "auto") -> None:
         from sentence_transformers import SentenceTransformer
 
         super().__init__()
-        self._model_dir = model_dir
-        self._batch_size = batch_size
         self.model = SentenceTransformer(
             str(model_dir),
             device=resolve_device(device),
@@ -74,32 +68,6 @@ class TrainableTextEncoder(nn.Module):
         }
         vectors_BD = self.model(placed)["sentence_embedding"]
         return Embedded(nn.functional.normalize(vectors_BD, dim=-1))
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """The same vectors without gradient, float32 of shape (B, D), for an index.
-
-        Texts are sorted by length before they are cut into batches.
-
-        Raises:
-            DataError: naming the first text whose vector is zero or not finite.
-        """
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
-        size = self.model.get_embedding_dimension()
-        vectors_BD = np.zeros((len(texts), size or 0), dtype=np.float32)
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
-            with torch.no_grad():
-                found = self.embed([texts[row] for row in rows], "passage").vectors_BD
-            vectors_BD[rows] = found.cpu().numpy()
-        lengths_B = np.linalg.norm(vectors_BD, axis=1)
-        unusable = np.flatnonzero(~(lengths_B > 0.5))  # normalised: 1, or 0, or NaN
-        if len(unusable):
-            raise DataError(
-                f"the encoder {self._model_dir} made a vector that is zero or not finite from "
-                f"{texts[int(unusable[0])][:80]!r}; lower training.learning_rate or use another "
-                "encoder"
-            )
-        return vectors_BD
 
     def save_pretrained(self, directory: Path) -> None:
         """Write a new directory from which `TextEncoder` loads these weights.

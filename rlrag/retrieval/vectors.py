@@ -12,33 +12,26 @@ Shape letters: P passages, B passages of a chunk, D vector length.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import shutil
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from rlrag.data.corpus import Corpus
 from rlrag.errors import DataError, SetupError
+from rlrag.retrieval.chunked_build import fill_in_chunks
 from rlrag.retrieval.encoder import Encoder
 from rlrag.retrieval.manifest import (
     Manifest,
-    cannot_write,
     check_manifest,
     damaged,
     staged_directory,
 )
 
-logger = logging.getLogger(__name__)
-
 VECTORS_FILE = "vectors.npy"
-PROGRESS_FILE = "progress.json"
-# Large enough that sorting by length saves padding, small enough that a stop loses little.
 CHUNK_PASSAGES = 1024
-_LOG_EVERY_S = 10.0
 
 
 def open_vectors(
@@ -56,9 +49,13 @@ def open_vectors(
     if not directory.exists():
         _lay_out(len(corpus), encoder.size, directory, manifest)
     check_manifest(directory, manifest)
-    num_done = _read_progress(directory, len(corpus))
-    if num_done < len(corpus):
-        _encode_from(num_done, corpus, encoder, directory)
+    fill_in_chunks(
+        directory,
+        len(corpus),
+        CHUNK_PASSAGES,
+        partial(_encode_chunk, corpus, encoder),
+        partial(_write_rows, directory / VECTORS_FILE),
+    )
     try:
         return np.load(directory / VECTORS_FILE, mmap_mode="r")
     except (OSError, ValueError) as error:
@@ -79,51 +76,6 @@ def _lay_out(num_passages: int, size: int, directory: Path, manifest: Manifest) 
             header = {"descr": "<f4", "fortran_order": False, "shape": (num_passages, size)}
             np.lib.format.write_array_header_1_0(stream, header)
             stream.truncate(stream.tell() + num_bytes)
-
-
-def _read_progress(directory: Path, num_passages: int) -> int:
-    path = directory / PROGRESS_FILE
-    if not path.exists():
-        return 0
-    try:
-        num_done = int(json.loads(path.read_text())["num_encoded"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
-    if not 0 <= num_done <= num_passages:
-        raise damaged(path, f"it counts {num_done} of {num_passages} passages")
-    return num_done
-
-
-def _write_progress(directory: Path, num_done: int) -> None:
-    # One name a process: two builders of one directory must not write the same temporary file.
-    temporary = directory / f".{PROGRESS_FILE}-{os.getpid()}"
-    with temporary.open("w") as stream:
-        json.dump({"num_encoded": num_done}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(directory / PROGRESS_FILE)
-
-
-def _encode_from(first_row: int, corpus: Corpus, encoder: Encoder, directory: Path) -> None:
-    num_passages = len(corpus)
-    logger.info("encoding passages %d to %d into %s", first_row, num_passages, directory)
-    started = last_logged = time.monotonic()
-    for start in range(first_row, num_passages, CHUNK_PASSAGES):
-        end = min(start + CHUNK_PASSAGES, num_passages)
-        vectors_BD = _encode_chunk(corpus, encoder, start, end)
-        try:
-            _write_rows(directory / VECTORS_FILE, start, vectors_BD)
-            _write_progress(directory, end)
-        except OSError as error:
-            raise cannot_write(directory, error) from error
-        now = time.monotonic()
-        if now - last_logged >= _LOG_EVERY_S or end == num_passages:
-            last_logged = now
-            rate = (end - first_row) / max(now - started, 1e-9)
-            logger.info(
-                "encoded %d of %d passages, %.0f a second, %.0f s left",
-                *(end, num_passages, rate, (num_passages - end) / rate),
-            )
 
 
 def _write_rows(path: Path, start: int, vectors_BD: np.ndarray) -> None:

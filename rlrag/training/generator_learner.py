@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,8 @@ from rlrag.config import GeneratorTrainingConfig, TrainingConfig
 from rlrag.errors import GenerationError, NonFiniteLossError
 from rlrag.training.generator_model import TrainableGenerator
 from rlrag.training.gradients import clip_gradient, share_gradient
-from rlrag.training.learning_rate import linear_schedule
-from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
+from rlrag.training.learning_rate import linear_schedule, set_rate
+from rlrag.training.optimizer_state import SavesOptimizer
 from rlrag.training.sharding import local
 from rlrag.training.workers import Workers
 
@@ -37,7 +37,7 @@ class WeightedExample:
     weight: float
 
 
-class GeneratorLearner:
+class GeneratorLearner(SavesOptimizer):
     """Takes one weighted-likelihood step on a generator for each batch of examples.
 
     Every worker sees its share of the batch. Gradients and metrics are summed over the workers and
@@ -94,8 +94,7 @@ class GeneratorLearner:
         rate = linear_schedule(
             step, self._num_steps, self._training.warmup_steps, self._config.learning_rate
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.optimizer.zero_grad()
         try:
             metrics, squares, num_passes = self._accumulate(_merged(examples), num_questions)
@@ -116,18 +115,6 @@ class GeneratorLearner:
             time.monotonic() - started
         )
         return metrics
-
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU of the optimiser's state, for a checkpoint."""
-        return optimizer_tensors(self.optimizer, self._parameters)
-
-    def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over what `optimizer_tensors` gave.
-
-        Raises:
-            CheckpointError: when a tensor belongs to a parameter that this learner does not train.
-        """
-        restore_optimizer(self.optimizer, self._parameters, tensors)
 
     @property
     def _measures_variance(self) -> bool:

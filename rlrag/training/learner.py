@@ -6,7 +6,6 @@ Shape letters: B questions, M samples, K selected.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 
@@ -17,12 +16,12 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.build import TrainablePolicy
 from rlrag.training.experience import Experience
 from rlrag.training.gradients import clip_gradient, share_gradient
-from rlrag.training.learning_rate import linear_schedule
-from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
+from rlrag.training.learning_rate import linear_schedule, set_rate
+from rlrag.training.optimizer_state import SavesOptimizer
 from rlrag.training.workers import Workers
 
 
-class SelectorLearner:
+class SelectorLearner(SavesOptimizer):
     """Takes one DRO step on a policy for each batch of experience.
 
     Every worker sees its share of the batch. Gradients and metrics are summed over the workers and
@@ -96,26 +95,13 @@ class SelectorLearner:
         rate = linear_schedule(
             step, self._num_steps, self._config.warmup_steps, self._config.learning_rate
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.optimizer.zero_grad()
         (loss_B.sum() / self._config.batch_size).backward()
         metrics["grad_norm"] = self._share_gradient(step)
         self.optimizer.step()
         metrics["learning_rate"] = rate
         return metrics
-
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU of the optimiser's state, for a checkpoint."""
-        return optimizer_tensors(self.optimizer, self._parameters)
-
-    def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over what `optimizer_tensors` gave.
-
-        Raises:
-            CheckpointError: when a tensor belongs to a parameter that this learner does not train.
-        """
-        restore_optimizer(self.optimizer, self._parameters, tensors)
 
     def _coefficients(
         self, experience: Experience, weights_BM: torch.Tensor, initial_BM: torch.Tensor

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
 
 def linear_schedule(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
     """Linear warm-up to `peak` over `warmup_steps` steps, then linear decay to 0 at `num_steps`.
@@ -16,3 +21,9 @@ def linear_schedule(step: int, num_steps: int, warmup_steps: int, peak: float) -
         return peak * (step + 1) / warmup_steps
     left = (num_steps - step) / max(num_steps - warmup_steps, 1)
     return peak * min(1.0, left)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next step have this size, for all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

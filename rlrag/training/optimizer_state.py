@@ -49,3 +49,22 @@ def restore_optimizer(
     state = optimizer.state_dict()
     state["state"] = slots
     optimizer.load_state_dict(state)
+
+
+class SavesOptimizer:
+    """A learner whose optimiser changes named parameters; `optimizer_tensors` is its state."""
+
+    optimizer: torch.optim.Optimizer
+    _parameters: Mapping[str, nn.Parameter]
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of the optimiser's state, for a checkpoint."""
+        return optimizer_tensors(self.optimizer, self._parameters)
+
+    def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `optimizer_tensors` gave.
+
+        Raises:
+            CheckpointError: when a tensor belongs to a parameter that this learner does not train.
+        """
+        restore_optimizer(self.optimizer, self._parameters, tensors)

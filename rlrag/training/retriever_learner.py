@@ -28,12 +28,12 @@ from rlrag.errors import DataError, NonFiniteLossError
 from rlrag.retrieval.trainable import Embedded, Role, TrainableEncoder
 from rlrag.training.gradient_cache import CachedTexts
 from rlrag.training.gradients import clip_gradient, share_gradient
-from rlrag.training.learning_rate import linear_schedule
-from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
+from rlrag.training.learning_rate import linear_schedule, set_rate
+from rlrag.training.optimizer_state import SavesOptimizer
 from rlrag.training.workers import Workers
 
 
-class RetrieverLearner:
+class RetrieverLearner(SavesOptimizer):
     """Takes one step on a retriever's encoder for each batch of questions with passages.
 
     Every worker sees its share of the batch; shares may differ in size and may be empty. Losses
@@ -175,18 +175,6 @@ class RetrieverLearner:
         metrics = {"retriever/loss": loss, "retriever/accuracy": hits / share.total}
         return metrics | self._step(texts, gradients, step)
 
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU of the optimiser's state, for a checkpoint."""
-        return optimizer_tensors(self.optimizer, self._parameters)
-
-    def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over what `optimizer_tensors` gave.
-
-        Raises:
-            CheckpointError: when a tensor belongs to a parameter that this learner does not train.
-        """
-        restore_optimizer(self.optimizer, self._parameters, tensors)
-
     def _distil(
         self,
         texts: CachedTexts,
@@ -259,8 +247,7 @@ class RetrieverLearner:
         rate = linear_schedule(
             step, self._num_steps, self._config.warmup_steps, self._openrag.learning_rate
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.optimizer.zero_grad()
         texts.backward(gradients)
         gradient, norm = share_gradient(list(self._parameters.values()), self._workers)
@@ -276,7 +263,7 @@ class RetrieverLearner:
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
             raise NonFiniteLossError(
-                f"the retriever's loss of step {step} is {loss}; lower training.learning_rate, or "
+                f"the retriever's loss of step {step} is {loss}; lower openrag.learning_rate, or "
                 "raise openrag.temperature"
             )
 
