@@ -1,8 +1,9 @@
 """Time and memory of a push of new weights into a pool of engines that go on running.
 
 Run `python -m benchmarks.weight_sync`. This process plays the learner: it holds two sets of weights
-and pushes them in turn. Some pushes are timed; others, which are not, have the memory of all
-processes of the cluster read meanwhile: the pages of each, and shared memory once.
+and pushes them in turn, whole models first and then low-rank adapters. Some pushes are timed;
+others, which are not, have the memory of all processes of the cluster read meanwhile: the pages of
+each, and shared memory once.
 After the last push the engines' scores are compared with those of a model in this process that
 holds the same weights.
 """
@@ -10,6 +11,7 @@ holds the same weights.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -17,7 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,9 +121,10 @@ def _read_or_empty(path: str) -> str:
 
 @dataclass(frozen=True)
 class Pushes:
-    """What was measured of one pool."""
+    """What was measured of one pool; `copy_bytes` is the model, `pushed_bytes` what travels."""
 
     copy_bytes: int
+    pushed_bytes: int
     first_s: float
     later_s: Sequence[float]
     hash_s: float
@@ -134,6 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=None, help="default: the built-in generator")
     parser.add_argument("--backends", nargs="+", default=["transformers", "vllm"])
     parser.add_argument("--actors", nargs="+", type=int, default=[1, 2])
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["whole", "adapter"], default=["whole", "adapter"]
+    )
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter")
     parser.add_argument("--pushes", type=int, default=5, help="timed, and as many watched")
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     options = parser.parse_args(arguments)
@@ -145,53 +153,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> str:
-    """The whole report, one row a back end and number of actors."""
+    """The whole report, one row a back end, number of actors and kind of push."""
     from rlrag.config import GeneratorConfig, RunConfig
     from rlrag.generation.build import resolve_config
 
     wanted = {"model": options.model} if options.model else {}
     cache = RunConfig().cache_path
     rows = []
-    for backend in options.backends:
-        for num_actors in options.actors:
-            config = GeneratorConfig(
-                **wanted,
-                backend=backend,
-                num_actors=num_actors,
-                cpus_per_actor=0.5,
-                max_model_len=256,
-            )
-            config = resolve_config(config, "ray")
-            learner, sets, hash_s = _learner(config, cache)
-            size = sum(tensor.nbytes for tensor in sets[0].tensors.values())
-            with own_cluster(num_actors, max(10**8, 3 * size)):
-                pushes = _measure_pool(config, cache, learner, sets, hash_s, options.pushes)
-            rows.append(_row(backend, num_actors, pushes))
+    for backend, num_actors, kind in product(options.backends, options.actors, options.kinds):
+        config = GeneratorConfig(
+            **wanted,
+            backend=backend,
+            num_actors=num_actors,
+            cpus_per_actor=0.5,
+            max_model_len=256,
+        )
+        config = resolve_config(config, "ray")
+        learner = _learner(config, cache)
+        sets = _whole(config, cache) if kind == "whole" else _adapters(config, cache, options.rank)
+        size = _copy_bytes(config, cache)
+        with own_cluster(num_actors, max(10**8, 3 * size)):
+            pushes = _measure_pool(config, cache, learner, sets, size, options.pushes)
+        rows.append(_row(backend, num_actors, kind, pushes))
     return _report(config, rows, options)
 
 
-def _learner(
-    config: GeneratorConfig, cache: Path
-) -> tuple[Generator, tuple[GeneratorWeights, GeneratorWeights], float]:
-    """A model in this process, two sets of weights for it, and the seconds that a hash takes."""
+def _learner(config: GeneratorConfig, cache: Path) -> Generator:
+    """A model in this process, which the engines are compared with."""
+    from rlrag.generation.transformers_backend import TransformersGenerator
+    from rlrag.models import resolve_model
+
+    return TransformersGenerator(resolve_model(config.model, cache), config.dtype, "cpu")
+
+
+def _whole(config: GeneratorConfig, cache: Path) -> tuple[GeneratorWeights, GeneratorWeights]:
+    """Two sets of all weights: those on disk, and others near them."""
     import torch
 
-    from rlrag.generation.transformers_backend import TransformersGenerator
     from rlrag.generation.weights import pack_weights
     from rlrag.models import resolve_model
 
-    directory = resolve_model(config.model, cache)
-    learner = TransformersGenerator(directory, config.dtype, "cpu")
-    parameters = _parameters(directory, config.dtype)
+    parameters = _parameters(resolve_model(config.model, cache), config.dtype)
     random = torch.Generator().manual_seed(0)
-    start = time.perf_counter()
-    first = pack_weights(parameters, version=1)
-    hash_s = time.perf_counter() - start
     changed = {
         name: tensor * (1 + 0.05 * torch.randn(tensor.shape, generator=random).to(tensor.dtype))
         for name, tensor in parameters.items()
     }
-    return learner, (first, pack_weights(changed, version=2)), hash_s
+    return pack_weights(parameters, version=1), pack_weights(changed, version=2)
+
+
+def _adapters(
+    config: GeneratorConfig, cache: Path, rank: int
+) -> tuple[GeneratorWeights, GeneratorWeights]:
+    """Two adapters as a learner publishes them, their weights moved as by training."""
+    import torch
+
+    from rlrag.config import GeneratorTrainingConfig
+    from rlrag.models import resolve_model
+    from rlrag.training.generator_model import TrainableGenerator
+
+    training = GeneratorTrainingConfig(lora_rank=rank, lora_alpha=2 * rank)
+    learner = TrainableGenerator(resolve_model(config.model, cache), training, "cpu", seed=0)
+
+    def moved(version: int) -> GeneratorWeights:
+        random = torch.Generator().manual_seed(version)
+        with torch.no_grad():
+            for parameter in learner.trainable_parameters().values():
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=random))
+        return learner.published_weights(version, torch.float32)
+
+    return moved(1), moved(2)
+
+
+def _copy_bytes(config: GeneratorConfig, cache: Path) -> int:
+    """Bytes of the model in the number format of the engines."""
+    import torch
+
+    from rlrag.generation.weight_layout import WeightLayout
+    from rlrag.models import resolve_model
+
+    shapes = WeightLayout.of(resolve_model(config.model, cache)).shapes.values()
+    return sum(map(math.prod, shapes)) * getattr(torch, config.dtype).itemsize
 
 
 def _parameters(directory: Path, dtype: str) -> dict[str, torch.Tensor]:
@@ -206,13 +248,16 @@ def _measure_pool(
     cache: Path,
     learner: Generator,
     sets: tuple[GeneratorWeights, GeneratorWeights],
-    hash_s: float,
+    copy_bytes: int,
     num_pushes: int,
 ) -> Pushes:
     from rlrag.generation.build import open_generator
     from rlrag.generation.pool_client import PoolClient
-    from rlrag.generation.weights import GeneratorWeights
+    from rlrag.generation.weights import pack_weights
 
+    start = time.perf_counter()
+    pack_weights(sets[0].tensors, 1, sets[0].adapter_scale)
+    hash_s = time.perf_counter() - start
     opened, _ = open_generator(config, "ray", cache)
     pool, num_actors = opened.inner, config.num_actors
     assert isinstance(pool, PoolClient)
@@ -225,9 +270,9 @@ def _measure_pool(
         def push() -> float:
             nonlocal version
             version += 1
-            chosen = sets[version % 2]
+            chosen = replace(sets[version % 2], version=version)
             start = time.perf_counter()
-            pool.load_weights(GeneratorWeights(version, chosen.digest, chosen.tensors))
+            pool.load_weights(chosen)
             return time.perf_counter() - start
 
         with MemoryPeak() as memory:
@@ -244,8 +289,8 @@ def _measure_pool(
         difference = max(abs(a.mean_logp - b.mean_logp) for a, b in zip(ours, theirs, strict=True))
     finally:
         opened.close()
-    size = sum(tensor.nbytes for tensor in sets[0].tensors.values())
-    return Pushes(size, first_s, later_s, hash_s, memory.extra, difference)
+    pushed = sum(tensor.nbytes for tensor in sets[0].tensors.values())
+    return Pushes(copy_bytes, pushed, first_s, later_s, hash_s, memory.extra, difference)
 
 
 def _requests() -> tuple[list[Prompt], list[tuple[int, ...]]]:
@@ -259,11 +304,12 @@ def _requests() -> tuple[list[Prompt], list[tuple[int, ...]]]:
     return prompts, [tuple(map(int, random.integers(5, 500, size=3))) for _ in prompts]
 
 
-def _row(backend: str, num_actors: int, pushes: Pushes) -> str:
+def _row(backend: str, num_actors: int, kind: str, pushes: Pushes) -> str:
     later = statistics.median(pushes.later_s)
     speed = num_actors * pushes.copy_bytes / later / 2**30
     return (
-        f"| {backend} | {num_actors} | {pushes.copy_bytes / _MIB:,.1f} | {pushes.hash_s:.2f} | "
+        f"| {backend} | {num_actors} | {kind} | {pushes.pushed_bytes / _MIB:,.1f} | "
+        f"{pushes.copy_bytes / _MIB:,.1f} | {pushes.hash_s:.2f} | "
         f"{pushes.first_s:.2f} | **{later:.2f}** | {speed:.2f} | "
         f"**{pushes.extra / pushes.copy_bytes:.2f}** | {pushes.difference:.1e} |"
     )
@@ -278,17 +324,20 @@ def _report(config: GeneratorConfig, rows: Sequence[str], options: argparse.Name
         "",
         "A push ends when the last actor answers with the new weights. It has three parts: every "
         "engine checks names and shapes, one copy goes to Ray's object store piece by piece, every "
-        "engine reads it there and copies it into its model. No engine restarts. `push, s` is the "
+        "engine reads it there and copies it into its model. No engine restarts. Of a `whole` push "
+        f"all weights travel; of an `adapter` push those of rank {options.rank} on every linear "
+        "layer, in float32, which each engine merges into the weights on its disk, one tensor at a "
+        "time. `push, s` is the "
         f"median of {options.pushes} pushes after the first. Extra memory is the peak of all "
         f"processes and the object store over {options.pushes + 1} pushes, less what there was "
-        "before the first of them, in copies of the weights; the copy that stays in the object "
+        "before the first of them, in copies of the model; what stays in the object "
         f"store for actors that restart is part of it (target: at most {TARGET_COPIES}). The "
         "difference is the largest between the engines' mean log-probability a token "
         "and that of a transformers model in this process with the same weights.",
         "",
-        "| back end | actors | one copy, MiB | hash, s | first push, s | push, s | GiB/s, all "
-        "actors | extra memory, copies | difference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| back end | actors | push | pushed, MiB | model, MiB | hash, s | first push, s | push, s "
+        "| model GiB/s, all actors | extra memory, copies of the model | difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *rows,
         "",
     ]

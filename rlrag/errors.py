@@ -56,3 +56,11 @@ class RunDirectoryError(RlragError, FileExistsError):
 
 class SetupError(RlragError, EnvironmentError):
     """Something the machine must provide is missing: a compiler, a package, disk space."""
+
+
+class RequestError(RlragError, ValueError):
+    """A request to a served pipeline cannot be answered as it was asked."""
+
+
+class OverloadedError(RlragError, RuntimeError):
+    """A served pipeline has no room for a request now, or a part of it is restarting."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
@@ -139,8 +140,13 @@ def _retrieving(config: RunConfig, **changes: object) -> RunConfig:
     return config.model_copy(update={"retrieval": config.retrieval.model_copy(update=changes)})
 
 
-def open_policy(config: RunConfig, candidates: CandidateTable) -> TrainablePolicy:
+def open_policy(config: RunConfig, candidates: CandidateTable, base: Any = None) -> TrainablePolicy:
     """The policy that training starts from, for candidates of this shape.
+
+    Args:
+        config: The run.
+        candidates: Any candidates of its retriever.
+        base: A loaded model that the policy shares with the generator; see `ListwiseLMPolicy`.
 
     Raises:
         CheckpointError: when `selector.weights` is missing or belongs to another policy.
@@ -152,6 +158,7 @@ def open_policy(config: RunConfig, candidates: CandidateTable) -> TrainablePolic
         candidates.vector_size,
         config.cache_path,
         config.seed,
+        base,
     )
     if config.selector.weights is not None:
         load_weights(policy, Path(config.selector.weights).expanduser())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import save_tokenizer
 
-from rlrag.config import GeneratorConfig
+from rlrag.config import GeneratorConfig, GeneratorTrainingConfig
 from rlrag.errors import GenerationError
 from rlrag.generation.build import open_generator
 from rlrag.generation.pool_client import PoolClient
@@ -18,6 +18,7 @@ from rlrag.generation.protocol import Sampling
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.records import Prompt
+from rlrag.training.generator_model import TrainableGenerator
 
 TOLERANCE = 1e-3
 NUM_PUSHES = 20
@@ -80,6 +81,30 @@ def changed(model: torch.nn.Module, version: int) -> GeneratorWeights:
     )
 
 
+def check_adapter_push(directory: Path, pool: PoolClient, version: int) -> None:
+    """Push a trained adapter; the engine's scores are the learner's, and those of a merged set."""
+    asked, answers = prompts(6), [(7, 8, 9)] * 3 + [(11,)] * 3
+    config = GeneratorTrainingConfig(precision="float32", lora_rank=4)
+    learner = TrainableGenerator(directory, config, "cpu", seed=0)
+    random = torch.Generator().manual_seed(0)
+    ids = [prompt.token_ids for prompt in asked]
+    with torch.no_grad():
+        untrained = learner.answer_logp(ids, answers).tolist()
+        for parameter in learner.trainable_parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+        trained = learner.answer_logp(ids, answers).tolist()
+    assert trained != pytest.approx(untrained, abs=0.1)
+    weights = learner.published_weights(version, torch.float32)
+    assert weights.is_adapter
+    pool.load_weights(weights)
+    scores = pool.score(asked, answers)
+    assert {score.version for score in scores} == {version}
+    assert [score.logp for score in scores] == pytest.approx(trained, abs=TOLERANCE)
+    pool.load_weights(pack_weights(learner.merged_tensors(torch.float32), version + 1))
+    again = pool.score(asked, answers)
+    assert [score.logp for score in again] == [score.logp for score in scores]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_20_pushes_under_load_leave_no_wrong_version_and_the_learners_scores(tmp_path, tied):
     directory = save_model(tmp_path / "model", tied)
@@ -126,5 +151,6 @@ def test_20_pushes_under_load_leave_no_wrong_version_and_the_learners_scores(tmp
         with pytest.raises(GenerationError, match=r"'model\.norm\.weight' is \(3,\), not \(64,\)"):
             pool.load_weights(GeneratorWeights(99, "bad", misshapen))
         assert pool.score(asked, answers) == before
+        check_adapter_push(directory, pool, NUM_PUSHES + 1)
     finally:
         opened.close()

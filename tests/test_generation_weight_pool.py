@@ -22,8 +22,14 @@ from rlrag.generation.identity import pushed_identity
 from rlrag.generation.pool import GeneratorPool
 from rlrag.generation.pool_client import PoolClient
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
-from rlrag.generation.weight_protocols import check_shapes
-from rlrag.generation.weight_store import WeightsTag, WeightStore, fetch_tensors, store_weights
+from rlrag.generation.weight_protocols import adapter_names, check_adapter, check_shapes
+from rlrag.generation.weight_store import (
+    StoredWeights,
+    WeightsTag,
+    WeightStore,
+    fetch_tensors,
+    store_weights,
+)
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.records import Generation, Prompt, Score
 
@@ -42,11 +48,18 @@ class Scaled:
         self._factor = 0.0
         (folder / f"started-{os.getpid()}").touch()
 
-    def check_weights(self, shapes) -> None:
-        check_shapes({"factor": (1,)}, shapes, optional={"filler": shapes.get("filler", ())})
+    def check_weights(self, shapes, adapter=False) -> None:
+        if adapter:
+            check_adapter({"factor.weight": (1, 1)}, shapes)
+        else:
+            check_shapes({"factor": (1,)}, shapes, optional={"filler": shapes.get("filler", ())})
 
     def load_weights(self, weights) -> None:
-        factor = float(weights.tensors["factor"][0])
+        if weights.is_adapter:
+            down, up = (weights.tensors[name] for name in adapter_names("factor.weight"))
+            factor = weights.adapter_scale * float(up @ down)
+        else:
+            factor = float(weights.tensors["factor"][0])
         if factor == HANG:
             time.sleep(600)
         self._factor = factor
@@ -117,6 +130,34 @@ def test_a_restarted_actor_serves_the_newest_set(open_pool, tmp_path):
     pool.wait_until_ready()
     assert len(pids(tmp_path)) == 4
     assert results(pool) == {(2, "2")}
+
+
+def adapter(version: int, scale: float, num_inputs: int = 1) -> GeneratorWeights:
+    """An adapter of rank 2 that makes the factor 11 times the scale."""
+    down, up = adapter_names("factor.weight")
+    tensors = {
+        down: torch.tensor([[1.0], [4.0]]).expand(2, num_inputs),
+        up: torch.tensor([[3.0, 2.0]]),
+    }
+    return pack_weights(tensors, version, scale)
+
+
+def test_an_adapter_travels_with_its_scale_and_comes_back_after_a_restart(open_pool, tmp_path):
+    pool = open_pool()
+    pool.load_weights(weights(1))
+    for version, scale in ((2, 0.5), (3, 2.0)):
+        pushed = adapter(version, scale)
+        pool.load_weights(pushed)
+        assert results(pool) == {(version, f"{11 * scale:g}")}
+        assert pool.identity == pushed_identity("scaled", pushed.digest)
+    for pid in pids(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    assert results(pool) == {(3, "22")}
+    with pytest.raises(GenerationError, match=r"'factor\.lora_A\.weight' is \(2, 2\)"):
+        pool.load_weights(adapter(4, 1.0, num_inputs=2))
+    assert (results(pool), pool.version) == ({(3, "22")}, 3)
+    pool.load_weights(weights(5))
+    assert results(pool) == {(5, "5")}
 
 
 def test_the_set_outlives_the_process_that_pushed_it(open_pool, tmp_path):
@@ -317,14 +358,14 @@ def test_a_set_on_its_way_is_not_handed_out(store):
     for tag in (first, second):
         ray.get(store.begin.remote(tag))
         assert ray.get(store.newest.remote()) is None
-    ray.get(store.finish.remote(second, ()))
+    ray.get(store.finish.remote(StoredWeights(second, ())))
     assert ray.get(store.newest.remote()).tag == second
 
 
 def test_two_processes_that_push_to_one_store_are_told(store):
     ray.get(store.begin.remote(WeightsTag(1, "a")))
     with pytest.raises(GenerationError, match=r"asked about .*1 \(b\) but has begun on .*1 \(a\)"):
-        ray.get(store.finish.remote(WeightsTag(1, "b"), ()))
+        ray.get(store.finish.remote(StoredWeights(WeightsTag(1, "b"), ())))
 
 
 def test_a_store_that_died_is_named(store):

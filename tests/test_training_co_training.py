@@ -13,7 +13,7 @@ from thread_workers import make_group, run_together
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError
 from rlrag.generation.transformers_backend import TransformersGenerator
-from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.generation.weights import GeneratorWeights
 from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.parts import open_whole_generator
 from rlrag.training.run_directory import RunDirectory
@@ -46,7 +46,7 @@ def published(config: RunConfig, directory: Path, step: int) -> str:
     """Digest of the generator of a checkpoint as engines get it."""
     trained = open_whole_generator(config)
     trained.load_trainable(CheckpointStore(directory / "checkpoints").load(step)[0]["generator"])
-    return pack_weights(trained.merged_tensors(torch.float32), 0).digest
+    return trained.published_weights(0, torch.float32).digest
 
 
 def test_every_step_is_rewarded_and_validated_by_the_weights_before_it(

@@ -250,7 +250,11 @@ def _work(rank: int, directory: str, port: int, out) -> None:
         restored_learner.load_optimizer(moments)
         learner.update(share, NUM_QUESTIONS, 1)
         restored_learner.update(share, NUM_QUESTIONS, 1)
-        found = model.merged_tensors(torch.float32), restored.merged_tensors(torch.float32)
+        found = (
+            model.merged_tensors(torch.float32),
+            restored.merged_tensors(torch.float32),
+            model.published_weights(1, torch.float32).tensors,
+        )
         if rank == 0:
             out.put(
                 (metrics, *({name: t.numpy() for name, t in tensors.items()} for tensors in found))
@@ -272,7 +276,7 @@ def test_sharded_workers_do_what_one_does(model_dir, unused_port):
         model, learner = make(model_dir, **settings)
         alone = learner.update(EXAMPLES, NUM_QUESTIONS, 0)
         learner.update(EXAMPLES, NUM_QUESTIONS, 1)
-        metrics, found, resumed = out.get(timeout=600)
+        metrics, found, resumed, published = out.get(timeout=600)
         for name in ("loss", "grad_norm", "mean_answer_logp", "num_sequences", "num_tokens"):
             assert metrics[f"generator/{name}"] == pytest.approx(
                 alone[f"generator/{name}"], rel=1e-4
@@ -280,6 +284,10 @@ def test_sharded_workers_do_what_one_does(model_dir, unused_port):
         expected = model.merged_tensors(torch.float32)
         assert_close({name: torch.from_numpy(t) for name, t in found.items()}, expected)
         assert all((found[name] == resumed[name]).all() for name in expected)
+        assert_close(
+            {name: torch.from_numpy(t) for name, t in published.items()},
+            dict(model.published_weights(1, torch.float32).tensors),
+        )
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0

@@ -218,6 +218,47 @@ def test_merged_tensors_have_the_names_and_shapes_of_the_files(model_dir):
     assert all(torch.equal(merged[name], files[name].bfloat16()) for name in files)
 
 
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_engine_that_took_what_is_published_holds_the_merged_model(
+    model_dir, tied_dir, method, dtype, kind
+):
+    from rlrag.generation.transformers_backend import TransformersGenerator
+
+    source, number_format = tied_dir if kind == "tied" else model_dir, getattr(torch, dtype)
+    model = make(source, method=method, lora_alpha=6.0)
+    disturb(model)
+    published = model.published_weights(3, number_format)
+    engine = TransformersGenerator(source, dtype, "cpu")
+    engine.load_weights(published)
+    held, merged = engine._model.state_dict(), model.merged_tensors(number_format)
+    assert merged.keys() == dict(engine._model.named_parameters()).keys()
+    assert all(torch.equal(held[name], merged[name]) for name in merged)
+    assert (engine.version, published.is_adapter) == (3, method == "lora")
+
+
+def test_of_lora_the_adapter_alone_is_published_and_in_float32(model_dir):
+    model = make(model_dir, lora_rank=4, lora_alpha=6.0)
+    disturb(model)
+    published = model.published_weights(1, torch.bfloat16)
+    assert published.adapter_scale == 1.5
+    trained = model.trainable_tensors()
+    assert published.tensors.keys() == {n.replace(".default.", ".") for n in trained}
+    for name, tensor in trained.items():
+        found = published.tensors[name.replace(".default.", ".")]
+        assert torch.equal(found, tensor)
+        assert found.dtype == torch.float32
+    sent = sum(tensor.nbytes for tensor in published.tensors.values())
+    assert sent < sum(t.nbytes for t in model.merged_tensors(torch.float32).values()) / 2
+    digest = published.digest
+    disturb(model, seed=1)  # what was published is a copy
+    assert all(
+        torch.equal(t, published.tensors[n.replace(".default.", ".")]) for n, t in trained.items()
+    )
+    assert model.published_weights(1, torch.bfloat16).digest != digest
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_trained_tensors_come_back(model_dir, method):
     model, other = make(model_dir, method=method), make(model_dir, seed=1, method=method)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from stand_ins import NUM_CANDIDATES, make_table
+from loop_runs import changed
+from stand_ins import NUM_CANDIDATES, WordPrompts, make_table
 from tiny_models import save_tiny_llama
 
-from rlrag.errors import DataError, NonFiniteLossError
+from rlrag.config import RunConfig
+from rlrag.errors import ConfigError, DataError, NonFiniteLossError
+from rlrag.pipeline import TrainingData
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
-from rlrag.training.imitation import imitate
+from rlrag.training.imitation import imitate, orders_of_run
+from rlrag.training.parts import TrainedParts
+from rlrag.training.schedule import BatchSchedule
+from rlrag.training.workers import SingleWorker
 
 NUM_QUESTIONS = 6
 
@@ -109,3 +116,90 @@ def test_what_cannot_work_is_refused(model_dir, table):
         policy.get_parameter("model.lm_head.weight").fill_(float("nan"))
     with pytest.raises(NonFiniteLossError, match="imitation step 1"):
         imitate(policy, table, 1, 2, 1e-3, 0)
+
+
+def save_run(path: Path, orders: dict[int, list[int]]) -> Path:
+    """A run of these candidates by question, best first, with lines from the last to the first."""
+    lines = [
+        f"q{q} Q0 p{q}-{n} {rank} {-rank} other"
+        for q, order in orders.items()
+        for rank, n in enumerate(order, start=1)
+    ]
+    path.write_text("\n".join(reversed(lines)) + "\n")
+    return path
+
+
+def reversed_run(path: Path, num_questions: int = NUM_QUESTIONS) -> Path:
+    order = list(range(NUM_CANDIDATES))[::-1]
+    return save_run(path, dict.fromkeys(range(num_questions), order))
+
+
+def test_a_run_gives_positions_and_the_retriever_the_rest(tmp_path, table):
+    """Question 0 whole; of 1 one candidate; of 2 none; the others are missing; 70 is nobody's."""
+    run = save_run(tmp_path / "run", {0: [4, 1, 0], 1: [2], 2: [77], 70: [0, 1]})
+    found = orders_of_run(run, table, 2)
+    assert found.positions_QK.tolist() == [[4, 1], [2, 0], [0, 1], [0, 1], [0, 1], [0, 1]]
+    assert (found.num_short, found.num_missing) == (2, 3)
+    whole = orders_of_run(run, table, NUM_CANDIDATES)
+    assert whole.positions_QK[:2].tolist() == [[4, 1, 0, 2, 3], [2, 0, 1, 3, 4]]
+    assert (whole.num_short, whole.num_missing) == (3, 3)
+    everything = orders_of_run(reversed_run(tmp_path / "reversed"), table, 2)
+    assert everything.positions_QK.tolist() == [[4, 3]] * NUM_QUESTIONS
+    assert (everything.num_short, everything.num_missing) == (0, 0)
+
+
+def test_a_run_of_other_questions_or_passages_is_refused(tmp_path, table):
+    with pytest.raises(DataError, match=r"its first is 'q70', and the first of 6 .* is 'q0'"):
+        orders_of_run(save_run(tmp_path / "run", {70: [0]}), table, 2)
+    with pytest.raises(DataError, match="it names 'p3-9', where 'p3-0' is wanted"):
+        orders_of_run(save_run(tmp_path / "run", {3: [9]}), table, 2)
+
+
+@pytest.fixture
+def config(small_config, model_dir) -> RunConfig:
+    return changed(
+        small_config,
+        environment={"num_selected": 2},
+        selector={
+            "kind": "listwise_lm",
+            "model": str(model_dir),
+            "max_tokens": 16,
+            "adapter_rank": 8,
+            "prior_scale": 200.0,  # the order itself
+            "imitation_steps": 15,
+            "imitation_learning_rate": 0.02,
+        },
+    )
+
+
+def warm(config: RunConfig, table, path: Path) -> TrainedParts:
+    config = changed(config, selector={"imitation_run": str(path)})
+    schedule = BatchSchedule(config.training, config.dro, len(table), config.seed)
+    parts = TrainedParts(
+        config, TrainingData(table, None, {}), WordPrompts(), schedule, SingleWorker()
+    )
+    parts.warm_start()
+    return parts
+
+
+def test_a_run_that_reverses_the_retriever_is_imitated(config, table, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "rlrag"):
+        parts = warm(config, table, reversed_run(tmp_path / "run"))
+    last = [[NUM_CANDIDATES - 1, NUM_CANDIDATES - 2]] * NUM_QUESTIONS
+    for policy in (parts.policy, parts.initial):
+        assert policy.greedy(table.batch(range(NUM_QUESTIONS))).tolist() == last
+    assert not [record for record in caplog.records if "imitation_run" in record.message]
+
+
+def test_what_a_run_leaves_out_is_said_once(config, table, tmp_path, caplog):
+    config = changed(config, selector={"imitation_steps": 1})
+    run = save_run(tmp_path / "run", {0: [4, 1], 1: [2], 2: [3]})
+    with caplog.at_level(logging.WARNING, "rlrag"):
+        warm(config, table, run)
+    (record,) = caplog.records
+    assert f"{run} lacks 3 of 6 questions and ranks fewer than 2 candidates of 2" in record.message
+
+
+def test_a_run_without_steps_is_refused(config):
+    with pytest.raises(ConfigError, match=r"'run.txt', but selector.imitation_steps is 0"):
+        changed(config, selector={"imitation_run": "run.txt", "imitation_steps": 0})

@@ -157,8 +157,8 @@ def test_parts_of_another_shape_are_refused(config):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_published_weights_are_numbered_and_in_the_format_of_the_engines(config, dtype):
-    config = changed(config, generator={"dtype": dtype})
+def test_whole_published_weights_are_numbered_and_in_the_format_of_the_engines(config, dtype):
+    config = changed(config, generator={"dtype": dtype}, generator_training={"method": "full"})
     parts = open_parts(config)
     untrained = parts.generator_weights(3)
     assert untrained.version == 3
@@ -171,12 +171,25 @@ def test_published_weights_are_numbered_and_in_the_format_of_the_engines(config,
     assert trained.digest == pack_weights(merged, 0).digest
 
 
+def test_a_published_adapter_is_numbered_and_the_same_for_engines_of_every_format(config):
+    first, second = (
+        open_parts(changed(config, generator={"dtype": dtype})).generator_weights(version)
+        for version, dtype in ((3, "float32"), (4, "bfloat16"))
+    )
+    assert (first.version, second.version) == (3, 4)
+    assert first.digest == second.digest
+    assert first.adapter_scale == config.generator_training.lora_alpha / 2
+    parts = open_parts(config)
+    update(parts, config, 0)
+    assert parts.generator_weights(5).digest != first.digest
+
+
 def test_a_whole_generator_takes_over_a_checkpoint(config):
     parts = open_parts(config)
     update(parts, config, 0)
     whole = open_whole_generator(changed(config, generator_training={"sharding": "fsdp2"}))
     whole.load_trainable(parts.tensors()["generator"])
-    found = pack_weights(whole.merged_tensors(torch.float32), 0)
+    found = whole.published_weights(0, torch.float32)
     assert found.digest == parts.generator_weights(0).digest
 
 

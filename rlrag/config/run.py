@@ -23,6 +23,7 @@ from rlrag.config.training import (
     DROConfig,
     EvaluationConfig,
     GeneratorTrainingConfig,
+    OffPolicyConfig,
     OpenRAGConfig,
     TrainingConfig,
 )
@@ -45,6 +46,7 @@ class RunConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
     reward: RewardConfig = RewardConfig()
     dro: DROConfig = DROConfig()
+    off_policy: OffPolicyConfig = OffPolicyConfig()
     openrag: OpenRAGConfig = OpenRAGConfig()
     generator_training: GeneratorTrainingConfig = GeneratorTrainingConfig()
     training: TrainingConfig = TrainingConfig()
@@ -68,6 +70,10 @@ class RunConfig(Section):
                 "training.parts is empty; train 'retriever', 'selector', 'generator' or several"
             )
         self._check_systems()
+        if self.generator_training.share_base:
+            self._check_shared_base()
+        if self.training.experience is not None:
+            self._check_experience()
         if self.trains_retriever:
             self._check_retriever_training()
         elif self.training.rounds > 1:
@@ -129,6 +135,43 @@ class RunConfig(Section):
                     f"evaluation.systems asks for {name}, but retrieval.encoder is unset; name one "
                     "or leave the system out"
                 )
+
+    def _check_experience(self) -> None:
+        if self.training.parts != ("selector",):
+            raise ValueError(
+                f"training.experience trains the selector alone, but training.parts is "
+                f"{list(self.training.parts)}; set it to selector"
+            )
+        if self.selector.imitation_steps:
+            raise ValueError(
+                f"training.experience starts from selector.weights, but selector.imitation_steps "
+                f"is {self.selector.imitation_steps}; set it to 0"
+            )
+
+    def _check_shared_base(self) -> None:
+        selector, training = self.selector, self.generator_training
+        if set(self.training.parts) != {"selector", "generator"}:
+            raise ValueError(
+                "generator_training.share_base needs a run that trains selector and generator and "
+                f"nothing else, but training.parts is {list(self.training.parts)}; set it to False"
+            )
+        if selector.kind != "listwise_lm" or selector.adapter_rank is None:
+            raise ValueError(
+                "generator_training.share_base needs a selector with an adapter, but selector.kind "
+                f"is {selector.kind!r} and selector.adapter_rank {selector.adapter_rank}; use "
+                "listwise_lm with a rank"
+            )
+        if training.method != "lora" or training.sharding != "replicated":
+            raise ValueError(
+                "generator_training.share_base needs a generator whose own weights stay whole and "
+                f"as they are, but generator_training.method is {training.method!r} and sharding "
+                f"{training.sharding!r}; use lora and replicated"
+            )
+        if selector.model != self.generator.model:
+            raise ValueError(
+                f"generator_training.share_base needs one model, but selector.model is "
+                f"{selector.model!r} and generator.model {self.generator.model!r}; name the same"
+            )
 
     def _check_retriever_training(self) -> None:
         retrieval, openrag = self.retrieval, self.openrag

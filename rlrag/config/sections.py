@@ -130,6 +130,9 @@ class SelectorConfig(Section):
     as `prior_scale` says: what lets a language model start from a ranker."""
     imitation_learning_rate: float = Field(default=1e-3, gt=0)
     """AdamW step size of those steps."""
+    imitation_run: str | None = None
+    """TREC run file, plain or gzip, whose order those steps imitate in place of the retriever's;
+    where it ranks fewer candidates than are selected, the retriever's order follows."""
 
     @model_validator(mode="after")
     def _imitation_fits(self) -> Self:
@@ -137,6 +140,11 @@ class SelectorConfig(Section):
             raise ValueError(
                 f"selector.imitation_steps is {self.imitation_steps}, but selector.kind "
                 f"{self.kind!r} starts from the retriever's order by itself; set it to 0"
+            )
+        if self.imitation_run is not None and not self.imitation_steps:
+            raise ValueError(
+                f"selector.imitation_run is {self.imitation_run!r}, but selector.imitation_steps "
+                "is 0, so that nothing is imitated; set the steps, or leave the run out"
             )
         return self
 

@@ -71,6 +71,24 @@ class DROConfig(Section):
         return self
 
 
+class OffPolicyConfig(Section):
+    """The selector's training on logged selections, see `training.experience`."""
+
+    max_ratio: float = Field(default=20.0, ge=1)
+    """Bound on p_now(z|x) / propensity in the gradient; a service that draws a share e of its
+    selections logs ratios of 1/e."""
+    num_epochs: int = Field(default=20, ge=1)
+    """Passes over the logged selections."""
+    held_back_share: float = Field(default=0.3, ge=0, lt=1)
+    """Part of the logged questions that is not trained on and chooses the best checkpoint; 0 keeps
+    the last one, without an estimate."""
+    min_ess: float = Field(default=10.0, ge=2)
+    """Effective sample size of the held-back selections below which an estimate is not trusted: a
+    run does not start there, and chooses no such checkpoint."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Of the intervals; the checkpoint with the highest lower end is the best."""
+
+
 class OpenRAGConfig(Section):
     """The retriever's training on what helped the generator (OpenRAG, arXiv 2503.08398).
 
@@ -157,6 +175,9 @@ class GeneratorTrainingConfig(Section):
     sharding: Literal["replicated", "fsdp2"] = "replicated"
     """`fsdp2` shards weights, gradients and optimiser over the workers, for a generator larger than
     one device."""
+    share_base: bool = False
+    """Selector and generator train their adapters on one copy of the base model; both must name the
+    same model."""
     max_staleness: int = Field(default=0, ge=0)
     """A batch that was rewarded by weights older than this many published versions is collected
     again and counted; only `training.overlap` can make one."""
@@ -167,6 +188,9 @@ class TrainingConfig(Section):
 
     parts: tuple[Literal["retriever", "selector", "generator"], ...] = ("selector",)
     """What is trained; the rest stays as it is."""
+    experience: str | None = None
+    """A service's log of feedback (`feedback.path`) to train the selector on in place of questions,
+    without a generator."""
     objective: Literal["dro", "sft"] = "dro"
     """`sft` trains the generator alone on the untrained policy's own order, one selection a
     question with weight 1: the baseline that DRO is compared with."""
@@ -249,6 +273,6 @@ class EvaluationConfig(Section):
         "trained",
         "oracle",
     )
-    """Systems in the table."""
+    """Systems in the table; none leaves the comparison out."""
     num_bootstrap: int = Field(default=10_000, ge=100)
     """Resamples for intervals and the paired test."""

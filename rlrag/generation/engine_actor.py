@@ -87,7 +87,7 @@ class EngineActor:
         newest = stored.tag if stored is not None else None
         return Standing(self._first_identity, self._held, newest)
 
-    def check_weights(self, shapes: Mapping[str, Sequence[int]]) -> None:
+    def check_weights(self, shapes: Mapping[str, Sequence[int]], adapter: bool) -> None:
         """Refuse a set that the engine could not load, before anybody gives up the old one.
 
         Raises:
@@ -99,7 +99,7 @@ class EngineActor:
                 f"{type(generator).__name__} has no check_weights; in a pool an engine must tell "
                 "whether weights fit before the old ones are given up"
             )
-        generator.check_weights(shapes)
+        generator.check_weights(shapes, adapter)
 
     def generate(
         self, wanted: WeightsTag, prompts: list[Prompt], sampling: Sampling
@@ -131,7 +131,9 @@ class EngineActor:
         tensors = fetch_tensors(self._store(), stored, self._fetch_timeout_s)
         generator, self._generator = self._open(), None  # half-loaded weights must not answer
         try:
-            generator.load_weights(GeneratorWeights(tag.version, tag.digest or "", tensors))
+            generator.load_weights(
+                GeneratorWeights(tag.version, tag.digest or "", tensors, stored.adapter_scale)
+            )
         except Exception:
             generator.close()
             raise

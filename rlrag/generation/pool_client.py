@@ -143,12 +143,12 @@ class PoolClient:
                 when an actor cannot take them.
             GeneratorTimeoutError: naming the actor that did not take them in `start_timeout_s`.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
+        shapes, adapter = weights.shapes, weights.is_adapter
         with self._lock.change():
             self._ask_all(
                 f"the check of weights of version {weights.version}",
                 self._expected,
-                lambda handle: handle.check_weights.remote(shapes),
+                lambda handle: handle.check_weights.remote(shapes, adapter),
             )
             self._expected = store_weights(self._actors.store, weights)
             self.wait_until_ready()

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from rlrag.errors import GenerationError
 from rlrag.generation.checks import check_answers, check_lengths
 from rlrag.generation.decoding import cut_at_stop, draw_seed
 from rlrag.generation.identity import generator_identity, pushed_identity
+from rlrag.generation.model_weights import ModelWeights
 from rlrag.generation.prompts import load_tokenizer
 from rlrag.generation.protocol import Sampling, TokenCount
-from rlrag.generation.weight_layout import check_tied
-from rlrag.generation.weight_protocols import check_shapes
 from rlrag.models import resolve_device, resolve_dtype
 from rlrag.records import Generation, Prompt, Score
 
@@ -74,18 +74,20 @@ class TransformersGenerator:
         from transformers import AutoModelForCausalLM
 
         self._device = resolve_device(device)
+        number_format: torch.dtype = getattr(torch, resolve_dtype(dtype, self._device))
         self._first_identity = generator_identity(model_dir, "transformers", dtype, self._device)
         self._identity, self._version = self._first_identity, 0
         self._tokenizer: Any = load_tokenizer(model_dir)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=resolve_dtype(dtype, self._device), local_files_only=True
+                model_dir, dtype=number_format, local_files_only=True
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise GenerationError(
                 f"transformers cannot load the model in {model_dir}: {error}"
             ) from error
         self._model: Any = model.to(self._device).eval()
+        self._weights: Any = ModelWeights(self._model, model_dir, number_format)
         self._batch_size = batch_size
         self._prefix = tuple(shared_prefix)
         self._prefix_past: DynamicCache | None = None
@@ -108,32 +110,36 @@ class TransformersGenerator:
         """Tokens computed since this object was made."""
         return self._tokens
 
-    def check_weights(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Refuse a set of weights by its names and shapes.
+    def check_weights(self, shapes: Mapping[str, Sequence[int]], adapter: bool = False) -> None:
+        """Refuse a set of weights, or an adapter, by its names and shapes.
 
-        A second name of a tied tensor, and buffers, may be left out.
+        A second name of a tied tensor, and buffers, may be left out of a set.
 
         Raises:
             GenerationError: naming what is missing, unexpected or of another shape.
         """
-        model = self._opened()
-        required = {name: tensor.shape for name, tensor in model.named_parameters()}
-        held = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        check_shapes(required, shapes, optional=held)
+        self._opened()
+        self._weights.check(shapes, adapter)
 
     def load_weights(self, weights: GeneratorWeights) -> None:
-        """Copy the tensors into the model, in its number format; nothing changes on an error.
+        """Copy the tensors into the model, in its number format.
+
+        An adapter is merged into the weights on disk, one tensor at a time. A set that does not fit
+        is refused before the model is touched.
 
         Raises:
-            GenerationError: when the tensors do not fit the model.
+            GenerationError: when the tensors do not fit the model; when the weights on disk cannot
+                be read, after which the generator is closed, since part of it is new.
         """
-        tensors = weights.tensors
-        self.check_weights({name: tensor.shape for name, tensor in tensors.items()})
-        check_tied(tensors, _tied_names(self._model))
-        held = self._model.state_dict()
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                held[name].copy_(tensor)
+        self._opened()
+        try:
+            self._weights.load(weights)
+        except (OSError, SafetensorError) as error:
+            self.close()
+            raise GenerationError(
+                "the model's own weights could not be read again to merge an adapter into them, "
+                f"and the generator was closed: {error}"
+            ) from error
         self._prefix_past = None  # its keys and values are those of the old weights
         self._identity = pushed_identity(self._first_identity, weights.digest)
         self._version = weights.version
@@ -184,8 +190,16 @@ class TransformersGenerator:
 
     def close(self) -> None:
         """Drop the model and the prefix cache."""
-        self._model = None
+        self._model = self._weights = None
         self._prefix_past = None
+
+    def check_prompt(self, prompt: Prompt, max_new_tokens: int) -> None:
+        """Refuse a prompt that is empty or too long for so many answer tokens.
+
+        Raises:
+            GenerationError: with both lengths.
+        """
+        self._check([prompt], [max_new_tokens])
 
     def _opened(self) -> Any:
         if self._model is None:
@@ -359,16 +373,6 @@ def _stop_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     configured = getattr(generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
-
-
-def _tied_names(model: Any) -> dict[str, str]:
-    """Second names of tied parameters, each with the name that stands for it."""
-    first: dict[int, str] = {}
-    second = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            second[name] = first[id(parameter)]
-    return second
 
 
 class _memory_errors:

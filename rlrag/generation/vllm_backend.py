@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, SetupError
@@ -19,6 +21,7 @@ from rlrag.generation.checks import check_answers, check_lengths
 from rlrag.generation.decoding import draw_seed
 from rlrag.generation.identity import generator_identity, pushed_identity
 from rlrag.generation.protocol import Sampling, TokenCount
+from rlrag.generation.stepping import Update
 from rlrag.generation.weight_layout import OUTPUT_LAYER, WeightLayout, check_tied
 from rlrag.models import resolve_device, resolve_dtype
 from rlrag.records import Generation, Prompt, Score
@@ -78,7 +81,9 @@ class VllmGenerator:
         self._layout = WeightLayout.of(model_dir)
         self._max_len = config.max_model_len
         self._tokens = TokenCount()
+        self._num_decoded: dict[str, int] = {}  # tokens of each request between `begin` and its end
         dtype: Any = resolve_dtype(config.dtype, device)
+        self._dtype: torch.dtype = getattr(torch, dtype)
         try:
             from vllm import LLM
 
@@ -112,28 +117,32 @@ class VllmGenerator:
         """Tokens asked of the engine since this object was made."""
         return self._tokens
 
-    def check_weights(self, shapes: Mapping[str, Sequence[int]]) -> None:
+    def check_weights(self, shapes: Mapping[str, Sequence[int]], adapter: bool = False) -> None:
         """Refuse a set of weights by its names and shapes; the engine is not touched.
 
         Raises:
             GenerationError: naming what is missing, unexpected or of another shape.
         """
         self._opened()
-        self._layout.check(shapes)
+        self._layout.check(shapes, adapter)
 
     def load_weights(self, weights: GeneratorWeights) -> None:
         """Take over the tensors in place and forget the keys and values of the old ones.
 
-        A set that does not fit is refused before the engine is touched.
+        An adapter is merged into the weights on disk, one tensor at a time. A set that does not fit
+        is refused before the engine is touched.
 
         Raises:
             GenerationError: when the tensors do not fit the model; when the engine fails on them,
                 after which it is closed, since part of it would answer with the old weights.
         """
-        self.check_weights({name: tensor.shape for name, tensor in weights.tensors.items()})
-        if self._layout.embedding:
+        self.check_weights(weights.shapes, weights.is_adapter)
+        tensors: Iterable[tuple[str, torch.Tensor]] = weights.tensors.items()
+        if weights.adapter_scale is not None:
+            tensors = self._layout.merged(weights.tensors, weights.adapter_scale, self._dtype)
+        elif self._layout.embedding:
             check_tied(weights.tensors, {OUTPUT_LAYER: self._layout.embedding})
-        pairs = self._layout.pairs(weights.tensors)
+        pairs = self._layout.pairs(tensors)
         try:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
             # vLLM (0.32) keeps the prefix cache over a reload.
@@ -163,18 +172,7 @@ class VllmGenerator:
         Raises:
             GenerationError: when a prompt is empty or too long, or the engine fails.
         """
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                stop=[mark for mark in sampling.stop if mark],
-                logprobs=0,
-                seed=draw_seed(sampling.seed, p.token_ids) if sampling.temperature else None,
-            )
-            for p in prompts
-        ]
+        params = [_answer_params(p, sampling) for p in prompts]
         self._check(prompts, [sampling.max_new_tokens] * len(prompts))
         results = []
         outputs = self._ask([list(p.token_ids) for p in prompts], params)
@@ -222,6 +220,65 @@ class VllmGenerator:
             results.append(Score(logp, len(answer), start, self._version))
         self._count(results)
         return results
+
+    def begin(self, request_id: str, prompt: Prompt, sampling: Sampling) -> None:
+        """Take a request in, which `step` answers as `generate` would; see `Stepper`.
+
+        Until it has finished or is aborted, `generate` and `score` must not be called: they would
+        take its pieces.
+
+        Raises:
+            GenerationError: when the prompt is empty or too long, or the engine refuses it.
+        """
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        self._check([prompt], [sampling.max_new_tokens])
+        params = _answer_params(prompt, sampling)
+        params.output_kind = RequestOutputKind.DELTA
+        tokens = tokens_input(list(prompt.token_ids))
+        try:
+            self._engine.llm_engine.add_request(request_id, tokens, params)
+        except Exception as error:
+            raise GenerationError(
+                f"vLLM refused a prompt of {len(prompt.token_ids)} tokens: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self._num_decoded[request_id] = 0
+
+    def step(self) -> list[tuple[str, Update]]:
+        """Decode the next token of as many requests as fit; see `Stepper`.
+
+        Text that a stop string may yet remove is held back.
+
+        Raises:
+            GenerationError: when the engine fails.
+        """
+        self._opened()
+        try:
+            outputs = self._engine.llm_engine.step()
+        except Exception as error:
+            raise GenerationError(
+                f"vLLM failed on {len(self._num_decoded)} requests: {type(error).__name__}: {error}"
+            ) from error
+        updates = []
+        for output in outputs:
+            name, answer = output.request_id, output.outputs[0]
+            self._num_decoded[name] += len(answer.token_ids)
+            num_tokens = self._num_decoded[name]
+            if output.finished:
+                del self._num_decoded[name]
+                self._tokens.spent += len(output.prompt_token_ids) + num_tokens
+                self._tokens.num_requests += 1
+            if answer.text or output.finished:
+                logp = float(answer.cumulative_logprob)
+                updates.append((name, Update(answer.text, logp, num_tokens, output.finished)))
+        return updates
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its place in the batch and in the key-value cache."""
+        if self._num_decoded.pop(request_id, None) is not None and self._engine is not None:
+            self._engine.llm_engine.abort_request([request_id])
 
     def close(self) -> None:
         """Shut the engine down."""
@@ -283,6 +340,19 @@ def answer_logp(
             return None
         total += logp
     return total
+
+
+def _answer_params(prompt: Prompt, sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+
+    seed = draw_seed(sampling.seed, prompt.token_ids) if sampling.temperature else None
+    return SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        stop=[mark for mark in sampling.stop if mark],
+        logprobs=0,
+        seed=seed,
+    )
 
 
 def _score_params(read_cache: bool) -> Any:

@@ -1,16 +1,20 @@
-"""A model directory in; the tensors that its published weights must hold out, no engine needed."""
+"""A model directory in; what published weights must hold, and adapters merged in, out.
+
+No engine is needed.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from rlrag.adapters import merge_adapter
 from rlrag.errors import GenerationError
-from rlrag.generation.weight_protocols import check_shapes
+from rlrag.generation.weight_protocols import adapter_names, check_adapter, check_shapes
 
 OUTPUT_LAYER = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -18,12 +22,13 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_emb
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Names and shapes of a model's first set of weights.
+    """Names, shapes and files of a model's first set of weights.
 
     `embedding` names the tensor that is the output layer too; None when the model has both.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, Path]
     embedding: str | None
 
     @classmethod
@@ -36,13 +41,15 @@ class WeightLayout:
         from safetensors import safe_open
 
         shapes: dict[str, tuple[int, ...]] = {}
+        files: dict[str, Path] = {}
         for path in sorted(model_dir.glob("*.safetensors")):
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - the file is no mapping
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                    files[name] = path
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
         if OUTPUT_LAYER in shapes and not config.get("tie_word_embeddings"):
-            return cls(shapes, None)
+            return cls(shapes, files, None)
         shapes.pop(OUTPUT_LAYER, None)
         found = [name for name in shapes if name.endswith(_EMBEDDINGS)]
         if len(found) != 1:
@@ -51,24 +58,61 @@ class WeightLayout:
                 f"{len(found)} tensors are named like one ({', '.join(_EMBEDDINGS)}); save it with "
                 f"an own {OUTPUT_LAYER} and tie_word_embeddings false"
             )
-        return cls(shapes, found[0])
+        return cls(shapes, files, found[0])
 
-    def check(self, given: Mapping[str, Sequence[int]]) -> None:
-        """Refuse a set by its names and shapes.
+    def check(self, given: Mapping[str, Sequence[int]], adapter: bool = False) -> None:
+        """Refuse a set, or an adapter, by its names and shapes.
 
         Raises:
             GenerationError: naming what is missing, unexpected or of another shape.
         """
+        if adapter:
+            check_adapter(self.shapes, given)
+            return
         optional = {OUTPUT_LAYER: self.shapes[self.embedding]} if self.embedding else {}
         check_shapes(self.shapes, given, optional)
 
-    def pairs(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    @torch.no_grad()
+    def merged(
+        self, adapter: Mapping[str, torch.Tensor], scale: float, dtype: torch.dtype
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight of the directory with the adapter merged in, one after another.
+
+        A weight is read when it is asked for, merged in float32 and then rounded to `dtype`. Drop
+        it before the next one: it may lie in a mapped file.
+
+        Args:
+            adapter: Tensors that passed `check`.
+            scale: What B A is multiplied by.
+            dtype: The format of the engine.
+
+        Raises:
+            OSError, SafetensorError: when a file cannot be read any more.
+        """
+        for name in self.shapes:
+            weight = self._read(name)
+            down, up = (adapter.get(half) for half in adapter_names(name))
+            if down is not None and up is not None:
+                weight = merge_adapter(weight, down, up, scale)
+            yield name, weight.to(dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
+        # Opened for each tensor: as long as a file stays open, all that was read of it counts as
+        # this process's memory, at last a whole copy of the model.
+        from safetensors import safe_open
+
+        with safe_open(self.files[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def pairs(
+        self, tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors by name, a tied embedding also as the output layer.
 
         vLLM (0.32) packs the output layer apart on a CPU, and would keep the old one without a
         word if only the embedding came.
         """
-        for name, tensor in tensors.items():
+        for name, tensor in tensors:
             if name == self.embedding:
                 yield OUTPUT_LAYER, tensor
             if name != OUTPUT_LAYER or not self.embedding:

@@ -58,10 +58,11 @@ class PackedTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
-    """A complete set; `refs` lead to its `PackedTensor`s."""
+    """A complete set; `refs` lead to its `PackedTensor`s, those of an adapter with a scale."""
 
     tag: WeightsTag
     refs: tuple[ray.ObjectRef, ...]
+    adapter_scale: float | None = None
 
 
 class WeightStore:
@@ -69,33 +70,30 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._tag: WeightsTag | None = None
-        self._complete = False
-        self._refs: tuple[ray.ObjectRef, ...] = ()
-        self._tensors: list[PackedTensor] = []
+        self._newest: StoredWeights | None = None
+        self._held: list[tuple[PackedTensor, ray.ObjectRef]] = []
 
     def begin(self, tag: WeightsTag) -> None:
         """Give up what is held; `tag` follows."""
-        self._tag, self._complete = tag, False
-        held = sorted(zip(self._tensors, self._refs, strict=True), key=lambda h: h[0].data.nbytes)
-        self._refs, self._tensors = (), []
+        held = sorted(self._held, key=lambda h: h[0].data.nbytes)
+        self._tag, self._newest, self._held = tag, None, []
         while held:
             held.pop()  # the largest first
 
-    def finish(self, tag: WeightsTag, refs: tuple[ray.ObjectRef, ...]) -> None:
+    def finish(self, stored: StoredWeights) -> None:
         """From now on `newest` is this set.
 
         Raises:
             GenerationError: when another set was begun meanwhile.
         """
-        self._check(tag)
-        self._tensors = ray.get(list(refs), timeout=_CALL_TIMEOUT_S)
-        self._refs, self._complete = refs, True
+        self._check(stored.tag)
+        tensors = ray.get(list(stored.refs), timeout=_CALL_TIMEOUT_S)
+        self._held = list(zip(tensors, stored.refs, strict=True))
+        self._newest = stored
 
     def newest(self) -> StoredWeights | None:
         """The complete set, if there is one."""
-        if self._tag is None or not self._complete:
-            return None
-        return StoredWeights(self._tag, self._refs)
+        return self._newest
 
     def copy(self, tag: WeightsTag, number: int) -> PackedTensor:
         """A tensor of the set, which does not depend on the process that pushed it.
@@ -104,7 +102,7 @@ class WeightStore:
             GenerationError: when another set was begun meanwhile.
         """
         self._check(tag)
-        return self._tensors[number]
+        return self._held[number][0]
 
     def _check(self, tag: WeightsTag) -> None:
         if tag != self._tag:
@@ -127,8 +125,8 @@ def store_weights(store: Any, weights: GeneratorWeights) -> WeightsTag:
     tensors = weights.tensors
     by_size = sorted(tensors, key=lambda name: tensors[name].nbytes)
     refs = {name: _put(_pack(name, tensors[name])) for name in by_size}
-    ordered = tuple(refs[name] for name in tensors)
-    call_store(store.finish.remote(tag, ordered), "take a set of weights")
+    stored = StoredWeights(tag, tuple(refs[name] for name in tensors), weights.adapter_scale)
+    call_store(store.finish.remote(stored), "take a set of weights")
     return tag
 
 

@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,23 @@ def candidate_table(
     )
 
 
+def retrieve(
+    questions: Sequence[str], retrievers: RetrieverSet, num_candidates: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidates of B questions: rows (B, N), scores (B, N, C), question vectors (B, D).
+
+    Raises:
+        ConfigError: when the corpus has fewer passages than candidates are asked.
+    """
+    hits = retrievers.primary.search(questions, num_candidates)
+    others = [
+        retrievers.components[name].scores(questions, hits.rows_BK)
+        for name in retrievers.score_names[1:]
+    ]
+    scores_BNC = np.stack([hits.scores_BK, *others], axis=-1)
+    return hits.rows_BK, scores_BNC, retrievers.question_vectors(questions)
+
+
 def _compute(
     questions: tuple[Question, ...], retrievers: RetrieverSet, num_candidates: int
 ) -> tuple[np.ndarray, ...]:
@@ -85,13 +103,7 @@ def _compute(
     last_logged = time.monotonic()
     for start in range(0, len(questions), _CHUNK_QUESTIONS):
         texts = [question.question for question in questions[start : start + _CHUNK_QUESTIONS]]
-        hits = retrievers.primary.search(texts, num_candidates)
-        others = [
-            retrievers.components[name].scores(texts, hits.rows_BK)
-            for name in retrievers.score_names[1:]
-        ]
-        scores_BNC = np.stack([hits.scores_BK, *others], axis=-1)
-        parts.append((hits.rows_BK, scores_BNC, retrievers.question_vectors(texts)))
+        parts.append(retrieve(texts, retrievers, num_candidates))
         if time.monotonic() - last_logged >= _LOG_EVERY_S:
             last_logged = time.monotonic()
             logger.info("retrieved for %d of %d questions", start + len(texts), len(questions))

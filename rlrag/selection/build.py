@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ def build_policy(
     vector_size: int,
     cache_dir: Path,
     seed: int,
+    base: Any = None,
 ) -> TrainablePolicy:
     """The policy that `config` describes, its initial weights drawn from `seed`.
 
@@ -33,6 +35,8 @@ def build_policy(
         vector_size: Length of the frozen embeddings (D); 0 without them.
         cache_dir: Where built-in models are unpacked.
         seed: Determines the initial weights, whatever else drew random numbers before.
+        base: A loaded model whose weights the adapter of `listwise_lm` is put around; see
+            `ListwiseLMPolicy`.
 
     Raises:
         ConfigError: when `listwise_lm` is given a model that is no causal language model.
@@ -41,7 +45,9 @@ def build_policy(
         torch.manual_seed(seed)
         if config.kind == "listwise_lm":
             model_dir = resolve_model(config.model, cache_dir)
-            return ListwiseLMPolicy(model_dir, num_selected, config.max_tokens, config.adapter_rank)
+            return ListwiseLMPolicy(
+                model_dir, num_selected, config.max_tokens, config.adapter_rank, base=base
+            )
         if config.kind == "features":
             scorer: torch.nn.Module = FeatureScorer(
                 num_scores,

@@ -26,12 +26,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlrag.adapters import add_adapter
+from rlrag.adapters import add_adapter, copy_around_frozen
 from rlrag.errors import ConfigError, PromptTooLongError
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.branches import ReadPrompts, read_branches, read_prompts
 from rlrag.selection.listwise_prompt import Draft, RankingPrompt, Rankings
 from rlrag.selection.protocol import SampledSelections, Seed
+
+ATTENTION = "sdpa"
+"""The implementation of attention that takes a mask of branches as it is."""
+_ADVICE = "set selector.model to a causal language model, such as the one of generator.model"
 
 
 class ListwiseLMPolicy(nn.Module):
@@ -39,8 +43,8 @@ class ListwiseLMPolicy(nn.Module):
 
     It is always in evaluation mode: dropout would make draws and gradients of one step disagree.
     With an adapter, the adapter's tensors alone are trained, saved and loaded; all others come from
-    `model_dir`. Before training its order is not the retriever's: `rlrag.training.imitation` makes
-    it so.
+    `model_dir`, and copies of the policy share them. Before training its order is not the
+    retriever's: `rlrag.training.imitation` makes it so.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class ListwiseLMPolicy(nn.Module):
         max_tokens: int = 160,
         adapter_rank: int | None = None,
         micro_batch: int = 8,
+        base: Any = None,
     ) -> None:
         """Load the model, in float32.
 
@@ -59,6 +64,8 @@ class ListwiseLMPolicy(nn.Module):
             max_tokens: Tokens of one passage, its title included, that the model reads.
             adapter_rank: Rank of the LoRA adapter on every linear layer; all weights when unset.
             micro_batch: Questions, each with all its samples, in one forward pass.
+            base: The model of `model_dir` as loaded before, frozen and with attention `ATTENTION`:
+                the adapter is put around its weights, which others may use too.
 
         Raises:
             ConfigError: when the directory holds no causal language model with a tokenizer.
@@ -66,13 +73,17 @@ class ListwiseLMPolicy(nn.Module):
         super().__init__()
         self.num_selected = num_selected
         self.micro_batch = micro_batch
-        self.model = _load_model(model_dir)
+        self.model = _load_model(model_dir) if base is None else _own_modules(base, model_dir)
         self._prompt = RankingPrompt(model_dir, max_tokens, num_selected)
         if adapter_rank is not None:
             add_adapter(self.model, adapter_rank, 2 * adapter_rank)
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_miss_no_frozen)
         self.eval()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ListwiseLMPolicy:
+        """A policy that is trained apart from this one, around the same frozen weights."""
+        return copy_around_frozen(self, memo)
 
     def train(self, mode: bool = True) -> ListwiseLMPolicy:
         """Stay in evaluation mode whatever `mode` is."""
@@ -129,6 +140,13 @@ class ListwiseLMPolicy(nn.Module):
             for rows, read in self._read(batch, rankings)
         ]
         return torch.cat(parts)
+
+    def pick_log_prob(self, batch: CandidateBatch, positions_BK: np.ndarray) -> np.ndarray:
+        """See `SelectionPolicy.pick_log_prob`; each longer beginning is scored anew."""
+        lengths = range(1, positions_BK.shape[1] + 1)
+        with torch.no_grad():
+            sums_KB = [self.log_prob(batch, positions_BK[:, None, :k])[:, 0] for k in lengths]
+        return np.diff(torch.stack(sums_KB, dim=1).double().cpu().numpy(), prepend=0.0)
 
     def greedy(self, batch: CandidateBatch) -> np.ndarray:
         """See `SelectionPolicy.greedy`: the most probable candidate at each pick, not token."""
@@ -274,30 +292,41 @@ class ListwiseLMPolicy(nn.Module):
 
 def _load_model(model_dir: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    advice = "set selector.model to a causal language model, such as the one of generator.model"
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        # transformers would load an encoder too, and attend to what is still to be written.
-        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        if not known.intersection(config.architectures or ()):
-            raise ConfigError(
-                f"selector.kind 'listwise_lm': {model_dir} holds {config.architectures}, which is "
-                f"no causal language model; {advice}"
-            )
+        _check_causal(config, model_dir)
         return AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=torch.float32,
-            attn_implementation="sdpa",  # the one that takes a mask of branches as it is
+            attn_implementation=ATTENTION,
             local_files_only=True,
         )
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"selector.kind 'listwise_lm': transformers cannot load {model_dir} ({error}); {advice}"
+            f"selector.kind 'listwise_lm': transformers cannot load {model_dir} ({error}); "
+            f"{_ADVICE}"
         ) from error
+
+
+def _own_modules(base: Any, model_dir: Path) -> Any:
+    """A model around the weights of `base`, without an adapter yet."""
+    _check_causal(base.config, model_dir)
+    return copy_around_frozen(base)
+
+
+def _check_causal(config: Any, model_dir: Path) -> None:
+    """Refuse an encoder: transformers loads it too, and it sees what is still to be written."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not known.intersection(config.architectures or ()):
+        raise ConfigError(
+            f"selector.kind 'listwise_lm': {model_dir} holds {config.architectures}, which is no "
+            f"causal language model; {_ADVICE}"
+        )
 
 
 def _trained(module: nn.Module) -> set[str]:

@@ -45,18 +45,29 @@ def log_prob(logits: torch.Tensor, positions_BMK: torch.Tensor) -> torch.Tensor:
         >>> log_prob(two, torch.tensor([[[0, 1], [1, 0]]])).exp()
         tensor([[0.7500, 0.2500]])
     """
+    return pick_log_prob(logits, positions_BMK).sum(dim=-1)
+
+
+def pick_log_prob(logits: torch.Tensor, positions_BMK: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each pick given those before it, shape (B, M, K), in nats.
+
+    Example:
+        >>> two = torch.log(torch.tensor([[3.0, 1.0]]))
+        >>> pick_log_prob(two, torch.tensor([[[1, 0]]])).exp()
+        tensor([[[0.2500, 1.0000]]])
+    """
     num_samples, num_selected = positions_BMK.shape[1:]
     logits_B1KN = (logits.unsqueeze(1) if logits.ndim == 2 else logits).unsqueeze(1)
-    logp_BM = logits.new_zeros(positions_BMK.shape[:2])
+    logp_BMK = [logits.new_zeros((*positions_BMK.shape[:2], 0))]
     taken_BMN = torch.zeros_like(logits_B1KN[:, :, 0], dtype=torch.bool).repeat(1, num_samples, 1)
     for step in range(num_selected):
         picked_BM1 = positions_BMK[..., step : step + 1]
         pick = min(step, logits_B1KN.shape[2] - 1)
         left_BMN = logits_B1KN[:, :, pick].masked_fill(taken_BMN, float("-inf"))
         step_logp_BMN = left_BMN.log_softmax(dim=-1)
-        logp_BM = logp_BM + step_logp_BMN.gather(-1, picked_BM1).squeeze(-1)
+        logp_BMK.append(step_logp_BMN.gather(-1, picked_BM1))
         taken_BMN = taken_BMN.scatter(-1, picked_BM1, True)
-    return logp_BM
+    return torch.cat(logp_BMK, dim=-1)
 
 
 def sample(
@@ -177,6 +188,12 @@ class PlackettLucePolicy(nn.Module):
         """See `SelectionPolicy.log_prob`."""
         logits = self.logits(batch)
         return log_prob(logits, torch.from_numpy(positions_BMK).to(logits.device))
+
+    def pick_log_prob(self, batch: CandidateBatch, positions_BK: np.ndarray) -> np.ndarray:
+        """See `SelectionPolicy.pick_log_prob`."""
+        with torch.no_grad():
+            logits = self.logits(batch).double().cpu()
+            return pick_log_prob(logits, torch.from_numpy(positions_BK)[:, None])[:, 0].numpy()
 
     def greedy(self, batch: CandidateBatch) -> np.ndarray:
         """See `SelectionPolicy.greedy`."""

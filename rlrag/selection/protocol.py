@@ -70,6 +70,10 @@ class SelectionPolicy(Protocol):
         """Log p(z | x) in nats, shape (B, M), differentiable in the policy's parameters."""
         ...
 
+    def pick_log_prob(self, batch: CandidateBatch, positions_BK: np.ndarray) -> np.ndarray:
+        """Log-probability of each pick given those before it, in nats, shape (B, K)."""
+        ...
+
     def greedy(self, batch: CandidateBatch) -> np.ndarray:
         """Most probable pick at every step, shape (B, K); ties keep the retriever's order."""
         ...

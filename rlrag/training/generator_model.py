@@ -19,29 +19,46 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlrag.adapters import add_adapter
+from rlrag.adapters import add_adapter, copy_around_frozen, merge_adapter
 from rlrag.algorithms.sequence_logp import answer_batch, shared_length, summed_logp
 from rlrag.config import GeneratorTrainingConfig
 from rlrag.errors import CheckpointError, GenerationError
+from rlrag.generation.weight_protocols import adapter_names
+from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.models import resolve_device, resolve_dtype
+from rlrag.selection.listwise_lm import ATTENTION
 from rlrag.storage import MANIFEST
 from rlrag.training.sharding import shard, sliced_like, whole
 
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_ADAPTED = ".base_layer.weight"  # peft's name for a weight with an adapter beside it
 
 
 class TrainableGenerator:
     """A causal language model with gradients and without dropout.
 
     With `sharding` "fsdp2" every worker holds a slice of each weight: all workers then call
-    `answer_logp`, `trainable_tensors`, `load_trainable`, `stream_merged` and `merged_tensors`
-    together, and equally often.
+    `answer_logp`, `trainable_tensors`, `load_trainable`, `published_weights`, `stream_merged` and
+    `merged_tensors` together, and equally often.
     """
 
     def __init__(
-        self, model_dir: Path, config: GeneratorTrainingConfig, device: str, seed: int
+        self,
+        model_dir: Path,
+        config: GeneratorTrainingConfig,
+        device: str,
+        seed: int,
+        base: Any = None,
     ) -> None:
         """Load the model; with LoRA add an adapter drawn from `seed`.
+
+        Args:
+            model_dir: Directory of a causal language model.
+            config: What is trained of it, and how.
+            device: Where it lies, in torch's words or "auto".
+            seed: Determines the adapter.
+            base: What `load_base` made of the same directory, on the same device: the adapter is
+                put around its weights, which others may use too. Only for replicated LoRA.
 
         Raises:
             GenerationError: when transformers cannot load the model.
@@ -52,7 +69,7 @@ class TrainableGenerator:
         self._model_dir = model_dir
         self._config = config
         bfloat16 = resolve_dtype(config.precision, self.device.type) == "bfloat16"
-        self._model = _load(model_dir)
+        self._model = _load(model_dir) if base is None else copy_around_frozen(base)
         if config.method == "lora":
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -162,6 +179,35 @@ class TrainableGenerator:
             parameter.copy_(sliced_like(tensors[name], parameter))
 
     @torch.no_grad()
+    def published_weights(self, version: int, dtype: torch.dtype) -> GeneratorWeights:
+        """What engines of the same model need to answer as this one, on the CPU.
+
+        Of LoRA the adapter in float32, which engines merge as `stream_merged` does, and else all
+        weights, rounded to `dtype`, the format of the engines.
+        """
+        if self._config.method != "lora":
+            return pack_weights(self.merged_tensors(dtype), version)
+        adapter = {}
+        for name, _ in self._model.named_parameters():
+            layer = name.removesuffix(_ADAPTED)
+            if layer != name:
+                halves = self._adapter(layer)
+                for published, half in zip(adapter_names(f"{layer}.weight"), halves, strict=True):
+                    adapter[published] = half.to("cpu", copy=True)
+        return pack_weights(adapter, version, self._scale)
+
+    @property
+    def _scale(self) -> float:
+        return self._config.lora_alpha / self._config.lora_rank
+
+    def _adapter(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a layer, whole."""
+        down, up = (
+            whole(self._model.get_parameter(f"{layer}.lora_{part}.default.weight")) for part in "AB"
+        )
+        return down, up
+
+    @torch.no_grad()
     def stream_merged(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight of the base model with the adapter merged in, one after another.
 
@@ -169,18 +215,13 @@ class TrainableGenerator:
         embedding comes once. The tensors are new ones on the CPU, merged in float32 and then
         rounded to `dtype`; the training weights stay as they are.
         """
-        parameters = dict(self._model.named_parameters())
-        scale = self._config.lora_alpha / self._config.lora_rank
-        for name, parameter in parameters.items():
+        for name, parameter in self._model.named_parameters():
             if ".lora_" in name:
                 continue
             tensor = whole(parameter)
-            layer = name.removesuffix(".base_layer.weight")
+            layer = name.removesuffix(_ADAPTED)
             if layer != name:
-                down, up = (
-                    whole(parameters[f"{layer}.lora_{part}.default.weight"]) for part in "AB"
-                )
-                tensor = torch.addmm(tensor, up, down, alpha=scale)
+                tensor = merge_adapter(tensor, *self._adapter(layer), self._scale)
             yield name.replace(".base_layer.", "."), tensor.to("cpu", dtype, copy=True)
         tied = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         for name, buffer in self._model.state_dict().items():
@@ -238,7 +279,16 @@ def save_model(
     save_torch_state_dict(dict(tensors), directory)
 
 
-def _load(model_dir: Path) -> Any:
+def load_base(model_dir: Path) -> Any:
+    """A frozen model for the adapters of a generator and of a `ListwiseLMPolicy`.
+
+    Raises:
+        GenerationError: when transformers cannot load the model.
+    """
+    return _load(model_dir, attn_implementation=ATTENTION).requires_grad_(False)
+
+
+def _load(model_dir: Path, **options: str) -> Any:
     """The model in float32 on the CPU, all its dropout rates zero."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -248,7 +298,7 @@ def _load(model_dir: Path) -> Any:
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
         return AutoModelForCausalLM.from_pretrained(
-            model_dir, config=settings, dtype=torch.float32, local_files_only=True
+            model_dir, config=settings, dtype=torch.float32, local_files_only=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise GenerationError(

@@ -10,7 +10,8 @@ distribution that the other policies start from: each rank costs `prior_scale` n
 ends at the entropy of that distribution, and the policy explores as the others do.
 
 A language model is shown the candidates in the retriever's order. Imitating that very order needs
-no reading, so few steps do; to teach it to read, give the orders of a better ranker.
+no reading, so few steps do; to teach it to read, give the orders of a better ranker, such as those
+of a run file.
 
 Shape letters: Q questions, B questions of a batch, M targets of a question, N candidates,
 K selected.
@@ -19,11 +20,14 @@ K selected.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from rlrag.data.ranking_run import read_ranking_run
 from rlrag.errors import DataError, NonFiniteLossError
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection import plackett_luce
@@ -33,6 +37,48 @@ from rlrag.selection.listwise_lm import ListwiseLMPolicy
 _MAX_GRAD_NORM = 1.0
 _QUESTIONS_PER_PASS = 8
 _DRAWN_TARGETS = 8
+
+
+@dataclass(frozen=True)
+class RunOrders:
+    """Orders to imitate, of shape (Q, K), and how many of them the run did not give whole.
+
+    `num_short` counts questions of which the run ranks fewer than K candidates, `num_missing` those
+    that it does not name.
+    """
+
+    positions_QK: np.ndarray
+    num_short: int
+    num_missing: int
+
+
+def orders_of_run(path: Path, candidates: CandidateTable, num_selected: int) -> RunOrders:
+    """The candidates of each question as a TREC run ranks them, best first.
+
+    What the run ranks besides the candidates is left out. Where it ranks fewer than K of them, the
+    others follow in the retriever's order.
+
+    Raises:
+        DataError: when the file is no run, or one of other questions or passages.
+    """
+    positions = [
+        {passage.id: n for n, passage in enumerate(candidates.passages(row))}
+        for row in range(len(candidates))
+    ]
+    ids = [question.id for question in candidates.questions]
+    run = read_ranking_run(path, dict(zip(ids, positions, strict=True)))
+    orders: list[list[int]] = []
+    for question_id, position in zip(ids, positions, strict=True):
+        ranked = [position[passage_id] for passage_id in run.get(question_id, ())]
+        rest = [n for n in position.values() if n not in ranked]
+        orders.append([*ranked, *rest][:num_selected])
+    return RunOrders(
+        positions_QK=np.array(orders),
+        num_short=sum(
+            len(run[question_id]) < num_selected for question_id in ids if question_id in run
+        ),
+        num_missing=sum(question_id not in run for question_id in ids),
+    )
 
 
 def imitate(

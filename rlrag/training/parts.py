@@ -8,14 +8,18 @@ E-step, so that neither waits for the other.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from rlrag.config import RunConfig
 from rlrag.generation.build import resolve_config
 from rlrag.generation.prompts import PromptBuilder
-from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.generation.weights import GeneratorWeights
 from rlrag.models import resolve_model
 from rlrag.pipeline import TrainingData, open_policy
 from rlrag.selection.build import TrainablePolicy
@@ -24,12 +28,14 @@ from rlrag.storage import restore_weights
 from rlrag.training.experience import Experience
 from rlrag.training.generator_examples import thinned, weighted_examples
 from rlrag.training.generator_learner import GeneratorLearner
-from rlrag.training.generator_model import TrainableGenerator
-from rlrag.training.imitation import imitate
+from rlrag.training.generator_model import TrainableGenerator, load_base
+from rlrag.training.imitation import imitate, orders_of_run
 from rlrag.training.learner import SelectorLearner
 from rlrag.training.loop import Files
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedParts:
@@ -49,7 +55,8 @@ class TrainedParts:
         self._prompts = prompts
         self._schedule = schedule
         self._workers = workers
-        self.policy: TrainablePolicy = open_policy(config, data.train)
+        base = _open_base(config) if config.generator_training.share_base else None
+        self.policy: TrainablePolicy = open_policy(config, data.train, base)
         self.initial = copy.deepcopy(self.policy)
         self._selector: SelectorLearner | None = None
         if "selector" in config.training.parts:
@@ -65,7 +72,7 @@ class TrainedParts:
         self.generator: TrainableGenerator | None = None
         self._generator: GeneratorLearner | None = None
         if "generator" in config.training.parts:
-            self.generator = open_trainable_generator(config)
+            self.generator = open_trainable_generator(config, base)
             self._generator = GeneratorLearner(
                 self.generator,
                 config.generator_training,
@@ -75,7 +82,11 @@ class TrainedParts:
             )
 
     def warm_start(self) -> None:
-        """Bring a policy that starts anywhere to the retriever's order, where configured."""
+        """Bring a policy that starts anywhere to the order that is imitated, where configured.
+
+        Raises:
+            DataError: when `selector.imitation_run` is missing, no run, or one of other questions.
+        """
         selector = self._config.selector
         if selector.imitation_steps and isinstance(self.policy, ListwiseLMPolicy):
             imitate(
@@ -85,9 +96,29 @@ class TrainedParts:
                 batch_size=self._config.training.batch_size,
                 learning_rate=selector.imitation_learning_rate,
                 seed=self._config.seed,
+                orders=self._orders_to_imitate(),
                 prior_scale=selector.prior_scale,
             )
             self.initial.load_state_dict(self.policy.state_dict())
+
+    def _orders_to_imitate(self) -> np.ndarray | None:
+        """Positions of shape (Q, K) as a given run ranks them; None for the retriever's order."""
+        path = self._config.selector.imitation_run
+        if path is None:
+            return None
+        num_selected = self._config.environment.num_selected
+        found = orders_of_run(Path(path).expanduser(), self._data.train, num_selected)
+        if (found.num_short or found.num_missing) and self._workers.rank == 0:
+            logger.warning(
+                "selector.imitation_run %s lacks %d of %d questions and ranks fewer than %d "
+                "candidates of %d others; they are filled up in the retriever's order",
+                path,
+                found.num_missing,
+                len(self._data.train),
+                num_selected,
+                found.num_short,
+            )
+        return found.positions_QK
 
     def update(
         self, experience: Experience, weights_BM: torch.Tensor, step: int
@@ -114,7 +145,7 @@ class TrainedParts:
         if self.generator is None:
             return None
         dtype = resolve_config(self._config.generator, self._config.training.launcher).dtype
-        return pack_weights(self.generator.merged_tensors(getattr(torch, dtype)), version)
+        return self.generator.published_weights(version, getattr(torch, dtype))
 
     def tensors(self) -> Files:
         """Everything that a checkpoint keeps, by file."""
@@ -147,14 +178,25 @@ class TrainedParts:
         restore_weights(self.initial, files["policy"], "the first policy")
 
 
-def open_trainable_generator(config: RunConfig) -> TrainableGenerator:
-    """The untrained generator of a run, on a worker's device."""
+def open_trainable_generator(config: RunConfig, base: Any = None) -> TrainableGenerator:
+    """The untrained generator of a run, on a worker's device, around `base` where it is given."""
     return TrainableGenerator(
         resolve_model(config.generator.model, config.cache_path),
         config.generator_training,
-        "cuda" if config.training.worker_gpus else "cpu",
+        _device(config),
         config.seed,
+        base,
     )
+
+
+def _open_base(config: RunConfig) -> Any:
+    """The one model whose weights selector and generator adapt, on a worker's device."""
+    model_dir = resolve_model(config.generator.model, config.cache_path)
+    return load_base(model_dir).to(_device(config))
+
+
+def _device(config: RunConfig) -> str:
+    return "cuda" if config.training.worker_gpus else "cpu"
 
 
 def open_whole_generator(config: RunConfig) -> TrainableGenerator:

@@ -30,7 +30,8 @@ def describe_plan(config: RunConfig) -> str:
         ConfigError: when the size of a model is neither on this machine nor in its name.
     """
     lines = [f"{config.recipe}: trains {' and '.join(config.training.parts)}", *_steps(config)]
-    lines += _generator_memory(config)
+    if config.training.experience is None:
+        lines += _generator_memory(config)
     lines += _learner_memory(config)
     lines += _placement(config)
     return "\n".join(lines)
@@ -119,6 +120,13 @@ def _steps(config: RunConfig) -> list[str]:
         ]
     if config.trains_retriever:
         return _retriever_steps(config)
+    if config.training.experience is not None:
+        off_policy = config.off_policy
+        return [
+            f"  log         selections of {config.training.experience}, "
+            f"{off_policy.held_back_share:.0%} of their questions held back; "
+            f"{off_policy.num_epochs} passes, {config.training.batch_size} a step; no generator"
+        ]
     data, dro, training = config.data, config.dro, config.training
     questions = data.max_train_questions
     if questions is None:
@@ -180,10 +188,12 @@ def _learner_memory(config: RunConfig) -> list[str]:
         size = num_parameters(config.selector.model, config.cache_path)
         by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
         trained = size * _LINEAR_SHARE if by_adapter else size
-        total = (4 * size + 12 * trained) / _GIB
+        held = 0 if config.generator_training.share_base else size
+        total = (4 * held + 12 * trained) / _GIB
+        again = "" if by_adapter else ", and as many weights again for the policy it started from"
         found.append(
             f"  M-step      selector, {config.selector.kind}: about {total:.1f} GiB of weights and "
-            "optimiser a worker, and as many weights again for the policy that it started from"
+            f"optimiser a worker{again}"
         )
     return found
 
@@ -201,6 +211,11 @@ def _placement(config: RunConfig) -> list[str]:
     training, generator = config.training, config.generator
     if training.launcher == "local":
         return ["  placement   this process alone"]
+    if training.experience is not None:
+        return [
+            f"  placement   {training.num_workers} Ray Train worker(s) of "
+            f"{training.worker_cpus:g} CPU and {training.worker_gpus:g} GPU"
+        ]
     cpus = training.num_workers * training.worker_cpus
     cpus += generator.num_actors * generator.cpus_per_actor
     gpus = training.num_workers * training.worker_gpus
