@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from rlrag.config import RunConfig
+from rlrag.errors import CheckpointError
 from rlrag.generation.build import measure_speed, open_generator, resolve_config
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
@@ -19,7 +20,11 @@ from rlrag.models import resolve_model
 from rlrag.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # these bring torch and FAISS, which a refused command line does without
+    from rlrag.bundle_files import Evaluated
     from rlrag.pipeline import Library, TrainingData
+    from rlrag.training.checkpoints import CheckpointStore
+    from rlrag.training.logged_selections import LoggedData
+    from rlrag.training.loop import Files
 
 
 def run_once(
@@ -41,6 +46,12 @@ def run_once(
         resolve_model(config.selector.model, config.cache_path)
     say(f"{config.recipe}: reading {config.data.corpus} and its index")
     library = open_library(config)
+    evaluate = evaluate and bool(config.evaluation.systems)
+    if config.training.experience is not None:
+        _train_on_log(config, run_dir, library, Path(config.training.experience))
+        if evaluate:
+            evaluate_bundle(config, run_dir, library)
+        return
     data = open_training_data(config, library)
     say(
         f"{len(library.corpus):,} passages; {len(data.train):,} questions to train on, "
@@ -61,6 +72,48 @@ def evaluate_bundle(config: RunConfig, run_dir: RunDirectory, library: Library) 
     """Compare the bundle with its baselines, beginning with an untrained generator."""
     with _generator(config) as (generator, prompts):
         _evaluate(config, run_dir, library, generator, prompts)
+
+
+def _train_on_log(config: RunConfig, run_dir: RunDirectory, library: Library, log: Path) -> None:
+    """Train the selector on what a service logged and write the bundle; asks no generator.
+
+    The service may go on writing: the run keeps the log as it was when it began.
+    """
+    from rlrag.data.feedback import copy_feedback
+    from rlrag.training.launch import train_on_log
+    from rlrag.training.logged_selections import open_logged_data
+    from rlrag.training.logged_trainer import logged_schedule
+
+    if not run_dir.feedback.exists():
+        copy_feedback(log, run_dir.feedback)
+    logged = open_logged_data(config, library, run_dir.feedback)
+    num_steps = logged_schedule(config, len(logged.train)).num_steps
+    say(f"{logged.describe()}; {num_steps:,} steps without generator tokens")
+    with _followed(config, run_dir, num_steps):
+        train_on_log(config, logged, run_dir)
+    step = _save_bundle(config, run_dir, data_of_log(library, logged))
+    say(f"best at step {step}: {run_dir.bundle}")
+    for place, title in ((0, "before training"), (step, "of the bundle")):
+        found = {record["step"]: record for record in run_dir.read_metrics()}[place]
+        if "validation/value" in found:
+            say(_describe_estimate(title, found, config.off_policy.confidence))
+
+
+def data_of_log(library: Library, logged: LoggedData) -> TrainingData:
+    """What a bundle says of the data, where a service's log was trained on."""
+    from rlrag.pipeline import TrainingData
+
+    hashes = {"corpus": library.corpus.content_hash, "experience": logged.content_hash}
+    return TrainingData(logged.train.candidates, None, hashes)
+
+
+def _describe_estimate(title: str, metrics: dict[str, Any], confidence: float) -> str:
+    low, high = metrics["validation/value_low"], metrics["validation/value_high"]
+    return (
+        f"held-back reward {title}: {metrics['validation/value']:.3f} "
+        f"({100 * confidence:g} %: {low:.3f} to {high:.3f}), "
+        f"effective sample size {metrics['validation/ess']:.1f}"
+    )
 
 
 @contextmanager
@@ -108,31 +161,59 @@ def _train(
     prompts: PromptBuilder,
 ) -> None:
     from rlrag.training.launch import train_locally, train_on_ray
-    from rlrag.training.reporting import consumers, following
 
-    with (
-        consumers(config.training.loggers, run_dir.logs, num_steps) as found,
-        following(run_dir.metrics, found),
-    ):
+    with _followed(config, run_dir, num_steps):
         if config.training.launcher == "ray":
             train_on_ray(config, generator, prompts, run_dir)
         else:
             train_locally(config, library, data, generator, prompts, run_dir)
 
 
-def _save_bundle(config: RunConfig, run_dir: RunDirectory, data: TrainingData) -> int:
-    """Write the best checkpoint as a bundle; returns its step."""
+def best_step(store: CheckpointStore) -> int:
+    """The checkpoint that a run ends with, or would end with if it stopped now.
+
+    Raises:
+        CheckpointError: when there is no checkpoint, or the newest one is damaged.
+    """
+    from rlrag.training.loop import Progress
+
+    steps = store.steps()
+    if not steps:
+        raise CheckpointError(
+            f"{store.directory} holds no checkpoint yet; train first, or give another run"
+        )
+    return Progress(**store.load(steps[-1])[1]).best_step
+
+
+def bundle_checkpoint(
+    directory: Path,
+    config: RunConfig,
+    data: TrainingData,
+    step: int,
+    files: Files,
+    evaluated: Evaluated | None = None,
+    finish: Callable[[Path], None] = lambda directory: None,
+) -> None:
+    """Write a checkpoint as a bundle.
+
+    Args:
+        directory: Where the bundle goes.
+        config: The run.
+        data: Its training data.
+        step: That of the checkpoint.
+        files: Its tensors, as `CheckpointStore.load` gives them.
+        evaluated: What the run's final evaluation found, if it was of this checkpoint.
+        finish: See `save_bundle`.
+
+    Raises:
+        CheckpointError: when the tensors do not fit the configuration.
+    """
     from rlrag.bundle import save_bundle
     from rlrag.pipeline import open_policy
     from rlrag.retrieval.open_trainable import open_trainable_encoder
     from rlrag.storage import restore_weights
-    from rlrag.training.checkpoints import CheckpointStore
-    from rlrag.training.loop import Progress
     from rlrag.training.parts import open_whole_generator
 
-    store = CheckpointStore(run_dir.checkpoints)
-    step = Progress(**store.load(store.steps()[-1])[1]).best_step
-    files, _ = store.load(step)
     policy = open_policy(config, data.train)
     save_generator = save_retriever = None
     if config.trains_retriever:
@@ -146,7 +227,7 @@ def _save_bundle(config: RunConfig, run_dir: RunDirectory, data: TrainingData) -
         trained.load_trainable(files["generator"])
         save_generator = trained.save_pretrained
     save_bundle(
-        run_dir.bundle,
+        directory,
         config,
         policy,
         data.train,
@@ -154,7 +235,30 @@ def _save_bundle(config: RunConfig, run_dir: RunDirectory, data: TrainingData) -
         step,
         save_generator,
         save_retriever,
+        evaluated,
+        finish,
     )
+
+
+@contextmanager
+def _followed(config: RunConfig, run_dir: RunDirectory, num_steps: int) -> Iterator[None]:
+    """Show every step of the block as it is recorded."""
+    from rlrag.training.reporting import consumers, following
+
+    with (
+        consumers(config.training.loggers, run_dir.logs, num_steps) as found,
+        following(run_dir.metrics, found),
+    ):
+        yield
+
+
+def _save_bundle(config: RunConfig, run_dir: RunDirectory, data: TrainingData) -> int:
+    """Write the best checkpoint as a bundle; returns its step."""
+    from rlrag.training.checkpoints import CheckpointStore
+
+    store = CheckpointStore(run_dir.checkpoints)
+    step = best_step(store)
+    bundle_checkpoint(run_dir.bundle, config, data, step, store.load(step)[0])
     return step
 
 
@@ -165,8 +269,9 @@ def _evaluate(
     generator: CachedGenerator,
     prompts: PromptBuilder,
 ) -> None:
-    from rlrag.bundle import load_bundle
-    from rlrag.evaluation.systems import evaluate
+    from rlrag.bundle import add_evaluation, load_bundle
+    from rlrag.bundle_files import Evaluated, GoldenQuestion, golden_sample
+    from rlrag.evaluation.systems import Answered, evaluate
     from rlrag.evaluation.table import render
     from rlrag.pipeline import open_evaluation_data, open_reward, other_retrievers
 
@@ -175,6 +280,13 @@ def _evaluate(
     weights = bundle.generator_weights(
         resolve_config(config.generator, config.training.launcher).dtype
     )
+    golden: tuple[GoldenQuestion, ...] = ()
+
+    def keep(name: str, answered: Answered) -> None:
+        nonlocal golden
+        if name == _golden_system(config):
+            golden = golden_sample(answered.questions, answered.selections, answered.answers)
+
     table = evaluate(
         config,
         bundle.policy,
@@ -183,14 +295,27 @@ def _evaluate(
         progress=lambda name: say(f"  {name}"),
         tune_generator=lambda: generator.load_weights(weights) if weights else None,
         retrievers=other_retrievers(config, library, bundle.retriever_dir),
+        keep=keep,
     )
     record = table.to_json() | {
         "hashes": {**bundle.facts.hashes, "questions": questions_hash},
         "bundle_step": bundle.facts.step,
     }
+    add_evaluation(run_dir.bundle, Evaluated(golden, record))
     run_dir.evaluation.write_text(json.dumps(record, indent=2) + "\n")
     Console().print(render(table))
     say(f"written to {run_dir.evaluation}")
+
+
+def _golden_system(config: RunConfig) -> str | None:
+    """The evaluated system that answers as the bundle will; None where none repeats its answers."""
+    systems = config.evaluation.systems
+    if config.generator.temperature:
+        return None
+    if "trained" not in systems and config.training.parts == ("retriever",):
+        # Other untrained selectors keep the retriever's order.
+        return None if config.selector.kind == "listwise_lm" else "tuned_retriever"
+    return "trained"
 
 
 def say(text: str) -> None:

@@ -1,66 +1,60 @@
-"""A trained pipeline on disk: what evaluation and serving load.
+"""A trained pipeline on disk, written and loaded: what evaluation and serving use.
 
-bundle/config.json            how every part is built
-bundle/selector.safetensors   the trained selection policy
-bundle/retriever/             the trained encoder of the retriever, where one was trained
-bundle/generator/             the trained generator as a Hugging Face model, where one was trained
-bundle/bundle.json            shapes, source hashes, the step that the weights come from
-bundle/manifest.json          SHA-256 of each file
+`rlrag.bundle_files` says which files it holds, and reads them without the policy.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
+from rlrag import __version__
+from rlrag.bundle_files import (
+    CONFIG,
+    EVALUATION,
+    FACTS,
+    FORMAT,
+    GENERATOR,
+    GOLDEN,
+    RETRIEVER,
+    SELECTOR,
+    BundleFacts,
+    BundleFiles,
+    Evaluated,
+    bundle_version,
+    golden_json,
+    read_bundle,
+)
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
-from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.licences import LICENCES_FILE, licences_json, licences_of
 from rlrag.models import resolve_model, weights_hash
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.build import TrainablePolicy, build_policy
-from rlrag.storage import check_whole, find_whole, load_weights, save_weights, whole_directory
+from rlrag.storage import MANIFEST, find_whole, load_weights, save_weights, whole_directory
 
-FORMAT = 3
-
-
-@dataclass(frozen=True)
-class BundleFacts:
-    """What a run found out that its configuration does not say."""
-
-    format: int
-    step: int
-    score_names: tuple[str, ...]
-    vector_size: int
-    generator_weights: str
-    selector_model_weights: str | None
-    hashes: Mapping[str, str]
+__all__ = [
+    "FORMAT",
+    "Bundle",
+    "BundleFacts",
+    "add_evaluation",
+    "bundle_version",
+    "copy_bundle",
+    "load_bundle",
+    "read_bundle",
+    "save_bundle",
+]
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """One version of a tuned pipeline."""
+class Bundle(BundleFiles):
+    """One version of a tuned pipeline, with its policy."""
 
-    config: RunConfig
-    facts: BundleFacts
     policy: TrainablePolicy
-    generator_dir: Path | None
-    retriever_dir: Path | None
-
-    def generator_weights(self, dtype: str) -> GeneratorWeights | None:
-        """The trained generator for engines that run in `dtype`; None where none was trained."""
-        if self.generator_dir is None:
-            return None
-        tensors: dict[str, torch.Tensor] = {}
-        for path in sorted(self.generator_dir.glob("*.safetensors")):
-            tensors |= load_file(path)
-        wanted = getattr(torch, dtype)
-        return pack_weights({name: t.to(wanted) for name, t in tensors.items()}, version=1)
 
 
 def save_bundle(
@@ -72,6 +66,8 @@ def save_bundle(
     step: int,
     save_generator: Callable[[Path], None] | None = None,
     save_retriever: Callable[[Path], None] | None = None,
+    evaluated: Evaluated | None = None,
+    finish: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write a bundle; one that is there is replaced as a whole.
 
@@ -84,12 +80,15 @@ def save_bundle(
         step: Where the weights come from.
         save_generator: Writes the trained generator into a new directory, where there is one.
         save_retriever: Writes the trained encoder into a new directory, where there is one.
+        evaluated: What the run's final evaluation found; `add_evaluation` adds it later.
+        finish: Adds files to the otherwise finished bundle before it is sealed.
 
     Raises:
         CheckpointError: when the directory cannot be written.
     """
     facts = BundleFacts(
         format=FORMAT,
+        code_version=__version__,
         step=step,
         score_names=candidates.score_names,
         vector_size=candidates.vector_size,
@@ -98,13 +97,54 @@ def save_bundle(
         hashes=dict(hashes),
     )
     with whole_directory(directory) as staging:
-        (staging / "config.json").write_text(config.to_json())
-        (staging / "bundle.json").write_text(json.dumps(asdict(facts), indent=2) + "\n")
-        save_weights(policy, staging / "selector.safetensors")
+        (staging / CONFIG).write_text(config.to_json())
+        (staging / FACTS).write_text(json.dumps(asdict(facts), indent=2) + "\n")
+        (staging / GOLDEN).write_text(golden_json(()))
+        (staging / LICENCES_FILE).write_text(licences_json(licences_of(config)))
+        save_weights(policy, staging / SELECTOR)
         if save_generator is not None:
-            save_generator(staging / "generator")
+            save_generator(staging / GENERATOR)
         if save_retriever is not None:
-            save_retriever(staging / "retriever")
+            save_retriever(staging / RETRIEVER)
+        if evaluated is not None:
+            _write_evaluated(staging, evaluated)
+        finish(staging)
+
+
+def add_evaluation(directory: Path, evaluated: Evaluated) -> None:
+    """Put the golden questions and the comparison into a finished bundle.
+
+    The bundle is replaced as a whole and has another version afterwards.
+
+    Raises:
+        CheckpointError: when the bundle is damaged or cannot be written.
+    """
+    copy_bundle(directory, directory, lambda staging: _write_evaluated(staging, evaluated))
+
+
+def copy_bundle(
+    source: Path, target: Path, finish: Callable[[Path], None] = lambda directory: None
+) -> None:
+    """Write a bundle again, with what `finish` adds to it or replaces.
+
+    Args:
+        source: A whole bundle.
+        target: Where the copy goes; `source` itself is replaced as a whole.
+        finish: Adds or rewrites text files before the copy is sealed; tensors it leaves alone.
+
+    Raises:
+        CheckpointError: when the source is damaged or the target cannot be written.
+    """
+    read_bundle(source)  # sealing it again would vouch for a damaged file
+    copy = _copy_or_link if source == target else shutil.copyfile
+    with whole_directory(target) as staging:
+        place = find_whole(source)
+        for path in place.iterdir():
+            if path.is_dir() and not path.name.startswith("."):
+                shutil.copytree(path, staging / path.name, copy_function=copy)
+            elif path.name != MANIFEST and not path.name.startswith("."):
+                copy(path, staging / path.name)
+        finish(staging)
 
 
 def load_bundle(directory: Path) -> Bundle:
@@ -113,21 +153,10 @@ def load_bundle(directory: Path) -> Bundle:
     Raises:
         CheckpointError: when the bundle is absent, damaged, of another format, or a model has other
             weights than it was trained with.
+        ConfigError: when its configuration is none of this version.
     """
-    directory = find_whole(directory)
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"bundle {directory} does not exist; give the bundle directory of a finished run"
-        )
-    check_whole(directory)
-    known = json.loads((directory / "bundle.json").read_text())
-    if known["format"] != FORMAT:
-        raise CheckpointError(
-            f"bundle {directory} has format {known['format']}, this version reads {FORMAT}; load "
-            "it with the version that wrote it"
-        )
-    config = RunConfig.from_json((directory / "config.json").read_text(), str(directory))
-    facts = BundleFacts(**{**known, "score_names": tuple(known["score_names"])})
+    files = read_bundle(directory)
+    config, facts = files.config, files.facts
     generator_hash = weights_hash(resolve_model(config.generator.model, config.cache_path))
     for model, here, expected in (
         (config.generator.model, generator_hash, facts.generator_weights),
@@ -135,8 +164,8 @@ def load_bundle(directory: Path) -> Bundle:
     ):
         if here != expected:
             raise CheckpointError(
-                f"the model {model!r} has weights {here} here, but bundle {directory} was trained "
-                f"with {expected}; provide those weights"
+                f"the model {model!r} has weights {here} here, but bundle {files.directory} was "
+                f"trained with {expected}; provide those weights"
             )
     policy = build_policy(
         config.selector,
@@ -146,15 +175,8 @@ def load_bundle(directory: Path) -> Bundle:
         config.cache_path,
         config.seed,
     )
-    load_weights(policy, directory / "selector.safetensors")
-    generator_dir, retriever_dir = directory / "generator", directory / "retriever"
-    return Bundle(
-        config,
-        facts,
-        policy,
-        generator_dir if generator_dir.is_dir() else None,
-        retriever_dir if retriever_dir.is_dir() else None,
-    )
+    load_weights(policy, files.directory / SELECTOR)
+    return Bundle(**vars(files), policy=policy)
 
 
 def _selector_model_hash(config: RunConfig) -> str | None:
@@ -162,3 +184,23 @@ def _selector_model_hash(config: RunConfig) -> str | None:
     if config.selector.kind == "features":
         return None
     return weights_hash(resolve_model(config.selector.model, config.cache_path))
+
+
+def _write_evaluated(staging: Path, evaluated: Evaluated) -> None:
+    """Golden questions, the comparison, and the hash of its questions among those of the run."""
+    (staging / GOLDEN).write_text(golden_json(evaluated.golden))
+    (staging / EVALUATION).write_text(json.dumps(evaluated.table, indent=2) + "\n")
+    facts = json.loads((staging / FACTS).read_text())
+    facts["hashes"] |= evaluated.table.get("hashes", {})
+    (staging / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _copy_or_link(source: str | Path, target: str | Path) -> None:
+    """Tensors are never rewritten in place, so that old and new version may share them on disk."""
+    if Path(source).suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # file systems without hard links
+            pass
+    shutil.copyfile(source, target)

@@ -20,10 +20,12 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -158,10 +160,10 @@ def _cannot_write(target: Path, error: Exception) -> str:
 
 
 def _seal(directory: Path) -> None:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    manifest = {path.relative_to(directory).as_posix(): _sha256(path) for path in files}
+    files = dict(sorted(_files_below(directory).items()))
+    manifest = {name: _sha256(path) for name, path in files.items()}
     (directory / MANIFEST).write_text(json.dumps({"files": manifest}, indent=2) + "\n")
-    for path in [*files, directory / MANIFEST]:
+    for path in [*files.values(), directory / MANIFEST]:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
 
@@ -172,26 +174,91 @@ def _sha256(path: Path) -> str:
 
 
 def check_whole(directory: Path) -> None:
-    """Compare every file with the manifest.
+    """Compare every file with the manifest, which must list them all and nothing else.
+
+    Hidden entries of `directory` itself are no part of it, whatever they are: a download from a hub
+    leaves `.gitattributes` and `.cache` there.
 
     Raises:
-        CheckpointError: naming the file that is missing, truncated or altered.
+        CheckpointError: naming the file that is missing, truncated or altered, that the manifest
+            does not list or that lies elsewhere, or the symbolic link.
     """
-    manifest_path = directory / MANIFEST
-    try:
-        files = json.loads(manifest_path.read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+    listed = _listed_files(directory)
+    found = _files_below(directory)
+    unlisted = sorted(found.keys() - listed.keys())
+    if unlisted:
         raise CheckpointError(
-            f"{manifest_path} is missing or unreadable ({type(error).__name__}); the directory is "
-            "not a whole checkpoint or bundle: delete it to go on from an older one"
-        ) from error
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file() or _sha256(path) != expected:
+            f"{directory / unlisted[0]} is not listed in {directory / MANIFEST}, so that nobody "
+            "vouches for it; delete it, or fetch the directory anew"
+        )
+    for name, expected in listed.items():
+        path = found.get(name)
+        if path is None and _leads_outside(name):
             raise CheckpointError(
-                f"{path} is missing, truncated or altered since it was written; delete "
+                f"{directory / MANIFEST} names {name!r}, which lies outside of {directory}; do not "
+                "use it, and fetch it anew from where it was written"
+            )
+        if path is None or _read_sha256(path) != expected:
+            raise CheckpointError(
+                f"{directory / name} is missing, truncated or altered since it was written; delete "
                 f"{directory} to go on from an older one"
             )
+
+
+def _listed_files(directory: Path) -> dict[str, str]:
+    """Hashes by file name, as the manifest gives them."""
+    path = directory / MANIFEST
+    try:
+        files = json.loads(path.read_text())["files"]
+        if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is missing or unreadable ({type(error).__name__}); the directory is "
+            "not a whole checkpoint or bundle: delete it to go on from an older one"
+        ) from error
+    return files
+
+
+def _files_below(directory: Path) -> dict[str, Path]:
+    """Every file but the manifest and what is hidden, by its name relative to the directory.
+
+    Raises:
+        CheckpointError: when something is neither a file nor a directory, or cannot be listed.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    files = {}
+    for place, directories, names in os.walk(directory, onerror=fail):
+        if Path(place) == directory:
+            directories[:] = [name for name in directories if not name.startswith(".")]
+            names = [name for name in names if not name.startswith(".")]
+        for path in [Path(place, name) for name in [*directories, *names]]:
+            try:
+                mode = path.lstat().st_mode
+            except OSError as error:  # deleted since it was listed
+                fail(error)
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise CheckpointError(
+                    f"{path} is a symbolic link or another special file, which leads outside of "
+                    f"{directory}; copy what it stands for to its place"
+                )
+            if stat.S_ISREG(mode) and path != directory / MANIFEST:
+                files[path.relative_to(directory).as_posix()] = path
+    return files
+
+
+def _leads_outside(name: str) -> bool:
+    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+
+
+def _read_sha256(path: Path) -> str:
+    try:
+        return _sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:

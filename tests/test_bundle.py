@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from stand_ins import make_table
 from tiny_models import save_tiny_encoder, save_tiny_llama
 
-from rlrag.bundle import FORMAT, Bundle, load_bundle, save_bundle
+from rlrag import __version__
+from rlrag.bundle import FORMAT, Bundle, bundle_version, load_bundle, save_bundle
 from rlrag.config import GeneratorTrainingConfig, RetrievalConfig, RunConfig
 from rlrag.errors import CheckpointError, ModelNotFoundError
 from rlrag.evaluation.systems import greedy_picks
@@ -107,6 +108,9 @@ def test_a_bundle_gives_back_policy_configuration_and_facts(config, saved):
     assert bundle.facts.vector_size == 8
     assert bundle.facts.hashes == HASHES
     assert bundle.facts.generator_weights == weights_hash(Path(config.generator.model))
+    assert bundle.facts.code_version == __version__
+    assert bundle.version == bundle_version(saved)
+    assert (bundle.golden, bundle.evaluation) == ((), None)
     written = trained_policy(config)
     for name, tensor in written.state_dict().items():
         assert torch.equal(tensor, bundle.policy.state_dict()[name]), name
@@ -120,6 +124,8 @@ def test_nothing_is_pickled(saved):
     assert {path.name for path in saved.iterdir()} == {
         "config.json",
         "bundle.json",
+        "golden.json",
+        "licences.json",
         "selector.safetensors",
         "manifest.json",
     }
@@ -173,7 +179,7 @@ def test_without_a_trained_generator_there_are_no_weights(saved):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_trained_generator_comes_back_as_engines_take_it(with_generator, trained, dtype):
-    """The weights are those that the learner would publish, name by name and bit by bit."""
+    """The weights are those that the learner would publish whole, name by name and bit by bit."""
     bundle = load_bundle(with_generator)
     assert bundle.generator_dir == with_generator / "generator"
     found = bundle.generator_weights(dtype)

@@ -13,6 +13,7 @@ Shape letters: Q questions, N candidates, K selected.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -21,7 +22,7 @@ from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
 from rlrag.evaluation.ranking import ndcg_at_k, recall_at_k
 from rlrag.evaluation.table import EvaluationTable, SystemMetrics, build_table
-from rlrag.records import Passage, Question
+from rlrag.records import Generation, Passage, Question
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
@@ -35,6 +36,18 @@ Picks = Sequence[Sequence[int]] | np.ndarray
 """For each question the positions of the picked candidates, best first."""
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What one system showed the generator and what it said, question by question.
+
+    Selections are best first.
+    """
+
+    questions: Sequence[Question]
+    selections: Sequence[Sequence[Passage]]
+    answers: Sequence[Generation]
+
+
 def evaluate(
     config: RunConfig,
     policy: SelectionPolicy,
@@ -43,6 +56,7 @@ def evaluate(
     progress: Callable[[str], None] = lambda text: None,
     tune_generator: Callable[[], None] = lambda: None,
     retrievers: Mapping[str, Callable[[], CandidateTable]] = MappingProxyType({}),
+    keep: Callable[[str, Answered], None] = lambda name, answered: None,
 ) -> EvaluationTable:
     """Answer every question under every configured system and compare them.
 
@@ -56,6 +70,7 @@ def evaluate(
             before the systems that use them, which come last.
         retrievers: Candidates of the same questions from other retrievers, by system; fetched when
             that system's turn comes.
+        keep: Called with the name and the answers of each system but the oracle.
 
     Raises:
         ConfigError: a system is asked for whose retriever this run has not.
@@ -80,7 +95,11 @@ def evaluate(
             found[name] = _oracle(table, answering)
         else:
             picks = _picks(name, policy, table, num_selected, config.seed)
-            found[name] = _measure(table, picks, answering, ranked=name != "no_retrieval")
+            selections = _passages(table, picks)
+            answers = answering.answer(table.questions, selections)
+            answered = Answered(table.questions, selections, answers)
+            keep(name, answered)
+            found[name] = _measure(answered, ranked=name != "no_retrieval")
     systems: dict[str, SystemMetrics] = {name: found[name] for name in asked}
     return build_table(systems, num_selected, config.evaluation.num_bootstrap, config.seed)
 
@@ -111,19 +130,15 @@ def _picks(
     return greedy_picks(policy, candidates)
 
 
-def _measure(
-    candidates: CandidateTable, picks: Picks, answering: AnsweringReward, ranked: bool
-) -> SystemMetrics:
-    selections = _passages(candidates, picks)
-    answers = [a.text for a in answering.answer(candidates.questions, selections)]
-    metrics = _answer_metrics(candidates.questions, answers)
+def _measure(answered: Answered, ranked: bool) -> SystemMetrics:
+    metrics = _answer_metrics(answered.questions, [answer.text for answer in answered.answers])
     if not ranked:
         return SystemMetrics(**metrics)
-    ids = [[passage.id for passage in selection] for selection in selections]
+    ids = [[passage.id for passage in selection] for selection in answered.selections]
     return SystemMetrics(
         **metrics,
-        recall=_ranking(recall_at_k, ids, candidates.questions),
-        ndcg=_ranking(ndcg_at_k, ids, candidates.questions),
+        recall=_ranking(recall_at_k, ids, answered.questions),
+        ndcg=_ranking(ndcg_at_k, ids, answered.questions),
     )
 
 

@@ -1,0 +1,264 @@
+"""A bundle's directory in; its checked content out, without building or loading any model.
+
+bundle/config.json            how every part is built
+bundle/bundle.json            shapes, source hashes, the step that the weights come from
+bundle/selector.safetensors   the trained selection policy
+bundle/retriever/             the trained encoder of the retriever, where one was trained
+bundle/generator/             the trained generator as a Hugging Face model, where one was trained
+bundle/adapter/               where asked for, the generator's LoRA adapter alone, as peft writes it
+bundle/golden.json            questions with the answers of the run's final evaluation; may be empty
+bundle/evaluation.json        that evaluation, where there was one
+bundle/licences.json          of its parts
+bundle/README.md              a model card, where asked for
+bundle/manifest.json          SHA-256 of each of these
+
+Nothing in a bundle runs: it holds tensors and text alone, and models are loaded without code of
+their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors.torch import load_file
+
+from rlrag.config import RunConfig
+from rlrag.errors import CheckpointError
+from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.licences import LICENCES_FILE, PartLicence
+from rlrag.records import Generation, Passage, Question
+from rlrag.storage import MANIFEST, check_whole, find_whole
+
+FORMAT = 4
+NUM_GOLDEN = 20
+CONFIG, FACTS, SELECTOR = "config.json", "bundle.json", "selector.safetensors"
+GOLDEN, EVALUATION, CARD = "golden.json", "evaluation.json", "README.md"
+GENERATOR, RETRIEVER, ADAPTER = "generator", "retriever", "adapter"
+
+_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".md")
+_VERSION_DIGITS = 12
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What a run found out that its configuration does not say."""
+
+    __pydantic_config__ = _STRICT
+
+    format: int
+    code_version: str
+    step: Annotated[int, Field(ge=0)]
+    score_names: tuple[str, ...]
+    vector_size: Annotated[int, Field(ge=0)]
+    generator_weights: str
+    selector_model_weights: str | None
+    hashes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class GoldenQuestion:
+    """A question with what the pipeline made of it in the run's final evaluation.
+
+    `passage_ids` are the picked passages, best first; `answer_logp` is the answer's summed
+    log-probability in nats.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    id: str
+    question: str
+    answer: str
+    passage_ids: tuple[str, ...]
+    answer_logp: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the final evaluation of a run adds to its bundle."""
+
+    golden: tuple[GoldenQuestion, ...]
+    table: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BundleFiles:
+    """One version of a tuned pipeline, as its files say.
+
+    `golden` is empty and `evaluation` None where no final evaluation was made.
+    """
+
+    directory: Path
+    version: str
+    config: RunConfig
+    facts: BundleFacts
+    golden: tuple[GoldenQuestion, ...]
+    evaluation: Mapping[str, Any] | None
+    licences: tuple[PartLicence, ...]
+    generator_dir: Path | None
+    retriever_dir: Path | None
+    adapter_dir: Path | None
+
+    def generator_weights(self, dtype: str) -> GeneratorWeights | None:
+        """The trained generator for engines that run in `dtype`; None where none was trained."""
+        if self.generator_dir is None:
+            return None
+        tensors: dict[str, torch.Tensor] = {}
+        for path in sorted(self.generator_dir.glob("*.safetensors")):
+            tensors |= load_file(path)
+        wanted = getattr(torch, dtype)
+        return pack_weights({name: t.to(wanted) for name, t in tensors.items()}, version=1)
+
+
+def bundle_version(directory: Path) -> str:
+    """First 12 hex digits of the SHA-256 of the manifest, and so of every file.
+
+    Raises:
+        CheckpointError: when there is no manifest.
+    """
+    path = find_whole(directory) / MANIFEST
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:_VERSION_DIGITS]
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); give the bundle directory of a finished run"
+        ) from error
+
+
+def read_bundle(directory: Path) -> BundleFiles:
+    """Check and read a bundle.
+
+    Every file is compared with its hash. No model is loaded, nor asked for its own hash.
+
+    Raises:
+        CheckpointError: when the bundle is absent, damaged, of another format or holds a file that
+            is neither tensors nor text.
+        ConfigError: when its configuration is none of this version.
+    """
+    directory = find_whole(directory)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"bundle {directory} does not exist; give the bundle directory of a finished run"
+        )
+    version = bundle_version(directory)
+    check_whole(directory)
+    _check_names(directory)
+    found = parse_bundle(directory, version)
+    if bundle_version(directory) != version:
+        raise CheckpointError(f"bundle {directory} was replaced while it was read; read it again")
+    return found
+
+
+def parse_bundle(directory: Path, version: str = "") -> BundleFiles:
+    """What `read_bundle` returns, of files that were not compared with their hashes.
+
+    For those who are still writing them.
+    """
+    _check_format(directory)
+    evaluation = directory / EVALUATION
+    return BundleFiles(
+        directory=directory,
+        version=version,
+        config=_config(directory / CONFIG),
+        facts=_parsed(directory / FACTS, BundleFacts),
+        golden=_parsed(directory / GOLDEN, tuple[GoldenQuestion, ...]),
+        evaluation=_parsed(evaluation, dict[str, Any]) if evaluation.is_file() else None,
+        licences=_parsed(directory / LICENCES_FILE, tuple[PartLicence, ...]),
+        generator_dir=_directory(directory / GENERATOR),
+        retriever_dir=_directory(directory / RETRIEVER),
+        adapter_dir=_directory(directory / ADAPTER),
+    )
+
+
+def golden_sample(
+    questions: Sequence[Question],
+    selections: Sequence[Sequence[Passage]],
+    answers: Sequence[Generation],
+) -> tuple[GoldenQuestion, ...]:
+    """At most `NUM_GOLDEN` of these, always the same of equal numbers, in their order."""
+    number = min(NUM_GOLDEN, len(questions))
+    rows = np.sort(np.random.default_rng(0).choice(len(questions), number, replace=False))
+    return tuple(
+        GoldenQuestion(
+            id=questions[row].id,
+            question=questions[row].question,
+            answer=answers[row].text,
+            passage_ids=tuple(passage.id for passage in selections[row]),
+            answer_logp=answers[row].logp,
+        )
+        for row in rows
+    )
+
+
+def golden_json(golden: Sequence[GoldenQuestion]) -> str:
+    """As the file of a bundle holds them."""
+    return json.dumps([asdict(each) for each in golden], indent=2, allow_nan=False) + "\n"
+
+
+def _check_format(directory: Path) -> None:
+    found = _read_json(directory / FACTS)
+    format_found = found.get("format") if isinstance(found, dict) else None
+    if format_found != FORMAT:
+        raise CheckpointError(
+            f"bundle {directory} has format {format_found!r}, this version reads {FORMAT}; load "
+            "it with the version that wrote it"
+        )
+
+
+def _check_names(directory: Path) -> None:
+    """Refuse what some loader of models might run; `check_whole` read the manifest before."""
+    for name in _read_json(directory / MANIFEST)["files"]:
+        if PurePosixPath(name).suffix not in _SUFFIXES:
+            raise CheckpointError(
+                f"bundle {directory} holds {name!r}, which is neither tensors nor text and may run "
+                "code when it is loaded; do not use it"
+            )
+
+
+def _config(path: Path) -> RunConfig:
+    _read_json(path)
+    return RunConfig.from_json(_read(path), str(path))
+
+
+def _parsed(path: Path, kind: type[_Value]) -> _Value:
+    """A JSON file as a checked value."""
+    text = _read(path)
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its content"
+        raise CheckpointError(
+            f"{path} does not hold what it should: {place}: {first['msg']}; export the bundle anew"
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; export the bundle anew") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}), and a bundle needs it; export the "
+            "bundle anew"
+        ) from error
+
+
+def _directory(path: Path) -> Path | None:
+    return path if path.is_dir() else None
