@@ -3,6 +3,7 @@
     python -m jobs.train quickstart
     python -m jobs.train nq --run-dir runs/nq --seed 1 --dro.num-samples 8
     python -m jobs.train dro-paper --dry-run True
+    python -m jobs.train quickstart --run-dir runs/served --experience feedback.sqlite
 
 The same command continues a run that was stopped.
 """
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import ValidationError
 
 from jobs.cluster import cluster
 from jobs.command_line import parse, pick_recipe, run_program
 from jobs.recipes import RECIPES
 from jobs.rounds import run_rounds
 from jobs.single_run import run_once
-from rlrag.config import RunConfig
-from rlrag.errors import RlragError
+from rlrag.config import RunConfig, describe_validation_error
+from rlrag.errors import ConfigError, RlragError
 from rlrag.training.run_directory import RunDirectory
 
 
@@ -33,6 +35,8 @@ class TrainArguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path
     """Where configuration, metrics, checkpoints, bundle and result go."""
+    experience: str | None = None
+    """A service's log of feedback to train the selector on; short for `--training.experience`."""
     dry_run: bool = False
     """Only print the plan: steps, generator tokens, memory and placement."""
 
@@ -42,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     recipe, flags = pick_recipe(argv, RECIPES, "python -m jobs.train")
     default = TrainArguments(recipe, Path("runs") / recipe.recipe)
     arguments = parse(TrainArguments, default, flags, f"python -m jobs.train {recipe.recipe}")
-    config, run_dir = arguments.config, RunDirectory(arguments.run_dir)
+    config, run_dir = config_of(arguments), RunDirectory(arguments.run_dir)
     if arguments.dry_run:
         from rlrag.training.plan import describe_plan
 
@@ -61,6 +65,28 @@ def main(argv: Sequence[str]) -> None:
     except RlragError:
         run_dir.release()
         raise
+
+
+def config_of(arguments: TrainArguments) -> RunConfig:
+    """The configuration, with the log that the short flag names.
+
+    Raises:
+        ConfigError: when two logs are named, or the configuration cannot be trained on a log.
+    """
+    config, log = arguments.config, arguments.experience
+    if log is None:
+        return config
+    if config.training.experience not in (None, log):
+        raise ConfigError(
+            f"--experience is {log!r} and --training.experience {config.training.experience!r}; "
+            "give one of them"
+        )
+    values = config.model_dump()
+    values["training"]["experience"] = log
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(error)) from error
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from rlrag.pipeline import (
 )
 from rlrag.training.dro_trainer import DROTrainer
 from rlrag.training.experience_log import ExperienceLog
+from rlrag.training.logged_selections import LoggedData, open_logged_data
+from rlrag.training.logged_trainer import LoggedTrainer
 from rlrag.training.loop import Metrics, Trainer, TrainingLoop
 from rlrag.training.openrag_trainer import OpenRAGTrainer
 from rlrag.training.passage_judge import PassageJudge
@@ -77,26 +79,39 @@ def train_locally(
     TrainingLoop(config, trainer, run_dir, workers).run()
 
 
+def train_on_log(config: RunConfig, data: LoggedData, run_dir: RunDirectory) -> None:
+    """Train the selector on the log in the run directory, where the configuration says.
+
+    Ray Train workers read that log themselves.
+    """
+    if config.training.launcher == "ray":
+        train_on_ray(config, None, None, run_dir)
+    else:
+        workers = SingleWorker()
+        TrainingLoop(config, LoggedTrainer(config, data, workers), run_dir, workers).run()
+
+
 @dataclass(frozen=True)
 class _WorkerTask:
     """What a Ray Train worker needs; everything else it opens from the shared caches."""
 
     config: str
     run_dir: str
-    generator: CachedGenerator
-    prompts: PromptBuilder
+    generator: CachedGenerator | None
+    prompts: PromptBuilder | None
 
 
 def train_on_ray(
     config: RunConfig,
-    generator: CachedGenerator,
-    prompts: PromptBuilder,
+    generator: CachedGenerator | None,
+    prompts: PromptBuilder | None,
     run_dir: RunDirectory,
 ) -> None:
     """Run the loop in Ray Train workers of the initialised Ray cluster.
 
-    The run directory and the cache directory must be the same storage on every node. A worker that
-    dies is restarted up to `training.max_failures` times and continues from the last checkpoint.
+    Training on a log needs no generator. The run directory and the cache directory must be the same
+    storage on every node. A worker that dies is restarted up to `training.max_failures` times and
+    continues from the last checkpoint.
 
     Raises:
         RlragError: what ended the run in a worker.
@@ -152,10 +167,18 @@ def _worker(settings: dict[Any, Any]) -> None:
     config = RunConfig.from_json(task.config)
     torch.set_num_threads(config.training.worker_threads)  # Ray allows one for less than a CPU
     library = open_library(config)
-    data = open_training_data(config, library)
     run_dir = RunDirectory(Path(task.run_dir))
     workers = TorchWorkers()
-    trainer = open_trainer(config, library, data, task.generator, task.prompts, run_dir, workers)
+    trainer: Trainer
+    if config.training.experience is not None:
+        logged = open_logged_data(config, library, run_dir.feedback)
+        trainer = LoggedTrainer(config, logged, workers)
+    else:
+        generator, prompts = task.generator, task.prompts
+        assert generator is not None  # only training on a log does without
+        assert prompts is not None
+        data = open_training_data(config, library)
+        trainer = open_trainer(config, library, data, generator, prompts, run_dir, workers)
     TrainingLoop(config, trainer, run_dir, workers, on_step=_report).run()
 
 
@@ -167,7 +190,7 @@ def _report(metrics: Metrics) -> None:
     """
     import ray.train
 
-    if "validation/f1" in metrics:
+    if any(name.startswith("validation/") for name in metrics):
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, float | int)})
 
 

@@ -1,7 +1,8 @@
 """Something to train and a run directory in; its trained weights, checkpoints and metrics out.
 
     for step in range(num_steps):
-        step      what the trainer does on this step, `dro_trainer` or `openrag_trainer`
+        step      what the trainer does on this step, `dro_trainer`, `openrag_trainer` or
+                  `logged_trainer`
         validate  now and then
         record    metrics.jsonl; now and then a checkpoint
 
@@ -92,7 +93,7 @@ class Progress:
 
     step: int = 0
     best_step: int = 0
-    best_score: float = -1.0
+    best_score: float | None = None
     validations_since_best: int = 0
     generator_tokens: int = 0
     finished: bool = False
@@ -208,8 +209,9 @@ class TrainingLoop(Generic[AnyTrainer]):
             self.progress.best_step = self.progress.step
             return self.progress.finished
         metrics |= found
-        if found[self.trainer.best_by] > self.progress.best_score:
-            self.progress.best_score = found[self.trainer.best_by]
+        score, best = found[self.trainer.best_by], self.progress.best_score
+        if best is None or score > best:
+            self.progress.best_score = score
             self.progress.best_step = self.progress.step
             self.progress.validations_since_best = 0
             return True

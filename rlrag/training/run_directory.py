@@ -2,6 +2,7 @@
 
 DIR/config.json       the resolved configuration; the same command continues the run
 DIR/metrics.jsonl     one object a finished step
+DIR/feedback.sqlite   where a selector is trained on a log, that log as the run found it
 DIR/pools/            where a retriever is trained, what the generator made of first candidates
 DIR/experience/       where it is kept, every selection that was drawn and its reward
 DIR/rounds/           where parts are trained in turns, a run directory for each turn
@@ -29,6 +30,7 @@ class RunDirectory:
         self.path = path.expanduser().absolute()
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.feedback = self.path / "feedback.sqlite"
         self.pools = self.path / "pools"
         self.experience = self.path / "experience"
         self.rounds = self.path / "rounds"
@@ -78,6 +80,7 @@ class RunDirectory:
         The directory then takes a corrected configuration; a run that has records keeps its own.
         """
         if not self.metrics.exists():
+            self.feedback.unlink(missing_ok=True)
             self.config.unlink(missing_ok=True)
 
     def truncate_metrics(self, num_steps: int) -> None:

@@ -1,0 +1,340 @@
+"""Selections that were served and what their answers were worth in; both, joined, out again.
+
+One SQLite file, to which several processes may append at once. A selection is one row of
+`selections`, every word about its answer one row of `feedback`; no row is ever changed. Old rows
+are deleted a few at a time, as selections come in (`FeedbackStore`). The file must be on a local
+disk: SQLite's write-ahead log does not work over a network file system.
+
+The propensity of a selection is the probability with which this very selection was drawn. Without
+it a log says nothing about another policy; it cannot be computed afterwards, since the policy that
+drew is gone by then.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from rlrag.data.feedback_file import OpenFile, explaining, identity, open_to_write, reading
+from rlrag.data.lines import checked_text
+from rlrag.errors import DataError
+
+Thumbs = Literal["up", "down"]
+Value = TypeVar("Value")
+
+_TRIM_EVERY = 100
+_TRIMMED_AT_ONCE = 500
+_SECONDS_A_DAY = 86_400.0
+_ROUNDING = 1e-6
+_THUMBS_REWARD = {"up": 1.0, "down": 0.0}
+
+_COLUMNS = (
+    "request_id, time_s, version, question, candidate_ids, positions, propensity_logp, explored, "
+    "answer, answer_logp"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionEvent:
+    """One request that was answered.
+
+    `positions` index `candidate_ids`, best first. `propensity_logp` is the log-probability, in
+    nats, with which this very selection was drawn, exploration included; 0 where nothing was left
+    to chance. `answer_logp` is the answer's own, in nats. `time_s` counts from the Unix epoch.
+    """
+
+    request_id: str
+    time_s: float
+    version: str
+    question: str
+    candidate_ids: tuple[str, ...]
+    positions: tuple[int, ...]
+    propensity_logp: float
+    explored: bool
+    answer: str
+    answer_logp: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedSelection:
+    """A selection with the last word about its answer.
+
+    `reward` is the number that was given, 1 for a thumb up and 0 for one down; it is None where
+    golden answers were given instead, against which the answer is still to be compared.
+    """
+
+    event: SelectionEvent
+    reward: float | None
+    golden_answers: tuple[str, ...] | None
+
+
+class FeedbackStore:
+    """Appends to one SQLite file; safe for many processes and threads at once.
+
+    It keeps one connection open, as the last one that closes waits until everything is on disk: a
+    row takes a fraction of a millisecond. A copy for another process opens its own; a fork must
+    not use its parent's. No call waits longer than ten seconds for another process. A file that is
+    moved away is begun anew.
+
+    Every hundred selections, what is beyond the bounds is deleted, oldest first and at most 500
+    selections at a time, with their feedback. So a file can be a hundred selections larger than
+    `max_rows` for each process that writes. What is deleted is overwritten with zeros.
+    """
+
+    def __init__(self, path: Path, max_rows: int = 1_000_000, max_days: float = 90.0) -> None:
+        """Create the file when it is missing.
+
+        Args:
+            path: The file; its folder is created too.
+            max_rows: Selections that are kept.
+            max_days: Age in days up to which they are kept.
+
+        Raises:
+            DataError: when the file cannot be used, is of another format or holds something else.
+        """
+        self._path = path.expanduser()
+        self._max_rows = max_rows
+        self._max_days = max_days
+        self._until_trim = 0
+        self._lock = threading.Lock()
+        self._open: OpenFile | None = None
+        with self._connection():
+            pass
+
+    def __reduce__(self) -> tuple[type[FeedbackStore], tuple[Path, int, float]]:
+        return FeedbackStore, (self._path, self._max_rows, self._max_days)
+
+    def close(self) -> None:
+        """Let go of the file; a later call opens it again."""
+        with self._lock:
+            self._let_go()
+
+    def record_selection(self, event: SelectionEvent) -> bool:
+        """Store a selection; False when its request id is taken, and then nothing is stored.
+
+        Raises:
+            DataError: when the selection is impossible or the file cannot be used.
+        """
+        _check_event(event)
+        values = (
+            event.request_id,
+            event.time_s,
+            event.version,
+            event.question,
+            json.dumps(event.candidate_ids),
+            json.dumps(event.positions),
+            min(event.propensity_logp, 0.0),
+            int(event.explored),
+            event.answer,
+            event.answer_logp,
+        )
+        marks = ", ".join("?" * len(values))
+        with self._connection() as connection:
+            with connection:
+                added = connection.execute(
+                    f"INSERT OR IGNORE INTO selections ({_COLUMNS}) VALUES ({marks})", values
+                ).rowcount
+            if self._until_trim <= 0:
+                self._until_trim = _TRIM_EVERY
+                self._trim(connection)
+        self._until_trim -= 1
+        return bool(added)
+
+    def record_feedback(
+        self,
+        request_id: str,
+        reward: float | None = None,
+        golden_answers: Sequence[str] | None = None,
+        thumbs: Thumbs | None = None,
+    ) -> bool:
+        """Store what an answer was worth; False when no selection has this request id.
+
+        All that is said about an answer is kept, and the last word counts.
+
+        Args:
+            request_id: The request that was answered.
+            reward: Any finite number; higher is better.
+            golden_answers: Right answers; none means that the question has no answer.
+            thumbs: `up` or `down`.
+
+        Raises:
+            DataError: when not exactly one of the three is given, or it is not what it should be,
+                or the file cannot be used.
+        """
+        _check_feedback(reward, golden_answers, thumbs)
+        golden = None if golden_answers is None else json.dumps(list(golden_answers))
+        with self._connection() as connection, connection:
+            # One statement, so that the selection cannot be deleted between look-up and insertion.
+            added = connection.execute(
+                "INSERT INTO feedback (request_id, time_s, reward, golden_answers, thumbs) "
+                "SELECT request_id, ?, ?, ?, ? FROM selections WHERE request_id = ?",
+                (time.time(), reward, golden, thumbs, request_id),
+            ).rowcount
+        return bool(added)
+
+    def _trim(self, connection: sqlite3.Connection) -> None:
+        """Delete a bounded number of the oldest selections that are beyond the bounds."""
+        beyond = (
+            ("number <= (SELECT MAX(number) FROM selections) - ?", "number", self._max_rows),
+            ("time_s < ?", "time_s", time.time() - self._max_days * _SECONDS_A_DAY),
+        )
+        for condition, order, limit in beyond:
+            with connection:
+                rows = connection.execute(
+                    f"DELETE FROM selections WHERE number IN (SELECT number FROM selections WHERE "
+                    f"{condition} ORDER BY {order} LIMIT ?) RETURNING request_id",
+                    (limit, _TRIMMED_AT_ONCE),
+                ).fetchall()
+                connection.executemany("DELETE FROM feedback WHERE request_id = ?", rows)
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, explaining(self._path):
+            if self._open is not None and self._open.identity != identity(self._path):
+                self._let_go()
+            if self._open is None:
+                self._open = open_to_write(self._path)
+            try:
+                yield self._open.connection
+            except sqlite3.Error:
+                self._let_go()
+                raise
+
+    def _let_go(self) -> None:
+        if self._open is not None:
+            self._open.connection.close()
+            self._open = None
+
+
+def read_feedback(path: Path) -> list[LoggedSelection]:
+    """Every selection about which something was said, in the order in which they were stored.
+
+    The file may be written to meanwhile; what is read is its content at one moment.
+
+    Raises:
+        DataError: when the file is missing, damaged, of another format or holds something else.
+    """
+    query = (
+        f"SELECT {', '.join(f's.{name}' for name in _COLUMNS.split(', '))}, f.reward, "
+        "f.golden_answers, f.thumbs FROM selections s JOIN feedback f ON f.number = "
+        "(SELECT MAX(number) FROM feedback WHERE request_id = s.request_id) ORDER BY s.number"
+    )
+    with reading(path) as connection:
+        return [_logged(row, path) for row in connection.execute(query)]
+
+
+def count_selections(path: Path) -> int:
+    """Selections in the file, whether or not something was said about them.
+
+    Raises:
+        DataError: as `read_feedback`.
+    """
+    with reading(path) as connection:
+        return int(connection.execute("SELECT COUNT(*) FROM selections").fetchone()[0])
+
+
+def copy_feedback(path: Path, target: Path) -> None:
+    """Write the file's content at one moment to `target`, which appears whole or not at all.
+
+    Raises:
+        DataError: as `read_feedback`, or when `target` cannot be written.
+    """
+    staging = target.with_name(f".{target.name}.new")
+    try:
+        staging.unlink(missing_ok=True)
+        with reading(path) as connection, closing(sqlite3.connect(staging)) as copy:
+            connection.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
+        staging.replace(target)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
+        ) from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _check_event(event: SelectionEvent) -> None:
+    place = f"selection {event.request_id!r}"
+    if not event.request_id or not event.question.strip():
+        raise DataError(f"{place} has an empty request id or question; give both")
+    for text in (event.request_id, event.version, event.question, event.answer):
+        checked_text(text, place)
+    num_candidates = len(event.candidate_ids)
+    inside = all(0 <= position < num_candidates for position in event.positions)
+    if not event.positions or not inside or len(set(event.positions)) < len(event.positions):
+        raise DataError(
+            f"{place} has positions {event.positions} among {num_candidates} candidates; give "
+            "different positions that the candidates have, at least one"
+        )
+    if not math.isfinite(event.propensity_logp) or event.propensity_logp > _ROUNDING:
+        raise DataError(
+            f"{place} has propensity_logp {event.propensity_logp}; give the logarithm of a "
+            "probability above 0"
+        )
+    if not math.isfinite(event.answer_logp) or not math.isfinite(event.time_s):
+        raise DataError(
+            f"{place} has answer_logp {event.answer_logp} and time_s {event.time_s}; give finite "
+            "numbers"
+        )
+
+
+def _check_feedback(
+    reward: float | None, golden_answers: Sequence[str] | None, thumbs: str | None
+) -> None:
+    given = [value for value in (reward, golden_answers, thumbs) if value is not None]
+    if len(given) != 1:
+        raise DataError(
+            f"feedback holds {len(given)} of reward, golden_answers and thumbs; give exactly one"
+        )
+    if reward is not None and not math.isfinite(reward):
+        raise DataError(f"the reward is {reward}; give a finite number")
+    if thumbs is not None and thumbs not in _THUMBS_REWARD:
+        raise DataError(f"thumbs is {thumbs!r}; give 'up' or 'down'")
+    if isinstance(golden_answers, str):
+        raise DataError(f"golden_answers is the text {golden_answers!r}; give a list of texts")
+    for answer in golden_answers or ():
+        checked_text(answer, "a golden answer")
+
+
+def _logged(row: tuple, path: Path) -> LoggedSelection:
+    request_id, *others = row
+    try:
+        time_s, version, question, ids, positions, propensity, explored, answer, logp = others[:9]
+        reward, golden, thumbs = others[9:]
+        event = SelectionEvent(
+            request_id,
+            time_s,
+            version,
+            question,
+            _list_of(str, ids),
+            _list_of(int, positions),
+            propensity,
+            bool(explored),
+            answer,
+            logp,
+        )
+        _check_event(event)
+        golden_answers = None if golden is None else _list_of(str, golden)
+        _check_feedback(reward, golden_answers, thumbs)
+    except (ValueError, TypeError, AttributeError) as error:  # DataError is a ValueError
+        raise DataError(
+            f"{path}: the record of request {request_id!r} is damaged ({error}); delete it, or "
+            "begin a new file"
+        ) from error
+    return LoggedSelection(event, _THUMBS_REWARD[thumbs] if thumbs else reward, golden_answers)
+
+
+def _list_of(kind: Callable[..., Value], text: str) -> tuple[Value, ...]:
+    values = json.loads(text)
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise ValueError(f"{text[:40]!r} is no list of {getattr(kind, '__name__', kind)}")
+    return tuple(values)

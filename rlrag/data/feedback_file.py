@@ -1,0 +1,157 @@
+"""A path in; an opened SQLite file of selections and feedback out, or what is wrong with it.
+
+The file says in its header that it is ours (`application_id`) and of which format (`user_version`),
+so that no other file is ever written to.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from rlrag.errors import DataError
+
+_FORMAT = 1
+_APPLICATION = 0x726C7266  # "rlrf"
+_BUSY_TIMEOUT_S = 10.0
+
+_SCHEMA = (
+    "CREATE TABLE selections (number INTEGER PRIMARY KEY AUTOINCREMENT, "
+    "request_id TEXT NOT NULL UNIQUE, time_s REAL NOT NULL, version TEXT NOT NULL, "
+    "question TEXT NOT NULL, candidate_ids TEXT NOT NULL, positions TEXT NOT NULL, "
+    "propensity_logp REAL NOT NULL, explored INTEGER NOT NULL, answer TEXT NOT NULL, "
+    "answer_logp REAL NOT NULL)",
+    "CREATE INDEX selections_by_time ON selections (time_s)",
+    "CREATE TABLE feedback (number INTEGER PRIMARY KEY AUTOINCREMENT, "
+    "request_id TEXT NOT NULL, time_s REAL NOT NULL, reward REAL, golden_answers TEXT, "
+    "thumbs TEXT)",
+    "CREATE INDEX feedback_by_request ON feedback (request_id, number)",
+    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA user_version = {_FORMAT}",
+)
+
+
+class OpenFile(NamedTuple):
+    """A connection, and which file it belongs to."""
+
+    connection: sqlite3.Connection
+    identity: tuple[int, int] | None
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one that took its place."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def open_to_write(path: Path) -> OpenFile:
+    """Open the file, which is created where it is missing.
+
+    Raises:
+        sqlite3.Error, OSError: see `explaining`.
+        DataError: when the file is of another format or holds something else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
+    try:
+        _check_format(connection, path, may_be_empty=True)
+        _use_write_ahead_log(connection)
+        # With a write-ahead log this survives a killed process; only a power cut can lose the
+        # last transactions, and never corrupts the file.
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA secure_delete=ON")
+        _create_tables(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return OpenFile(connection, identity(path))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that cannot write.
+
+    Raises:
+        DataError: when the file is missing, damaged, of another format or holds something else.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist; give the file that a service's feedback.path names"
+        )
+    place = f"{path.absolute().as_uri()}?mode=ro"
+    with (
+        explaining(path),
+        closing(sqlite3.connect(place, timeout=_BUSY_TIMEOUT_S, uri=True)) as connection,
+    ):
+        _check_format(connection, path, may_be_empty=False)
+        yield connection
+
+
+@contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Turn what SQLite and the operating system say into a `DataError` that says what to do."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise DataError(
+            f"the feedback file {path} cannot be used: {error}; {_way_out(str(error))}"
+        ) from error
+
+
+def _check_format(connection: sqlite3.Connection, path: Path, may_be_empty: bool) -> None:
+    # In this order: another process may create the tables meanwhile, all of them at once.
+    [(num_tables,)] = connection.execute("SELECT COUNT(*) FROM sqlite_master")
+    [(application,)] = connection.execute("PRAGMA application_id")
+    [(version,)] = connection.execute("PRAGMA user_version")
+    if may_be_empty and not num_tables and not application:
+        return
+    if application != _APPLICATION:
+        raise DataError(
+            f"{path} is a SQLite file of something else, not a log of feedback; give another file"
+        )
+    if version != _FORMAT:
+        raise DataError(
+            f"{path} is a log of feedback of format {version}, and this version reads {_FORMAT}; "
+            "use the version that wrote it, or begin a new file"
+        )
+
+
+def _create_tables(connection: sqlite3.Connection, path: Path) -> None:
+    """Of processes that open a new file at once, the first creates the tables."""
+    connection.execute("BEGIN IMMEDIATE")
+    with connection:
+        if connection.execute("PRAGMA application_id").fetchone() == (0,):
+            for statement in _SCHEMA:
+                connection.execute(statement)
+    _check_format(connection, path, may_be_empty=False)
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Of processes that do this to a new file at once, all but one are refused without a wait."""
+    ends = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                raise
+            time.sleep(0.05)
+
+
+def _way_out(message: str) -> str:
+    if any(sign in message for sign in ("full", "No space", "disk I/O")):
+        return "free space on its disk: what is stored stays"
+    if "locked" in message:
+        return f"another process held it for more than {_BUSY_TIMEOUT_S:.0f} s; try again"
+    if "not a database" in message or "malformed" in message:
+        return "it is damaged or no SQLite file; move it away, and a new one is begun"
+    return "check that its folder exists and can be written"

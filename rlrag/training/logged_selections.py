@@ -1,0 +1,213 @@
+"""A log of served selections and a corpus in; what a selection policy can be trained on out.
+
+A policy is judged on the candidates that the one which served had, in their order. The log names
+them by id; their scores and vectors are computed anew by the configured retriever.
+
+What is left out, and counted: selections that nothing was left to chance in (propensity 1), which
+say nothing about any other selection; those with a candidate that the corpus lacks; and those with
+another number of candidates or picks than is configured, which are another task.
+
+Shape letters: Q logged selections, U different lists of candidates, B those of a chunk,
+N candidates, C retriever scores, D vector length, K selected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rlrag.config import RunConfig
+from rlrag.data.feedback import LoggedSelection, count_selections, read_feedback
+from rlrag.errors import DataError
+from rlrag.pipeline import Library
+from rlrag.records import Question
+from rlrag.retrieval.build import RetrieverSet
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.rewards.answer_match import exact_match
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class LoggedPart:
+    """Q logged selections; row q of the candidates belongs to selection q.
+
+    `propensity_logp_Q` are the log-probabilities, in nats, with which they were drawn.
+    """
+
+    candidates: CandidateTable
+    positions_QK: np.ndarray
+    propensity_logp_Q: np.ndarray
+    rewards_Q: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+
+@dataclass(frozen=True)
+class LoggedData:
+    """Selections to train on and those held back, by question; what was left out of the log.
+
+    `content_hash` is the SHA-256 of what was kept.
+    """
+
+    train: LoggedPart
+    held_back: LoggedPart | None
+    content_hash: str
+    num_certain: int
+    num_unknown: int
+    num_other_shape: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        held_back = len(self.held_back) if self.held_back else 0
+        return (
+            f"{len(self.train):,} logged selections to train on, {held_back:,} held back; left out "
+            f"{self.num_certain:,} without exploration, {self.num_unknown:,} with passages that "
+            f"the corpus lacks, {self.num_other_shape:,} of another shape"
+        )
+
+
+def reward_of(record: LoggedSelection) -> float:
+    """The reward as it was given, or whether the answer is right: exact match, 1 or 0."""
+    if record.golden_answers is not None:
+        return exact_match(record.event.answer, record.golden_answers)
+    assert record.reward is not None  # one or the other is always given
+    return record.reward
+
+
+def open_logged_data(config: RunConfig, library: Library, path: Path) -> LoggedData:
+    """Read a log, describe its candidates and hold back part of its questions.
+
+    The held-back questions are the same for every `seed`. Where `off_policy.held_back_share` is 0
+    there are none.
+
+    Raises:
+        DataError: when the log is no such file, or too little of it is left to train on.
+    """
+    records = read_feedback(path)
+    if not records:
+        raise DataError(
+            f"{path} has {count_selections(path):,} selections, but nothing was said about any of "
+            "their answers; collect feedback first"
+        )
+    drawn = [record for record in records if record.event.propensity_logp < 0]
+    if not drawn:
+        raise DataError(
+            f"all {len(records):,} selections of {path} have propensity 1: nothing was left to "
+            "chance, so that they say nothing about other selections; serve with "
+            "feedback.explore_share above 0"
+        )
+    shape = (config.retrieval.num_candidates, config.environment.num_selected)
+    fitting = [r for r in drawn if (len(r.event.candidate_ids), len(r.event.positions)) == shape]
+    known = [
+        record
+        for record in fitting
+        if all(library.corpus.row_of(id_) is not None for id_ in record.event.candidate_ids)
+    ]
+    counts = (len(records) - len(drawn), len(fitting) - len(known), len(drawn) - len(fitting))
+    if not known:
+        raise DataError(_nothing_left(path, drawn, shape, *counts))
+    train, held_back = _split(known, config.off_policy.held_back_share)
+    if len(train) < config.training.batch_size:
+        raise DataError(
+            f"{path} leaves {len(train)} selections to train on, fewer than training.batch_size "
+            f"{config.training.batch_size}; lower it or off_policy.held_back_share, or log more"
+        )
+    return LoggedData(
+        _part(train, library),
+        _part(held_back, library) if held_back else None,
+        _content_hash(known),
+        *counts,
+    )
+
+
+def _nothing_left(
+    path: Path,
+    drawn: Sequence[LoggedSelection],
+    shape: tuple[int, int],
+    num_certain: int,
+    num_unknown: int,
+    num_other_shape: int,
+) -> str:
+    first = drawn[0].event
+    return (
+        f"none of the {num_certain + len(drawn):,} selections of {path} can be trained on: "
+        f"{num_certain:,} have propensity 1; {num_other_shape:,} have another shape than "
+        f"retrieval.num_candidates {shape[0]} and environment.num_selected {shape[1]} (the first "
+        f"has {len(first.candidate_ids)} and {len(first.positions)}); {num_unknown:,} name a "
+        "passage that the corpus lacks; give the corpus and the numbers that were served"
+    )
+
+
+def _split(
+    records: Sequence[LoggedSelection], share: float
+) -> tuple[list[LoggedSelection], list[LoggedSelection]]:
+    """By question text, so that no question stands on both sides."""
+    texts = sorted({r.event.question for r in records}, key=lambda text: _digest(["split", text]))
+    num_held_back = round(share * len(texts))
+    if share and not 0 < num_held_back < len(texts):
+        raise DataError(
+            f"the log has {len(texts)} different questions, of which off_policy.held_back_share "
+            f"{share} holds back {num_held_back}; log more, or set it to 0"
+        )
+    chosen = set(texts[:num_held_back])
+    return (
+        [record for record in records if record.event.question not in chosen],
+        [record for record in records if record.event.question in chosen],
+    )
+
+
+def _part(records: Sequence[LoggedSelection], library: Library) -> LoggedPart:
+    """Equal questions with equal candidates are described once."""
+    lists = [(record.event.question, record.event.candidate_ids) for record in records]
+    number = {key: place for place, key in enumerate(dict.fromkeys(lists))}
+    texts = [text for text, _ in number]
+    rows_UN = np.array(
+        [[library.corpus.row_of(id_) for id_ in ids] for _, ids in number], dtype=np.int64
+    )
+    scores_UNC, question_vectors_UD = _describe(texts, rows_UN, library.retrievers)
+    places_Q = np.array([number[key] for key in lists])
+    return LoggedPart(
+        candidates=CandidateTable(
+            questions=tuple(Question(r.event.request_id, r.event.question, ()) for r in records),
+            corpus=library.corpus,
+            rows_QN=rows_UN[places_Q],
+            scores_QNC=scores_UNC[places_Q],
+            score_names=library.retrievers.score_names,
+            question_vectors_QD=question_vectors_UD[places_Q],
+            passage_vectors_PD=library.retrievers.passage_vectors,
+        ),
+        positions_QK=np.array([record.event.positions for record in records], dtype=np.int64),
+        propensity_logp_Q=np.array([record.event.propensity_logp for record in records]),
+        rewards_Q=np.array([reward_of(record) for record in records], dtype=np.float64),
+    )
+
+
+def _describe(
+    texts: Sequence[str], rows_UN: np.ndarray, retrievers: RetrieverSet
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (U, N, C) and question vectors (U, D), as for candidates that were just retrieved."""
+    others = [retrievers.components[name] for name in retrievers.score_names[1:]]
+    scores, vectors = [], []
+    for start in range(0, len(texts), _CHUNK):
+        chunk, rows_BN = texts[start : start + _CHUNK], rows_UN[start : start + _CHUNK]
+        columns = [each.scores(chunk, rows_BN) for each in (retrievers.primary, *others)]
+        scores.append(np.stack(columns, axis=-1))
+        vectors.append(retrievers.question_vectors(chunk))
+    return np.concatenate(scores), np.concatenate(vectors)
+
+
+def _content_hash(records: Iterable[LoggedSelection]) -> str:
+    return _digest([repr((astuple(r.event), r.reward, r.golden_answers)) for r in records])
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{text}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""From a log to what is trained on: the same candidates, the rewards, and what is left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from feedback_runs import even_log, event, library_of, write_log
+from loop_runs import changed
+from stand_ins import make_table
+
+from rlrag.config import RetrievalConfig, RunConfig
+from rlrag.data.checks import DataReport
+from rlrag.data.corpus import MemoryCorpus
+from rlrag.data.feedback import FeedbackStore
+from rlrag.data.questions import QuestionSet
+from rlrag.data.sample import sample_corpus, sample_questions
+from rlrag.errors import DataError
+from rlrag.pipeline import Library, candidates_of
+from rlrag.retrieval.build import open_retrievers
+from rlrag.training.logged_selections import open_logged_data
+
+
+@pytest.fixture
+def config(small_config) -> RunConfig:
+    return changed(small_config, off_policy={"held_back_share": 0.25})
+
+
+def test_candidates_are_those_that_were_served_as_if_just_retrieved(tmp_path):
+    """With a real index: rows, scores and order are what a search gives."""
+    corpus = sample_corpus()
+    retrieval = RetrievalConfig(kind="bm25", encoder=None, num_candidates=6)
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path), retrieval=retrieval),
+        off_policy={"held_back_share": 0.0},
+        training={"batch_size": 5},
+    )
+    library = Library(corpus, open_retrievers(corpus, retrieval, tmp_path))
+    questions = QuestionSet.of(sample_questions(), DataReport("sample", 25, 25))
+    table = candidates_of(library, questions, config)
+    rows = [3, 0, 3, 7, 11]
+    log = write_log(tmp_path / "log.sqlite", [event(table, row, n) for n, row in enumerate(rows)])
+    found = open_logged_data(config, library, log).train
+    expected, batch = table.batch(rows), found.candidates.batch(range(5))
+    assert np.array_equal(found.candidates.rows_QN, table.rows_QN[rows])
+    assert batch.question_texts == expected.question_texts
+    assert batch.passage_texts == expected.passage_texts
+    assert np.allclose(batch.scores_BNC, expected.scores_BNC)
+    assert found.candidates.score_names == table.score_names
+    assert found.positions_QK.tolist() == [[0], [1], [2], [3], [4]]
+    assert np.allclose(found.propensity_logp_Q, -np.log(6))
+
+
+def test_the_order_that_was_served_stays(config, tmp_path):
+    """Position 0 is what the service had first, whatever the retriever says now."""
+    table = make_table(24)
+    turned = [
+        event(table, row, row, candidate_ids=tuple(p.id for p in table.passages(row))[::-1])
+        for row in range(24)
+    ]
+    log = write_log(tmp_path / "log.sqlite", turned)
+    found = open_logged_data(
+        changed(config, off_policy={"held_back_share": 0.0}), library_of(table), log
+    ).train.candidates
+    assert np.array_equal(found.rows_QN, table.rows_QN[:, ::-1])
+    assert np.array_equal(found.scores_QNC, table.scores_QNC[:, ::-1])
+    assert np.array_equal(found.question_vectors_QD, table.question_vectors_QD)
+
+
+def test_rewards_are_what_was_given_or_whether_the_answer_is_right(config, tmp_path):
+    table, words = make_table(24), {}
+    store = FeedbackStore(tmp_path / "log.sqlite")
+    for number in range(24):
+        given = (
+            {"reward": -3.5},
+            {"thumbs": "up"},
+            {"thumbs": "down"},
+            {"golden_answers": ["Eiffel Tower", "x"]},
+            {"golden_answers": ["Big Ben"]},
+            {"golden_answers": []},
+        )[number % 6]
+        store.record_selection(event(table, number, number, answer="the Eiffel tower."))
+        store.record_feedback(f"request-{number}", **given)
+        words[f"request-{number}"] = (-3.5, 1.0, 0.0, 1.0, 0.0, 0.0)[number % 6]
+    data = open_logged_data(config, library_of(table), tmp_path / "log.sqlite")
+    assert data.held_back is not None
+    found = {
+        question.id: reward
+        for part in (data.train, data.held_back)
+        for question, reward in zip(part.candidates.questions, part.rewards_Q, strict=True)
+    }
+    assert found == words
+
+
+def test_no_question_stands_on_both_sides_and_the_seed_does_not_matter(config, tmp_path):
+    log, table = even_log(tmp_path / "log.sqlite")
+    sides = []
+    for seed in (0, 1):
+        seeded = config.model_copy(update={"seed": seed})
+        data = open_logged_data(seeded, library_of(table), log)
+        assert data.held_back is not None
+        assert (len(data.train), len(data.held_back)) == (180, 60)
+        texts = [
+            {q.question for q in part.candidates.questions} for part in (data.train, data.held_back)
+        ]
+        assert not texts[0] & texts[1]
+        sides.append((texts, data.content_hash))
+    assert sides[0] == sides[1]
+
+
+def test_what_says_nothing_is_left_out_and_counted(config, tmp_path):
+    table = make_table(24)
+    events = [event(table, row, row) for row in range(24)]
+    ids = events[0].candidate_ids
+    events += [
+        event(table, 0, 100, propensity_logp=0.0, explored=False),
+        event(table, 1, 101, propensity_logp=0.0, explored=False),
+        event(table, 0, 102, candidate_ids=(*ids[:-1], "gone"), positions=(0,)),
+        event(table, 0, 103, candidate_ids=ids[:3], positions=(0,)),
+        event(table, 0, 104, positions=(0, 1)),
+        event(table, 0, 105, positions=(2, 1)),
+    ]
+    data = open_logged_data(config, library_of(table), write_log(tmp_path / "log.sqlite", events))
+    assert (data.num_certain, data.num_unknown, data.num_other_shape) == (2, 1, 3)
+    assert len(data.train) + len(data.held_back or ()) == 24
+    assert "2 without exploration, 1 with passages that the corpus lacks, 3" in data.describe()
+
+
+def test_a_log_without_exploration_is_refused(config, tmp_path):
+    table = make_table(24)
+    log = write_log(
+        tmp_path / "log.sqlite", [event(table, r, r, propensity_logp=0.0) for r in range(24)]
+    )
+    with pytest.raises(DataError, match=r"all 24 .* feedback\.explore_share above 0"):
+        open_logged_data(config, library_of(table), log)
+
+
+def test_a_log_without_feedback_is_refused(config, tmp_path):
+    table = make_table(3)
+    FeedbackStore(tmp_path / "log.sqlite").record_selection(event(table, 0, 0))
+    with pytest.raises(DataError, match="1 selections, but nothing was said"):
+        open_logged_data(config, library_of(table), tmp_path / "log.sqlite")
+
+
+def test_a_log_of_another_corpus_or_shape_is_refused(config, tmp_path):
+    log, table = even_log(tmp_path / "log.sqlite")
+    strange = library_of(table)
+    strange = Library(MemoryCorpus([table.corpus[0]]), strange.retrievers)
+    with pytest.raises(DataError, match=r"none of the 240 .* 240 name a passage"):
+        open_logged_data(config, strange, log)
+    wider = changed(config, retrieval={"num_candidates": 7})
+    with pytest.raises(DataError, match=r"240 have another shape than retrieval\.num_candidates 7"):
+        open_logged_data(wider, library_of(table), log)
+
+
+def test_a_log_that_is_too_small_is_refused(config, tmp_path):
+    table = make_table(24)
+    log = write_log(tmp_path / "log.sqlite", [event(table, 0, n) for n in range(20)])
+    with pytest.raises(DataError, match="1 different questions"):
+        open_logged_data(config, library_of(table), log)
+    more = changed(config, off_policy={"held_back_share": 0.0}, training={"batch_size": 32})
+    with pytest.raises(DataError, match=r"leaves 20 .* training\.batch_size 32"):
+        open_logged_data(more, library_of(table), log)
