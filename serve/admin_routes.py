@@ -1,0 +1,105 @@
+"""`/admin`: bundles come, take roles and go; the shadow is compared. For admin keys alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Literal
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from rlrag.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    IndexMismatchError,
+    ModelNotFoundError,
+    RequestError,
+)
+from serve.json_routes import JsonRoute, refusals
+from serve.replies import ComparisonReport, LoadedBundle, VersionsWithPaths
+from serve.responses import json_response
+from serve.schemas import BundleRequest
+from serve.service import Service
+
+_LOG = logging.getLogger("rlrag.serve")
+_BAD_BUNDLE = (CheckpointError, ConfigError, DataError, IndexMismatchError, ModelNotFoundError)
+
+
+def admin_routes(service: Service) -> APIRouter:
+    """The routes of the operator."""
+    router = APIRouter(prefix="/admin", route_class=JsonRoute, tags=["admin"])
+    loads: set[asyncio.Task[str]] = set()
+
+    @router.post(
+        "/bundle",
+        response_model=LoadedBundle,
+        responses=refusals(400, 401, 403, 415, 422, 503, 504),
+    )
+    async def load(body: BundleRequest) -> Response:
+        """Load a bundle beside those in use, check it, and give it a role.
+
+        A bundle that is damaged, or answers its golden questions otherwise than recorded, is
+        refused, and what served before goes on. Loading goes on when the client leaves;
+        `/admin/versions` tells how it ended.
+        """
+        task = asyncio.ensure_future(_load(service, body))
+        loads.add(task)
+        task.add_done_callback(loads.discard)
+        task.add_done_callback(_log_outcome)
+        return json_response(LoadedBundle(version=await asyncio.shield(task), role=body.role))
+
+    @router.delete(
+        "/bundle/{role}",
+        response_model=VersionsWithPaths,
+        responses=refusals(401, 403, 422, 503),
+    )
+    async def drop(role: Literal["canary", "shadow"]) -> Response:
+        """End the canary or the shadow; the active version can only be replaced."""
+        await service.desk.drop(role)
+        return json_response(_versions(service))
+
+    @router.get("/versions", response_model=VersionsWithPaths, responses=refusals(401, 403, 503))
+    async def versions() -> Response:
+        """The versions in use and their bundles."""
+        return json_response(_versions(service))
+
+    @router.get("/compare", response_model=ComparisonReport, responses=refusals(401, 403, 503))
+    async def compare() -> Response:
+        """How the shadow's answers compare with those of the active version, on this replica.
+
+        The differences hold questions. They are kept in memory alone.
+        """
+        routing = service.answering.routing()
+        return json_response(service.answering.shadow.report(routing))
+
+    return router
+
+
+async def _load(service: Service, body: BundleRequest) -> str:
+    try:
+        return await service.desk.load(body.path, body.role, body.share)
+    except _BAD_BUNDLE as error:
+        raise RequestError(f"the bundle was refused: {error}") from error
+
+
+def _log_outcome(task: asyncio.Task[str]) -> None:
+    if task.cancelled():
+        _LOG.warning("loading a bundle was cancelled")
+    elif (error := task.exception()) is not None:
+        _LOG.warning("a bundle was not loaded: %s", error)
+    else:
+        _LOG.info("bundle version %s was loaded", task.result())
+
+
+def _versions(service: Service) -> VersionsWithPaths:
+    routing = service.answering.routing()
+    return VersionsWithPaths(
+        active=routing.active,
+        canary=routing.canary,
+        canary_share=routing.canary_share,
+        shadow=routing.shadow,
+        epoch=routing.epoch,
+        paths={version: service.desk.bundle_path(version) for version in sorted(routing.versions)},
+    )

@@ -1,0 +1,215 @@
+"""Reports of replicas in; which bundles they must hold, and which version answers, out.
+
+A bundle enters as a candidate: all replicas load it beside what serves. Once all have, and its
+golden questions are answered as recorded, it takes a role, and requests that begin from then on
+follow the new routing. A version without a role is given up when every HTTP replica follows the new
+routing and works on no request of that version any more. So each request is answered by one version
+throughout, and none fails because of a change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from rlrag.errors import CheckpointError, RequestError
+from serve.records import Routing
+
+PARTS = ("retriever", "selector", "generator")
+ROLES = ("active", "canary", "shadow")
+Kind = Literal["ingress", "retriever", "selector", "generator"]
+
+SILENT_AFTER_S = 10.0
+"""A replica that has not reported for so long counts as gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a replica tells of itself.
+
+    The last two fields are those of an HTTP replica: the routing that it follows, and the requests
+    it works on by version.
+    """
+
+    replica: str
+    kind: Kind
+    loaded: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    epoch: int = -1
+    in_flight: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a replica is told.
+
+    `bundles` are those to hold, by version; `down` names the parts that have no living replica with
+    the active version.
+    """
+
+    bundles: Mapping[str, str]
+    routing: Routing
+    down: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    report: Report
+    time_s: float
+
+
+class VersionRegistry:
+    """The versions in use; not thread-safe.
+
+    Args:
+        version: The first active version.
+        path: Its bundle.
+        state: File that keeps roles over a restart; what it holds goes before `version`.
+        clock: Seconds, monotonic.
+
+    Raises:
+        CheckpointError: when the state file is damaged.
+    """
+
+    def __init__(self, version: str, path: str, state: Path, clock: Callable[[], float]) -> None:
+        self._state = state
+        self._clock = clock
+        self._heard: dict[str, _Heard] = {}
+        self._bundles = {version: path}
+        self._routing = Routing(version)
+        self._candidate: str | None = None
+        if state.exists():
+            self._restore()
+
+    @property
+    def routing(self) -> Routing:
+        """Which versions answer."""
+        return self._routing
+
+    @property
+    def bundles(self) -> Mapping[str, str]:
+        """Bundles that replicas hold or are to load, by version."""
+        return self._bundles
+
+    def hear(self, report: Report) -> Wanted:
+        """Take a replica's report and say what it must hold."""
+        self._heard[report.replica] = _Heard(report, self._clock())
+        self._retire()
+        return Wanted(self._bundles, self._routing, self._down())
+
+    def propose(self, version: str, path: str) -> None:
+        """Have all replicas load a bundle that does not answer yet.
+
+        Raises:
+            RequestError: when another bundle is being loaded.
+        """
+        if self._candidate is not None:
+            raise RequestError(
+                f"version {self._candidate} is being loaded; wait until it has its role"
+            )
+        self._candidate = version
+        self._bundles = {**self._bundles, version: path}
+
+    def abandon(self) -> None:
+        """Give the candidate up; what serves goes on."""
+        self._candidate = None
+        self._retire()
+
+    def failure(self, version: str) -> str | None:
+        """Why a replica could not load a version, if one could not."""
+        for heard in self._alive():
+            if version in heard.failed:
+                return f"{heard.kind} {heard.replica}: {heard.failed[version]}"
+        return None
+
+    def waiting_for(self, version: str) -> list[str]:
+        """Who has not loaded a version yet; a part without a living replica counts."""
+        alive = [report for report in self._alive() if report.kind != "ingress"]
+        missing = [f"{r.kind} {r.replica}" for r in alive if version not in r.loaded]
+        kinds = {report.kind for report in alive}
+        return missing + [f"a {kind}" for kind in PARTS if kind not in kinds]
+
+    def assign(self, version: str, role: str, share: float) -> Routing:
+        """Give the candidate its role; whoever had it is retired.
+
+        A version that becomes active ends its canary or shadow.
+        """
+        old = self._routing
+        if role == "active":
+            routing = Routing(version, old.canary, old.canary_share, old.shadow)
+            if old.canary == version:
+                routing = replace(routing, canary=None, canary_share=0.0)
+            if old.shadow == version:
+                routing = replace(routing, shadow=None)
+        elif role == "canary":
+            routing = replace(old, canary=version, canary_share=share)
+        else:
+            routing = replace(old, shadow=version)
+        return self._follow(replace(routing, epoch=old.epoch + 1))
+
+    def drop(self, role: str) -> Routing:
+        """End the canary or the shadow."""
+        old = self._routing
+        if role == "canary":
+            routing = replace(old, canary=None, canary_share=0.0)
+        else:
+            routing = replace(old, shadow=None)
+        return self._follow(replace(routing, epoch=old.epoch + 1))
+
+    def _follow(self, routing: Routing) -> Routing:
+        self._routing, self._candidate = routing, None
+        self._save()
+        self._retire()
+        return routing
+
+    def _down(self) -> tuple[str, ...]:
+        active = self._routing.active
+        up = {report.kind for report in self._alive() if active in report.loaded}
+        return tuple(part for part in PARTS if part not in up)
+
+    def _alive(self) -> list[Report]:
+        now = self._clock()
+        self._heard = {
+            name: heard
+            for name, heard in self._heard.items()
+            if now - heard.time_s < SILENT_AFTER_S
+        }
+        return [heard.report for heard in self._heard.values()]
+
+    def _retire(self) -> None:
+        """Give up versions that nobody needs."""
+        needed = {*self._in_role(), self._candidate}
+        ingresses = [report for report in self._alive() if report.kind == "ingress"]
+        for version in [v for v in self._bundles if v not in needed]:
+            if all(
+                report.epoch >= self._routing.epoch and not report.in_flight.get(version)
+                for report in ingresses
+            ):
+                self._bundles = {v: path for v, path in self._bundles.items() if v != version}
+
+    def _in_role(self) -> set[str]:
+        routing = self._routing
+        return {v for v in (routing.active, routing.canary, routing.shadow) if v is not None}
+
+    def _save(self) -> None:
+        kept = {version: self._bundles[version] for version in self._in_role()}
+        self._state.parent.mkdir(parents=True, exist_ok=True)
+        staging = self._state.with_name(f".{self._state.name}.new")
+        staging.write_text(json.dumps({"routing": asdict(self._routing), "bundles": kept}) + "\n")
+        staging.replace(self._state)
+
+    def _restore(self) -> None:
+        try:
+            known = json.loads(self._state.read_text())
+            routing, bundles = Routing(**known["routing"]), dict(known["bundles"])
+            if set(bundles) != {v for v in (routing.active, routing.canary, routing.shadow) if v}:
+                raise ValueError("its roles and bundles differ")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._state} does not say which bundles serve ({error}); delete it to start "
+                "with the configured bundle"
+            ) from error
+        self._routing, self._bundles = routing, bundles

@@ -1,0 +1,60 @@
+"""The arguments of `serve run` and the files in deploy/ describe services that can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
+from serve_bundles import make_bundle
+
+from rlrag.errors import CheckpointError, ConfigError
+from serve.app import build
+from serve.settings import parse_settings
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+
+
+@pytest.fixture(scope="module")
+def bundle(openrag_files, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("app")
+    return make_bundle(folder / "bundle", openrag_files, folder / "cache", seed=1)
+
+
+def test_a_bundle_is_all_that_a_service_needs(bundle):
+    assert isinstance(build({"bundle": str(bundle)}), Application)
+
+
+def test_a_missing_bundle_is_told_before_anything_starts(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        build({"bundle": str(tmp_path / "nowhere")})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({}, "'bundle'"),
+        ({"bundle": "b", "limits.timeout": "5"}, r"'limits\.timeout'"),
+        ({"bundle": "b", "limits.timeout_s": "soon"}, r"'limits\.timeout_s'"),
+        ({"bundle": "b", "feedback.explore_share": "2"}, r"'feedback\.explore_share'"),
+    ],
+)
+def test_a_wrong_setting_is_named(arguments, named):
+    with pytest.raises(ConfigError, match=f"service setting {named}"):
+        build(arguments)
+
+
+def test_a_key_file_that_cannot_be_read_is_told(bundle, tmp_path):
+    with pytest.raises(ConfigError, match=r"key file .* cannot be read"):
+        build({"bundle": str(bundle), "access.keys_file": str(tmp_path / "keys")})
+
+
+@pytest.mark.parametrize("name", ["serve-cpu.yaml", "serve-gpu.yaml"])
+def test_files_for_serve_deploy_are_valid(name):
+    found = ServeDeploySchema.model_validate(yaml.safe_load((DEPLOY / name).read_text()))
+    (application,) = found.applications
+    assert application.import_path == "serve.app:build"
+    assert parse_settings(application.args).bundle == "/bundles/current"
+    assert found.http_options.host == "127.0.0.1"

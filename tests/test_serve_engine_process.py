@@ -1,0 +1,158 @@
+"""An engine in a Ray actor: what it streams, who leaves, and what its death looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from rlrag.config import GeneratorConfig
+from rlrag.errors import GenerationError, OverloadedError
+from rlrag.generation.engine_loop import EngineLoop
+from rlrag.generation.protocol import Sampling
+from rlrag.generation.stepping import Update
+from rlrag.generation.transformers_backend import TransformersGenerator
+from rlrag.records import Prompt
+from serve.engine_process import EngineClient, EngineProcess, open_engine_process
+
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
+
+PATIENCE_S = 60.0
+CONFIG = GeneratorConfig(
+    backend="transformers",
+    dtype="float32",
+    batch_size=2,
+    cpus_per_actor=0.5,
+    start_timeout_s=240,
+    request_timeout_s=120,
+)
+PROMPTS = [Prompt(tuple(range(30, 30 + n)), f"prompt of {n}", 0) for n in (4, 9, 6)]
+
+
+class Endless:
+    """Writes one x a step to every request, until it leaves."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def begin(self, request_id: str, prompt: Prompt, sampling: Sampling) -> None:
+        self._counts[request_id] = 0
+
+    def step(self) -> list[tuple[str, Update]]:
+        time.sleep(0.02)
+        for name in self._counts:
+            self._counts[name] += 1
+        return [(name, Update("x", 0.0, n, False)) for name, n in self._counts.items()]
+
+    def abort(self, request_id: str) -> None:
+        del self._counts[request_id]
+
+
+class EndlessProcess(EngineProcess):
+    """The actor around an engine whose answers do not end."""
+
+    def _open(self) -> EngineLoop:
+        return EngineLoop(Endless())
+
+
+@pytest.fixture
+def endless(cluster, tmp_path):
+    import ray
+
+    actor = ray.remote(EndlessProcess).options(num_cpus=0.1).remote(CONFIG, tmp_path, ())
+    ray.get(actor.start.remote(), timeout=CONFIG.start_timeout_s)
+    client = EngineClient(actor, "the endless engine", CONFIG.request_timeout_s)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def engine(cluster, model_dir: Path):
+    client = open_engine_process(CONFIG, model_dir, ())
+    yield client
+    client.close()
+
+
+async def read(engine: EngineClient, prompt: Prompt, sampling: Sampling) -> list[Update]:
+    return [update async for update in engine.stream(prompt, sampling)]
+
+
+async def unfinished_becomes(engine: EngineClient, wanted: int) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
+    while await engine.num_unfinished() != wanted and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    return await engine.num_unfinished() == wanted
+
+
+def test_it_streams_what_the_generator_answers_here(engine, model_dir):
+    sampling = Sampling(max_new_tokens=8)
+
+    async def run() -> list[list[Update]]:
+        return await asyncio.gather(*(read(engine, prompt, sampling) for prompt in PROMPTS))
+
+    expected = TransformersGenerator(model_dir, "float32", "cpu").generate(PROMPTS, sampling)
+    for (update,), answer in zip(asyncio.run(run()), expected, strict=True):
+        assert (update.text, update.num_tokens) == (answer.text, answer.num_tokens)
+        assert update.logp == pytest.approx(answer.logp, abs=1e-4)
+        assert update.finished
+    assert engine.failure() is None
+
+
+def test_an_error_arrives_as_itself_and_the_engine_goes_on(engine):
+    with pytest.raises(GenerationError, match="at most 2048"):
+        asyncio.run(read(engine, PROMPTS[0], Sampling(max_new_tokens=2045)))
+    assert engine.failure() is None
+    assert len(asyncio.run(read(engine, PROMPTS[0], Sampling(max_new_tokens=2)))) == 1
+
+
+def test_who_leaves_frees_the_engine(endless):
+    async def run() -> None:
+        streams = [endless.stream(prompt, Sampling()) for prompt in PROMPTS]
+        for stream in streams:
+            assert (await anext(stream)).text.strip("x") == ""
+        reading = asyncio.create_task(read(endless, PROMPTS[0], Sampling()))
+        assert await unfinished_becomes(endless, 4)
+        await streams[0].aclose()
+        assert await unfinished_becomes(endless, 3)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert await unfinished_becomes(endless, 2)
+        del stream, streams[1:]  # forgotten, without a word
+        assert await unfinished_becomes(endless, 0)
+        assert endless.failure() is None
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_cannot_start_says_why(cluster, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors weights"):
+        open_engine_process(CONFIG, tmp_path, ())
+
+
+def test_the_death_of_its_process_is_seen(endless):
+    import ray
+
+    pid = ray.get(endless._actor.__ray_call__.remote(lambda _: os.getpid()), timeout=PATIENCE_S)
+
+    async def run() -> None:
+        reading = asyncio.create_task(read(endless, PROMPTS[0], Sampling()))
+        assert await unfinished_becomes(endless, 1)
+        assert endless.failure() is None
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(OverloadedError, match="is being replaced; try again"):
+            await reading
+        deadline = time.monotonic() + PATIENCE_S
+        while endless.failure() is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        assert "its process has ended" in endless.failure()
+        with pytest.raises(OverloadedError):
+            await read(endless, PROMPTS[1], Sampling())
+        with pytest.raises(OverloadedError):
+            await endless.num_unfinished()
+
+    asyncio.run(run())

@@ -1,0 +1,313 @@
+"""Which engine answers which version, with which prompt, decoded how; engines are stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+from serve_bundles import bundle_config
+from stand_ins import make_table
+from tiny_models import save_tiny_llama
+
+from rlrag.bundle import save_bundle
+from rlrag.config import GeneratorConfig, RetrievalConfig, RunConfig
+from rlrag.errors import (
+    CheckpointError,
+    ConfigError,
+    GenerationError,
+    OverloadedError,
+    PromptTooLongError,
+    RequestError,
+    SetupError,
+)
+from rlrag.generation.prompts import PromptBuilder, load_tokenizer
+from rlrag.generation.protocol import Sampling
+from rlrag.generation.stepping import Update
+from rlrag.models import weights_hash
+from rlrag.pipeline import open_policy
+from rlrag.records import Passage, Prompt, Question
+from serve.generating import GeneratorPart, decoded_so, engine_config
+from serve.records import AnswerPiece, Decoding
+from serve.settings import PartSettings, ServeSettings
+
+PASSAGES = (Passage("a", "France", "The capital is Paris."), Passage("b", "Peru", "It is Lima."))
+SETTINGS = ServeSettings(bundle="unused", generator_backend="transformers")
+
+
+class Recorder:
+    """An engine that says a fixed answer and remembers what it was asked."""
+
+    def __init__(self, config: GeneratorConfig, model_dir: Path, prefix: tuple[int, ...]) -> None:
+        self.config, self.model_dir, self.prefix = config, model_dir, prefix
+        self.asked: list[tuple[Prompt, Sampling]] = []
+        self.num_left, self.closed = 0, False
+        self.trouble: str | None = None
+
+    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Update, None]:
+        self.asked.append((prompt, sampling))
+        finished = False
+        try:
+            for count, text in enumerate((" Pa", "ris"), start=1):
+                finished = count == 2
+                yield Update(text, -0.5 * count, count, finished)
+        finally:
+            self.num_left += not finished
+
+    def failure(self) -> str | None:
+        return self.trouble
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Recorders:
+    """Opens recorders and keeps them."""
+
+    def __init__(self) -> None:
+        self.opened: list[Recorder] = []
+
+    def __call__(
+        self, config: GeneratorConfig, model_dir: Path, prefix_ids: tuple[int, ...]
+    ) -> Recorder:
+        self.opened.append(Recorder(config, model_dir, prefix_ids))
+        return self.opened[-1]
+
+
+@pytest.fixture
+def recorders() -> Recorders:
+    return Recorders()
+
+
+@pytest.fixture
+def part(recorders) -> GeneratorPart:
+    return GeneratorPart(SETTINGS, recorders)
+
+
+@pytest.fixture(scope="module")
+def generator_bundles(tmp_path_factory, model_dir):
+    """Writes bundles over one base model, each with other settings of its generator."""
+    root = tmp_path_factory.mktemp("bundles")
+
+    def write(name: str, trained: bool = False, **changes) -> Path:
+        directory = root / name
+        if not directory.exists():
+            config = config_of(root, model_dir, **changes)
+            table = make_table(4)
+            policy = open_policy(config, table)
+            tuned = (lambda folder: save_tiny_llama(folder, seed=1)) if trained else None
+            save_bundle(directory, config, policy, table, {}, 1, tuned)
+        return directory
+
+    return write
+
+
+def config_of(root: Path, model_dir: Path, **changes) -> RunConfig:
+    config = bundle_config(root, root / "cache")
+    generator = config.generator.model_copy(update={"model": str(model_dir), **changes})
+    # Nobody retrieves here, so that no encoder is needed.
+    retrieval = RetrievalConfig(kind="bm25", encoder=None, num_candidates=5)
+    return config.model_copy(update={"generator": generator, "retrieval": retrieval, "seed": 11})
+
+
+async def collect(part: GeneratorPart, version: str, decoding=None, question="capital?"):
+    pieces = part.generate(version, question, PASSAGES, decoding or Decoding())
+    return [piece async for piece in pieces]
+
+
+def ask(part: GeneratorPart, version: str, **decoding) -> list[AnswerPiece]:
+    return asyncio.run(collect(part, version, Decoding(**decoding)))
+
+
+def test_an_answer_is_asked_for_as_evaluation_does(
+    part, recorders, generator_bundles, model_dir, tmp_path
+):
+    part.load("v1", generator_bundles("plain"))
+    (engine,) = recorders.opened
+    assert part.loaded() == ("v1",)
+    assert engine.model_dir == model_dir
+    pieces = ask(part, "v1")
+    ((prompt, sampling),) = engine.asked
+    config = config_of(tmp_path, model_dir).generator
+    builder = PromptBuilder(config.prompt, load_tokenizer(model_dir))
+    evaluated = builder.build(Question("q1", "capital?", ("Paris",)), PASSAGES)
+    assert prompt == evaluated
+    assert engine.prefix == builder.prefix_ids
+    assert sampling == Sampling(config.max_new_tokens, 0.0, config.stop, seed=0)
+    num_prompt_tokens = len(evaluated.token_ids)
+    assert pieces == [
+        AnswerPiece(" Pa", -0.5, 1, num_prompt_tokens, finished=False),
+        AnswerPiece("ris", -1.0, 2, num_prompt_tokens, finished=True),
+    ]
+
+
+def test_versions_with_the_same_weights_share_an_engine_until_the_last_one_goes(
+    part, recorders, generator_bundles
+):
+    part.load("v1", generator_bundles("plain"))
+    part.load("v2", generator_bundles("longer", max_new_tokens=20))
+    (engine,) = recorders.opened
+    ask(part, "v2")
+    assert engine.asked[0][1].max_new_tokens == 20
+    part.drop("v1")
+    assert part.loaded() == ("v2",)
+    assert not engine.closed
+    with pytest.raises(OverloadedError, match="version v1 is being loaded here; try again"):
+        ask(part, "v1")
+    part.drop("v2")
+    assert engine.closed
+    part.drop("v2")
+    part.load("v3", generator_bundles("plain"))
+    assert len(recorders.opened) == 2
+
+
+def test_other_weights_or_another_engine_setting_take_another_engine(
+    part, recorders, generator_bundles, model_dir
+):
+    part.load("v1", generator_bundles("plain"))
+    part.load("v2", generator_bundles("trained", trained=True))
+    part.load("v3", generator_bundles("shorter", max_model_len=240))
+    part.load("v4", generator_bundles("trained again", trained=True))
+    first, second, third = recorders.opened
+    assert second.model_dir == generator_bundles("trained").resolve() / "generator"
+    assert weights_hash(second.model_dir) != weights_hash(model_dir)
+    assert (first.config.max_model_len, third.config.max_model_len) == (256, 240)
+    ask(part, "v4")
+    assert len(second.asked) == 1
+    part.drop("v2")
+    assert not second.closed
+
+
+def test_a_prefix_that_an_engine_computes_apart_is_part_of_what_it_is(
+    recorders, generator_bundles, model_dir, tmp_path
+):
+    prompt = config_of(tmp_path, model_dir).generator.prompt
+    other = prompt.model_copy(update={"instruction": "Answer the question.\n"})
+    bundles = generator_bundles("plain"), generator_bundles("instructed", prompt=other)
+    for backend, num_engines in (("transformers", 2), ("vllm", 3)):
+        part = GeneratorPart(SETTINGS.model_copy(update={"generator_backend": backend}), recorders)
+        for version, bundle in zip(("v1", "v2"), bundles, strict=True):
+            part.load(version, bundle)
+        assert len(recorders.opened) == num_engines
+
+
+def test_closing_the_answer_closes_it_in_the_engine(part, recorders, generator_bundles):
+    part.load("v1", generator_bundles("plain"))
+
+    async def leave() -> None:
+        pieces = part.generate("v1", "capital?", PASSAGES, Decoding())
+        await anext(pieces)
+        await pieces.aclose()
+
+    asyncio.run(leave())
+    assert recorders.opened[0].num_left == 1
+    ask(part, "v1")
+    assert recorders.opened[0].num_left == 1
+
+
+def test_a_failed_engine_makes_the_part_unhealthy(part, recorders, generator_bundles):
+    part.check_health()
+    part.load("v1", generator_bundles("plain"))
+    part.check_health()
+    recorders.opened[0].trouble = "it burnt"
+    with pytest.raises(GenerationError, match="engine of version v1 has failed: it burnt"):
+        part.check_health()
+
+
+def test_an_engine_that_does_not_start_leaves_what_was_loaded(generator_bundles, recorders):
+    def open_or_refuse(config: GeneratorConfig, model_dir: Path, prefix_ids: tuple[int, ...]):
+        if recorders.opened:
+            raise SetupError("no compiler")
+        return recorders(config, model_dir, prefix_ids)
+
+    part = GeneratorPart(SETTINGS, open_or_refuse)
+    part.load("v1", generator_bundles("plain"))
+    with pytest.raises(SetupError, match="no compiler"):
+        part.load("v2", generator_bundles("trained", trained=True))
+    assert part.loaded() == ("v1",)
+    assert len(ask(part, "v1")) == 2
+
+
+def test_a_base_model_with_other_weights_is_refused(part, generator_bundles, tmp_path, model_dir):
+    model = save_tiny_llama(tmp_path / "model", seed=0)
+    directory = generator_bundles("moved", model=str(model))
+    save_tiny_llama(model, seed=1)
+    with pytest.raises(CheckpointError, match=f"has weights {weights_hash(model)} here"):
+        part.load("v1", directory)
+
+
+def test_a_request_changes_what_it_sets_and_nothing_else(part, recorders, generator_bundles):
+    part.load("v1", generator_bundles("plain"))
+    ask(part, "v1", max_new_tokens=3)
+    ask(part, "v1", temperature=0.7, seed=5)
+    found = [sampling for _, sampling in recorders.opened[0].asked]
+    base = Sampling(max_new_tokens=12, temperature=0.0, stop=("\n",), seed=0)
+    assert found == [
+        Sampling(3, base.temperature, base.stop, base.seed),
+        Sampling(base.max_new_tokens, 0.7, base.stop, seed=5),
+    ]
+
+
+def test_a_seed_counts_only_where_something_is_drawn():
+    drawn = Sampling(temperature=1.0, seed=11)
+    assert decoded_so(drawn, Decoding(), 100) == drawn
+    assert decoded_so(drawn, Decoding(seed=5), 100).seed == 5
+    assert decoded_so(drawn, Decoding(temperature=0.0, seed=5), 100).seed == 0
+    assert decoded_so(Sampling(), Decoding(seed=5), 100) == Sampling()
+
+
+@pytest.mark.parametrize(
+    ("decoding", "message"),
+    [
+        (Decoding(max_new_tokens=0), "max_new_tokens is 0"),
+        (Decoding(max_new_tokens=101), "from 1 to 100 tokens"),
+        (Decoding(temperature=-1.0), r"temperature is -1\.0"),
+        (Decoding(temperature=math.nan), "temperature is nan"),
+        (Decoding(temperature=math.inf), "temperature is inf"),
+    ],
+)
+def test_an_impossible_decoding_is_refused(decoding, message):
+    assert decoded_so(Sampling(), Decoding(max_new_tokens=100), 100).max_new_tokens == 100
+    with pytest.raises(RequestError, match=message):
+        decoded_so(Sampling(), decoding, 100)
+
+
+def test_the_room_for_an_answer_is_what_prompt_and_model_leave(part, recorders, generator_bundles):
+    part.load("v1", generator_bundles("plain"))
+    num_prompt_tokens = ask(part, "v1")[0].num_prompt_tokens
+    room = 256 - num_prompt_tokens
+    ask(part, "v1", max_new_tokens=room)
+    with pytest.raises(RequestError, match=f"from 1 to {room} tokens"):
+        ask(part, "v1", max_new_tokens=room + 1)
+    assert len(recorders.opened[0].asked) == 2
+
+
+def test_a_question_without_room_is_refused(part, recorders, generator_bundles):
+    part.load("v1", generator_bundles("plain"))
+    with pytest.raises(PromptTooLongError, match="max_prompt_tokens is 200"):
+        asyncio.run(collect(part, "v1", question="why " * 300))
+    assert recorders.opened[0].asked == []
+
+
+def test_the_service_decides_about_resources_and_the_bundle_about_answers():
+    bundled = GeneratorConfig(
+        backend="vllm", device="cuda", gpus_per_actor=1, num_actors=4, max_new_tokens=7
+    )
+    settings = ServeSettings(
+        bundle="unused",
+        generator=PartSettings(num_cpus=2, num_gpus=0, max_batch_size=5),
+        generator_backend="transformers",
+        threads=3,
+        start_timeout_s=9,
+    )
+    found = engine_config(bundled, settings)
+    assert (found.backend, found.device, found.batch_size) == ("transformers", "auto", 5)
+    assert (found.cpus_per_actor, found.gpus_per_actor) == (2, 0)
+    assert (found.threads_per_actor, found.start_timeout_s) == (3, 9)
+    assert (found.max_new_tokens, found.prompt) == (7, bundled.prompt)
+    chosen = engine_config(bundled, settings.model_copy(update={"generator_backend": "auto"}))
+    assert chosen.backend in ("vllm", "transformers")
+    with pytest.raises(ConfigError, match="generator_backend is 'llama'"):
+        engine_config(bundled, settings.model_copy(update={"generator_backend": "llama"}))
