@@ -46,7 +46,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
         for replica, part in (
             (decorated.RetrieverReplica, settings.retriever),
             (decorated.SelectorReplica, settings.selector),
-            (decorated.GeneratorReplica, settings.generator),
+            (decorated.GeneratorReplica, _without_engine(settings.generator)),
         )
     ]
     # Ray Serve's own bound stands behind that of the HTTP side, which answers in its own words.
@@ -55,6 +55,11 @@ def build(arguments: Mapping[str, Any]) -> Application:
         **_options(settings.ingress) | {"max_ongoing_requests": most, "max_queued_requests": most}
     ).bind(settings, registry, *parts)
     return ingress
+
+
+def _without_engine(generator: PartSettings) -> PartSettings:
+    """A generator replica computes nothing itself: its engines reserve what they need."""
+    return generator.model_copy(update={"num_cpus": 0.1, "num_gpus": 0})
 
 
 def _options(part: PartSettings) -> dict[str, Any]:

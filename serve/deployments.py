@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,13 @@ class GeneratorReplica(_Replica):
         self, version: str, question: str, passages: tuple[Passage, ...], decoding: Decoding
     ) -> AsyncIterator[AnswerPiece | RlragError]:
         """See `Pipeline.generate`; an error is the last piece."""
-        try:
-            async for piece in self._part.generate(version, question, passages, decoding):
-                yield piece
-        except RlragError as error:
-            yield error
+        pieces = self._part.generate(version, question, passages, decoding)
+        async with aclosing(pieces):  # a call that is cancelled frees its slot at once
+            try:
+                async for piece in pieces:
+                    yield piece
+            except RlragError as error:
+                yield error
 
     def check_health(self) -> None:
         """Have the replica replaced when its engine is dead.

@@ -19,7 +19,6 @@ from rlrag.bundle import read_bundle
 from rlrag.config import GeneratorConfig
 from rlrag.errors import (
     CheckpointError,
-    ConfigError,
     GenerationError,
     OverloadedError,
     RequestError,
@@ -180,16 +179,10 @@ class GeneratorPart:
 
 
 def engine_config(config: GeneratorConfig, settings: ServeSettings) -> GeneratorConfig:
-    """A bundle's generator with the resources that the service gives its engine.
-
-    Raises:
-        ConfigError: when the settings name an unknown back end.
-    """
+    """A bundle's generator with the resources that the service gives its engine."""
     backend = settings.generator_backend
     if backend == "auto":
         backend = "transformers" if importlib.util.find_spec("vllm") is None else "vllm"
-    if backend not in ("vllm", "transformers"):
-        raise ConfigError(f"generator_backend is {backend!r}; set it to vllm, transformers or auto")
     return config.model_copy(
         update={
             "backend": backend,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -109,8 +109,10 @@ class ServeSettings(Section):
     selector: PartSettings = PartSettings()
     """Picks among them."""
     generator: PartSettings = PartSettings(num_cpus=0.5, max_batch_size=16)
-    """Answers from the picks; `max_batch_size` bounds the sequences an engine decodes at once."""
-    generator_backend: str = "auto"
+    """Answers from the picks. `max_batch_size` bounds the sequences that an engine decodes at once;
+    `num_cpus` and `num_gpus` are reserved for each engine, of which a replica has one for each set
+    of weights in use."""
+    generator_backend: Literal["auto", "vllm", "transformers"] = "auto"
     """`vllm`, `transformers`, or `auto`: vLLM where it is installed."""
     threads: int = Field(default=1, ge=1)
     """Compute threads of an engine on a CPU."""

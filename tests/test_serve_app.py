@@ -38,6 +38,7 @@ def test_a_missing_bundle_is_told_before_anything_starts(tmp_path):
         ({}, "'bundle'"),
         ({"bundle": "b", "limits.timeout": "5"}, r"'limits\.timeout'"),
         ({"bundle": "b", "limits.timeout_s": "soon"}, r"'limits\.timeout_s'"),
+        ({"bundle": "b", "generator_backend": "llama"}, "'generator_backend'"),
         ({"bundle": "b", "feedback.explore_share": "2"}, r"'feedback\.explore_share'"),
     ],
 )

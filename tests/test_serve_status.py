@@ -221,7 +221,7 @@ def test_the_page_is_served_without_a_key_and_loads_nothing_from_elsewhere(tmp_p
         reply = await served.client.get("/")
         assert reply.status_code == 200
         assert reply.headers["content-type"].startswith("text/html")
-        assert "default-src 'self'" in reply.headers["content-security-policy"]
+        assert "default-src 'none'; script-src 'self'" in reply.headers["content-security-policy"]
         reply = await served.client.get("/page/page.js")
         assert reply.status_code == 200
         assert reply.headers["x-content-type-options"] == "nosniff"

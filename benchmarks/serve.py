@@ -1,0 +1,319 @@
+"""The service against the bare engine, its latency, and what it does when too much is asked.
+
+Run `python -m benchmarks.serve --bundle runs/quickstart/bundle`. Everything runs on this machine
+and on loopback, each phase for a bounded time:
+
+    throughput   16 clients, each asking one question after the other, against a vLLM engine that is
+                 given the same prompts at once; in turns, the ratio is that of each turn
+    overhead     one client; the client's time less that of the generate stage
+    latency      requests begin at half the rate of the first phase, whatever is under way
+    overload     200 requests a second more than that for 30 s; which statuses come, what memory the
+                 HTTP replica takes, and how soon it answers at once again
+
+Answer and candidate caches are off, so that every request is worked on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+RESULTS_FILE = Path(__file__).parent / "results" / "serve.md"
+_URL = "http://127.0.0.1:8000"
+_CLIENTS = 16
+_EXTRA_RATE = 200.0
+_OVERLOAD_S = 30.0
+_LATENCY_S = 30.0
+_RECOVERY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request: its status, seconds, and what the service says of its stages."""
+
+    status: int
+    seconds: float
+    timings_ms: dict[str, float]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the report and write it down."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--questions", type=int, default=128, help="questions a turn")
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args(arguments)
+    questions = _questions(options.bundle, options.questions * options.turns)
+    with service(options.bundle):
+        report = asyncio.run(_measure(options, questions))
+    print(report)
+    RESULTS_FILE.write_text(report, encoding="utf-8")
+    return 0
+
+
+@contextmanager
+def service(bundle: Path) -> Iterator[None]:
+    """The service with one replica of each part, on a cluster that ends with the block."""
+    from ray import serve as ray_serve
+
+    from benchmarks.runs import own_cluster
+    from serve.app import build
+
+    with own_cluster(2), tempfile.TemporaryDirectory() as state:
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": 8000})
+        settings = {
+            "bundle": str(bundle),
+            "state_dir": state,
+            "caches": {"answers": 0, "candidates": 0},
+        }
+        try:
+            ray_serve.run(build(settings), name="rlrag", route_prefix="/")
+            yield
+        finally:
+            ray_serve.shutdown()
+
+
+def _questions(bundle: Path, wanted: int) -> list[str]:
+    from rlrag.bundle_files import read_bundle
+    from rlrag.pipeline import load_questions, open_library
+
+    config = read_bundle(bundle).config
+    corpus = open_library(config).corpus
+    found = load_questions(config.data.eval_questions, config.cache_path, corpus)
+    texts = [question.question for question in found.sample(wanted, seed=0).questions]
+    return list(itertools.islice(itertools.cycle(texts), wanted))
+
+
+async def _measure(options: argparse.Namespace, questions: list[str]) -> str:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=_URL, limits=limits, timeout=120) as client:
+        await _ready(client)
+        await asyncio.gather(*(_ask(client, question) for question in questions[:_CLIENTS]))
+        ratios, rates = [], []
+        bare = BareEngine(options.bundle)
+        try:
+            for turn in range(options.turns):
+                part = questions[turn * options.questions : (turn + 1) * options.questions]
+                served = await _closed_loop(client, part)
+                alone = await asyncio.to_thread(bare.rate, part)
+                rates.append(served)
+                ratios.append(served / alone)
+                print(f"served {served:.2f}/s, engine {alone:.2f}/s", file=sys.stderr, flush=True)
+        finally:
+            bare.close()
+        single = [await _ask(client, question) for question in questions[:48]]
+        capacity = statistics.median(rates)
+        half = await _open_loop(client, questions, capacity / 2, _LATENCY_S)
+        before = _memory_mib()
+        flood = await _open_loop(client, questions, capacity + _EXTRA_RATE, _OVERLOAD_S)
+        recovered = await _recovery(client, questions)
+        after = _memory_mib()
+    return _report(ratios, rates, single, half, flood, recovered, before, after)
+
+
+class BareEngine:
+    """A vLLM engine in a process of its own, given the prompts that the service builds."""
+
+    def __init__(self, bundle: Path) -> None:
+        import ray
+
+        from rlrag.generation.vllm_backend import vllm_environment
+        from serve.generating import engine_config
+        from serve.settings import parse_settings
+
+        self._settings = parse_settings({"bundle": str(bundle)})
+        config = engine_config(_config(bundle).generator, self._settings)
+        variables = {**vllm_environment(config), "OMP_NUM_THREADS": "1"}
+        options: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": variables}}
+        self._actor: Any = ray.remote(**options)(_Bare).remote(str(bundle))
+
+    def rate(self, questions: list[str]) -> float:
+        """Answers a second, the picks given."""
+        import ray
+
+        rate: float = ray.get(self._actor.rate.remote(questions), timeout=1800)
+        return rate
+
+    def close(self) -> None:
+        """End the engine."""
+        import ray
+
+        ray.kill(self._actor)
+
+
+class _Bare:
+    def __init__(self, bundle: str) -> None:
+        from rlrag.bundle import load_bundle
+        from rlrag.generation.build import open_engine, resolve_config
+        from rlrag.generation.prompts import PromptBuilder, load_tokenizer
+        from rlrag.models import resolve_model
+        from rlrag.pipeline import sampling_of
+        from serve.generating import engine_config
+        from serve.retrieving import RetrieverPart
+        from serve.selecting import SelectorPart
+        from serve.settings import parse_settings
+
+        self._bundle = load_bundle(Path(bundle))
+        self._retriever, self._selector = RetrieverPart(), SelectorPart()
+        self._retriever.load("v", Path(bundle))
+        self._selector.load("v", Path(bundle))
+        config = engine_config(self._bundle.config.generator, parse_settings({"bundle": bundle}))
+        config = resolve_config(config, "ray")
+        model_dir = self._bundle.generator_dir or resolve_model(
+            config.model, self._bundle.config.cache_path
+        )
+        self._prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir))
+        self._engine = open_engine(config, model_dir, self._prompts.prefix_ids)
+        self._sampling = sampling_of(self._bundle.config)
+
+    def rate(self, questions: list[str]) -> float:
+        from rlrag.records import Question
+        from serve.retrieving import Ask
+        from serve.selecting import Choice
+
+        prompts = []
+        for question in questions:
+            (found,) = self._retriever.retrieve("v", [Ask(question)])
+            (picked,) = self._selector.select("v", [Choice(question, found)])  # type: ignore[arg-type]
+            passages = [found.passages[n] for n in picked.positions]  # type: ignore[union-attr]
+            prompts.append(self._prompts.build(Question("asked", question, ()), passages))
+        start = time.perf_counter()
+        self._engine.generate(prompts, self._sampling)
+        return len(prompts) / (time.perf_counter() - start)
+
+
+def _config(bundle: Path) -> Any:
+    from rlrag.bundle_files import read_bundle
+
+    return read_bundle(bundle).config
+
+
+async def _ready(client: httpx.AsyncClient) -> None:
+    end = time.monotonic() + 300
+    while (await client.get("/readyz")).status_code != 200:
+        if time.monotonic() > end:
+            raise SystemExit("error: the service was not ready within 300 s")
+        await asyncio.sleep(0.5)
+
+
+async def _ask(client: httpx.AsyncClient, question: str) -> Asked:
+    start = time.perf_counter()
+    try:
+        response = await client.post("/v1/answer", json={"question": question})
+    except httpx.TransportError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return Asked(0, time.perf_counter() - start, {})
+    seconds = time.perf_counter() - start
+    timings = response.json()["timings_ms"] if response.status_code == 200 else {}
+    return Asked(response.status_code, seconds, timings)
+
+
+async def _closed_loop(client: httpx.AsyncClient, questions: Sequence[str]) -> float:
+    """Answers a second that all clients together get."""
+    waiting = list(questions)
+
+    async def work() -> None:
+        while waiting:
+            asked = await _ask(client, waiting.pop())
+            if asked.status != 200:
+                raise SystemExit(f"error: status {asked.status} without overload")
+
+    start = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(_CLIENTS)))
+    return len(questions) / (time.perf_counter() - start)
+
+
+async def _open_loop(
+    client: httpx.AsyncClient, questions: Sequence[str], rate: float, seconds: float
+) -> list[Asked]:
+    """Requests that begin at a rate, whether earlier ones have ended or not."""
+    start, tasks = time.perf_counter(), []
+    for number in range(int(rate * seconds)):
+        await asyncio.sleep(max(0.0, start + number / rate - time.perf_counter()))
+        question = questions[number % len(questions)]
+        tasks.append(asyncio.create_task(_ask(client, question)))
+    return list(await asyncio.gather(*tasks))
+
+
+async def _recovery(client: httpx.AsyncClient, questions: Sequence[str]) -> float:
+    """Seconds from the end of the flood until a question is answered without waiting."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < _RECOVERY_S:
+        asked = await _ask(client, questions[0])
+        if asked.status == 200 and asked.timings_ms["wait"] < 5:
+            return time.perf_counter() - start - asked.seconds
+        await asyncio.sleep(0.2)
+    return float("inf")
+
+
+def _memory_mib() -> float:
+    """Resident memory of the HTTP replica."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        if any("Ingress" in part for part in process.cmdline()):
+            return float(process.memory_info().rss) / 2**20
+    raise SystemExit("error: the HTTP replica was not found among the child processes")
+
+
+def _report(
+    ratios: Sequence[float],
+    rates: Sequence[float],
+    single: Sequence[Asked],
+    half: Sequence[Asked],
+    flood: Sequence[Asked],
+    recovered: float,
+    before: float,
+    after: float,
+) -> str:
+    rest_ms = [1000 * one.seconds - one.timings_ms["generate"] for one in single]
+    seconds = sorted(one.seconds for one in half if one.status == 200)
+    median, last = statistics.median(seconds), seconds[int(0.99 * (len(seconds) - 1))]
+    statuses = Counter(one.status for one in flood)
+    stages = {
+        stage: statistics.median(one.timings_ms[stage] for one in single)
+        for stage in ("retrieve", "select", "generate")
+    }
+    lines = [
+        "# The service on one machine",
+        "",
+        "`python -m benchmarks.serve`; two cores, clients included, one replica of each part, an "
+        "engine of one thread, no caches. What is measured is described in the module.",
+        "",
+        "| measure | found | target |",
+        "|---|---|---|",
+        f"| answers a second, {_CLIENTS} clients | {statistics.median(rates):.2f} | - |",
+        f"| of the bare engine | {statistics.median(ratios):.2f} | 0.9 |",
+        f"| all but the engine, median of {len(single)}, ms | {statistics.median(rest_ms):.1f} | "
+        "15 |",
+        f"| p99 / median at half the rate | {last / median:.2f} ({1000 * last:.0f} / "
+        f"{1000 * median:.0f} ms) | 3 |",
+        f"| statuses of {len(flood):,} requests in overload | {json.dumps(dict(statuses))} | "
+        "200 and 503 |",
+        f"| memory of the HTTP replica before and after, MiB | {before:.0f}, {after:.0f} | flat |",
+        f"| normal again after, s | {recovered:.1f} | 5 |",
+        "",
+        "Median stages of the single client, ms: "
+        + ", ".join(f"{stage} {value:.1f}" for stage, value in stages.items())
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
