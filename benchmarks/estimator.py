@@ -1,9 +1,10 @@
 """DRO's gradient estimate against the number of samples m and the baseline, on enumerated rewards.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.estimator nq --bundle runs/nq-dro-selector/bundle`. All
-ordered selections of some training questions are rewarded once, so that every expectation but that
-over the draws of m is a sum. A policy is then drawn from many times, and of the gradient estimate g
-of a batch, given as the mean over its questions,
+Run `RLRAG_DATA_DIR=... python -m benchmarks.estimator nq --weights FILE`, where FILE is the
+`bundle/selector.safetensors` of a run of `nq-dro-selector`. All ordered selections of some training
+questions are rewarded once, so that every expectation but that over the draws of m is a sum. A
+policy is then drawn from many times, and of the gradient estimate g of a batch, given as the mean
+over its questions,
 
     signal-to-noise ratio = |E g|^2 / E|g - E g|^2        for a batch of 24 questions
     agreement = cosine of E g and the exact gradient of the mean of log E_{z~p}[p(y | x, d_z)]
@@ -45,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Reward, measure, print the table and write it down."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=("nq", "hotpotqa"))
-    parser.add_argument("--bundle", type=Path, help="trained selector to measure too")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="a trained selector to measure too (bundle/selector.safetensors)",
+    )
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--draws", type=int, default=400, help="repeated draws of each m")
     parser.add_argument("--cache-dir", default="~/.cache/rlrag")
@@ -53,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from jobs.recipes.selection import co_training
     from rlrag.pipeline import open_library, open_policy, open_training_data
+    from rlrag.storage import load_weights
 
     run = co_training(options.name, 2, ("selector",))
     run = run.model_copy(update={"cache_dir": options.cache_dir})
@@ -62,10 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with own_cluster(2):
         rewards_BS = _rewards(run, candidates, rows, selections_SK)
     policies = {"untrained": open_policy(run, candidates)}
-    if options.bundle:
-        from rlrag.bundle import load_bundle
-
-        policies["trained"] = load_bundle(options.bundle).policy
+    if options.weights:
+        policies["trained"] = open_policy(run, candidates)
+        load_weights(policies["trained"], options.weights)
     lines = []
     for name, policy in policies.items():
         logp_BS, jacobian_BSP = _derivatives(policy, candidates, rows, selections_SK)
@@ -178,9 +183,9 @@ def _ratio(signal: float, noise: float) -> str:
 
 
 def _report(options: argparse.Namespace, num_selections: int, lines: Sequence[str]) -> str:
-    trained = (
-        f"; trained is the selector of `{options.bundle.parent.name}`" if options.bundle else ""
-    )
+    trained = ""
+    if options.weights:
+        trained = f"; trained is the selector of the run `{options.weights.parts[-3]}`"
     return "\n".join(
         [
             f"# {options.name}: the gradient estimate against m and the baseline",
