@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from tiny_models import save_vllm_llama
 
 from rlrag.generation.engine_loop import EngineLoop
 from rlrag.generation.protocol import Sampling
@@ -80,30 +81,6 @@ class VllmTrial:
             return asyncio.run(run(loop))
         finally:
             loop.close()
-
-
-def save_vllm_llama(directory: Path) -> Path:
-    """A random Llama with heads of 32 numbers, the fewest that vLLM takes on a CPU."""
-    import torch
-    from tiny_models import save_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = save_tokenizer(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.vllm

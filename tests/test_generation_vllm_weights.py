@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_tokenizer
+from tiny_models import save_vllm_llama
 
 from rlrag.config import GeneratorConfig, GeneratorTrainingConfig
 from rlrag.errors import GenerationError
@@ -24,30 +24,6 @@ TOLERANCE = 1e-3
 NUM_PUSHES = 20
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-
-def save_model(directory: Path, tied: bool) -> Path:
-    """A random Llama with heads of 32 numbers, the fewest that vLLM takes on a CPU."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    directory.mkdir()
-    tokenizer = save_tokenizer(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,7 +83,7 @@ def check_adapter_push(directory: Path, pool: PoolClient, version: int) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_20_pushes_under_load_leave_no_wrong_version_and_the_learners_scores(tmp_path, tied):
-    directory = save_model(tmp_path / "model", tied)
+    directory = save_vllm_llama(tmp_path / "model", tied)
     config = GeneratorConfig(
         model=str(directory), dtype="float32", num_actors=1, max_model_len=256, batch_size=8
     )

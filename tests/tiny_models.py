@@ -162,3 +162,28 @@ def save_tiny_masked_lm(directory: Path, seed: int = 0) -> Path:
     torch.nn.init.normal_(model.get_output_embeddings().bias)
     model.save_pretrained(directory)
     return directory
+
+
+def save_vllm_llama(directory: Path, tied: bool = False) -> Path:
+    """A random Llama with heads of 32 numbers, the fewest that vLLM takes on a CPU."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory.mkdir(exist_ok=True)
+    tokenizer = save_tokenizer(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory

@@ -7,13 +7,13 @@ so that no other file is ever written to.
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from rlrag.errors import DataError
+from rlrag.sqlite_files import use_write_ahead_log
 
 _FORMAT = 1
 _APPLICATION = 0x726C7266  # "rlrf"
@@ -62,7 +62,7 @@ def open_to_write(path: Path) -> OpenFile:
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
     try:
         _check_format(connection, path, may_be_empty=True)
-        _use_write_ahead_log(connection)
+        use_write_ahead_log(connection, _BUSY_TIMEOUT_S)
         # With a write-ahead log this survives a killed process; only a power cut can lose the
         # last transactions, and never corrupts the file.
         connection.execute("PRAGMA synchronous=NORMAL")
@@ -132,19 +132,6 @@ def _create_tables(connection: sqlite3.Connection, path: Path) -> None:
             for statement in _SCHEMA:
                 connection.execute(statement)
     _check_format(connection, path, may_be_empty=False)
-
-
-def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Of processes that do this to a new file at once, all but one are refused without a wait."""
-    ends = time.monotonic() + _BUSY_TIMEOUT_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
-                raise
-            time.sleep(0.05)
 
 
 def _way_out(message: str) -> str:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import sqlite3
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from rlrag.generation.checks import check_answers
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
 from rlrag.generation.weight_protocols import FollowsWeights
 from rlrag.records import Generation, Prompt, Score
+from rlrag.sqlite_files import use_write_ahead_log
 
 if TYPE_CHECKING:
     from rlrag.generation.weights import GeneratorWeights
@@ -56,7 +56,7 @@ class ResultStore:
         """
         self._path = path
         with self._connection() as connection:
-            _use_write_ahead_log(connection)
+            use_write_ahead_log(connection, _BUSY_TIMEOUT_S)
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, text TEXT NOT NULL, "
                 "logp REAL NOT NULL, num_tokens INTEGER NOT NULL, "
@@ -99,19 +99,6 @@ class ResultStore:
             raise GenerationError(
                 f"the generation cache {self._path} cannot be used: {error}; {_way_out(str(error))}"
             ) from error
-
-
-def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Of processes that do this to a new file at once, all but one are refused without a wait."""
-    ends = time.monotonic() + _BUSY_TIMEOUT_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
-                raise
-            time.sleep(0.05)
 
 
 class CachedGenerator:
