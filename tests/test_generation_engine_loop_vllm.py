@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tiny_models import save_vllm_llama
 
 from rlrag.generation.engine_loop import EngineLoop
 from rlrag.generation.protocol import Sampling
@@ -89,6 +88,7 @@ def test_a_vllm_engine_streams_what_it_generates_and_frees_the_slots_of_who_leav
     tmp_path, cluster
 ):
     import ray
+    from tiny_models import save_vllm_llama
 
     from rlrag.config import GeneratorConfig
     from rlrag.generation.vllm_backend import vllm_environment
