@@ -57,6 +57,7 @@ class PartReporter:
         self._part = part
         self._tell = tell
         self._failed: dict[str, str] = {}
+        self._proposal = ""
         self._work: asyncio.Task[None] | None = None
         self._loop: asyncio.Task[None] | None = None
 
@@ -99,7 +100,12 @@ class PartReporter:
                 self._work = asyncio.create_task(self._follow(wanted))
 
     async def _follow(self, wanted: Wanted) -> None:
-        """Load what is missing and drop what is not wanted any more, one after another."""
+        """Load what is missing and drop what is not wanted any more, one after another.
+
+        A new proposal gives what could not be loaded another try.
+        """
+        if wanted.proposal != self._proposal:
+            self._proposal, self._failed = wanted.proposal, {}
         for version in self._part.loaded():
             if version not in wanted.bundles:
                 await asyncio.to_thread(self._part.drop, version)
@@ -115,7 +121,11 @@ class PartReporter:
 
     def _report(self) -> Report:
         return Report(
-            self._replica, self._kind, loaded=self._part.loaded(), failed=dict(self._failed)
+            self._replica,
+            self._kind,
+            loaded=self._part.loaded(),
+            failed=dict(self._failed),
+            proposal=self._proposal,
         )
 
 

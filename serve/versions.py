@@ -10,6 +10,7 @@ throughout, and none fails because of a change.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,14 +31,16 @@ SILENT_AFTER_S = 10.0
 class Report:
     """What a replica tells of itself.
 
-    The last two fields are those of an HTTP replica: the routing that it follows, and the requests
-    it works on by version.
+    `loaded`, `failed` and `proposal` are those of a part: what it holds, what it could not load,
+    and the newest proposal that it follows. The last two fields are those of an HTTP replica: the
+    routing that it follows, and the requests it works on by version.
     """
 
     replica: str
     kind: Kind
     loaded: tuple[str, ...] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
+    proposal: str = ""
     epoch: int = -1
     in_flight: Mapping[str, int] = field(default_factory=dict)
 
@@ -46,12 +49,13 @@ class Report:
 class Wanted:
     """What a replica is told.
 
-    `bundles` are those to hold, by version; `down` names the parts that have no living replica with
-    the active version.
+    `bundles` are those to hold, by version; `proposal` names the change that brought the newest of
+    them; `down` names the parts that have no living replica with the active version.
     """
 
     bundles: Mapping[str, str]
     routing: Routing
+    proposal: str = ""
     down: tuple[str, ...] = ()
 
 
@@ -81,6 +85,7 @@ class VersionRegistry:
         self._bundles = {version: path}
         self._routing = Routing(version)
         self._candidate: str | None = None
+        self._proposal = ""
         if state.exists():
             self._restore()
 
@@ -98,10 +103,13 @@ class VersionRegistry:
         """Take a replica's report and say what it must hold."""
         self._heard[report.replica] = _Heard(report, self._clock())
         self._retire()
-        return Wanted(self._bundles, self._routing, self._down())
+        return Wanted(self._bundles, self._routing, self._proposal, self._down())
 
     def propose(self, version: str, path: str) -> None:
         """Have all replicas load a bundle that does not answer yet.
+
+        A replica may hold the same version from before and be about to drop it, so that only what
+        it reports once it follows this proposal counts.
 
         Raises:
             RequestError: when another bundle is being loaded.
@@ -110,7 +118,7 @@ class VersionRegistry:
             raise RequestError(
                 f"version {self._candidate} is being loaded; wait until it has its role"
             )
-        self._candidate = version
+        self._candidate, self._proposal = version, secrets.token_hex(8)
         self._bundles = {**self._bundles, version: path}
 
     def abandon(self) -> None:
@@ -121,14 +129,18 @@ class VersionRegistry:
     def failure(self, version: str) -> str | None:
         """Why a replica could not load a version, if one could not."""
         for heard in self._alive():
-            if version in heard.failed:
+            if version in heard.failed and heard.proposal == self._proposal:
                 return f"{heard.kind} {heard.replica}: {heard.failed[version]}"
         return None
 
     def waiting_for(self, version: str) -> list[str]:
         """Who has not loaded a version yet; a part without a living replica counts."""
         alive = [report for report in self._alive() if report.kind != "ingress"]
-        missing = [f"{r.kind} {r.replica}" for r in alive if version not in r.loaded]
+        missing = [
+            f"{report.kind} {report.replica}"
+            for report in alive
+            if version not in report.loaded or report.proposal != self._proposal
+        ]
         kinds = {report.kind for report in alive}
         return missing + [f"a {kind}" for kind in PARTS if kind not in kinds]
 

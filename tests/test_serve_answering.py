@@ -307,6 +307,9 @@ def test_a_record_that_fails_spoils_no_answer() -> None:
         def record_selection(self, event: object) -> bool:
             raise OSError("the disk is full")
 
+        def close(self) -> None:
+            pass
+
     async def run() -> None:
         parts = Parts(store=Broken())  # type: ignore[arg-type]
         assert (await parts.answer()).computed.text

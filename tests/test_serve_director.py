@@ -61,11 +61,13 @@ def director(bundles, tmp_path, pipeline=None, start_timeout_s=20.0) -> Director
 async def replicas(director: Director, failing: str | None = None) -> None:
     """Parts that load whatever they are told."""
     loaded: tuple[str, ...] = ()
+    proposal = ""
     while True:
         for part in PARTS:
             failed = dict.fromkeys(loaded, "no such file") if part == failing else {}
-            wanted = director.hear(Report(f"{part}-1", part, () if failed else loaded, failed))
-        loaded = tuple(wanted.bundles)
+            held = () if failed else loaded
+            wanted = director.hear(Report(f"{part}-1", part, held, failed, proposal))
+        loaded, proposal = tuple(wanted.bundles), wanted.proposal
         await asyncio.sleep(0.02)
 
 

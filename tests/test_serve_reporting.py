@@ -29,6 +29,9 @@ class PartInMemory:
     def drop(self, version: str) -> None:
         self._loaded.remove(version)
 
+    def mend(self) -> None:
+        self._broken = ()
+
 
 class RegistryInMemory:
     def __init__(self, *versions: str) -> None:
@@ -81,6 +84,28 @@ def test_a_part_follows_what_it_is_told_later():
         assert "/bundles/c is damaged" in registry.reports[-1].failed["c"]
         registry.wanted = Wanted({"b": "/bundles/b"}, Routing("b"))
         await until(lambda: registry.reports[-1].loaded == ("b",))
+        assert registry.reports[-1].failed == {}
+        reporter.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_new_proposal_gives_a_broken_bundle_another_try():
+    async def scenario() -> None:
+        part, registry = PartInMemory(broken=("b",)), RegistryInMemory("a")
+        reporter = PartReporter("selector", "s1", part, registry.tell)
+        await reporter.start()
+        held = {v: f"/bundles/{v}" for v in ("a", "b")}
+        registry.wanted = Wanted(held, Routing("a"), "first")
+        await until(lambda: "b" in registry.reports[-1].failed)
+        assert registry.reports[-1].proposal == "first"
+        part.mend()
+        told = len(registry.reports)
+        await until(lambda: len(registry.reports) > told + 1)
+        assert part.loaded() == ("a",)
+        registry.wanted = Wanted(held, Routing("a"), "second")
+        await until(lambda: registry.reports[-1].loaded == ("a", "b"))
+        assert registry.reports[-1].proposal == "second"
         assert registry.reports[-1].failed == {}
         reporter.stop()
 

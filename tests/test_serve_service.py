@@ -176,7 +176,7 @@ def test_bundles_change_under_load_without_a_failed_or_mixed_answer(service, bun
     for client in clients:
         client.start()
     try:
-        for change in range(4):
+        for change in range(20):
             bundle = bundles[(change + 1) % 2]
             response = load(service, bundle, role="active")
             assert response.status_code == 200, response.text

@@ -28,8 +28,10 @@ def registry(tmp_path, clock) -> VersionRegistry:
 
 
 def hear_parts(registry: VersionRegistry, *loaded: str) -> None:
+    """Each part reports what it holds, once it follows what it was told before."""
     for part in PARTS:
-        registry.hear(Report(f"{part}-1", part, loaded=loaded))
+        told = registry.hear(Report(f"{part}-1", part, loaded=loaded)).proposal
+        registry.hear(Report(f"{part}-1", part, loaded=loaded, proposal=told))
 
 
 def ingress(registry: VersionRegistry, epoch: int, name: str = "i1", **in_flight: int):
@@ -79,10 +81,35 @@ def test_only_one_candidate_at_a_time(registry):
 def test_a_failure_names_the_replica_and_its_reason(registry):
     registry.propose("b", "/bundles/b")
     assert registry.failure("b") is None
-    registry.hear(Report("selector-1", "selector", loaded=("a",), failed={"b": "no such file"}))
+    told = ingress(registry, 0).proposal
+    report = Report("selector-1", "selector", failed={"b": "no such file"}, proposal=told)
+    registry.hear(report)
     assert registry.failure("b") == "selector selector-1: no such file"
     registry.abandon()
     assert registry.bundles == {"a": "/bundles/a"}
+    registry.propose("b", "/bundles/b")
+    registry.hear(report)
+    assert registry.failure("b") is None  # that was the last time; now it may be there
+
+
+def test_a_replica_about_to_drop_a_version_does_not_count_as_holding_it(registry):
+    """A version that returns at once: its replicas were told to give it up, and may be at it."""
+    ingress(registry, 0)
+    registry.propose("b", "/bundles/b")
+    hear_parts(registry, "a", "b")
+    registry.assign("b", "active", 0.0)
+    ingress(registry, 1)
+    assert registry.bundles == {"b": "/bundles/b"}
+    before = ingress(registry, 1).proposal
+    for part in PARTS:
+        registry.hear(Report(f"{part}-1", part, loaded=("a", "b"), proposal=before))
+    registry.propose("a", "/bundles/a")
+    assert len(registry.waiting_for("a")) == len(PARTS)
+    for part in PARTS:
+        registry.hear(Report(f"{part}-1", part, loaded=("b",), proposal=before))
+    assert len(registry.waiting_for("a")) == len(PARTS)
+    hear_parts(registry, "a", "b")
+    assert registry.waiting_for("a") == []
 
 
 def test_the_old_version_stays_until_its_last_request_ended(registry):
