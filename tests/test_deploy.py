@@ -1,0 +1,144 @@
+"""The files in deploy/ name what there is, fit each other, and do what their comments say."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from jobs import train
+from serve.settings import parse_settings
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+
+
+def manifest(name: str) -> dict:
+    return yaml.safe_load((DEPLOY / name).read_text())
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "rayservice.yaml"])
+def test_every_mount_has_its_volume_and_every_node_runs_the_pinned_ray(name):
+    spec = manifest(name)["spec"]
+    cluster = spec.get("rayClusterSpec") or spec["rayClusterConfig"]
+    pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert cluster["rayVersion"] == pinned[1]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        (container,) = pod["containers"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+        limits = container["resources"]["limits"]
+        assert container["resources"]["requests"]["memory"] == limits["memory"]
+
+
+def test_the_training_job_is_a_command_that_runs(capsys, tmp_path):
+    words = shlex.split(manifest("rayjob.yaml")["spec"]["entrypoint"])
+    assert words[:3] == ["python", "-m", "jobs.train"]
+    local = [word.replace("/shared", str(tmp_path)) for word in words[3:]]
+    train.main([*local, "--dry-run", "True"])
+    assert "quickstart: trains selector" in capsys.readouterr().out
+
+
+def test_the_service_fits_its_cluster():
+    spec = manifest("rayservice.yaml")["spec"]
+    found = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
+    (application,) = found.applications
+    assert application.import_path == "serve.app:build"
+    settings = parse_settings(application.args)
+    assert settings.access.keys_file
+    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    cpus = group["replicas"] * float(worker["resources"]["requests"]["cpu"])
+    parts = [settings.generator, settings.retriever, settings.selector, settings.ingress]
+    engines = settings.generator.num_replicas * settings.generator.num_cpus
+    assert engines + sum(part.num_replicas * part.num_cpus for part in parts) <= cpus
+
+
+def test_the_image_copies_what_there_is_and_installs_extras_that_exist():
+    text = (DEPLOY / "Dockerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    }
+    copied = {
+        name for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for name in line.split()
+    }
+    assert copied == allowed
+    assert all((ROOT / name).exists() for name in copied)
+    for extras in re.findall(r'"\.\[([\w,-]+)\]"', text):
+        assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    pinned = re.search(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert set(re.findall(r"uv==(\S+)", text)) == {pinned[1]}
+
+
+@pytest.fixture
+def allocation(tmp_path: Path) -> dict[str, str]:
+    """A folder with programs of Slurm's and Ray's names that act on one machine."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
+    scripts = {
+        "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >>asked; fi',
+        "srun": 'exec "$@"',
+        # Of `ray symmetric-run ... -- COMMAND` only the command; the token needs no answer.
+        "ray": 'while [ "$#" -gt 0 ] && [ "$1" != -- ]; do shift; done; shift || exit 0; "$@"',
+        "python": 'echo "$RAY_ADDRESS $@" >>ran; . ./what_it_does',
+    }
+    for name, script in scripts.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (programs / name).chmod(0o755)
+    return {
+        **os.environ,
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "17",
+    }
+
+
+def run_on_slurm(folder: Path, environment: dict[str, str], does: str) -> subprocess.Popen:
+    (folder / "what_it_does").write_text(does)
+    return subprocess.Popen(
+        [str(DEPLOY / "slurm.sh"), "nq", "--run-dir", "/shared/my run"],
+        cwd=folder,
+        env=environment,
+    )
+
+
+def test_slurm_runs_the_command_and_passes_its_code_on(tmp_path, allocation):
+    assert run_on_slurm(tmp_path, allocation, "exit 3").wait(60) == 3
+    assert (tmp_path / "ran").read_text() == (
+        "127.0.0.1:6379 -m jobs.train nq --run-dir /shared/my run\n"
+    )
+    assert not (tmp_path / "asked").exists()
+
+
+def test_slurm_stops_a_run_in_time_and_queues_it_again(tmp_path, allocation):
+    waits = "trap 'exit 75' TERM; touch started; while :; do sleep 0.1; done"
+    job = run_on_slurm(tmp_path, allocation, waits)
+    end = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 75
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+def test_slurm_wants_a_recipe(tmp_path, allocation):
+    job = subprocess.run(
+        [str(DEPLOY / "slurm.sh")], env=allocation, capture_output=True, text=True, timeout=60
+    )
+    assert job.returncode == 2
+    assert job.stderr.startswith("error: name a recipe")
