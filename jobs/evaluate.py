@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     with library_chatter_in(log), cluster(launcher):
         generator, prompts = open_generator(config.generator, launcher, config.cache_path)
         try:
-            library = open_library(config)
+            library = open_library(config, bundle.index_dir)
             candidates, questions_hash = open_evaluation_data(config, library)
             weights = bundle.generator_weights(resolve_config(config.generator, launcher).dtype)
             table = evaluate(

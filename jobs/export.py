@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,9 @@ class ExportArguments:
     adapter: Literal["merged", "apart"] = "merged"
     """The trained generator's LoRA adapter: merged into the model that is served, or besides that
     also apart, in peft's format under `adapter/`."""
+    index: bool = False
+    """Add the indexes of the corpus, so that a service need not encode it; the texts stay where
+    they are."""
     hub: bool = False
     """Add a model card, README.md, so that the directory can be uploaded to a model hub."""
 
@@ -128,6 +132,35 @@ def _export_checkpoint(
     with library_chatter_in(Path(tempfile.gettempdir()) / "rlrag-export.log"):
         data = _open_data(config, run_dir)
         bundle_checkpoint(arguments.output, config, data, step, files, evaluated, finish)
+        if arguments.index:
+            _add_index(arguments.output, config)
+
+
+def _add_index(bundle: Path, config: RunConfig) -> None:
+    """Put what the bundle searches into it, built where it is missing.
+
+    After the rest is written, because a trained encoder is read from there.
+    """
+    from rlrag.bundle import copy_bundle
+    from rlrag.bundle_files import INDEX, read_bundle
+    from rlrag.data.load import load_corpus
+    from rlrag.pipeline import retrievers_of
+    from rlrag.retrieval.tuned import tuned_retrieval
+
+    retriever_dir = read_bundle(bundle).retriever_dir
+    retrieval = (
+        tuned_retrieval(config.retrieval, retriever_dir) if retriever_dir else config.retrieval
+    )
+    if retrieval.num_shards > 1:
+        retrieval = retrieval.model_copy(update={"num_shards": 1})
+    corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
+    places = retrievers_of(corpus, retrieval, config.cache_path).index_dirs
+
+    def finish(staging: Path) -> None:
+        for place in places:
+            shutil.copytree(place, staging / INDEX / place.name)
+
+    copy_bundle(bundle, bundle, finish)
 
 
 def _open_data(config: RunConfig, run_dir: RunDirectory) -> TrainingData:
@@ -160,6 +193,8 @@ def _export_rounds(config: RunConfig, run_dir: RunDirectory, arguments: ExportAr
         copy_bundle(run_dir.bundle, arguments.output, write_card)
     else:
         copy_bundle(run_dir.bundle, arguments.output)
+    if arguments.index:
+        _add_index(arguments.output, config)
 
 
 def _existing(store: CheckpointStore, step: int) -> int:

@@ -6,14 +6,15 @@ bundle/selector.safetensors   the trained selection policy
 bundle/retriever/             the trained encoder of the retriever, where one was trained
 bundle/generator/             the trained generator as a Hugging Face model, where one was trained
 bundle/adapter/               where asked for, the generator's LoRA adapter alone, as peft writes it
+bundle/index/                 where asked for, the indexes that it searches
 bundle/golden.json            questions with the answers of the run's final evaluation; may be empty
 bundle/evaluation.json        that evaluation, where there was one
 bundle/licences.json          of its parts
 bundle/README.md              a model card, where asked for
 bundle/manifest.json          SHA-256 of each of these
 
-Nothing in a bundle runs: it holds tensors and text alone, and models are loaded without code of
-their own.
+Nothing in a bundle runs: it holds tensors, arrays and text alone, arrays are read without pickle,
+and models are loaded without code of their own.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ FORMAT = 4
 NUM_GOLDEN = 20
 CONFIG, FACTS, SELECTOR = "config.json", "bundle.json", "selector.safetensors"
 GOLDEN, EVALUATION, CARD = "golden.json", "evaluation.json", "README.md"
-GENERATOR, RETRIEVER, ADAPTER = "generator", "retriever", "adapter"
+GENERATOR, RETRIEVER, ADAPTER, INDEX = "generator", "retriever", "adapter", "index"
 
+_INDEX_SUFFIXES = (".npy", ".faiss", ".json")
 _SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".md")
 _VERSION_DIGITS = 12
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -60,7 +62,7 @@ class BundleFacts:
     code_version: str
     step: Annotated[int, Field(ge=0)]
     score_names: tuple[str, ...]
-    vector_size: Annotated[int, Field(ge=0)]
+    vector_size: Annotated[int, Field(ge=0, le=65_536)]
     generator_weights: str
     selector_model_weights: str | None
     hashes: Mapping[str, str]
@@ -108,6 +110,7 @@ class BundleFiles:
     generator_dir: Path | None
     retriever_dir: Path | None
     adapter_dir: Path | None
+    index_dir: Path | None
 
     def generator_weights(self, dtype: str) -> GeneratorWeights | None:
         """The trained generator for engines that run in `dtype`; None where none was trained."""
@@ -177,6 +180,7 @@ def parse_bundle(directory: Path, version: str = "") -> BundleFiles:
         generator_dir=_directory(directory / GENERATOR),
         retriever_dir=_directory(directory / RETRIEVER),
         adapter_dir=_directory(directory / ADAPTER),
+        index_dir=_directory(directory / INDEX),
     )
 
 
@@ -218,7 +222,8 @@ def _check_format(directory: Path) -> None:
 def _check_names(directory: Path) -> None:
     """Refuse what some loader of models might run; `check_whole` read the manifest before."""
     for name in _read_json(directory / MANIFEST)["files"]:
-        if PurePosixPath(name).suffix not in _SUFFIXES:
+        path = PurePosixPath(name)
+        if path.suffix not in (_INDEX_SUFFIXES if path.parts[0] == INDEX else _SUFFIXES):
             raise CheckpointError(
                 f"bundle {directory} holds {name!r}, which is neither tensors nor text and may run "
                 "code when it is loaded; do not use it"

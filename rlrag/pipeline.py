@@ -12,13 +12,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rlrag.config import RunConfig
+from rlrag.config import RetrievalConfig, RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import QuestionSet, load_corpus, load_questions
 from rlrag.errors import ConfigError, DataError
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.retrieval.build import RetrieverSet, open_retrievers
+from rlrag.retrieval.build import OpenShards, RetrieverSet, open_retrievers
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.tables import candidate_table
 from rlrag.retrieval.tuned import tuned_retrieval
@@ -30,10 +30,11 @@ from rlrag.storage import load_weights
 
 @dataclass(frozen=True)
 class Library:
-    """A corpus with its retrievers."""
+    """A corpus with its retrievers; `shipped` are the indexes of a bundle, where there are any."""
 
     corpus: Corpus
     retrievers: RetrieverSet
+    shipped: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,28 @@ class TrainingData:
     hashes: Mapping[str, str]
 
 
-def open_library(config: RunConfig) -> Library:
-    """Read the corpus and build or load its indexes."""
+def open_library(config: RunConfig, shipped: Path | None = None) -> Library:
+    """Read the corpus and build or load its indexes.
+
+    Args:
+        config: Names the corpus and says how it is searched.
+        shipped: Indexes of a bundle, which are not built again.
+    """
     corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
-    return Library(corpus, open_retrievers(corpus, config.retrieval, config.cache_path))
+    retrievers = retrievers_of(corpus, config.retrieval, config.cache_path, shipped)
+    return Library(corpus, retrievers, shipped)
+
+
+def retrievers_of(
+    corpus: Corpus, config: RetrievalConfig, cache_dir: Path, shipped: Path | None = None
+) -> RetrieverSet:
+    """The retrievers of a corpus; parts of its vectors, if there are several, have Ray actors."""
+    open_shards: OpenShards | None = None
+    if config.num_shards > 1:
+        from rlrag.shard_actors import ShardActors
+
+        open_shards = ShardActors
+    return open_retrievers(corpus, config, cache_dir, open_shards=open_shards, shipped=shipped)
 
 
 def candidates_of(library: Library, questions: QuestionSet, config: RunConfig) -> CandidateTable:
@@ -132,7 +151,7 @@ def other_retrievers(
 
 
 def _evaluation_candidates(config: RunConfig, library: Library) -> CandidateTable:
-    retrievers = open_retrievers(library.corpus, config.retrieval, config.cache_path)
+    retrievers = retrievers_of(library.corpus, config.retrieval, config.cache_path, library.shipped)
     return open_evaluation_data(config, replace(library, retrievers=retrievers))[0]
 
 

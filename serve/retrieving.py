@@ -17,8 +17,9 @@ from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import load_corpus
 from rlrag.errors import OverloadedError, RequestError, RlragError
+from rlrag.pipeline import retrievers_of
 from rlrag.records import Passage
-from rlrag.retrieval.build import RetrieverSet, open_retrievers
+from rlrag.retrieval.build import RetrieverSet
 from rlrag.retrieval.tables import retrieve
 from rlrag.retrieval.tuned import tuned_retrieval
 from serve.records import Filters, Retrieved
@@ -84,7 +85,10 @@ class RetrieverPart:
                 corpus = load_corpus(
                     config.data.corpus, config.cache_path, config.data.passage_words
                 )
-                shelf = _Shelf(corpus, open_retrievers(corpus, config.retrieval, config.cache_path))
+                retrievers = retrievers_of(
+                    corpus, config.retrieval, config.cache_path, files.index_dir
+                )
+                shelf = _Shelf(corpus, retrievers)
                 _search(shelf, ["warm up"], 1)  # encoders load when they are first asked
             loaded = _Loaded(key, shelf, config.retrieval.num_candidates)
             self._loaded = {**self._loaded, version: loaded}

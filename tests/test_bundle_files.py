@@ -204,8 +204,11 @@ def test_names_that_lead_outside_are_refused(bundle, name):
         read_bundle(bundle)
 
 
-@pytest.mark.parametrize("name", ["generator/model.bin", "generator/model.py", "a.pkl", "run"])
+@pytest.mark.parametrize(
+    "name", ["generator/model.bin", "generator/model.py", "index/rows.pkl", "a.pkl", "run"]
+)
 def test_what_may_run_is_refused_even_where_it_is_listed(bundle, name):
+    (bundle / name).parent.mkdir(exist_ok=True)
     (bundle / name).write_bytes(b"import os")
     seal(bundle)
     with pytest.raises(CheckpointError, match=f"holds '{name}', which is neither tensors nor"):

@@ -176,6 +176,22 @@ def test_an_adapter_apart_is_what_peft_loads(run, folder, tmp_path):
     assert "`adapter/` is its LoRA adapter alone" in (output / "README.md").read_text()
 
 
+def test_the_index_goes_along_and_is_not_built_again(run, tmp_path):
+    export.main(export_words(tmp_path / "out", run_dir=run.path, index=True))
+    bundle = read_bundle(tmp_path / "out")
+    assert bundle.golden == read_bundle(run.bundle).golden
+    assert bundle.index_dir == tmp_path / "out" / "index"
+    built = open_library(bundle.config)
+    elsewhere = bundle.config.model_copy(update={"cache_dir": str(tmp_path / "empty")})
+    found = open_library(elsewhere, bundle.index_dir)
+    assert found.retrievers.manifest_hash == built.retrievers.manifest_hash
+    assert [place.parent for place in found.retrievers.index_dirs] == [bundle.index_dir]
+    assert not (tmp_path / "empty" / "indexes").exists()
+    questions = ["what is value 3 of 11?"]
+    expected = built.retrievers.primary.search(questions, 3)
+    assert (found.retrievers.primary.search(questions, 3).rows_BK == expected.rows_BK).all()
+
+
 def test_a_model_card_says_what_the_bundle_is(run, folder, tmp_path):
     output = tmp_path / "out"
     export.main(export_words(output, run_dir=run.path, hub=True))

@@ -14,10 +14,11 @@ from rlrag.models import resolve_model
 from rlrag.records import Passage
 from rlrag.retrieval import vectors as vectors_module
 from rlrag.retrieval.chunked_build import PROGRESS_FILE
-from rlrag.retrieval.dense import DenseRetriever, open_index
+from rlrag.retrieval.dense import DenseRetriever
 from rlrag.retrieval.encoder import EncoderIdentity, TextEncoder
 from rlrag.retrieval.manifest import Manifest
 from rlrag.retrieval.protocol import Retriever
+from rlrag.retrieval.vector_index import open_index
 from rlrag.retrieval.vectors import VECTORS_FILE, open_vectors
 
 

@@ -8,8 +8,8 @@ one parameter builds one part anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,19 @@ from rlrag.data.corpus import Corpus
 from rlrag.errors import ConfigError
 from rlrag.models import resolve_device, resolve_model
 from rlrag.retrieval.bm25 import open_bm25
-from rlrag.retrieval.dense import DenseRetriever, check_index_fits, open_index
+from rlrag.retrieval.dense import DenseRetriever, ShardedDenseRetriever
 from rlrag.retrieval.encoder import Encoder, TextEncoder
 from rlrag.retrieval.hybrid import HybridRetriever
 from rlrag.retrieval.manifest import IndexKind, Manifest, digest
 from rlrag.retrieval.protocol import Retriever, check_num_hits
-from rlrag.retrieval.vectors import open_vectors
+from rlrag.retrieval.shards import Shards, ShardSource, shard_sources
+from rlrag.retrieval.vector_index import check_index_fits, open_index
+from rlrag.retrieval.vectors import VECTORS_FILE, open_vectors
 
 if TYPE_CHECKING:
     from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
+
+OpenShards = Callable[[Sequence[ShardSource], RetrievalConfig], Shards]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class RetrieverSet:
     encoder: Encoder | None
     passage_vectors: np.ndarray
     manifest_hash: str
+    index_dirs: tuple[Path, ...] = field(default=(), kw_only=True)
+    """What all this was read from; parts of vectors have indexes besides."""
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -65,6 +71,8 @@ def open_retrievers(
     cache_dir: Path,
     encoder: Encoder | None = None,
     vocabulary_encoder: VocabularyEncoder | None = None,
+    open_shards: OpenShards | None = None,
+    shipped: Path | None = None,
 ) -> RetrieverSet:
     """Build or load everything that `config` asks for.
 
@@ -72,44 +80,61 @@ def open_retrievers(
     encoder always gives a dense one, since its vectors and scores are features of the selection
     policy. An `encoder` that is given takes the place of the one that `config.encoder` names, and
     a `vocabulary_encoder` that of `config.vocabulary_encoder`; its weights must not change as long
-    as the retrievers are used.
+    as the retrievers are used. `open_shards` makes what searches the parts of the vectors where
+    there are several; see `rlrag.shard_actors`. What lies in `shipped`, the indexes of a bundle, is
+    taken from there.
 
     Raises:
         ConfigError: when the corpus has fewer passages than `num_candidates`, or too few vectors
-            for the lists of an IVF-PQ index, or an encoder was given that nothing uses.
+            for the lists of an IVF-PQ index, or an encoder was given that nothing uses, or shards
+            are wanted and nothing opens them.
         IndexMismatchError: when a directory on disk belongs to something else or is damaged.
     """
     check_num_hits(config.num_candidates, len(corpus))
-    indexes_dir = cache_dir / "indexes"
+    places = _Places(cache_dir / "indexes", shipped)
     components: dict[str, Retriever] = {}
     manifests: list[Manifest] = []
     if config.kind in ("bm25", "hybrid") or config.bm25_scores:
         manifest = _manifest("bm25", corpus, parameters={"k1": config.bm25_k1, "b": config.bm25_b})
-        components["bm25"] = open_bm25(corpus, indexes_dir / manifest.directory_name, manifest)
+        components["bm25"] = open_bm25(corpus, places.of(manifest), manifest)
         manifests.append(manifest)
     vectors_PD: np.ndarray = np.zeros((len(corpus), 0), dtype=np.float32)
     if config.encoder is not None:
         encoder = encoder or _configured_encoder(config, config.encoder, cache_dir)
         manifest = _manifest("vectors", corpus, config.encoder, encoder)
-        vectors_dir = indexes_dir / manifest.directory_name
+        vectors_dir = places.of(manifest)
         # Before hours of encoding. An encoder is loaded by asking its size, hence only then.
         if config.index == "ivfpq" and not vectors_dir.exists():
-            check_index_fits(config, len(corpus), encoder.size)
+            check_index_fits(config, len(corpus) // config.num_shards, encoder.size)
         vectors_PD = open_vectors(corpus, encoder, vectors_dir, manifest)
         manifests.append(manifest)
-        index = None
+        index_manifest = None
         if config.index != "flat":
-            manifest = _manifest(
+            index_manifest = _manifest(
                 config.index, corpus, config.encoder, encoder, _index_parameters(config)
             )
-            index = open_index(vectors_PD, config, indexes_dir / manifest.directory_name, manifest)
-            manifests.append(manifest)
-        components["dense"] = DenseRetriever(encoder, vectors_PD, config, index)
+            manifests.append(index_manifest)
+        if config.num_shards > 1:
+            sources = shard_sources(
+                vectors_dir / VECTORS_FILE, len(corpus), config, places.cache, index_manifest
+            )
+            if open_shards is None:
+                raise ConfigError(
+                    f"retrieval.num_shards is {config.num_shards}, but shards are searched by Ray "
+                    "actors, which this program does not start; set it to 1"
+                )
+            shards = open_shards(sources, config)
+            components["dense"] = ShardedDenseRetriever(encoder, vectors_PD, config, shards)
+        else:
+            index = index_manifest and open_index(
+                vectors_PD, config, places.of(index_manifest), index_manifest
+            )
+            components["dense"] = DenseRetriever(encoder, vectors_PD, config, index)
     elif encoder is not None:
         raise ConfigError("an encoder was given, but retrieval.encoder is unset; set it")
     if config.kind == "semi_parametric":
         components["semi_parametric"], manifest = _semi_parametric(
-            corpus, config, cache_dir, vocabulary_encoder
+            corpus, config, cache_dir, places, vocabulary_encoder
         )
         manifests.append(manifest)
     elif vocabulary_encoder is not None:
@@ -125,6 +150,7 @@ def open_retrievers(
         manifest_hash=digest(
             [[manifest.compared for manifest in manifests], _search_parameters(config)]
         ),
+        index_dirs=tuple(place for place in map(places.of, manifests) if place.is_dir()),
     )
 
 
@@ -160,6 +186,7 @@ def _semi_parametric(
     corpus: Corpus,
     config: RetrievalConfig,
     cache_dir: Path,
+    places: _Places,
     encoder: VocabularyEncoder | None,
 ) -> tuple[Retriever, Manifest]:
     from rlrag.retrieval.semi_parametric import (
@@ -170,8 +197,7 @@ def _semi_parametric(
 
     encoder = encoder or open_vocabulary_encoder(config, cache_dir)
     manifest = vocabulary_manifest(corpus, encoder, config.vocabulary_encoder)
-    directory = cache_dir / "indexes" / manifest.directory_name
-    passages = open_vocabulary_vectors(corpus, encoder, directory, manifest)
+    passages = open_vocabulary_vectors(corpus, encoder, places.of(manifest), manifest)
     return SemiParametricRetriever(encoder, passages), manifest
 
 
@@ -190,6 +216,19 @@ def _primary(
     if config.kind == "hybrid":
         return HybridRetriever(components["bm25"], components["dense"], num_passages, config.rrf_k)
     return components[config.kind]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where an index lies: among those of a bundle, or in the cache, where it is also built."""
+
+    cache: Path
+    shipped: Path | None
+
+    def of(self, manifest: Manifest) -> Path:
+        name = manifest.directory_name
+        shipped = self.shipped and self.shipped / name
+        return shipped if shipped and shipped.is_dir() else self.cache / name
 
 
 def _manifest(
@@ -219,6 +258,8 @@ def _search_parameters(config: RetrievalConfig) -> dict[str, Any]:
     parameters: dict[str, Any] = {"kind": config.kind}
     if config.kind == "hybrid":
         parameters["rrf_k"] = config.rrf_k
+    if config.index != "flat" and config.num_shards > 1:
+        parameters["num_shards"] = config.num_shards  # each has an approximate index of its own
     if config.encoder is not None and config.index == "hnsw":
         parameters["hnsw_search_depth"] = config.hnsw_search_depth
     if config.encoder is not None and config.index == "ivfpq":

@@ -1,133 +1,23 @@
-"""Passage vectors to the passages nearest a question, through FAISS.
+"""Questions in; the passages whose vectors are nearest, and their scores, out.
 
-`flat` searches the memory map of the vectors itself, in blocks that FAISS walks through, and keeps
-no second copy. `hnsw` and `ivfpq` are FAISS indexes in a file, trained and filled from the memory
-map block by block. All three only propose rows: a proposal is scored by the exact inner product,
-summed in float64 in a fixed order, so that scores do not depend on the index or on the batch and
-equal vectors have equal scores.
-
-HNSW graphs are built by several threads; two builds of one graph may differ in a few links. A
-graph is built once and then read from disk.
-
-Shape letters: B questions, P passages, D vector length, K hits, N given or proposed rows.
+Shape letters: B questions, P passages, D vector length, K hits, N given rows.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlrag.config import RetrievalConfig
-from rlrag.errors import ConfigError
 from rlrag.retrieval.encoder import Encoder
-from rlrag.retrieval.manifest import Manifest, check_manifest, damaged, staged_directory
-from rlrag.retrieval.protocol import Hits, best_rows, check_num_hits, in_order
-
-logger = logging.getLogger(__name__)
-
-INDEX_FILE = "index.faiss"
-# k-means wants this many vectors a centroid; FAISS warns below it.
-VECTORS_PER_LIST = 39
-# Eight bits a code: each of the product quantiser's parts learns this many centroids.
-_PQ_CENTROIDS = 256
-_TRAINING_VECTORS_PER_LIST = 256
-_BLOCK_ROWS = 8192
-# Rows proposed beyond k, so that rounding in the proposal cannot push out a row that ties.
-_SPARE_ROWS = 32
-_ROUNDING = 1e-6
-# A product-quantised order is coarse: this many times k rows are proposed and scored exactly.
-_IVFPQ_PROPOSALS = 4
-_GATHERED_FLOATS = 2**22
+from rlrag.retrieval.protocol import Hits, check_num_hits
+from rlrag.retrieval.shards import Shards, merge
+from rlrag.retrieval.vector_index import VectorIndex
 
 
-def _library() -> Any:
-    import faiss  # its type stubs lack half of its classes, hence Any
-
-    return faiss
-
-
-def check_index_fits(config: RetrievalConfig, num_passages: int, size: int) -> None:
-    """Refuse an IVF-PQ index that these vectors cannot train.
-
-    Raises:
-        ConfigError: naming the numbers that contradict each other.
-    """
-    if config.index != "ivfpq":
-        return
-    if size % config.pq_bytes:
-        raise ConfigError(
-            f"retrieval.pq_bytes {config.pq_bytes} does not divide the vector length {size}; "
-            "choose a divisor"
-        )
-    needed = max(VECTORS_PER_LIST * config.ivf_lists, _PQ_CENTROIDS)
-    if num_passages < needed:
-        raise ConfigError(
-            f"retrieval.ivf_lists {config.ivf_lists} needs at least {needed} vectors "
-            f"({VECTORS_PER_LIST} a list and {_PQ_CENTROIDS} in all), but the corpus has "
-            f"{num_passages}; lower ivf_lists or use retrieval.index flat"
-        )
-
-
-def open_index(
-    vectors_PD: np.ndarray, config: RetrievalConfig, directory: Path, manifest: Manifest
-) -> Any:
-    """Load the FAISS index in `directory`, after building it where there is none.
-
-    Raises:
-        ConfigError: when there are too few vectors for the lists of an IVF-PQ index.
-        IndexMismatchError: when the directory belongs to something else or is damaged.
-    """
-    faiss = _library()
-    if not directory.exists():
-        check_index_fits(config, *vectors_PD.shape)
-        with staged_directory(directory, manifest) as staging:
-            faiss.write_index(_build(vectors_PD, config), str(staging / INDEX_FILE))
-    check_manifest(directory, manifest)
-    try:
-        index = faiss.read_index(str(directory / INDEX_FILE))
-    except RuntimeError as error:
-        raise damaged(directory / INDEX_FILE, error) from error
-    if (index.ntotal, index.d) != vectors_PD.shape:
-        raise damaged(
-            directory / INDEX_FILE,
-            f"it holds {index.ntotal} vectors of length {index.d} and not {vectors_PD.shape}",
-        )
-    return index
-
-
-def _build(vectors_PD: np.ndarray, config: RetrievalConfig) -> Any:
-    faiss = _library()
-    num_passages, size = vectors_PD.shape
-    logger.info("building the %s index of %d vectors", config.index, num_passages)
-    if config.index == "hnsw":
-        index = faiss.index_factory(
-            size, f"HNSW{config.hnsw_links},Flat", faiss.METRIC_INNER_PRODUCT
-        )
-    else:
-        # "np": no polysemous codes, whose training takes a second a byte and which are not used.
-        factory = f"IVF{config.ivf_lists},PQ{config.pq_bytes}x8np"
-        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
-        # The number of vectors is checked above, with a message that names the setting.
-        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
-        num_training = max(_TRAINING_VECTORS_PER_LIST * config.ivf_lists, 2**16)
-        index.train(_sample(vectors_PD, num_training))
-    for start in range(0, num_passages, _BLOCK_ROWS):
-        index.add(np.ascontiguousarray(vectors_PD[start : start + _BLOCK_ROWS]))
-    return index
-
-
-def _sample(vectors_PD: np.ndarray, num_rows: int) -> np.ndarray:
-    if num_rows >= len(vectors_PD):
-        return np.array(vectors_PD)
-    rows = np.random.default_rng(0).choice(len(vectors_PD), num_rows, replace=False)
-    return np.array(vectors_PD[np.sort(rows)])
-
-
-class DenseRetriever:
+class DenseRetriever(VectorIndex):
     """Ranks passages by the inner product of their vector with the question's.
 
     Args:
@@ -147,10 +37,8 @@ class DenseRetriever:
         config: RetrievalConfig,
         index: Any | None = None,
     ) -> None:
+        super().__init__(vectors_PD, config, index)
         self._encoder = encoder
-        self._vectors_PD = vectors_PD
-        self._config = config
-        self._index = index
         self._last: tuple[tuple[str, ...], np.ndarray] | None = None
 
     def question_vectors(self, questions: Sequence[str]) -> np.ndarray:
@@ -167,65 +55,28 @@ class DenseRetriever:
 
     def scores(self, questions: Sequence[str], rows_BN: np.ndarray) -> np.ndarray:
         """The inner product of each given row with its question."""
-        return self._inner_products(self.question_vectors(questions), rows_BN)
+        return self.inner_products(self.question_vectors(questions), rows_BN)
+
+
+class ShardedDenseRetriever(DenseRetriever):
+    """The same ranking, searched part by part.
+
+    The vectors are read here only where single rows are scored.
+
+    Args:
+        encoder: Encodes questions.
+        vectors_PD: Vectors of all passages, a memory map.
+        config: `index` and its parameters, with which each part is searched.
+        shards: Searches the parts.
+    """
+
+    def __init__(
+        self, encoder: Encoder, vectors_PD: np.ndarray, config: RetrievalConfig, shards: Shards
+    ) -> None:
+        super().__init__(encoder, vectors_PD, config)
+        self._shards = shards
 
     def search_vectors(self, vectors_BD: np.ndarray, k: int) -> Hits:
-        """The best `k` rows for each question vector.
-
-        A question for which an approximate index finds fewer than `k` rows, or for which more
-        passages tie for the last place than were proposed, is answered by an exhaustive scan.
-        """
+        """The best `k` rows for each question vector."""
         check_num_hits(k, len(self._vectors_PD))
-        if not len(vectors_BD):
-            return Hits(np.zeros((0, k), np.int64), np.zeros((0, k), np.float32))
-        rows_BN = self._propose(vectors_BD, k)
-        scores_BN = self._inner_products(vectors_BD, np.maximum(rows_BN, 0))
-        scores_BN[rows_BN < 0] = -np.inf
-        hits = in_order(rows_BN, scores_BN, k)
-        for position in np.flatnonzero(self._incomplete(rows_BN, scores_BN, hits)):
-            scores_P = self._all_inner_products(vectors_BD[position])
-            hits.rows_BK[position] = rows_K = best_rows(scores_P, k)
-            hits.scores_BK[position] = scores_P[rows_K]
-        return hits
-
-    def _incomplete(self, rows_BN: np.ndarray, scores_BN: np.ndarray, hits: Hits) -> np.ndarray:
-        missing_B = np.any(hits.rows_BK < 0, axis=1)
-        if self._index is not None or rows_BN.shape[1] == len(self._vectors_PD):
-            return missing_B
-        return missing_B | (hits.scores_BK[:, -1] - scores_BN.min(axis=1) < _ROUNDING)
-
-    def _propose(self, vectors_BD: np.ndarray, k: int) -> np.ndarray:
-        """Rows that hold the best `k`, and some more; -1 where an index found none."""
-        faiss = _library()
-        num_passages = len(self._vectors_PD)
-        depth = min(k + _SPARE_ROWS, num_passages)
-        vectors_BD = np.ascontiguousarray(vectors_BD, dtype=np.float32)
-        if self._index is None:
-            return faiss.knn(vectors_BD, self._vectors_PD, depth, faiss.METRIC_INNER_PRODUCT)[1]
-        if self._config.index == "hnsw":
-            search_depth = max(self._config.hnsw_search_depth, depth)
-            parameters = faiss.SearchParametersHNSW(efSearch=search_depth)
-        else:
-            depth = min(_IVFPQ_PROPOSALS * k + _SPARE_ROWS, num_passages)
-            parameters = faiss.SearchParametersIVF(nprobe=self._config.ivf_probes)
-        return self._index.search(vectors_BD, depth, params=parameters)[1]
-
-    def _inner_products(self, vectors_BD: np.ndarray, rows_BN: np.ndarray) -> np.ndarray:
-        scores_BN = np.zeros(rows_BN.shape, dtype=np.float32)
-        step = max(1, _GATHERED_FLOATS // max(1, rows_BN.shape[1] * vectors_BD.shape[1]))
-        for start in range(0, len(rows_BN), step):
-            part = slice(start, start + step)
-            gathered_BND = self._vectors_PD[rows_BN[part]].astype(np.float64)
-            scores_BN[part] = np.einsum(
-                "bd,bnd->bn", vectors_BD[part].astype(np.float64), gathered_BND
-            )
-        return scores_BN
-
-    def _all_inner_products(self, vector_D: np.ndarray) -> np.ndarray:
-        scores_P = np.zeros(len(self._vectors_PD), dtype=np.float32)
-        for start in range(0, len(scores_P), _BLOCK_ROWS):
-            block = self._vectors_PD[start : start + _BLOCK_ROWS].astype(np.float64)
-            scores_P[start : start + _BLOCK_ROWS] = np.einsum(
-                "d,pd->p", vector_D.astype(np.float64), block
-            )
-        return scores_P
+        return merge(self._shards.search(vectors_BD, k), k)

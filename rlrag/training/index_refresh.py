@@ -33,7 +33,7 @@ from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import load_corpus
 from rlrag.errors import CheckpointError, SetupError
-from rlrag.retrieval.build import open_retrievers
+from rlrag.pipeline import retrievers_of
 from rlrag.retrieval.dense import DenseRetriever
 from rlrag.retrieval.late_parametric import VectorSearch
 from rlrag.retrieval.protocol import Retriever
@@ -208,7 +208,7 @@ def open_version(config: RunConfig, corpus: Corpus, place: Path) -> VectorSearch
     )
     if retrieval.kind == "semi_parametric":
         retrieval = retrieval.model_copy(update={"encoder": None})
-    return searched_index(open_retrievers(corpus, retrieval, place).primary)
+    return searched_index(retrievers_of(corpus, retrieval, place).primary)
 
 
 def searched_index(retriever: Retriever) -> VectorSearch:

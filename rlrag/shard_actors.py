@@ -1,0 +1,101 @@
+"""Parts of the passage vectors in; Ray actors that search them, all at once, out.
+
+The vectors lie in one file that every node can read. An actor maps its part of it, so that its
+pages fill the memory of the node that searches them and of no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from rlrag.config import RetrievalConfig
+from rlrag.errors import RetrievalError, RlragError
+from rlrag.retrieval.protocol import Hits
+from rlrag.retrieval.shards import ShardSource, VectorShard
+
+_TASK_RETRIES = 2
+
+
+class ShardActor:
+    """Holds one part; opens it when it is first asked, and again after a restart."""
+
+    def __init__(self, source: ShardSource) -> None:
+        self._source = source
+        self._shard: VectorShard | None = None
+
+    def search(self, vectors_BD: np.ndarray, k: int) -> Hits:
+        """See `VectorShard.search`."""
+        if self._shard is None:
+            self._shard = VectorShard(self._source)
+        return self._shard.search(vectors_BD, k)
+
+
+class ShardActors:
+    """Implements `Shards`. The actors are made by the first search and end with this object.
+
+    Args:
+        sources: One part an actor.
+        config: Reservation, restarts and waits.
+    """
+
+    def __init__(self, sources: Sequence[ShardSource], config: RetrievalConfig) -> None:
+        self._sources = tuple(sources)
+        self._config = config
+        self._actors: tuple[Any, ...] = ()
+
+    def search(self, vectors_BD: np.ndarray, k: int) -> list[Hits]:
+        """Each part's best rows; an actor that died is made anew and asked again.
+
+        Raises:
+            RetrievalError: naming the parts that failed for good, or that did not answer in time.
+            IndexMismatchError, ConfigError: what keeps a part from being opened.
+        """
+        if not self._actors:
+            self._actors = tuple(map(self._make, self._sources))
+        shared = ray.put(vectors_BD)
+        answers = [actor.search.remote(shared, k) for actor in self._actors]
+        _, late = ray.wait(answers, num_returns=len(answers), timeout=self._config.shard_timeout_s)
+        if late:
+            names = ", ".join(self._name(answers.index(answer)) for answer in late)
+            raise RetrievalError(
+                f"{names} did not answer within {self._config.shard_timeout_s:g} s; each asks for "
+                f"{self._config.shard_cpus:g} CPUs of the cluster and may first build its index: "
+                "free them, or raise retrieval.shard_timeout_s"
+            )
+        return [self._result(number, answer) for number, answer in enumerate(answers)]
+
+    def _make(self, source: ShardSource) -> Any:
+        make = ray.remote(ShardActor).options(
+            num_cpus=self._config.shard_cpus,
+            max_restarts=self._config.shard_restarts,
+            max_task_retries=_TASK_RETRIES if self._config.shard_restarts else 0,
+            # FAISS takes as many threads as this says; Ray would say 1 for less than two CPUs.
+            runtime_env={
+                "env_vars": {"OMP_NUM_THREADS": str(max(1, int(self._config.shard_cpus)))}
+            },
+        )
+        return make.remote(source)
+
+    def _result(self, number: int, answer: Any) -> Hits:
+        try:
+            hits: Hits = ray.get(answer)
+        except RayTaskError as error:
+            if isinstance(error.cause, RlragError):
+                raise error.cause from error
+            raise RetrievalError(f"{self._name(number)} failed: {error.cause!r}") from error
+        except RayActorError as error:
+            raise RetrievalError(
+                f"{self._name(number)} has ended {self._config.shard_restarts + 1} times (memory "
+                f"is the usual cause); use more retrieval.num_shards, or look into Ray's logs: "
+                f"{error}"
+            ) from error
+        return hits
+
+    def _name(self, number: int) -> str:
+        source = self._sources[number]
+        return f"the index of passages {source.first} to {source.end}"
