@@ -127,6 +127,21 @@ def test_probabilities_of_all_selections_sum_to_one(policy, num_candidates, num_
     assert logp.double().exp().sum(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
+def test_in_bfloat16_it_is_a_distribution_near_that_in_float32(policy, model_dir):
+    half = ListwiseLMPolicy(model_dir, policy.num_selected, MAX_TOKENS, precision="bfloat16")
+    batch = make_batch(2, 4)
+    selections = np.tile(all_selections(4, policy.num_selected), (2, 1, 1))
+    exact, rounded = policy.log_prob(batch, selections), half.log_prob(batch, selections)
+    assert rounded.dtype == torch.float32
+    assert rounded.double().exp().sum(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert not torch.equal(rounded, exact)
+    assert torch.allclose(rounded, exact, atol=0.2)
+    rounded[0, 0].backward()
+    grads = [p.grad for p in half.parameters() if p.grad is not None]
+    assert grads
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize("num_candidates", [4, 11])
 def test_log_prob_equals_reading_token_by_token(
     policy, plain_model, tokenizer, model_dir, num_candidates
@@ -362,7 +377,11 @@ def test_chat_policy_is_a_distribution_too(chat_dir):
 
 def test_adapter_alone_is_trained_saved_and_loaded(model_dir, tmp_path):
     config = SelectorConfig(
-        kind="listwise_lm", model=str(model_dir), max_tokens=MAX_TOKENS, adapter_rank=4
+        kind="listwise_lm",
+        model=str(model_dir),
+        max_tokens=MAX_TOKENS,
+        adapter_rank=4,
+        precision="float32",
     )
     policies = [build_policy(config, 2, 1, 0, tmp_path, seed) for seed in (0, 0, 1)]
     batch, positions = make_batch(2, 4), np.array([[[0, 1]], [[2, 3]]])

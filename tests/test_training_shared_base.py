@@ -45,6 +45,7 @@ def config(small_config, model_dir) -> RunConfig:
         environment={"num_selected": 2},
         selector={
             "kind": "listwise_lm",
+            "precision": "float32",
             "model": str(model_dir),
             "max_tokens": 12,
             "adapter_rank": 4,

@@ -76,6 +76,15 @@ class RetrievalConfig(Section):
     """Cells that an IVF-PQ search visits."""
     pq_bytes: int = Field(default=48, ge=1)
     """Bytes a vector takes in the IVF-PQ index; must divide the vector length."""
+    num_shards: int = Field(default=1, ge=1)
+    """Parts of the passage vectors, each searched by a Ray actor that keeps it in memory; 1
+    searches in the process that asks."""
+    shard_cpus: float = Field(default=1, gt=0)
+    """Ray CPU reservation of such an actor."""
+    shard_restarts: int = Field(default=3, ge=0)
+    """Times that a dead one is made anew."""
+    shard_timeout_s: float = Field(default=600, gt=0)
+    """Longest wait for the answers of all parts, the building of their indexes included."""
     bm25_scores: bool = False
     """Where dense retrieval ranks, give the selector the candidates' BM25 scores as well."""
     bm25_k1: float = Field(default=0.9, gt=0)
@@ -91,6 +100,11 @@ class RetrievalConfig(Section):
             raise ValueError(
                 f"retrieval.kind {self.kind!r} needs retrieval.encoder; name one, or use bm25 or "
                 "semi_parametric"
+            )
+        if self.encoder is None and self.num_shards > 1:
+            raise ValueError(
+                f"retrieval.num_shards is {self.num_shards}, but without retrieval.encoder there "
+                "are no vectors to search in parts; set it to 1"
             )
         return self
 
@@ -110,9 +124,9 @@ class SelectorConfig(Section):
     kind: Literal["features", "bi_encoder", "cross_encoder", "listwise_lm"] = "features"
     """Small network on frozen features, a trained encoder that reads the texts, or a language model
     that writes the order, as in the DRO paper."""
-    hidden_size: int = Field(default=64, ge=1)
+    hidden_size: int = Field(default=64, ge=1, le=65_536)
     """Width of the feature network."""
-    projection_size: int = Field(default=32, ge=1)
+    projection_size: int = Field(default=32, ge=1, le=65_536)
     """Length to which frozen question and passage embeddings are projected."""
     prior_scale: float = Field(default=0.5, gt=0)
     """Logit lost per retriever rank before training; larger means less exploration."""
@@ -123,6 +137,9 @@ class SelectorConfig(Section):
     """Tokens of a text that a trained encoder reads; of one passage for `listwise_lm`."""
     adapter_rank: int | None = Field(default=16, ge=1)
     """Rank of the LoRA adapter that `listwise_lm` trains; unset trains all its weights."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format in which `listwise_lm` multiplies; its weights and their updates stay in
+    float32."""
     weights: str | None = None
     """File of a trained selector of the same kind to start from (`bundle/selector.safetensors`)."""
     imitation_steps: int = Field(default=0, ge=0)

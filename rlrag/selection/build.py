@@ -46,7 +46,12 @@ def build_policy(
         if config.kind == "listwise_lm":
             model_dir = resolve_model(config.model, cache_dir)
             return ListwiseLMPolicy(
-                model_dir, num_selected, config.max_tokens, config.adapter_rank, base=base
+                model_dir,
+                num_selected,
+                config.max_tokens,
+                config.adapter_rank,
+                base=base,
+                precision=config.precision,
             )
         if config.kind == "features":
             scorer: torch.nn.Module = FeatureScorer(

@@ -28,6 +28,7 @@ from torch import nn
 
 from rlrag.adapters import add_adapter, copy_around_frozen
 from rlrag.errors import ConfigError, PromptTooLongError
+from rlrag.models import resolve_dtype
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.branches import ReadPrompts, read_branches, read_prompts
 from rlrag.selection.listwise_prompt import Draft, RankingPrompt, Rankings
@@ -55,8 +56,9 @@ class ListwiseLMPolicy(nn.Module):
         adapter_rank: int | None = None,
         micro_batch: int = 8,
         base: Any = None,
+        precision: str = "float32",
     ) -> None:
-        """Load the model, in float32.
+        """Load the model, with its weights in float32.
 
         Args:
             model_dir: Directory of a causal language model and its tokenizer.
@@ -66,6 +68,8 @@ class ListwiseLMPolicy(nn.Module):
             micro_batch: Questions, each with all its samples, in one forward pass.
             base: The model of `model_dir` as loaded before, frozen and with attention `ATTENTION`:
                 the adapter is put around its weights, which others may use too.
+            precision: Number format of the matrix products: `float32`, `bfloat16`, or `auto` for
+                the second where the device multiplies it natively.
 
         Raises:
             ConfigError: when the directory holds no causal language model with a tokenizer.
@@ -73,6 +77,7 @@ class ListwiseLMPolicy(nn.Module):
         super().__init__()
         self.num_selected = num_selected
         self.micro_batch = micro_batch
+        self._precision = precision
         self.model = _load_model(model_dir) if base is None else _own_modules(base, model_dir)
         self._prompt = RankingPrompt(model_dir, max_tokens, num_selected)
         if adapter_rank is not None:
@@ -243,7 +248,8 @@ class ListwiseLMPolicy(nn.Module):
         paths_B: list[set[tuple[int, ...]]] = [set() for _ in read.lengths_B]
         for (b, _), path in zip(forks, written, strict=True):
             paths_B[b].add(path)
-        logits_BCV, columns = read_branches(self.model, read, paths_B)
+        with self._autocast():
+            logits_BCV, columns = read_branches(self.model, read, paths_B)
         options = [rankings.options(draft) for _, draft in forks]
         width = max(map(len, options), default=1)
         device = logits_BCV.device
@@ -277,7 +283,14 @@ class ListwiseLMPolicy(nn.Module):
                 )
             ]
             self._check_lengths(prompts, rankings)
-            yield rows, read_prompts(self.model, prompts)
+            with self._autocast():
+                read = read_prompts(self.model, prompts)
+            yield rows, read
+
+    def _autocast(self) -> torch.autocast:
+        device = next(self.model.parameters()).device.type
+        wanted = resolve_dtype(self._precision, device) == "bfloat16"
+        return torch.autocast(device, torch.bfloat16, enabled=wanted)
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], rankings: Rankings) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
