@@ -1,6 +1,7 @@
 """Words of a command line in; a typed value, or one clear error and an exit code, out.
 
-Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 1 anything else.
+Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 75 preempted (the same command
+continues), 1 anything else. The last line on stderr is then `error: ...`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
+import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -20,6 +24,7 @@ from rlrag.errors import (
     ConfigError,
     DataError,
     ModelNotFoundError,
+    PreemptedError,
     RlragError,
     RunDirectoryError,
     SetupError,
@@ -31,7 +36,11 @@ _EXIT_CODES = (
     ((ConfigError, RunDirectoryError), 2),
     ((DataError,), 3),
     ((SetupError, ModelNotFoundError), 4),
+    ((PreemptedError,), 75),
 )
+_FRAME = re.compile("[│╭╮╰╯]")
+_RULE = re.compile(r"\s*[─-]{5,}\s*")  # hyphens where the terminal has no other line
+_HELP_INDENT = " " * 10
 
 
 def parse(
@@ -62,8 +71,22 @@ def parse(
         refusal = ending.__context__ and ending.__context__.__context__
         if isinstance(refusal, ValidationError):
             raise ConfigError(describe_validation_error(refusal)) from refusal
-        sys.stderr.write(complaint.getvalue())
+        if ending.code:
+            sys.stderr.write(complaint.getvalue())
+            print(f"error: {_in_one_line(complaint.getvalue())}", file=sys.stderr)
         raise
+
+
+def _in_one_line(box: str) -> str:
+    """What the parser's box says above its first rule; below are hints, indented are help texts."""
+    title, *lines = [_FRAME.sub(" ", line).rstrip() for line in box.splitlines()]
+    blocks = [
+        [line for line in block if line and not line.startswith(_HELP_INDENT)]
+        for is_rule, block in itertools.groupby(lines, lambda line: bool(_RULE.fullmatch(line)))
+        if not is_rule
+    ]
+    said = " ".join(" ".join(next(filter(any, blocks), [title])).split())
+    return f"{said.rstrip('.')}; see the flags by --help"
 
 
 def pick_recipe(
@@ -77,8 +100,10 @@ def pick_recipe(
     listing = "\n".join(f"  {name:22} {_summary(make)}" for name, make in recipes.items())
     usage = f"usage: {prog} RECIPE [--run-dir DIR] [flags]\n\nrecipes:\n{listing}"
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{usage}\n\n{prog} RECIPE --help lists every flag of a recipe.")
-        raise SystemExit(0 if argv else 2)
+        print(f"{usage}\n\n{prog} RECIPE --help lists every flag of a recipe.", flush=True)
+        if not argv:
+            raise ConfigError(f"no recipe is named; there are: {', '.join(recipes)}")
+        raise SystemExit(0)
     name, *rest = argv
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, n=1)
@@ -101,6 +126,14 @@ def run_program(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print("error: stopped; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        traceback.print_exc()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"error: {reason} (unexpected: report it with the lines above)",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error
 
 
 def exit_code(error: RlragError) -> int:

@@ -4,13 +4,15 @@
     python -m jobs.train nq --run-dir runs/nq --seed 1 --dro.num-samples 8
     python -m jobs.train dro-paper --dry-run True
     python -m jobs.train quickstart --run-dir runs/served --experience feedback.sqlite
+    python -m jobs.train nq --run-dir runs/fork --from runs/nq/checkpoints/step-000120
 
-The same command continues a run that was stopped.
+The same command continues a run that was stopped. SIGTERM makes a run write a checkpoint and end
+with exit code 75; a second one ends it at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,9 +24,11 @@ from jobs.cluster import cluster
 from jobs.command_line import parse, pick_recipe, run_program
 from jobs.recipes import RECIPES
 from jobs.rounds import run_rounds
-from jobs.single_run import run_once
+from jobs.single_run import run_once, say
 from rlrag.config import RunConfig, describe_validation_error
+from rlrag.data.feedback import count_selections
 from rlrag.errors import ConfigError, RlragError
+from rlrag.training.preemption import ended_by_sigterm
 from rlrag.training.run_directory import RunDirectory
 
 
@@ -37,6 +41,9 @@ class TrainArguments:
     """Where configuration, metrics, checkpoints, bundle and result go."""
     experience: str | None = None
     """A service's log of feedback to train the selector on; short for `--training.experience`."""
+    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """A checkpoint of another run whose weights this one starts from; short for
+    `--training.start-from`."""
     dry_run: bool = False
     """Only print the plan: steps, generator tokens, memory and placement."""
 
@@ -52,37 +59,71 @@ def main(argv: Sequence[str]) -> None:
 
         print(describe_plan(config))
         return
+    check_log(config, run_dir)
     run_dir.claim(config)
-
-    from rlrag.training.reporting import library_chatter_in
-
     try:
-        with library_chatter_in(run_dir.logs / "libraries.log"), cluster(config.training.launcher):
-            if config.trains_in_turns:
-                run_rounds(config, run_dir)
-            else:
-                run_once(config, run_dir)
+        with ended_by_sigterm() as listen_again:
+            _train(config, run_dir, listen_again)
     except RlragError:
         run_dir.release()
         raise
 
 
-def config_of(arguments: TrainArguments) -> RunConfig:
-    """The configuration, with the log that the short flag names.
+def _train(config: RunConfig, run_dir: RunDirectory, when_connected: Callable[[], None]) -> None:
+    from rlrag.training.forking import check_start
+    from rlrag.training.mirror import mirrored
+    from rlrag.training.reporting import library_chatter_in
+
+    with (
+        library_chatter_in(run_dir.logs / "libraries.log"),
+        mirrored(config, run_dir, say),
+    ):
+        check_start(config, run_dir)
+        _run(config, run_dir, when_connected)
+
+
+def _run(config: RunConfig, run_dir: RunDirectory, when_connected: Callable[[], None]) -> None:
+    with cluster(config.training.launcher):
+        when_connected()
+        if config.trains_in_turns:
+            run_rounds(config, run_dir)
+        else:
+            run_once(config, run_dir)
+
+
+def check_log(config: RunConfig, run_dir: RunDirectory) -> None:
+    """Refuse a log of feedback that cannot be read, before anything is started.
+
+    A run that has begun reads its own copy, which may have to be fetched from its mirror.
 
     Raises:
-        ConfigError: when two logs are named, or the configuration cannot be trained on a log.
+        DataError: when the log is missing, damaged or of another format.
     """
-    config, log = arguments.config, arguments.experience
-    if log is None:
-        return config
-    if config.training.experience not in (None, log):
-        raise ConfigError(
-            f"--experience is {log!r} and --training.experience {config.training.experience!r}; "
-            "give one of them"
-        )
-    values = config.model_dump()
-    values["training"]["experience"] = log
+    log = config.training.experience
+    if log is not None and config.mirror.uri is None and not run_dir.feedback.exists():
+        count_selections(Path(log))
+
+
+def config_of(arguments: TrainArguments) -> RunConfig:
+    """The configuration, with the log and the checkpoint that the short flags name.
+
+    Raises:
+        ConfigError: when a short flag contradicts its long form, or the configuration.
+    """
+    values = arguments.config.model_dump()
+    start = arguments.start_from
+    for flag, field, given in (
+        ("experience", "experience", arguments.experience),
+        ("from", "start_from", start and str(Path(start).expanduser().absolute())),
+    ):
+        if given is None:
+            continue
+        if values["training"][field] not in (None, given):
+            raise ConfigError(
+                f"--{flag} is {given!r} and --training.{field.replace('_', '-')} "
+                f"{values['training'][field]!r}; give one of them"
+            )
+        values["training"][field] = given
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

@@ -26,6 +26,10 @@ class IndexMismatchError(RlragError, ValueError):
     """An index on disk was built from another corpus, encoder or parameters."""
 
 
+class RetrievalError(RlragError, RuntimeError):
+    """A part of an index that is searched elsewhere failed or did not answer."""
+
+
 class PromptTooLongError(RlragError, ValueError):
     """A question with its few-shot examples leaves no room within the model's context."""
 
@@ -48,6 +52,10 @@ class NonFiniteLossError(RlragError, FloatingPointError):
 
 class CheckpointError(RlragError, RuntimeError):
     """A checkpoint or bundle is truncated, altered or belongs to another configuration."""
+
+
+class PreemptedError(RlragError, RuntimeError):
+    """A run was asked to end, by SIGTERM, and can be continued from what it left."""
 
 
 class RunDirectoryError(RlragError, FileExistsError):

@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rlrag.errors import CheckpointError
+from rlrag.errors import CheckpointError, RlragError
 
 MANIFEST = "manifest.json"
 _HIDDEN_NAME = re.compile(r"\.(.+)-[0-9a-f]{32}")
@@ -61,6 +61,8 @@ def whole_directory(target: Path) -> Iterator[Path]:
         yield staging
         _seal(staging)
         _replace(target, staging)
+    except RlragError:  # some are an OSError too, and say themselves what is wrong
+        raise
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         raise CheckpointError(_cannot_write(target, error)) from error
     finally:
@@ -183,7 +185,7 @@ def check_whole(directory: Path) -> None:
         CheckpointError: naming the file that is missing, truncated or altered, that the manifest
             does not list or that lies elsewhere, or the symbolic link.
     """
-    listed = _listed_files(directory)
+    listed = listed_files(directory)
     found = _files_below(directory)
     unlisted = sorted(found.keys() - listed.keys())
     if unlisted:
@@ -193,7 +195,7 @@ def check_whole(directory: Path) -> None:
         )
     for name, expected in listed.items():
         path = found.get(name)
-        if path is None and _leads_outside(name):
+        if path is None and leads_outside(name):
             raise CheckpointError(
                 f"{directory / MANIFEST} names {name!r}, which lies outside of {directory}; do not "
                 "use it, and fetch it anew from where it was written"
@@ -205,19 +207,40 @@ def check_whole(directory: Path) -> None:
             )
 
 
-def _listed_files(directory: Path) -> dict[str, str]:
-    """Hashes by file name, as the manifest gives them."""
+def listed_files(directory: Path) -> dict[str, str]:
+    """Hashes by file name, as the manifest of a directory gives them.
+
+    Raises:
+        CheckpointError: when there is none, or it is unreadable.
+    """
     path = directory / MANIFEST
     try:
-        files = json.loads(path.read_text())["files"]
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(_no_manifest(str(path), error)) from error
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, place: str) -> dict[str, str]:
+    """Hashes by file name; `place` is named in the error.
+
+    Raises:
+        CheckpointError: when it is no manifest.
+    """
+    try:
+        files = json.loads(content)["files"]
         if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is missing or unreadable ({type(error).__name__}); the directory is "
-            "not a whole checkpoint or bundle: delete it to go on from an older one"
-        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(_no_manifest(place, error)) from error
     return files
+
+
+def _no_manifest(place: str, error: Exception) -> str:
+    return (
+        f"{place} is missing or unreadable ({type(error).__name__}); the directory is not a whole "
+        "checkpoint or bundle: delete it to go on from an older one"
+    )
 
 
 def _files_below(directory: Path) -> dict[str, Path]:
@@ -250,7 +273,8 @@ def _files_below(directory: Path) -> dict[str, Path]:
     return files
 
 
-def _leads_outside(name: str) -> bool:
+def leads_outside(name: str) -> bool:
+    """Whether a name from a manifest is no path below its directory."""
     return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
 
 

@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny_llama
 
-from jobs import evaluate, train
+from jobs import evaluate, export, report, train
 from jobs.command_line import exit_code, parse, pick_recipe, run_program
+from jobs.doctor.program import main as program_of_doctor
 from jobs.recipes import RECIPES
 from rlrag import errors
-from rlrag.config import RunConfig
-from rlrag.errors import ConfigError, DataError, ModelNotFoundError, RlragError, RunDirectoryError
+from rlrag.config import RunConfig, TrainingConfig
+from rlrag.errors import (
+    ConfigError,
+    DataError,
+    ModelNotFoundError,
+    PreemptedError,
+    RlragError,
+    RunDirectoryError,
+)
 from rlrag.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
+Program = Callable[[Sequence[str]], None]
 
 
 @dataclass(frozen=True)
@@ -189,9 +198,10 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_name(words, message):
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["-h"], 0), ([], 2)])
 def test_help_lists_the_recipes(words, code, capsys):
     with pytest.raises(SystemExit) as caught:
-        train.main(words)
+        run_program(lambda argv: train.main(words))
     assert caught.value.code == code
-    said = capsys.readouterr().out
+    said, complaint = capsys.readouterr()
+    assert complaint.startswith("error: no recipe is named; there are: quickstart") == bool(code)
     assert said.startswith("usage: python -m jobs.train RECIPE [--run-dir DIR] [flags]")
     for name, make in RECIPES.items():
         assert f"  {name:22} {make.__doc__.splitlines()[0]}" in said
@@ -270,7 +280,9 @@ def test_words_that_are_no_values_end_with_code_2(words, capsys):
     with pytest.raises(SystemExit) as caught:
         arguments(*words)
     assert caught.value.code == 2
-    assert words[0] in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words[0] in said
+    assert said.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -304,6 +316,7 @@ CODES = {
     DataError: 3,
     errors.SetupError: 4,
     ModelNotFoundError: 4,
+    PreemptedError: 75,
 }
 
 
@@ -335,17 +348,94 @@ def test_a_program_gets_its_words_and_ends_quietly(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"), [(KeyboardInterrupt, SystemExit), (ZeroDivisionError, ZeroDivisionError)]
-)
-def test_a_stop_is_said_and_a_bug_is_not_hidden(
-    error: type[BaseException], expected: type[BaseException], capsys
-):
-    def fail(argv: Sequence[str]) -> None:
-        raise error
+def test_a_stop_is_said(capsys):
+    def stop(argv: Sequence[str]) -> None:
+        raise KeyboardInterrupt
 
-    with pytest.raises(expected) as caught:
+    with pytest.raises(SystemExit) as caught:
+        run_program(stop)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "error: stopped; the same command continues\n"
+
+
+def test_a_bug_is_not_hidden(capsys):
+    def fail(argv: Sequence[str]) -> None:
+        raise ZeroDivisionError("by\nnothing")
+
+    with pytest.raises(SystemExit) as caught:
         run_program(fail)
-    if isinstance(caught.value, SystemExit):
-        assert caught.value.code == 130
-        assert capsys.readouterr().err == "error: stopped; the same command continues\n"
+    assert caught.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("Traceback")
+    assert said[-1] == (
+        "error: ZeroDivisionError: by nothing (unexpected: report it with the lines above)"
+    )
+
+
+NOWHERE = "/no/such/folder"
+MISTAKES: dict[str, tuple[Program, list[str], int, str]] = {
+    "train, no such recipe": (train.main, ["zzz"], 2, "unknown recipe 'zzz'"),
+    "train, no such log": (
+        train.main,
+        ["quickstart", "--run-dir", "run", "--experience", f"{NOWHERE}/log.sqlite"],
+        3,
+        "log.sqlite does not exist; give the file that a service's feedback.path names",
+    ),
+    "train, wrong flag": (
+        train.main,
+        ["quickstart", "--sed", "1"],
+        2,
+        "Unrecognized options: --sed, 1; see the flags by --help",
+    ),
+    "train, wrong choice": (
+        train.main,
+        ["quickstart", "--training.launcher", "remote"],
+        2,
+        "Expected one of ('ray', 'local'); see the flags by --help",
+    ),
+    "doctor, no such recipe": (program_of_doctor, ["zzz"], 2, "unknown recipe 'zzz'"),
+    "evaluate, no flags": (evaluate.main, [], 2, "--bundle PATH --corpus STR --questions STR"),
+    "evaluate, no folder": (
+        evaluate.main,
+        ["--bundle", "b", "--corpus", "c", "--questions", "q", "--output", f"{NOWHERE}/out"],
+        2,
+        f"the directory {NOWHERE} does not exist",
+    ),
+    "export, nothing named": (export.main, ["--output", "out"], 2, "give either --checkpoint"),
+    "export, no run": (
+        export.main,
+        ["--run-dir", NOWHERE, "--output", "out"],
+        2,
+        f"{NOWHERE} is no run",
+    ),
+    "report, no run": (
+        report.main,
+        ["--run-dir", NOWHERE, "--output", "out.html"],
+        2,
+        f"--run-dir {NOWHERE} holds no run",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_every_program_ends_with_its_code_and_one_last_line(name, capsys, monkeypatch, tmp_path):
+    main, words, code, said = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    assert caught.value.code == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert said in last
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_has_begun_does_without_the_log_that_it_copied(tmp_path):
+    run_dir = RunDirectory(tmp_path / "run")
+    config = RunConfig(training=TrainingConfig(experience=f"{NOWHERE}/log.sqlite"))
+    with pytest.raises(DataError, match="does not exist"):
+        train.check_log(config, run_dir)
+    run_dir.claim(config)
+    run_dir.feedback.touch()
+    train.check_log(config, run_dir)

@@ -10,7 +10,7 @@ import torch
 
 from rlrag.errors import CheckpointError
 from rlrag.storage import restore_weights
-from rlrag.training.checkpoints import CheckpointStore
+from rlrag.training.checkpoints import CheckpointStore, kept_steps
 from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 STATE = {"step": 3, "best_step": 2, "best_f1": 0.1 + 0.2, "generator_tokens": 2**40}
@@ -209,3 +209,41 @@ def test_a_checkpoint_that_was_being_replaced_when_its_writer_was_killed_is_read
     assert store.steps() == [2]
     save(tmp_path, 3).keep(1, best=None)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("num_newest", "bests", "every", "left"),
+    [
+        (1, [None], None, {0, 40}),
+        (2, [10], None, {0, 10, 35, 40}),
+        (1, [None], 20, {0, 20, 40}),
+        (1, [None], 15, {0, 20, 35, 40}),  # the first of 0 to 14, 15 to 29 and 30 to 44
+        (1, [None], 1, {0, 5, 10, 20, 35, 40}),
+        (1, [7], None, {0, 40}),  # there is none of step 7
+    ],
+)
+def test_what_is_kept_is_the_first_the_last_the_best_and_one_of_each_stretch(
+    num_newest, bests, every, left
+):
+    steps = [0, 5, 10, 20, 35, 40]
+    assert kept_steps(steps, num_newest, bests, every) == left
+
+
+@pytest.mark.parametrize("every", [1, 7, 10, 100])
+def test_deleting_after_each_save_keeps_the_same_of_each_stretch_as_once_at_the_end(every):
+    steps, left = list(range(0, 100, 3)), set()
+    for step in steps:
+        left = kept_steps(left | {step}, 2, [None], every)
+    assert left == kept_steps(steps, 2, [None], every)
+
+
+def test_what_a_kept_one_counts_as_its_best_stays_with_it(tmp_path):
+    """Otherwise a run could not fall back to the one before the newest, if that is a new best."""
+    store, trained = CheckpointStore(tmp_path), Trained()
+    for step, best in ((0, 0), (2, 2), (4, 2), (6, 6)):
+        store.save(step, trained.files(), {"step": step, "best_step": best})
+        store.keep(2, best)
+    assert store.steps() == [0, 2, 4, 6]
+    store.save(8, trained.files(), {"step": 8, "best_step": 6})
+    store.keep(2, 6)
+    assert store.steps() == [0, 6, 8]

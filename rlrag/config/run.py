@@ -23,6 +23,7 @@ from rlrag.config.training import (
     DROConfig,
     EvaluationConfig,
     GeneratorTrainingConfig,
+    MirrorConfig,
     OffPolicyConfig,
     OpenRAGConfig,
     TrainingConfig,
@@ -50,6 +51,7 @@ class RunConfig(Section):
     openrag: OpenRAGConfig = OpenRAGConfig()
     generator_training: GeneratorTrainingConfig = GeneratorTrainingConfig()
     training: TrainingConfig = TrainingConfig()
+    mirror: MirrorConfig = MirrorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -74,6 +76,8 @@ class RunConfig(Section):
             self._check_shared_base()
         if self.training.experience is not None:
             self._check_experience()
+        if self.training.start_from is not None:
+            self._check_start()
         if self.trains_retriever:
             self._check_retriever_training()
         elif self.training.rounds > 1:
@@ -107,6 +111,11 @@ class RunConfig(Section):
         if self.training.launcher == "local" and self.training.num_workers != 1:
             raise ValueError(
                 "training.launcher 'local' is one process; set training.num_workers to 1"
+            )
+        if self.training.launcher == "local" and self.retrieval.num_shards > 1:
+            raise ValueError(
+                "training.launcher 'local' runs without Ray, which searches shards; set "
+                "retrieval.num_shards to 1"
             )
         if self.training.launcher == "local" and self.generator.backend == "vllm":
             raise ValueError(
@@ -146,6 +155,24 @@ class RunConfig(Section):
             raise ValueError(
                 f"training.experience starts from selector.weights, but selector.imitation_steps "
                 f"is {self.selector.imitation_steps}; set it to 0"
+            )
+
+    def _check_start(self) -> None:
+        start = f"training.start_from is {self.training.start_from!r}, but"
+        if self.trains_in_turns:
+            raise ValueError(
+                f"{start} a run in turns has no checkpoints of all parts; train one of the turns, "
+                "with its parts alone"
+            )
+        if self.training.experience is not None:
+            raise ValueError(
+                f"{start} training.experience starts from selector.weights; name the checkpoint's "
+                "policy.safetensors there"
+            )
+        if self.selector.weights is not None:
+            raise ValueError(
+                f"{start} selector.weights {self.selector.weights!r} names weights to start from "
+                "too; give one of them"
             )
 
     def _check_shared_base(self) -> None:
@@ -242,7 +269,7 @@ class RunConfig(Section):
         """
         try:
             return cls.model_validate(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{source} is not JSON: {error}") from error
         except ValidationError as error:
             raise ConfigError(f"{source}: {describe_validation_error(error)}") from error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Literal, Self
+from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlrag.config.sections import Section
 
@@ -223,7 +224,13 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints; the first and last step are always kept."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints kept besides the best."""
+    """Newest checkpoints kept, besides the first, the best, and what each of the newest counts as
+    the best."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Besides, the first checkpoint of every so many steps is kept for good; unset keeps none."""
+    start_from: str | None = None
+    """Checkpoint directory of another run of the same parts, whose weights training starts from, in
+    place of untrained ones and of `selector.imitation_steps`. Optimiser and step begin anew."""
     max_failures: int = Field(default=3, ge=0)
     """Times that Ray Train restarts a broken worker group."""
     patience: int | None = Field(default=None, ge=1)
@@ -243,6 +250,51 @@ class TrainingConfig(Section):
     or cached, so that a run and its repetition stop at the same step."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Besides `metrics.jsonl`, which is always written."""
+
+
+class MirrorConfig(Section):
+    """A second place for what a run keeps, which it continues from where the first one is lost."""
+
+    uri: str | None = None
+    """A directory for this run alone: `s3://bucket/prefix`, `gs://bucket/prefix` or
+    `file:///nfs/directory`. Credentials come from the storage's own environment variables and
+    files; `?region=`, `?scheme=` and `?endpoint_override=` may follow an S3 address."""
+    timeout_s: float = Field(default=60, gt=0)
+    """Longest silence of the storage within one request."""
+    wait_s: float = Field(default=1800, gt=0)
+    """Longest time that the beginning of a run fetches, and its end waits for the last upload."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Times that an upload is tried before it waits for the next checkpoint."""
+
+    @field_validator("uri")
+    @classmethod
+    def _uri_is_whole(cls, uri: str | None) -> str | None:
+        if uri is None:
+            return None
+        parts = urlsplit(uri)
+        if "@" in parts.netloc:
+            raise ValueError(
+                "mirror.uri holds credentials, which would be saved with the run; leave them out "
+                "and set them in the storage's environment variables, such as AWS_ACCESS_KEY_ID"
+            )
+        is_whole = {
+            "file": not parts.netloc and parts.path.startswith("/"),
+            "gs": bool(parts.netloc),
+            "s3": bool(parts.netloc),
+        }
+        options = {"region", "scheme", "endpoint_override"} if parts.scheme == "s3" else set()
+        unknown = sorted(parse_qs(parts.query, keep_blank_values=True).keys() - options)
+        if unknown or parts.fragment:
+            raise ValueError(
+                f"mirror.uri has the option {(unknown or [parts.fragment])[0]!r}; an S3 address "
+                "takes region, scheme and endpoint_override, others none"
+            )
+        if not is_whole.get(parts.scheme):
+            raise ValueError(
+                f"mirror.uri is {uri!r}; give s3://bucket/prefix, gs://bucket/prefix or "
+                "file:///directory"
+            )
+        return uri
 
 
 System = Literal[

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlrag.config import RunConfig
-from rlrag.errors import GenerationError, RlragError
+from rlrag.errors import GenerationError, PreemptedError, RlragError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
@@ -34,6 +34,7 @@ from rlrag.training.loop import Metrics, Trainer, TrainingLoop
 from rlrag.training.openrag_trainer import OpenRAGTrainer
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.pools import load_pools
+from rlrag.training.preemption import ended_between_steps, interruptible
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import SingleWorker, TorchWorkers, Workers
 
@@ -76,7 +77,8 @@ def train_locally(
     """Run the loop in this process, without Ray."""
     workers = SingleWorker()
     trainer = open_trainer(config, library, data, generator, prompts, run_dir, workers)
-    TrainingLoop(config, trainer, run_dir, workers).run()
+    with ended_between_steps(run_dir):
+        TrainingLoop(config, trainer, run_dir, workers).run()
 
 
 def train_on_log(config: RunConfig, data: LoggedData, run_dir: RunDirectory) -> None:
@@ -88,7 +90,9 @@ def train_on_log(config: RunConfig, data: LoggedData, run_dir: RunDirectory) -> 
         train_on_ray(config, None, None, run_dir)
     else:
         workers = SingleWorker()
-        TrainingLoop(config, LoggedTrainer(config, data, workers), run_dir, workers).run()
+        trainer = LoggedTrainer(config, data, workers)
+        with ended_between_steps(run_dir):
+            TrainingLoop(config, trainer, run_dir, workers).run()
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def train_on_ray(
 
     Raises:
         RlragError: what ended the run in a worker.
+        PreemptedError: when this process got a SIGTERM.
     """
     from ray.train import RunConfig as RayRunConfig
     from ray.train import ScalingConfig
@@ -148,10 +153,19 @@ def train_on_ray(
             callbacks=[_final_errors()],
         ),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise _cause(error) from error
+    with ended_between_steps(run_dir) as is_preempted:
+        try:
+            with interruptible():
+                trainer.fit()
+        except TrainingFailedError as error:
+            cause = _cause(error)
+            if is_preempted() and isinstance(cause, GenerationError):
+                # The signal reached Ray's own processes too.
+                raise PreemptedError(
+                    f"preempted while Ray ended too ({cause}); run the same command to continue "
+                    "from the last checkpoint"
+                ) from error
+            raise cause from error
 
 
 def _resources(config: RunConfig) -> dict[str, float]:

@@ -8,7 +8,8 @@
 
 The loop does not know who launched it: one process, or one of several Ray Train workers. What a
 step does depends on the weights and its number alone, so a run that was stopped at any moment
-continues from its last checkpoint to the same weights as one that never stopped.
+continues from its last checkpoint to the same weights as one that never stopped. A run that is
+asked to stop, `preemption`, ends between two steps.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from rlrag.config import RunConfig
+from rlrag.errors import CheckpointError, ConfigError, PreemptedError
 from rlrag.training.alarms import Alarms
 from rlrag.training.checkpoints import CheckpointStore
+from rlrag.training.forking import starting_weights
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import Workers
 
@@ -110,6 +113,7 @@ class TrainingLoop(Generic[AnyTrainer]):
         workers: Workers,
         on_step: Callable[[Metrics], None] = lambda metrics: None,
     ) -> None:
+        self._run_config = config
         self._config = config.training
         self._run_dir = run_dir
         self._workers = workers
@@ -117,6 +121,9 @@ class TrainingLoop(Generic[AnyTrainer]):
         self._store = CheckpointStore(run_dir.checkpoints)
         self._alarms = Alarms(config)
         self._last_pause = 0
+        self._saved_step = 0
+        self._is_whole = True
+        self._damaged: tuple[str, ...] = ()
         self.trainer = trainer
         self.progress = Progress()
 
@@ -126,10 +133,12 @@ class TrainingLoop(Generic[AnyTrainer]):
         Raises:
             RlragError: when a batch fails beyond what the configuration allows; the checkpoints
                 that were written stay.
+            PreemptedError: when the run was asked to stop.
         """
         self._resume()
         try:
             while not self.progress.finished:
+                self._stop_if_asked()
                 self._step()
         finally:
             self.trainer.close()
@@ -138,12 +147,15 @@ class TrainingLoop(Generic[AnyTrainer]):
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint, or record where the untrained weights stand."""
-        steps = self._store.steps()
-        self._workers.barrier()  # nobody writes before everybody has looked
-        if steps:
-            files, state = self._store.load(steps[-1])
+        newest = self._store.load_newest() if self._workers.rank == 0 else None
+        # What one has found out, and renamed, goes for all; shared storage may show it later.
+        mine = 0 if self._workers.rank else -1 if newest is None else newest.step
+        step = int(self._workers.sum(torch.tensor(mine)).item())
+        if step >= 0:
+            files, state = (newest.files, newest.state) if newest else self._store.load(step)
+            self._damaged = newest.damaged if newest else ()
             self.progress = Progress(**state)
-            self._last_pause = self.progress.step
+            self._last_pause = self._saved_step = self.progress.step
             if self._workers.rank == 0:
                 self._run_dir.truncate_metrics(self.progress.step)
                 self._alarms.replay(self._run_dir.read_metrics())
@@ -152,7 +164,7 @@ class TrainingLoop(Generic[AnyTrainer]):
             return
         if self._workers.rank == 0:
             self._run_dir.truncate_metrics(-1)
-        self.trainer.warm_start()
+        self._start()
         self.progress.generator_tokens = self.trainer.tokens_before
         metrics: Metrics = {
             "step": 0,
@@ -163,10 +175,45 @@ class TrainingLoop(Generic[AnyTrainer]):
         self._record(metrics)
         self._save()
 
+    def _start(self) -> None:
+        """Bring the untrained weights to where step 0 stands.
+
+        Raises:
+            ConfigError: when the weights to start from do not fit.
+        """
+        if self._config.start_from is None:
+            self.trainer.warm_start()
+            return
+        weights = starting_weights(self._run_config)
+        try:
+            self.trainer.resume(0, weights, weights)
+        except CheckpointError as error:
+            raise ConfigError(
+                f"training.start_from {self._config.start_from} does not fit: {error}"
+            ) from error
+
+    def _stop_if_asked(self) -> None:
+        """End between two steps, all workers together, with a checkpoint where one may stand.
+
+        In the middle of an E-step, or with a batch that ran ahead, the steps since the last
+        checkpoint are dropped: a resumed run would draw other selections than an undisturbed one.
+        """
+        asked = self._workers.rank == 0 and self._run_dir.stop_is_asked()
+        if not self._workers.sum(torch.tensor(float(asked))).item():
+            return
+        step = self.progress.step
+        if step > self._saved_step and self._is_whole:
+            self._save()
+        raise PreemptedError(
+            f"preempted after step {step}, with a checkpoint of step {self._saved_step}; run the "
+            "same command to continue"
+        )
+
     def _step(self) -> None:
         step = self.progress.step
         metrics: Metrics = {"step": step + 1}
-        metrics |= self.trainer.step(step, self._pauses_after(step))
+        pauses_after = self._pauses_after(step)
+        metrics |= self.trainer.step(step, pauses_after)
         trained_at = time.monotonic()
         self.progress.step = step + 1
         self.progress.generator_tokens += int(
@@ -185,8 +232,10 @@ class TrainingLoop(Generic[AnyTrainer]):
         self._record(metrics)
         if improved or self._due(self._config.checkpoint_every):
             self._save()
-        if self.trainer.may_pause(self.progress.step):
+        may_pause = self.trainer.may_pause(self.progress.step)
+        if may_pause:
             self._last_pause = self.progress.step
+        self._is_whole = may_pause and (pauses_after or not self._config.overlap)
 
     def _due(self, every: int) -> bool:
         """Whether something that comes every so many steps comes now."""
@@ -206,7 +255,6 @@ class TrainingLoop(Generic[AnyTrainer]):
         """Add validation metrics; True when the weights are the best so far."""
         found = self.trainer.validate(self.progress.step)
         if not found:
-            self.progress.best_step = self.progress.step
             return self.progress.finished
         metrics |= found
         score, best = found[self.trainer.best_by], self.progress.best_score
@@ -222,16 +270,24 @@ class TrainingLoop(Generic[AnyTrainer]):
         return False
 
     def _save(self) -> None:
+        if self.progress.best_score is None:  # nothing tells better from worse
+            self.progress.best_step = self.progress.step
         files = self.trainer.tensors()  # every worker: sharded tensors are gathered together
         if self._workers.rank == 0:
             self._store.save(self.progress.step, files, asdict(self.progress))
-            self._store.keep(self._config.keep_checkpoints, self.progress.best_step)
+            self._store.keep(
+                self._config.keep_checkpoints, self.progress.best_step, self._config.keep_every
+            )
+        self._saved_step = self.progress.step
         self._workers.barrier()
 
     def _record(self, metrics: Metrics) -> None:
         if self._workers.rank == 0:
-            raised = self._alarms.update(metrics)
+            raised = {alarm.name: alarm.text for alarm in self._alarms.update(metrics)}
+            if self._damaged:
+                raised["damaged_checkpoint"] = "; ".join(self._damaged)
+                self._damaged = ()
             if raised:
-                metrics["alarms"] = {alarm.name: alarm.text for alarm in raised}
+                metrics["alarms"] = raised
             self._run_dir.append_metrics(metrics)
         self._on_step(metrics)

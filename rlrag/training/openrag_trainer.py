@@ -221,14 +221,18 @@ class OpenRAGTrainer:
         return files
 
     def load(self, files: Files) -> None:
-        """Take over weights and optimiser."""
+        """Take over the weights and, where it is given, the optimiser's state."""
         restore_weights(self.encoder, files["retriever"], "the retriever of the checkpoint")
-        self._learner.load_optimizer(files["retriever_optimizer"])
+        if "retriever_optimizer" in files:
+            self._learner.load_optimizer(files["retriever_optimizer"])
 
     def resume(self, step: int, files: Files, first: Files) -> None:
-        """Continue from a checkpoint, with the index that it was searched with."""
+        """Continue from a checkpoint, with the index that it was searched with.
+
+        Weights of another run come without one: the first index is searched until a refresh.
+        """
         self.load(files)
-        if self._index is not None:
+        if self._index is not None and "retriever_index" in files:
             self._index.resume(int(files["retriever_index"]["step"].item()))
 
     def close(self) -> None:

@@ -199,20 +199,25 @@ def following(path: Path, found: Sequence[MetricsConsumer]) -> Iterator[None]:
 
     The learner may run in another process; the file is all that the two share. A restart of the
     learner truncates the file and repeats some steps: those are not fed twice. A consumer that
-    raises is named on stderr and gets no more; the others do. Alarms go to stderr alone.
+    raises is named on stderr and gets no more; the others do. Alarms go to stderr alone, also those
+    that a repeated step raises anew.
     """
     stop = threading.Event()
-    seen = max((int(line["step"]) for line in _whole_lines(path)), default=-1)
+    before = _whole_lines(path)
+    seen = max((int(line["step"]) for line in before), default=-1)
+    told = {alarm for line in before for alarm in line.get("alarms", {}).items()}
 
     def feed() -> None:
         last, working = seen, list(found)
         while True:
             ending = stop.is_set()
             for metrics in _whole_lines(path):
+                for name, text in metrics.pop("alarms", {}).items():
+                    if (name, text) not in told:
+                        told.add((name, text))
+                        _say(f"step {metrics['step']:.0f}: alarm {name}: {text}")
                 if metrics["step"] > last:
                     last = int(metrics["step"])
-                    for name, text in metrics.pop("alarms", {}).items():
-                        _say(f"step {last}: alarm {name}: {text}")
                     working = [consumer for consumer in working if _update(consumer, metrics)]
             if ending:
                 return

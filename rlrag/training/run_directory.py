@@ -11,11 +11,13 @@ DIR/checkpoints/      what a stopped run continues from
 DIR/bundle/           what evaluation and serving load
 DIR/evaluation.json   the final comparison
 DIR/logs/             what libraries say, and TensorBoard's files
+DIR/may-run           there while steps run; they end when it is emptied
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,10 @@ class RunDirectory:
         self.bundle = self.path / "bundle"
         self.evaluation = self.path / "evaluation.json"
         self.logs = self.path / "logs"
+        self._may_run = self.path / "may-run"
 
-    def claim(self, config: RunConfig) -> None:
-        """Create the directory, or check that it belongs to this configuration.
+    def check(self, config: RunConfig) -> None:
+        """Check that a run of this configuration may use the directory; nothing is written.
 
         Raises:
             RunDirectoryError: when it holds a run with another configuration, naming the fields, or
@@ -54,8 +57,8 @@ class RunDirectory:
             if kept != config:
                 raise RunDirectoryError(
                     f"{self.path} belongs to a run with another configuration "
-                    f"({'; '.join(_differences(kept, config))}); choose another --run-dir, or give "
-                    "the same flags to continue that run"
+                    f"({'; '.join(describe_differences(kept, config))}); choose another --run-dir, "
+                    "or give the same flags to continue that run"
                 )
         elif self.path.exists() and not set(self.path.iterdir()) <= {
             self.logs,
@@ -66,6 +69,14 @@ class RunDirectory:
                 f"{self.path} holds files but no config.json, so it is not a run; choose another "
                 "--run-dir"
             )
+
+    def claim(self, config: RunConfig) -> None:
+        """Create the directory, or check that it belongs to this configuration.
+
+        Raises:
+            RunDirectoryError: as `check`, or when the directory cannot be written.
+        """
+        self.check(config)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             _replace_text(self.config, config.to_json())
@@ -82,6 +93,34 @@ class RunDirectory:
         if not self.metrics.exists():
             self.feedback.unlink(missing_ok=True)
             self.config.unlink(missing_ok=True)
+
+    def allow_to_run(self) -> None:
+        """Begin without the wish to end; what an earlier process was asked is over.
+
+        Raises:
+            CheckpointError: when the disk is full.
+        """
+        # Its content is the sign, and not whether it is there: shared storage may hide a new file
+        # for half a minute, but shows what one that is opened holds now. A full disk can empty it.
+        try:
+            self._may_run.write_text("yes\n")
+        except OSError as error:
+            raise CheckpointError(self._cannot_write(error)) from error
+
+    def ask_to_stop(self) -> None:
+        """Ask the loop that works here, in whichever process, to end after its present step."""
+        os.truncate(self._may_run, 0)
+
+    def stop_is_asked(self) -> bool:
+        """Whether the loop was asked to end."""
+        try:
+            return not self._may_run.read_text()
+        except FileNotFoundError:  # nobody who could ask launched it
+            return False
+
+    def forget_stop(self) -> None:
+        """Take the sign away once its loop has ended."""
+        self._may_run.unlink(missing_ok=True)
 
     def truncate_metrics(self, num_steps: int) -> None:
         """Drop the records of steps that the checkpoint to continue from does not contain.
@@ -138,7 +177,7 @@ def _replace_text(path: Path, text: str) -> None:
         staging.unlink(missing_ok=True)
 
 
-def _differences(kept: RunConfig, given: RunConfig) -> list[str]:
+def describe_differences(kept: RunConfig, given: RunConfig) -> list[str]:
     """`section.field: kept -> given` for every leaf that differs."""
 
     def leaves(value: Any, path: str) -> dict[str, Any]:

@@ -1,0 +1,315 @@
+"""`jobs.doctor` in broken environments: the right sentence and exit code each time, and no hang.
+
+Each is really broken: a bound port, an empty PATH, a malformed file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from jobs.command_line import exit_code
+from jobs.doctor import machine
+from jobs.doctor.checks import ok, run_check
+from jobs.doctor.packages import check_python
+from jobs.doctor.program import main
+from rlrag.config import RunConfig
+from rlrag.errors import ConfigError, RlragError
+from rlrag.training.run_directory import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How the program ended: its code, its findings by name, what it printed."""
+
+    code: int
+    findings: dict[str, dict[str, str]]
+    lines: list[str]
+
+    def failed(self) -> set[str]:
+        return {name for name, found in self.findings.items() if found["status"] == "failed"}
+
+
+@pytest.fixture
+def examine(tmp_path, model_dir, capsys, monkeypatch):
+    """Run the program on small files; flags replace those of a run that would work."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    passages = [{"id": f"p{i}", "contents": f"Title {i}\nthe value is v{i}"} for i in range(5)]
+    questions = [
+        {"id": f"q{i}", "question": f"what is value {i}?", "golden_answers": [f"v{i}"]}
+        for i in range(5)
+    ]
+    for name, records in (("corpus", passages), ("questions", questions)):
+        lines = [json.dumps(record) + "\n" for record in records]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    usual: dict[str, object] = {
+        "run-dir": tmp_path / "run",
+        "cache-dir": tmp_path / "cache",
+        "data.corpus": tmp_path / "corpus.jsonl",
+        "data.train-questions": tmp_path / "questions.jsonl",
+        "data.eval-questions": tmp_path / "questions.jsonl",
+        "retrieval.kind": "bm25",
+        "retrieval.encoder": None,
+        "generator.model": model_dir,
+        "training.launcher": "local",
+        "json": tmp_path / "checks.json",
+    }
+
+    def run(recipe: str = "quickstart", without: tuple[str, ...] = (), **flags: object) -> Seen:
+        given = {name.replace("__", ".").replace("_", "-"): value for name, value in flags.items()}
+        values = {name: value for name, value in usual.items() if name not in without} | given
+        words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        code, said = 0, ""
+        try:
+            main([recipe, *words])
+        except RlragError as error:
+            code, said = exit_code(error), str(error)
+        assert bool(code) == ("their lines above say what to do" in said)
+        record = json.loads((tmp_path / "checks.json").read_text())
+        findings = {found["name"]: found for found in record["checks"]}
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(findings)
+        return Seen(code, findings, lines)
+
+    return run
+
+
+def test_a_run_that_can_work_has_nothing_to_complain_of(examine, tmp_path):
+    seen = examine()
+    assert seen.code == 0
+    assert seen.failed() == set()
+    found = {name: finding["found"] for name, finding in seen.findings.items()}
+    assert found["corpus"] == f"{tmp_path / 'corpus.jsonl'}: the first 5 passages are well-formed"
+    assert found["train questions"].endswith("all 5 questions are well-formed")
+    assert found["run directory"] == f"{tmp_path / 'run'}: free for a run"
+    assert found["compiler"] == "not needed: no vLLM engine on a CPU"
+    assert {"python", "packages", "memory", "disk", "gpu", "generator model"} <= found.keys()
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def empty_path(tmp_path, monkeypatch) -> Path:
+    """A folder that is the whole PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    return folder
+
+
+def test_no_compiler(examine, empty_path):
+    seen = examine(training__launcher="ray", generator__num_actors=1)
+    assert seen.code == 4
+    assert seen.findings["compiler"]["found"] == (
+        "vLLM compiles its sampler and needs a C++ compiler, but c++ , g++ , clang++ is not on the "
+        "PATH"
+    )
+    assert "apt-get install g++" in seen.findings["compiler"]["advice"]
+    assert seen.lines[-1].startswith("failed   compiler         vLLM compiles")
+
+
+def test_a_compiler_without_its_library(empty_path):
+    compiler = empty_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: vector: No such file' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    answer = machine.check_compiler(RunConfig())
+    assert answer.found == "c++ cannot compile: fatal error: vector: No such file"
+    assert "standard library's headers" in answer.advice
+
+
+def test_a_package_of_a_wrong_version(examine, tmp_path, monkeypatch):
+    information = tmp_path / "older" / "tyro-0.1.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: tyro\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(information.parent)
+    seen = examine()
+    assert seen.code == 4
+    assert seen.failed() == {"packages"}
+    assert seen.findings["packages"]["found"] == "tyro is 0.1, wanted <2,>=1.0"
+    assert "make setup" in seen.findings["packages"]["advice"]
+
+
+def test_a_python_that_is_too_old():
+    assert check_python("3.12.1").status == "ok"
+    answer = check_python("3.9.2")
+    assert answer.status == "failed"
+    assert answer.found == "this is Python 3.9.2, and the project runs on >=3.11,<3.14"
+
+
+def test_a_taken_port(examine, unused_port):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", unused_port))
+        listener.listen()
+        seen = examine(ports=unused_port)
+    assert seen.code == 4
+    assert seen.failed() == {"ports"}
+    assert seen.findings["ports"]["found"] == f"port {unused_port} is taken"
+    assert machine.check_ports((unused_port,)).status == "ok"
+
+
+def test_a_cluster_that_nobody_runs(examine, unused_port, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{unused_port}")
+    seen = examine(training__launcher="ray", generator__backend="transformers")
+    assert seen.code == 4
+    assert seen.failed() == {"ray"}
+    assert seen.findings["ray"]["found"] == (
+        f"cannot reach a Ray cluster at 127.0.0.1:{unused_port}: [Errno 111] Connection refused"
+    )
+    assert "correct RAY_ADDRESS" in seen.findings["ray"]["advice"]
+    assert seen.findings["memory"]["found"].startswith("not looked at: the run goes to the cluster")
+
+
+def test_something_mute_where_a_cluster_should_be(examine, monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        seen = examine(
+            training__launcher="ray", generator__backend="transformers", check_timeout_s=6
+        )
+    assert seen.findings["ray"]["found"] == (
+        f"something at {address} takes connections but did not answer as a Ray cluster within 3 s"
+    )
+
+
+def test_more_reserved_than_this_machine_has(examine):
+    seen = examine(
+        training__launcher="ray", generator__backend="transformers", generator__num_actors=4000
+    )
+    assert "ray" in seen.failed()
+    assert (
+        "the run reserves 2000.5 CPU and 0 GPU, and this machine has"
+        in (seen.findings["ray"]["found"])
+    )
+
+
+def test_a_missing_data_folder(examine, monkeypatch):
+    monkeypatch.delenv("RLRAG_DATA_DIR", raising=False)
+    data = ("data.corpus", "data.train-questions", "data.eval-questions")
+    seen = examine("nq", without=data)
+    assert seen.code == 3
+    assert seen.failed() == {"corpus", "train questions", "eval questions"}
+    assert "$RLRAG_DATA_DIR/corpus/nq.jsonl.gz does not exist" in seen.findings["corpus"]["found"]
+    assert "RLRAG_DATA_DIR" in seen.findings["corpus"]["advice"]
+
+
+def test_a_malformed_question_file(examine, tmp_path):
+    path = tmp_path / "broken.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"id": "q1", "question": "who?", "golden_answers": "me"}\n'))
+    seen = examine(data__train_questions=path)
+    assert seen.code == 3
+    assert seen.failed() == {"train questions"}
+    found = seen.findings["train questions"]
+    assert f"{path}:1" in found["found"]
+    assert "golden_answers" in found["found"]
+    assert found["kind"] == "data"
+
+
+def test_a_file_that_is_not_there(examine, tmp_path):
+    missing = tmp_path / "feedback.sqlite"
+    seen = examine(experience=missing)
+    assert seen.code == 3
+    assert seen.findings["other files"]["found"] == f"{missing} does not exist"
+    seen = examine(selector__weights=missing)
+    assert seen.code == 3
+    assert seen.findings["other files"]["found"] == (
+        f"selector.weights is {str(missing)!r}, which is no file"
+    )
+
+
+def test_a_missing_model(examine, tmp_path):
+    seen = examine(generator__model="/no/such/model")
+    assert seen.code == 4
+    assert seen.failed() == {"generator model"}
+    assert seen.findings["generator model"]["found"] == (
+        "model directory '/no/such/model' does not exist"
+    )
+    (tmp_path / "half").mkdir()
+    seen = examine(generator__model=tmp_path / "half")
+    assert seen.findings["generator model"]["found"] == (
+        f"{tmp_path / 'half'} lacks config.json or .safetensors weights"
+    )
+
+
+def test_a_run_directory_of_another_configuration(examine, tmp_path):
+    RunDirectory(tmp_path / "run").claim(RunConfig())
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    seen = examine()
+    assert seen.code == 2
+    assert seen.failed() == {"run directory"}
+    found = seen.findings["run directory"]
+    assert "recipe: 'custom' there, 'quickstart' given" in found["found"]
+    assert found["advice"].startswith("choose another --run-dir")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_check_that_hangs_is_left_behind():
+    found = run_check("storage", lambda: ok(str(threading.Event().wait())), timeout_s=0.05)
+    assert (found.status, found.found) == ("failed", "no answer within 0.05 s")
+    assert "--check-timeout-s" in found.advice
+
+
+def test_a_check_that_breaks_is_an_answer():
+    def breaks():
+        raise ZeroDivisionError("by nothing")
+
+    found = run_check("storage", breaks, timeout_s=10)
+    assert found.line() == (
+        "failed   storage          could not be checked: ZeroDivisionError: by nothing; look into "
+        "what the error names"
+    )
+
+
+@pytest.mark.parametrize("words", [["zzz"], ["--check-timeout-s", "0"], ["nq", "--seed", "-1"]])
+def test_what_is_wrong_on_the_command_line_is_code_2(words):
+    with pytest.raises(ConfigError) as caught:
+        main(words)
+    assert exit_code(caught.value) == 2
+
+
+_PROGRAM = """
+import sys
+from jobs.command_line import run_program
+from jobs.doctor.program import main
+try:
+    run_program(main)
+finally:
+    print({"ray", "vllm"} & set(sys.modules))
+"""
+
+
+def test_as_a_program_it_needs_neither_ray_nor_vllm_nor_a_hub(tmp_path, unused_port):
+    """A model that only a hub has, and no hub."""
+    words = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, *words, "--generator.model", "someone/no-such-model"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={
+            **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            "HF_ENDPOINT": f"http://127.0.0.1:{unused_port}",
+            "HF_HOME": str(tmp_path / "hub"),
+        },
+        timeout=300,
+    )
+    assert done.returncode == 4
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "set()"
+    assert lines[-2].startswith(
+        "failed   generator model  model 'someone/no-such-model' is neither"
+    )
