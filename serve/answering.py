@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlrag.data.feedback import SelectionEvent
 from rlrag.errors import RequestError
@@ -187,7 +187,7 @@ class Answering:
                 yield computed.chosen
                 yield computed.text
             else:
-                steps = self._steps(version, ask, explore)
+                steps = self._steps(version, ask, explore, streamed=True)
                 stack.push_async_callback(steps.aclose)
                 while computed is None:
                     async with _until(ask.deadline):
@@ -256,11 +256,12 @@ class Answering:
         )
 
     async def _uncached(self, version: str, ask: Ask, explore: bool) -> Computed:
-        return await last_of(self._steps(version, ask, explore))
+        return await last_of(self._steps(version, ask, explore, streamed=False))
 
     def _steps(
-        self, version: str, ask: Ask, explore: bool
+        self, version: str, ask: Ask, explore: bool, streamed: bool
     ) -> AsyncGenerator[Chosen | str | Computed, None]:
+        ask = replace(ask, decoding=replace(ask.decoding, streamed=streamed))
         return answer_in_stages(
             self._pipeline, version, ask, explore, self._retrieve, self._metrics
         )

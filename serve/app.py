@@ -8,25 +8,52 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import click
+import ray
 from ray.serve import Application
 
 from rlrag.bundle_files import read_bundle
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, RlragError
+from serve.proxy import PROXY_VARIABLES
 from serve.settings import PartSettings, ServeSettings, parse_settings
 
 _ONGOING_PER_PART = 1000  # the HTTP side bounds what is under way
+_HEALTH_PERIOD_S = 2.0  # a replica that has died is missed no later
 _HEALTH_TIMEOUT_S = 60.0
+
+
+class NotServableError(click.ClickException, RlragError):
+    """There is no service for these arguments. Ray's command line shows the message alone."""
+
+    exit_code = 2
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message as every program of this project does."""
+        click.echo(f"error: {self.message}", file=file, err=True)
 
 
 def build(arguments: Mapping[str, Any]) -> Application:
     """The service as `arguments` describe it; see `serve.settings` for all of them.
 
+    Where no Ray cluster runs yet, the one that this process starts serves as `serve.proxy` says.
+
     Raises:
-        ConfigError: when a setting is unknown, missing or impossible.
-        CheckpointError: when the bundle is missing or damaged.
+        NotServableError: when a setting is unknown, missing or impossible, or the bundle is missing
+            or damaged.
     """
+    try:
+        application = _build(arguments)
+    except RlragError as error:
+        raise NotServableError(str(error)) from error
+    if not ray.is_initialized():
+        for name, value in PROXY_VARIABLES.items():
+            os.environ.setdefault(name, value)
+    return application
+
+
+def _build(arguments: Mapping[str, Any]) -> Application:
     from serve import deployments
 
     # To a type checker a decorated class is still the class.
@@ -38,6 +65,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
         user_config={"bundle": settings.bundle},
         max_ongoing_requests=_ONGOING_PER_PART,
         ray_actor_options={"num_cpus": 0.1},
+        health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         logging_config={"enable_access_log": False},  # each replica reports twice a second
     ).bind(settings)
@@ -66,6 +94,7 @@ def _options(part: PartSettings) -> dict[str, Any]:
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": part.num_cpus, "num_gpus": part.num_gpus},
         "max_ongoing_requests": _ONGOING_PER_PART,
+        "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
     }
     if part.max_replicas > part.num_replicas:

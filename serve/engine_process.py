@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +33,8 @@ _ANSWER_TIMEOUT_S = 30.0
 """Longest wait for what an engine's process answers without computing."""
 _MAX_CALLS = 10_000
 """Answers on their way at once; further ones wait outside the engine's queue."""
+_JOINED_FOR_S = 10.0
+"""Longest time for which updates of an answer that is not streamed are held back."""
 _WATCH_EVERY_S = 1.0
 """How often an engine's process looks whether its engine works."""
 
@@ -57,15 +61,25 @@ class EngineProcess:
         """
         self._loop = await asyncio.to_thread(self._open)
 
-    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Update, None]:
+    async def stream(
+        self, prompt: Prompt, sampling: Sampling, streamed: bool
+    ) -> AsyncGenerator[Update, None]:
         """The answer as it is decoded; cancelling the call frees the engine's slot.
+
+        Each update is a message between processes. Where the answer is not streamed, its updates
+        are therefore joined to one, or to one in ten seconds, from which its reader knows that this
+        process lives.
 
         Raises:
             GenerationError: when the engine refuses the prompt, has failed or is not loaded.
         """
+        text, sent = "", time.monotonic()
         async with aclosing(self._started().stream(prompt, sampling)) as updates:
             async for update in updates:
-                yield update
+                text += update.text
+                if streamed or update.finished or time.monotonic() - sent > _JOINED_FOR_S:
+                    yield replace(update, text=text)
+                    text, sent = "", time.monotonic()
 
     async def watch(self) -> str:
         """Why no request can be answered any more; returns when that comes about."""
@@ -105,8 +119,10 @@ class EngineClient:
         self._silence: str | None = None
         self._watch: Future[str] = actor.watch.remote().future()
 
-    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Update, None]:
-        """The answer as it is decoded.
+    async def stream(
+        self, prompt: Prompt, sampling: Sampling, streamed: bool
+    ) -> AsyncGenerator[Update, None]:
+        """The answer as it is decoded, its updates joined unless it is `streamed`.
 
         Closing the iterator, or cancelling who waits for it, frees the engine's slot.
 
@@ -115,7 +131,7 @@ class EngineClient:
             GeneratorTimeoutError: when no piece came in time.
             OverloadedError: when the engine's process has ended.
         """
-        pieces = self._actor.stream.remote(prompt, sampling)
+        pieces = self._actor.stream.remote(prompt, sampling, streamed)
         finished = False
         try:
             while not finished:

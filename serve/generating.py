@@ -42,8 +42,15 @@ _ENGINE_FIELDS = frozenset(
 class Engine(Protocol):
     """A running language model that answers many prompts at once."""
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Update, None]:
+    def stream(
+        self, prompt: Prompt, sampling: Sampling, streamed: bool
+    ) -> AsyncGenerator[Update, None]:
         """The answer as it is decoded; closing the iterator frees its slot.
+
+        Args:
+            prompt: What the answer follows.
+            sampling: How it is decoded.
+            streamed: Whether its pieces are wanted as they come; otherwise they are joined.
 
         Raises:
             GenerationError: when the engine refuses the prompt or has failed.
@@ -86,7 +93,8 @@ class _Loaded:
 class GeneratorPart:
     """The generators of every version that is loaded.
 
-    `load` and `drop` may run in other threads than the rest.
+    A version whose engine has failed counts as not loaded, so that it is loaded again, with another
+    engine. `load` and `drop` may run in other threads than the rest.
 
     Args:
         settings: Back end, threads, reservations and waits of the engines.
@@ -103,10 +111,11 @@ class GeneratorPart:
 
     def loaded(self) -> tuple[str, ...]:
         """Versions that can be asked."""
-        return tuple(self._loaded)
+        loaded = self._loaded.items()
+        return tuple(version for version, one in loaded if one.engine.failure() is None)
 
     def load(self, version: str, directory: Path) -> None:
-        """Start the engine of a bundle, unless one with the same weights runs.
+        """Start the engine of a bundle, unless one with the same weights runs and works.
 
         Raises:
             RlragError: what is wrong with the bundle, or what kept its engine from starting.
@@ -123,10 +132,7 @@ class GeneratorPart:
                 )
             prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir))
             key = _engine_key(config, weights, prompts.prefix_ids)
-            running = [v.engine for v in self._loaded.values() if v.key == key]
-            engine = (
-                running[0] if running else self._open_engine(config, model_dir, prompts.prefix_ids)
-            )
+            engine = self._running(key) or self._open_engine(config, model_dir, prompts.prefix_ids)
             max_len = _max_len(config, model_dir)
             loaded = _Loaded(key, engine, prompts, sampling_of(files.config), max_len)
             self._loaded = {**self._loaded, version: loaded}
@@ -140,20 +146,35 @@ class GeneratorPart:
                 dropped.engine.close()
 
     def check_health(self) -> None:
-        """Return while all engines work; a part with one that does not is to be replaced.
+        """Return while all engines work or are being replaced; else the part is to be.
 
         Raises:
             GenerationError: naming a version and what is wrong with its engine.
         """
+        if self._loading.locked():
+            return
         for version, loaded in self._loaded.items():
             why = loaded.engine.failure()
             if why is not None:
                 raise GenerationError(f"the engine of version {version} has failed: {why}")
 
+    def _running(self, key: str) -> Engine | None:
+        """A working engine of this kind; failed ones are ended, to free what they hold."""
+        found = None
+        for loaded in self._loaded.values():
+            if loaded.key == key:
+                if loaded.engine.failure() is None:
+                    found = loaded.engine
+                else:
+                    loaded.engine.close()
+        return found
+
     async def generate(
         self, version: str, question: str, passages: Sequence[Passage], decoding: Decoding
     ) -> AsyncGenerator[AnswerPiece, None]:
-        """The answer as it is decoded; closing the iterator frees the engine's slot.
+        """The answer as it is decoded, in one piece unless `decoding.streamed`.
+
+        Closing the iterator frees the engine's slot.
 
         Raises:
             OverloadedError: when the version is not loaded here yet, or its engine has ended.
@@ -162,12 +183,13 @@ class GeneratorPart:
             GenerationError: when the engine failed.
         """
         loaded = self._loaded.get(version)
-        if loaded is None:
+        if loaded is None or loaded.engine.failure() is not None:
             raise OverloadedError(f"version {version} is being loaded here; try again")
         prompt = loaded.prompts.build(Question("asked", question, ()), passages)
         num_prompt_tokens = len(prompt.token_ids)
         sampling = decoded_so(loaded.sampling, decoding, loaded.max_len - num_prompt_tokens)
-        async with aclosing(loaded.engine.stream(prompt, sampling)) as updates:
+        pieces = loaded.engine.stream(prompt, sampling, decoding.streamed)
+        async with aclosing(pieces) as updates:
             async for update in updates:
                 yield AnswerPiece(
                     text=update.text,

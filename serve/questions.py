@@ -44,7 +44,7 @@ def decoding_of(
 
     Example:
         >>> decoding_of(None, 0.0, None)
-        Decoding(max_new_tokens=None, temperature=0.0, seed=0)
+        Decoding(max_new_tokens=None, temperature=0.0, seed=0, streamed=False)
     """
     if seed is None:
         seed = secrets.randbelow(_MAX_SEED) if temperature else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -91,11 +91,16 @@ class Picked:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How one answer is decoded; unset fields are those of the bundle."""
+    """How one answer is decoded; unset fields are those of the bundle.
+
+    `streamed` says whether pieces are wanted as they come, or the answer whole. It does not change
+    the answer, so that decodings which differ in it alone are equal.
+    """
 
     max_new_tokens: int | None = None
     temperature: float | None = None
     seed: int = 0
+    streamed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +153,7 @@ class Pipeline(Protocol):
     def generate(
         self, version: str, question: str, passages: tuple[Passage, ...], decoding: Decoding
     ) -> AsyncIterator[AnswerPiece]:
-        """The answer as it is decoded, by an asynchronous generator.
+        """The answer as it is decoded, by an asynchronous generator; see `Decoding.streamed`.
 
         Closing it frees the engine's slot.
         """

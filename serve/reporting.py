@@ -20,6 +20,8 @@ from serve.versions import PARTS, Kind, Report, Wanted
 logger = logging.getLogger("rlrag.serve")
 
 _EVERY_S = 0.5
+_DOWN_AFTER = 3
+"""Answers in a row by which a part must be down; a new registry has yet to hear of all replicas."""
 
 Tell = Callable[[Report], Awaitable[Wanted]]
 """Brings a report to the registry, within a bound, and its answer back."""
@@ -138,6 +140,7 @@ class RoutingReporter:
         self._wanted: Wanted | None = None
         self._in_flight: Counter[str] = Counter()
         self._down: dict[str, asyncio.Event] = {part: asyncio.Event() for part in PARTS}
+        self._times_down: Counter[str] = Counter()
         self._loop: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -192,10 +195,12 @@ class RoutingReporter:
         )
         self._wanted = await self._tell(report)
         for part, event in self._down.items():
-            if part in self._wanted.down:
-                event.set()
-            else:
+            self._times_down[part] += 1
+            if part not in self._wanted.down:
+                self._times_down[part] = 0
                 event.clear()
+            elif self._times_down[part] >= _DOWN_AFTER:
+                event.set()
 
     async def _go_on(self) -> None:
         silent = False

@@ -33,7 +33,8 @@ class NumberPipeline:
     """Ranks passages by number, turned by the question's length; answers with the values picked.
 
     Versions differ in the first word of their answers. `gate` holds answers back while it is
-    cleared; `calls` counts what was asked of each part, `open_engines` the answers being decoded.
+    cleared; `calls` counts what was asked of each part, `open_engines` the answers being decoded,
+    and `streamed` tells of each answer whether its pieces were wanted as they come.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class NumberPipeline:
         self.gate.set()
         self.calls: Counter[str] = Counter()
         self.versions: list[tuple[str, str]] = []
+        self.streamed: list[bool] = []
         self.open_engines = 0
         self.most_engines = 0
         self.failure: Exception | None = None
@@ -79,6 +81,7 @@ class NumberPipeline:
         self, version: str, question: str, passages: tuple[Passage, ...], decoding: Decoding
     ) -> AsyncIterator[AnswerPiece]:
         self._count("generate", version)
+        self.streamed.append(decoding.streamed)
         if len(question) > LONGEST_PROMPT:
             raise PromptTooLongError(f"the question has {len(question)} characters")
         self.open_engines += 1
@@ -153,9 +156,10 @@ class Served:
         self,
         routing: Routing | None = None,
         store: FeedbackStore | None = None,
+        pipeline: NumberPipeline | None = None,
         **arguments: object,
     ) -> None:
-        self.pipeline = NumberPipeline()
+        self.pipeline = pipeline or NumberPipeline()
         self.desk = Desk(routing or Routing("v1"))
         self.app: FastAPI = create_api(
             self.pipeline, self.desk, settings_of(**arguments), feedback=store

@@ -53,6 +53,24 @@ def test_a_stream_brings_the_selection_then_words_that_add_up_to_the_answer() ->
     asyncio.run(run())
 
 
+def test_pieces_are_asked_for_where_a_stream_wants_them_and_an_answer_whole_otherwise() -> None:
+    async def run() -> None:
+        parts = Parts()
+        first = await parts.answer("one?")
+        steps = [step async for step in parts.answering.stream(parts.ask("two?"), "r1")]
+        assert parts.pipeline.streamed == [False, True]
+        # How it was sent does not matter to who asks again.
+        again = [step async for step in parts.answering.stream(parts.ask("one?"), "r2")]
+        second = await parts.answer("two?")
+        assert isinstance(steps[-1], Answered)
+        assert isinstance(again[-1], Answered)
+        assert again[-1].computed is first.computed
+        assert second.computed is steps[-1].computed
+        assert len(parts.pipeline.streamed) == 2
+
+    asyncio.run(run())
+
+
 def test_a_repeated_greedy_question_is_answered_from_memory() -> None:
     async def run() -> None:
         parts = Parts()

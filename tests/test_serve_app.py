@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 from serve_bundles import make_bundle
 
 from rlrag.errors import CheckpointError, ConfigError
-from serve.app import build
+from serve.app import NotServableError, build
+from serve.proxy import PROXY_VARIABLES
 from serve.settings import parse_settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -23,13 +27,25 @@ def bundle(openrag_files, tmp_path_factory) -> Path:
     return make_bundle(folder / "bundle", openrag_files, folder / "cache", seed=1)
 
 
-def test_a_bundle_is_all_that_a_service_needs(bundle):
+@pytest.fixture(autouse=True)
+def variables(monkeypatch) -> None:
+    """None of the proxy's variables is set, and none stays."""
+    for name in PROXY_VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_a_bundle_is_all_that_a_service_needs(bundle, monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "300")
     assert isinstance(build({"bundle": str(bundle)}), Application)
+    assert os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] == "300"
+    assert {name for name in PROXY_VARIABLES if name in os.environ} == set(PROXY_VARIABLES)
 
 
 def test_a_missing_bundle_is_told_before_anything_starts(tmp_path):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(NotServableError, match="does not exist") as caught:
         build({"bundle": str(tmp_path / "nowhere")})
+    assert isinstance(caught.value.__cause__, CheckpointError)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +59,26 @@ def test_a_missing_bundle_is_told_before_anything_starts(tmp_path):
     ],
 )
 def test_a_wrong_setting_is_named(arguments, named):
-    with pytest.raises(ConfigError, match=f"service setting {named}"):
+    with pytest.raises(NotServableError, match=f"service setting {named}") as caught:
         build(arguments)
+    assert isinstance(caught.value.__cause__, ConfigError)
+
+
+def test_the_command_line_says_what_is_wrong_and_no_more(tmp_path):
+    from ray.serve.scripts import cli
+
+    words = ["run", "serve.app:build", f"bundle={tmp_path / 'nowhere'}"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 2
+    *_, last = result.stderr.splitlines()
+    assert last.startswith(f"error: bundle {tmp_path / 'nowhere'} does not exist")
+    assert "Traceback" not in result.output
+    again = pickle.loads(pickle.dumps(NotServableError("no")))
+    assert str(again) == "no"
 
 
 def test_a_key_file_that_cannot_be_read_is_told(bundle, tmp_path):
-    with pytest.raises(ConfigError, match=r"key file .* cannot be read"):
+    with pytest.raises(NotServableError, match=r"key file .* cannot be read"):
         build({"bundle": str(bundle), "access.keys_file": str(tmp_path / "keys")})
 
 

@@ -30,42 +30,54 @@ CONFIG = GeneratorConfig(
     start_timeout_s=240,
     request_timeout_s=120,
 )
+ENDLESS = Sampling(max_new_tokens=10**9)
 PROMPTS = [Prompt(tuple(range(30, 30 + n)), f"prompt of {n}", 0) for n in (4, 9, 6)]
 
 
-class Endless:
-    """Writes one x a step to every request, until it leaves."""
+class Typist:
+    """Writes one x a step to every request, as many as it may have."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
+        self._most: dict[str, int] = {}
 
     def begin(self, request_id: str, prompt: Prompt, sampling: Sampling) -> None:
         self._counts[request_id] = 0
+        self._most[request_id] = sampling.max_new_tokens
 
     def step(self) -> list[tuple[str, Update]]:
         time.sleep(0.02)
         for name in self._counts:
             self._counts[name] += 1
-        return [(name, Update("x", 0.0, n, False)) for name, n in self._counts.items()]
+        updates = [
+            (name, Update("x", -0.5 * n, n, n == self._most[name]))
+            for name, n in self._counts.items()
+        ]
+        for name, update in updates:
+            if update.finished:
+                self.abort(name)
+        return updates
 
     def abort(self, request_id: str) -> None:
-        del self._counts[request_id]
+        self._counts.pop(request_id, None)
 
 
-class EndlessProcess(EngineProcess):
-    """The actor around an engine whose answers do not end."""
+class TypistProcess(EngineProcess):
+    """The actor around an engine whose answers are as long as one likes."""
 
     def _open(self) -> EngineLoop:
-        return EngineLoop(Endless())
+        return EngineLoop(Typist())
 
 
-@pytest.fixture
-def endless(cluster, tmp_path):
+@pytest.fixture(scope="module")
+def typist(cluster, tmp_path_factory):
+    """The last test ends its process."""
     import ray
 
-    actor = ray.remote(EndlessProcess).options(num_cpus=0.1).remote(CONFIG, tmp_path, ())
+    folder = tmp_path_factory.mktemp("typist")
+    actor = ray.remote(TypistProcess).options(num_cpus=0.1).remote(CONFIG, folder, ())
     ray.get(actor.start.remote(), timeout=CONFIG.start_timeout_s)
-    client = EngineClient(actor, "the endless engine", CONFIG.request_timeout_s)
+    client = EngineClient(actor, "the typing engine", CONFIG.request_timeout_s)
     yield client
     client.close()
 
@@ -77,8 +89,10 @@ def engine(cluster, model_dir: Path):
     client.close()
 
 
-async def read(engine: EngineClient, prompt: Prompt, sampling: Sampling) -> list[Update]:
-    return [update async for update in engine.stream(prompt, sampling)]
+async def read(
+    engine: EngineClient, prompt: Prompt, sampling: Sampling, streamed: bool = False
+) -> list[Update]:
+    return [update async for update in engine.stream(prompt, sampling, streamed)]
 
 
 async def unfinished_becomes(engine: EngineClient, wanted: int) -> bool:
@@ -92,7 +106,7 @@ def test_it_streams_what_the_generator_answers_here(engine, model_dir):
     sampling = Sampling(max_new_tokens=8)
 
     async def run() -> list[list[Update]]:
-        return await asyncio.gather(*(read(engine, prompt, sampling) for prompt in PROMPTS))
+        return await asyncio.gather(*(read(engine, prompt, sampling, True) for prompt in PROMPTS))
 
     expected = TransformersGenerator(model_dir, "float32", "cpu").generate(PROMPTS, sampling)
     for (update,), answer in zip(asyncio.run(run()), expected, strict=True):
@@ -109,22 +123,39 @@ def test_an_error_arrives_as_itself_and_the_engine_goes_on(engine):
     assert len(asyncio.run(read(engine, PROMPTS[0], Sampling(max_new_tokens=2)))) == 1
 
 
-def test_who_leaves_frees_the_engine(endless):
+def test_an_answer_that_is_not_streamed_comes_in_one_update(typist):
+    async def run() -> tuple[list[Update], list[Update]]:
+        sampling = Sampling(max_new_tokens=40)
+        both = [read(typist, PROMPTS[0], sampling, streamed) for streamed in (True, False)]
+        streamed, joined = await asyncio.gather(*both)
+        assert await typist.num_unfinished() == 0
+        return streamed, joined
+
+    streamed, joined = asyncio.run(run())
+    assert joined == [Update("x" * 40, -20.0, 40, finished=True)]
+    assert len(streamed) > 1
+    assert "".join(update.text for update in streamed) == joined[0].text
+    last = streamed[-1]
+    assert (last.logp, last.num_tokens, last.finished) == (-20.0, 40, True)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_who_leaves_frees_the_engine(typist, streamed):
     async def run() -> None:
-        streams = [endless.stream(prompt, Sampling()) for prompt in PROMPTS]
+        streams = [typist.stream(prompt, ENDLESS, True) for prompt in PROMPTS]
         for stream in streams:
             assert (await anext(stream)).text.strip("x") == ""
-        reading = asyncio.create_task(read(endless, PROMPTS[0], Sampling()))
-        assert await unfinished_becomes(endless, 4)
+        reading = asyncio.create_task(read(typist, PROMPTS[0], ENDLESS, streamed))
+        assert await unfinished_becomes(typist, 4)
         await streams[0].aclose()
-        assert await unfinished_becomes(endless, 3)
+        assert await unfinished_becomes(typist, 3)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
-        assert await unfinished_becomes(endless, 2)
+        assert await unfinished_becomes(typist, 2)
         del stream, streams[1:]  # forgotten, without a word
-        assert await unfinished_becomes(endless, 0)
-        assert endless.failure() is None
+        assert await unfinished_becomes(typist, 0)
+        assert typist.failure() is None
 
     asyncio.run(run())
 
@@ -134,25 +165,25 @@ def test_an_engine_that_cannot_start_says_why(cluster, tmp_path):
         open_engine_process(CONFIG, tmp_path, ())
 
 
-def test_the_death_of_its_process_is_seen(endless):
+def test_the_death_of_its_process_is_seen(typist):
     import ray
 
-    pid = ray.get(endless._actor.__ray_call__.remote(lambda _: os.getpid()), timeout=PATIENCE_S)
+    pid = ray.get(typist._actor.__ray_call__.remote(lambda _: os.getpid()), timeout=PATIENCE_S)
 
     async def run() -> None:
-        reading = asyncio.create_task(read(endless, PROMPTS[0], Sampling()))
-        assert await unfinished_becomes(endless, 1)
-        assert endless.failure() is None
+        reading = asyncio.create_task(read(typist, PROMPTS[0], ENDLESS))
+        assert await unfinished_becomes(typist, 1)
+        assert typist.failure() is None
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(OverloadedError, match="is being replaced; try again"):
             await reading
         deadline = time.monotonic() + PATIENCE_S
-        while endless.failure() is None and time.monotonic() < deadline:
+        while typist.failure() is None and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        assert "its process has ended" in endless.failure()
+        assert "its process has ended" in typist.failure()
         with pytest.raises(OverloadedError):
-            await read(endless, PROMPTS[1], Sampling())
+            await read(typist, PROMPTS[1], ENDLESS)
         with pytest.raises(OverloadedError):
-            await endless.num_unfinished()
+            await typist.num_unfinished()
 
     asyncio.run(run())

@@ -42,11 +42,15 @@ class Recorder:
     def __init__(self, config: GeneratorConfig, model_dir: Path, prefix: tuple[int, ...]) -> None:
         self.config, self.model_dir, self.prefix = config, model_dir, prefix
         self.asked: list[tuple[Prompt, Sampling]] = []
+        self.streamed: list[bool] = []
         self.num_left, self.closed = 0, False
         self.trouble: str | None = None
 
-    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Update, None]:
+    async def stream(
+        self, prompt: Prompt, sampling: Sampling, streamed: bool
+    ) -> AsyncGenerator[Update, None]:
         self.asked.append((prompt, sampling))
+        self.streamed.append(streamed)
         finished = False
         try:
             for count, text in enumerate((" Pa", "ris"), start=1):
@@ -215,6 +219,46 @@ def test_a_failed_engine_makes_the_part_unhealthy(part, recorders, generator_bun
         part.check_health()
 
 
+def test_a_version_whose_engine_has_failed_is_loaded_again_with_another(
+    part, recorders, generator_bundles
+):
+    part.load("v1", generator_bundles("plain"))
+    part.load("v2", generator_bundles("longer", max_new_tokens=20))
+    (dead,) = recorders.opened
+    dead.trouble = "it burnt"
+    assert part.loaded() == ()
+    part.load("v2", generator_bundles("longer", max_new_tokens=20))
+    assert dead.closed
+    assert part.loaded() == ("v2",)
+    part.load("v1", generator_bundles("plain"))
+    part.check_health()
+    assert sorted(part.loaded()) == ["v1", "v2"]
+    _, living = recorders.opened
+    ask(part, "v1")
+    ask(part, "v2")
+    assert (len(dead.asked), len(living.asked)) == (0, 2)
+    part.drop("v1")
+    assert not living.closed
+    part.drop("v2")
+    assert living.closed
+
+
+def test_a_part_counts_as_healthy_while_it_opens_another_engine(generator_bundles, recorders):
+    def open_and_look(config: GeneratorConfig, model_dir: Path, prefix_ids: tuple[int, ...]):
+        if recorders.opened:
+            part.check_health()
+        return recorders(config, model_dir, prefix_ids)
+
+    part = GeneratorPart(SETTINGS, open_and_look)
+    part.load("v1", generator_bundles("plain"))
+    recorders.opened[0].trouble = "it burnt"
+    with pytest.raises(GenerationError, match="it burnt"):
+        part.check_health()
+    part.load("v1", generator_bundles("plain"))
+    assert len(recorders.opened) == 2
+    part.check_health()
+
+
 def test_an_engine_that_does_not_start_leaves_what_was_loaded(generator_bundles, recorders):
     def open_or_refuse(config: GeneratorConfig, model_dir: Path, prefix_ids: tuple[int, ...]):
         if recorders.opened:
@@ -247,6 +291,13 @@ def test_a_request_changes_what_it_sets_and_nothing_else(part, recorders, genera
         Sampling(3, base.temperature, base.stop, base.seed),
         Sampling(base.max_new_tokens, 0.7, base.stop, seed=5),
     ]
+
+
+def test_an_engine_is_told_whether_the_answer_is_streamed(part, recorders, generator_bundles):
+    part.load("v1", generator_bundles("plain"))
+    ask(part, "v1")
+    ask(part, "v1", streamed=True)
+    assert recorders.opened[0].streamed == [False, True]
 
 
 def test_a_seed_counts_only_where_something_is_drawn():

@@ -159,15 +159,20 @@ def test_requests_are_counted_by_version():
     asyncio.run(scenario())
 
 
-def test_a_part_that_is_down_is_told_at_once():
+def test_a_part_is_down_once_the_registry_has_said_so_for_a_while():
     async def scenario() -> None:
         registry = RegistryInMemory("a")
         reporter = RoutingReporter("i1", registry.tell)
-        registry.wanted = Wanted({"a": "/bundles/a"}, Routing("a"), down=("generator",))
+        up = Wanted({"a": "/bundles/a"}, Routing("a"))
+        down = Wanted({"a": "/bundles/a"}, Routing("a"), down=("generator",))
+        # A registry that has just begun knows of nobody yet.
+        for registry.wanted in (down, down, up, down, down):
+            await reporter.refresh()
+            assert not reporter.down("generator").is_set()
         await reporter.refresh()
         assert reporter.down("generator").is_set()
         assert not reporter.down("selector").is_set()
-        registry.wanted = Wanted({"a": "/bundles/a"}, Routing("a"))
+        registry.wanted = up
         await reporter.refresh()
         assert not reporter.down("generator").is_set()
 

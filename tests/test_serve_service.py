@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import threading
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from serve_bundles import bundle_config, make_bundle
+from serve_load import Load, processes_of, wait_for
 
 from rlrag.bundle import load_bundle
 from rlrag.bundle_files import read_bundle
@@ -21,11 +28,8 @@ from rlrag.rewards.answering import AnsweringReward
 pytestmark = pytest.mark.slow
 
 ADMIN_KEY = "a-key-of-the-operator"
-PATIENCE = {
-    # Ray Serve kills an HTTP proxy that takes longer, as on a busy machine it may.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
-}
+AS_OPERATOR = {"Authorization": f"Bearer {ADMIN_KEY}"}
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,7 @@ def service(bundles, tmp_path_factory) -> Iterator[httpx.Client]:
     from ray import serve as ray_serve
 
     from serve.app import build
+    from serve.proxy import PROXY_VARIABLES
 
     folder = tmp_path_factory.mktemp("state")
     keys = folder / "admin-keys"
@@ -54,7 +59,7 @@ def service(bundles, tmp_path_factory) -> Iterator[httpx.Client]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in PATIENCE.items():
+        for name, value in PROXY_VARIABLES.items():
             patch.setenv(name, value)
         ray.init(
             num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8
@@ -124,7 +129,7 @@ def load(service: httpx.Client, bundle: Path, **fields) -> httpx.Response:
     return service.post(
         "/admin/bundle",
         json={"path": str(bundle), **fields},
-        headers={"Authorization": f"Bearer {ADMIN_KEY}"},
+        headers=AS_OPERATOR,
         timeout=120,
     )
 
@@ -139,6 +144,71 @@ def test_served_answers_are_those_of_evaluation(service, bundles, evaluated):
         assert answered["bundle_version"] == version
         assert all(0 < passage["selection_prob"] <= 1 for passage in answered["passages"])
         assert {"retrieve", "select", "generate", "total"} <= set(answered["timings_ms"])
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_curl_commands_of_the_readme_work(service, bundles):
+    ask, change = [line for line in readme_blocks("") if line.startswith("curl ")]
+    said = run_in_shell(ask, service)
+    assert said["passages"]
+    assert {"answer", "answer_logp", "bundle_version", "timings_ms"} <= said.keys()
+    version = read_bundle(bundles[1]).version
+    try:
+        said = run_in_shell(change.replace("/bundles/new", str(bundles[1])), service)
+        assert said == {"version": version, "role": "canary"}
+        assert service.get("/v1/versions").json()["canary"] == version
+    finally:
+        service.delete("/admin/bundle/canary", headers=AS_OPERATOR)
+
+
+def test_the_openai_client_of_the_readme_works(service, capsys):
+    code = "\n".join(readme_blocks("python"))
+    question = "What is the capital of Mongolia?"
+    assert question in code
+    exec(
+        compile(code.replace("localhost:8000", service.base_url.netloc.decode()), "README", "exec")
+    )
+    answered = service.post("/v1/answer", json={"question": question}).json()
+    assert capsys.readouterr().out == answered["answer"] + "\n"
+
+
+def test_a_client_of_search_r1_finds_what_retrieval_finds(service, evaluated, bundles):
+    """A rollout of Search-R1 posts a batch of queries and shows documents to its policy so."""
+    queries = [one["question"] for one in evaluated[bundles[0]]][:2]
+    sent = {"queries": queries, "topk": 3, "return_scores": True}
+    found = httpx.post(service.base_url.join("/retrieve"), json=sent, timeout=60).json()["result"]
+    assert len(found) == len(queries)
+    for query, hits in zip(queries, found, strict=True):
+        shown = []
+        for rank, hit in enumerate(hits, start=1):
+            title, *text = hit["document"]["contents"].split("\n")
+            shown.append(f"Doc {rank}(Title: {title}) {' '.join(text)}")
+        expected = service.post("/v1/retrieve", json={"question": query, "num_candidates": 3})
+        passages = expected.json()["passages"]
+        assert len(passages) == 3
+        assert shown == [
+            f"Doc {rank}(Title: {passage['title']}) {passage['text']}"
+            for rank, passage in enumerate(passages, start=1)
+        ]
+        assert [hit["document"]["id"] for hit in hits] == [passage["id"] for passage in passages]
+        assert [hit["score"] for hit in hits] == [p["retriever_score"] for p in passages]
+
+
+def readme_blocks(language: str) -> list[str]:
+    """Commands, or lines of code, in the README's section about serving."""
+    section = README.read_text().partition("\n## Serving\n")[2].partition("\n## ")[0]
+    fences = re.findall(r"^```(.*?)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    blocks = [block for name, block in fences if name == language]
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def run_in_shell(command: str, service: httpx.Client) -> dict:
+    command = command.replace("localhost:8000", service.base_url.netloc.decode())
+    environment = {**os.environ, "ADMIN_KEY": ADMIN_KEY}
+    done = subprocess.run(
+        command, shell=True, check=True, capture_output=True, timeout=120, env=environment
+    )
+    return json.loads(done.stdout)
 
 
 def test_a_damaged_bundle_is_refused_and_the_old_one_stays(service, bundles, tmp_path):
@@ -156,36 +226,48 @@ def test_bundles_change_under_load_without_a_failed_or_mixed_answer(service, bun
         for bundle in bundles
     }
     questions = [one["question"] for one in evaluated[bundles[0]]]
-    answered: list[dict] = []
-    failed: list[str] = []
-    stop = threading.Event()
-
-    def ask(client_number: int) -> None:
-        with httpx.Client(base_url=service.base_url, timeout=60) as client:
-            for turn in range(100_000):
-                if stop.is_set():
-                    return
-                question = questions[(turn + client_number) % len(questions)]
-                response = client.post("/v1/answer", json={"question": question, "temperature": 0})
-                if response.status_code == 200:
-                    answered.append({"question": question, **response.json()})
-                else:
-                    failed.append(response.text)
-
-    clients = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
-    for client in clients:
-        client.start()
-    try:
+    with Load(service.base_url, lambda turn: questions[turn % len(questions)]) as asked:
         for change in range(20):
             bundle = bundles[(change + 1) % 2]
             response = load(service, bundle, role="active")
             assert response.status_code == 200, response.text
             assert service.get("/v1/versions").json()["active"] == read_bundle(bundle).version
-    finally:
-        stop.set()
-        for client in clients:
-            client.join(60)
-    assert not failed
-    assert {one["bundle_version"] for one in answered} == set(expected)
-    for one in answered:
-        check_equal(one, expected[one["bundle_version"]][one["question"]])
+    assert {reply.status for reply in asked.replies} == {200}
+    answered = [(reply.question, reply.body) for reply in asked.replies]
+    assert {body["bundle_version"] for _, body in answered} == set(expected)
+    for question, body in answered:
+        check_equal(body, expected[body["bundle_version"]][question])
+
+
+@pytest.mark.parametrize(
+    "process", ["Retriever", "Selector", "Generator", "EngineProcess", "Registry", "Ingress"]
+)
+def test_a_process_that_dies_costs_no_more_than_503_until_it_is_replaced(
+    service, evaluated, bundles, process, record_property
+):
+    """Every request is answered or refused; once there is another process, all are answered."""
+    questions = [one["question"] for one in evaluated[bundles[0]]]
+
+    def never_asked_before(turn: int) -> str:
+        return f"{questions[turn % len(questions)]} {process} {turn}"
+
+    with Load(service.base_url, never_asked_before) as asked:
+        asked.wait_for_answers(since=time.monotonic())
+        [old] = processes_of(process)
+        os.kill(old, signal.SIGKILL)
+        killed = time.monotonic()
+        wait_for(lambda: [pid for pid in processes_of(process) if pid != old])
+        asked.wait_for_answers(since=time.monotonic())
+    replies = asked.since(killed)
+    assert {reply.status for reply in asked.replies} <= {200, 503}, asked.replies
+    for reply in replies:
+        if reply.status == 503:
+            assert reply.content_type == "application/problem+json"
+            assert reply.retry_after is not None
+    counts = Counter(reply.status for reply in replies)
+    recovered = max(
+        [reply.ended for reply in replies if reply.status == 503]
+        + [min(reply.ended for reply in replies if reply.status == 200 and reply.began > killed)]
+    )
+    record_property("recovery_s", round(recovered - killed, 1))
+    print(f"{process}: normal after {recovered - killed:.1f} s; {dict(counts)}")
