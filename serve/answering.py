@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from rlrag.data.feedback import SelectionEvent
-from rlrag.errors import RequestError
+from rlrag.errors import OverloadedError, RequestError
 from serve.caches import CallCache, Key
 from serve.feedback_log import FeedbackLog
 from serve.limits import Admission
@@ -94,6 +94,19 @@ class Answering:
         self.shadow = ShadowRuns(
             self._compute, desk, limits.max_shadow_runs, limits.timeout_s, metrics
         )
+
+    def check_ready(self) -> None:
+        """Return when questions can be answered.
+
+        Raises:
+            OverloadedError: when no version is known yet, or a part has no replica that holds it.
+        """
+        version = self._desk.routing().active
+        missing = self._desk.missing()
+        if missing:
+            raise OverloadedError(
+                f"no {' and no '.join(missing)} holds version {version} yet; try again in a moment"
+            )
 
     def routing(self) -> Routing:
         """The newest routing; entries of versions that it no longer names leave the caches."""

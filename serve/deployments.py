@@ -227,6 +227,10 @@ class RayDesk:
         """See `VersionDesk.routing`."""
         return self.reporter.routing()
 
+    def missing(self) -> tuple[str, ...]:
+        """See `VersionDesk.missing`."""
+        return self.reporter.missing()
+
     def bundle_path(self, version: str) -> str:
         """See `VersionDesk.bundle_path`."""
         return self.reporter.wanted().bundles[version]

@@ -171,6 +171,10 @@ class VersionDesk(Protocol):
         """
         ...
 
+    def missing(self) -> tuple[str, ...]:
+        """Parts of which no replica holds the active version yet, or any more."""
+        ...
+
     def bundle_path(self, version: str) -> str:
         """Where a version in use was loaded from."""
         ...

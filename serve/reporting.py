@@ -141,6 +141,7 @@ class RoutingReporter:
         self._in_flight: Counter[str] = Counter()
         self._down: dict[str, asyncio.Event] = {part: asyncio.Event() for part in PARTS}
         self._times_down: Counter[str] = Counter()
+        self._been_up: set[str] = set()
         self._loop: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -180,6 +181,10 @@ class RoutingReporter:
         """Set while a part has no living replica."""
         return self._down[part]
 
+    def missing(self) -> tuple[str, ...]:
+        """Parts that cannot answer: those that never could yet, and those that are down."""
+        return tuple(p for p in PARTS if p not in self._been_up or self._down[p].is_set())
+
     async def refresh(self) -> None:
         """Ask the registry now.
 
@@ -198,6 +203,7 @@ class RoutingReporter:
             self._times_down[part] += 1
             if part not in self._wanted.down:
                 self._times_down[part] = 0
+                self._been_up.add(part)
                 event.clear()
             elif self._times_down[part] >= _DOWN_AFTER:
                 event.set()

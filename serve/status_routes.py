@@ -44,8 +44,8 @@ def health_routes(service: Service) -> APIRouter:
 
     @router.get("/readyz", response_model=Health, responses=refusals(503))
     async def ready() -> Response:
-        """200 when it is known which bundle version answers, else 503."""
-        service.answering.routing()
+        """200 when every part holds the bundle version that answers, else 503."""
+        service.answering.check_ready()
         return json_response(Health())
 
     @router.get("/metrics", response_class=Response, responses={**refusals(), **_PLAIN})

@@ -107,6 +107,7 @@ class Desk:
 
     def __init__(self, routing: Routing | None = None) -> None:
         self.now = routing
+        self.gone: tuple[str, ...] = ()
         self.in_flight: Counter[str] = Counter()
         self.begun: Counter[str] = Counter()
 
@@ -114,6 +115,9 @@ class Desk:
         if self.now is None:
             raise OverloadedError("no version is known yet; try again in a moment")
         return self.now
+
+    def missing(self) -> tuple[str, ...]:
+        return self.gone
 
     def bundle_path(self, version: str) -> str:
         return f"/bundles/{version}"

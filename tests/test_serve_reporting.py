@@ -144,6 +144,28 @@ def test_the_http_side_knows_the_routing_once_it_was_told():
     asyncio.run(scenario())
 
 
+def test_a_part_is_missing_until_it_is_up_and_again_when_it_is_down():
+    async def scenario() -> None:
+        registry = RegistryInMemory("a")
+        reporter = RoutingReporter("i1", registry.tell)
+        bundles = {"a": "/bundles/a"}
+        assert reporter.missing() == ("retriever", "selector", "generator")
+        registry.wanted = Wanted(bundles, Routing("a"), down=("generator",))
+        await reporter.refresh()
+        assert reporter.missing() == ("generator",)
+        registry.wanted = Wanted(bundles, Routing("a"))
+        await reporter.refresh()
+        assert reporter.missing() == ()
+        registry.wanted = Wanted(bundles, Routing("a"), down=("selector",))
+        await reporter.refresh()
+        assert reporter.missing() == ()  # a registry that restarted has yet to hear of it
+        await reporter.refresh()
+        await reporter.refresh()
+        assert reporter.missing() == ("selector",)
+
+    asyncio.run(scenario())
+
+
 def test_requests_are_counted_by_version():
     async def scenario() -> None:
         registry = RegistryInMemory("a")

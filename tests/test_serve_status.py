@@ -115,6 +115,10 @@ def test_a_service_is_ready_when_a_version_is_known() -> None:
         assert "rlrag_version{" not in (await served.client.get("/metrics")).text
         served.desk.now = Routing("v1")
         assert (await served.client.get("/readyz")).json() == {"status": "ok"}
+        served.desk.gone = ("selector", "generator")
+        refused = await served.client.get("/readyz")
+        assert refused.status_code == 503
+        assert refused.json()["detail"].startswith("no selector and no generator holds version")
 
     asyncio.run(run())
 
