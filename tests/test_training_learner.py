@@ -304,14 +304,17 @@ def test_two_workers_with_half_a_batch_each_take_the_step_of_one():
     assert one == pytest.approx(two, rel=1e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize("num_selected", [1, 2])
+@pytest.mark.parametrize(
+    ("num_selected", "micro_batch"), [(1, None), (2, None), (2, 1), (2, 2), (2, 5)]
+)
 def test_a_step_on_the_real_policy_follows_the_gradient_of_the_loss(
-    small_config, tmp_path: Path, num_selected
+    small_config, tmp_path: Path, num_selected, micro_batch
 ):
     """The first moments are those of autograd on -sum c log p, written out with plain softmax."""
     table = make_table(3)
     arguments = (small_config.selector, num_selected, 2, table.vector_size, tmp_path, 0)
     policy, initial, plain = (build_policy(*arguments) for _ in range(3))
+    policy.micro_batch = micro_batch
     positions_BMK = np.array([[[0, 1], [3, 0]], [[1, 2], [1, 4]], [[4, 3], [2, 0]]])
     rewards_BM = np.array([[-1.0, -3.0], [-2.0, -2.5], [-6.0, -0.5]])
     config = DROConfig(num_samples=2)

@@ -131,6 +131,9 @@ class PlackettLucePolicy(nn.Module):
         num_selected: Passages in a selection (K).
     """
 
+    micro_batch: int | None = None
+    """Questions that a learner has in one forward pass; None takes all that it has."""
+
     def __init__(self, scorer: nn.Module, num_selected: int) -> None:
         super().__init__()
         self.scorer = scorer

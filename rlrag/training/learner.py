@@ -81,13 +81,13 @@ class SelectorLearner(SavesOptimizer):
         with torch.no_grad():
             initial_BM = self._initial.log_prob(batch, experience.positions_BMK).cpu().double()
         coefficients_BM = self._coefficients(experience, weights_BM, initial_BM)
-        logp_BM = self._policy.log_prob(batch, experience.positions_BMK)
-        loss_B = self._loss(logp_BM, behaviour_BM, coefficients_BM)
-        kl_BM = dro.kl_coefficients(logp_BM.detach().cpu().double(), initial_BM, log_weights_BM)
+        self.optimizer.zero_grad()
+        loss, logp_BM = self._backward(experience, behaviour_BM, coefficients_BM)
+        kl_BM = dro.kl_coefficients(logp_BM, initial_BM, log_weights_BM)
         first_pick_BN = torch.from_numpy(self._policy.first_pick_probabilities(batch))
         metrics = self._mean(
             {
-                "loss": loss_B.detach().sum().item(),
+                "loss": loss,
                 "kl_to_initial": -kl_BM.sum().item(),
                 "policy_entropy": torch.special.entr(first_pick_BN).sum().item(),
             }
@@ -96,12 +96,31 @@ class SelectorLearner(SavesOptimizer):
             step, self._num_steps, self._config.warmup_steps, self._config.learning_rate
         )
         set_rate(self.optimizer, rate)
-        self.optimizer.zero_grad()
-        (loss_B.sum() / self._config.batch_size).backward()
         metrics["grad_norm"] = self._share_gradient(step)
         self.optimizer.step()
         metrics["learning_rate"] = rate
         return metrics
+
+    def _backward(
+        self, experience: Experience, behaviour_BM: torch.Tensor, coefficients_BM: torch.Tensor
+    ) -> tuple[float, torch.Tensor]:
+        """Add up the gradient; returns the summed loss, and log p of shape (B, M) on the CPU.
+
+        As many questions at once as the policy reads in one pass: what a language model keeps for
+        the gradient would otherwise grow with the batch.
+        """
+        num_questions = len(experience.question_rows)
+        at_once = self._policy.micro_batch or num_questions
+        loss, parts = 0.0, []
+        for start in range(0, num_questions, at_once):
+            rows = slice(start, start + at_once)
+            batch = self._candidates.batch(experience.question_rows[rows])
+            logp_BM = self._policy.log_prob(batch, experience.positions_BMK[rows])
+            loss_B = self._loss(logp_BM, behaviour_BM[rows], coefficients_BM[rows])
+            (loss_B.sum() / self._config.batch_size).backward()
+            loss += loss_B.detach().sum().item()
+            parts.append(logp_BM.detach().cpu().double())
+        return loss, torch.cat(parts)
 
     def _coefficients(
         self, experience: Experience, weights_BM: torch.Tensor, initial_BM: torch.Tensor
