@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from typing import Any
 import httpx
 
 RESULTS_FILE = Path(__file__).parent / "results" / "serve.md"
-_URL = "http://127.0.0.1:8000"
+URL = "http://127.0.0.1:8000"
 _CLIENTS = 16
 _EXTRA_RATE = 200.0
 _OVERLOAD_S = 30.0
@@ -78,7 +79,10 @@ def service(bundle: Path) -> Iterator[None]:
 
     from benchmarks.runs import own_cluster
     from serve.app import build
+    from serve.proxy import PROXY_VARIABLES
 
+    for name, value in PROXY_VARIABLES.items():  # as `serve run` does where it starts the cluster
+        os.environ.setdefault(name, value)
     with own_cluster(2), tempfile.TemporaryDirectory() as state:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": 8000})
         settings = {
@@ -107,8 +111,8 @@ def _questions(bundle: Path, wanted: int) -> list[str]:
 
 async def _measure(options: argparse.Namespace, questions: list[str]) -> str:
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=_URL, limits=limits, timeout=120) as client:
-        await _ready(client)
+    async with httpx.AsyncClient(base_url=URL, limits=limits, timeout=120) as client:
+        await ready(client)
         await asyncio.gather(*(_ask(client, question) for question in questions[:_CLIENTS]))
         ratios, rates = [], []
         bare = BareEngine(options.bundle)
@@ -239,7 +243,8 @@ def _config(bundle: Path) -> Any:
     return read_bundle(bundle).config
 
 
-async def _ready(client: httpx.AsyncClient) -> None:
+async def ready(client: httpx.AsyncClient) -> None:
+    """Wait until every part of the service can answer."""
     end = time.monotonic() + 300
     while (await client.get("/readyz")).status_code != 200:
         if time.monotonic() > end:
