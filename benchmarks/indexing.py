@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rlrag.records import Passage
+    from rlrag.retrieval.trainable import Role
 
 RESULTS_FILE = Path(__file__).parent / "results" / "indexing.md"
 TARGET_RATIO = 1.2
@@ -75,7 +76,7 @@ class HashEncoder:
 
         self.identity = EncoderIdentity("hash", "float32", 0)
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
         """One float32 vector of Euclidean length 1 for each text."""
         import zlib
 

@@ -18,6 +18,7 @@ from rlrag.retrieval.dense import DenseRetriever
 from rlrag.retrieval.encoder import EncoderIdentity, TextEncoder
 from rlrag.retrieval.manifest import Manifest
 from rlrag.retrieval.protocol import Retriever
+from rlrag.retrieval.trainable import Role
 from rlrag.retrieval.vector_index import open_index
 from rlrag.retrieval.vectors import VECTORS_FILE, open_vectors
 
@@ -32,7 +33,7 @@ class WordEncoder:
         self.num_calls = 0
         self._break_at_call = break_at_call
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
         self.num_calls += 1
         if self.num_calls == self._break_at_call:
             raise KeyboardInterrupt
@@ -238,8 +239,8 @@ def test_an_unreadable_progress_file_is_refused(tmp_path: Path, text: str) -> No
 
 def test_an_encoder_that_makes_no_numbers_is_refused(tmp_path: Path) -> None:
     class BrokenEncoder(WordEncoder):
-        def encode(self, texts: Sequence[str]) -> np.ndarray:
-            return super().encode(texts) * np.nan
+        def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
+            return super().encode(texts, role) * np.nan
 
     with pytest.raises(DataError, match="passages 0 to 35"):
         encoded(corpus_of(35), BrokenEncoder(), tmp_path / "v")

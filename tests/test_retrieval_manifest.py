@@ -19,6 +19,7 @@ from rlrag.records import Passage
 from rlrag.retrieval.build import RetrieverSet, open_retrievers
 from rlrag.retrieval.encoder import EncoderIdentity
 from rlrag.retrieval.manifest import Manifest, check_manifest, staged_directory
+from rlrag.retrieval.trainable import Role
 
 SMALL_IVFPQ = {"index": "ivfpq", "ivf_lists": 4, "pq_bytes": 4}
 
@@ -34,7 +35,7 @@ class TextSeedEncoder:
         self.identity = EncoderIdentity(weights_hash, dtype, max_tokens)
         self.num_texts = 0
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
         self.num_texts += len(texts)
         seeds = [zlib.crc32(text.encode()) for text in texts]
         vectors_BD = np.array(

@@ -44,7 +44,7 @@ class LengthEncoder:
     identity = EncoderIdentity("lengths", "float32", 99)
     size = 2
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
         angles_B = np.array([len(text) / 100 for text in texts], dtype=np.float32)
         return np.stack([np.cos(angles_B), np.sin(angles_B)], axis=1)
 

@@ -21,6 +21,7 @@ from rlrag.retrieval.encoder import EncoderIdentity
 from rlrag.retrieval.manifest import Manifest
 from rlrag.retrieval.protocol import Hits
 from rlrag.retrieval.shards import ShardSource, VectorShard, merge, shard_sources
+from rlrag.retrieval.trainable import Role
 
 NUM_PASSAGES, SIZE = 203, 8
 
@@ -31,7 +32,7 @@ class FewVectors:
     identity = EncoderIdentity("few", "float32", 99)
     size = SIZE
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
         return vectors(len(texts), num_different=5)
 
 

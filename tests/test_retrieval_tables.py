@@ -17,6 +17,7 @@ from rlrag.retrieval.build import open_retrievers
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.encoder import EncoderIdentity
 from rlrag.retrieval.tables import candidate_table
+from rlrag.retrieval.trainable import Role
 
 
 class WordEncoder:
@@ -28,7 +29,7 @@ class WordEncoder:
     def __init__(self) -> None:
         self.num_texts = 0
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
         self.num_texts += len(texts)
         vectors_BD = np.zeros((len(texts), self.size))
         for row, text in enumerate(texts):

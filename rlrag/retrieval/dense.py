@@ -46,7 +46,7 @@ class DenseRetriever(VectorIndex):
         texts = tuple(questions)
         last = self._last
         if last is None or last[0] != texts:
-            last = self._last = (texts, self._encoder.encode(texts))
+            last = self._last = (texts, self._encoder.encode(texts, "question"))
         return last[1]
 
     def search(self, questions: Sequence[str], k: int) -> Hits:

@@ -15,6 +15,7 @@ import numpy as np
 
 from rlrag.errors import ConfigError, DataError
 from rlrag.models import resolve_device, resolve_dtype, weights_hash
+from rlrag.retrieval.trainable import Role
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -42,20 +43,25 @@ class Encoder(Protocol):
         """Length of a vector (D)."""
         ...
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
         """One float32 vector of Euclidean length 1 for each text, shape (B, D)."""
         ...
 
 
 class TextEncoder:
-    """A sentence-transformers model; questions and passages are encoded alike.
+    """A sentence-transformers model; questions and passages are encoded by the same weights.
+
+    Passages, of which there are many, are encoded in the number format that is asked for, questions
+    in float32. In bfloat16 a vector depends by some thousandths on the batch that it is padded and
+    multiplied in, which moves passages of nearly equal scores: a service would find others than the
+    evaluation that it is compared with.
 
     The model is loaded by the first call that needs it, so that a run which finds all its vectors
     on disk never loads it. Texts are sorted by length before they are cut into batches.
 
     Args:
         model_dir: Directory of the model, as `rlrag.models.resolve_model` gives it.
-        dtype: `auto`, `float32` or `bfloat16`; the model computes in it, the vectors are float32.
+        dtype: `auto`, `float32` or `bfloat16`, for passages; the vectors are float32.
         max_tokens: Tokens of a text that are read.
         batch_size: Texts in one forward pass.
     """
@@ -78,7 +84,7 @@ class TextEncoder:
     @property
     def size(self) -> int:
         """Length of a vector (D)."""
-        size = self._model.get_embedding_dimension()
+        size = self._for_passages.get_embedding_dimension()
         if size is None:
             raise ConfigError(
                 f"the encoder {self._model_dir} does not say how long its vectors are; use a "
@@ -87,7 +93,15 @@ class TextEncoder:
         return size
 
     @cached_property
-    def _model(self) -> SentenceTransformer:
+    def _for_passages(self) -> SentenceTransformer:
+        return self._load(self._identity.dtype)
+
+    @cached_property
+    def _for_questions(self) -> SentenceTransformer:
+        exact = self._identity.dtype == "float32"
+        return self._for_passages if exact else self._load("float32")
+
+    def _load(self, dtype: str) -> SentenceTransformer:
         import torch
         from sentence_transformers import SentenceTransformer
 
@@ -95,7 +109,7 @@ class TextEncoder:
             str(self._model_dir),
             device=self._device,
             local_files_only=True,
-            model_kwargs={"dtype": getattr(torch, self._identity.dtype)},
+            model_kwargs={"dtype": getattr(torch, dtype)},
         )
         limit = getattr(model.tokenizer, "model_max_length", None)
         if limit is not None and self._identity.max_tokens > limit:
@@ -106,7 +120,7 @@ class TextEncoder:
         model.max_seq_length = self._identity.max_tokens
         return model
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
         """One float32 vector of Euclidean length 1 for each text, shape (B, D).
 
         Raises:
@@ -114,9 +128,8 @@ class TextEncoder:
         """
         if not texts:
             return np.zeros((0, self.size), dtype=np.float32)
-        vectors_BD = self._model.encode(
-            list(texts), batch_size=self._batch_size, show_progress_bar=False
-        )
+        model = self._for_questions if role == "question" else self._for_passages
+        vectors_BD = model.encode(list(texts), batch_size=self._batch_size, show_progress_bar=False)
         # Lengths are taken after the conversion: in bfloat16 they would be off by up to 0.4 %.
         vectors_BD = np.asarray(vectors_BD, dtype=np.float32)
         lengths_B = np.linalg.norm(vectors_BD, axis=1, keepdims=True)

@@ -30,6 +30,7 @@ from rlrag.retrieval.manifest import cannot_write, digest
 logger = logging.getLogger(__name__)
 
 _CHUNK_QUESTIONS = 256
+_QUESTIONS_IN = "float32"  # files that earlier versions left hold vectors of other formats
 _LOG_EVERY_S = 10.0
 
 
@@ -58,6 +59,7 @@ def candidate_table(
             questions_hash,
             digest([question.question for question in questions]),
             retrievers.manifest_hash,
+            _QUESTIONS_IN,
             config.num_candidates,
         ]
     )
