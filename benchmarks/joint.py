@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import finished_run
+from benchmarks.runs import evaluation_with, finished_run
 
 RESULTS = Path(__file__).parent / "results"
-_TIMEOUT_S = 3600
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 _NUM_SELECTED = {"nq": 2, "hotpotqa": 3}
 _DRO_EPOCHS = "4"
@@ -46,19 +43,6 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def _with_passages(run_dir: Path, num_passages: int) -> dict[str, Any]:
-    """The comparison of a retriever's bundle with so many passages in context, made once."""
-    path = run_dir / f"evaluation-{num_passages}.json"
-    if not path.exists():
-        data = json.loads((run_dir / "config.json").read_text())["data"]
-        command = [sys.executable, "-m", "jobs.evaluate", "--bundle", str(run_dir / "bundle")]
-        command += ["--corpus", data["corpus"], "--questions", data["eval_questions"]]
-        command += ["--docs-in-context", str(num_passages), "--output", str(path)]
-        subprocess.run(command, check=True, timeout=_TIMEOUT_S)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
 def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -78,7 +62,7 @@ def main() -> None:
     bound = ("--training.max-generator-tokens", str(int(budget)))
     dro_dir, dro = run("dro", "--training.num-epochs", _DRO_EPOCHS, *bound)
     openrag_dir, _ = run("openrag", *bound)
-    openrag = _with_passages(openrag_dir, num_passages)
+    openrag = evaluation_with(openrag_dir, num_passages)
     rows = [
         ("nothing (dense order)", None, dro["systems"]["retriever_order"]),
         ("nothing (semi-parametric order)", None, openrag["systems"]["original_retriever"]),

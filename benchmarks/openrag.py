@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import finished_run
+from benchmarks.runs import evaluation_with, finished_run
 
 RESULTS = Path(__file__).parent / "results"
-_TIMEOUT_S = 2 * 3600
 _OFFLINE = ("--openrag.stages", "offline")
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "relevance": ("openrag", ("--openrag.labels", "gold", *_OFFLINE)),
@@ -88,26 +85,12 @@ def main() -> None:
         finished_run(
             f"{arguments.name}-{recipe}", run_dir, 0, arguments.cache_dir, [*own_flags, *flags]
         )
-        found[variant] = {d: _evaluated(run_dir, d) for d in arguments.depths}
+        found[variant] = {d: evaluation_with(run_dir, d) for d in arguments.depths}
         if "relevance" not in variant:
             pools = json.loads((run_dir / "pools" / "summary.json").read_text())
     text = report(arguments.name, found, pools)
     (RESULTS / f"openrag-{arguments.name}.md").write_text(text)
     print(text)
-
-
-def _evaluated(run_dir: Path, depth: int) -> dict[str, Any]:
-    """The comparison of a bundle with so many passages in context, made once."""
-    path = run_dir / f"evaluation-{depth}.json"
-    if not path.exists():
-        config = json.loads((run_dir / "config.json").read_text())
-        command = [sys.executable, "-m", "jobs.evaluate", "--bundle", str(run_dir / "bundle")]
-        command += ["--corpus", config["data"]["corpus"]]
-        command += ["--questions", config["data"]["eval_questions"]]
-        command += ["--docs-in-context", str(depth), "--output", str(path)]
-        subprocess.run(command, check=True, timeout=_TIMEOUT_S)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
 
 
 if __name__ == "__main__":

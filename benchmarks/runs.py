@@ -48,3 +48,16 @@ def finished_run(
         subprocess.run(command, check=True, timeout=_TIMEOUT_S)
         minutes = (time.monotonic() - started) / 60
     return json.loads((run_dir / "evaluation.json").read_text()), minutes
+
+
+def evaluation_with(run_dir: Path, num_passages: int) -> dict[str, Any]:
+    """The comparison of a run's bundle with so many passages in context, made once."""
+    path = run_dir / f"evaluation-{num_passages}.json"
+    if not path.exists():
+        data = json.loads((run_dir / "config.json").read_text())["data"]
+        command = [sys.executable, "-m", "jobs.evaluate", "--bundle", str(run_dir / "bundle")]
+        command += ["--corpus", data["corpus"], "--questions", data["eval_questions"]]
+        command += ["--docs-in-context", str(num_passages), "--output", str(path)]
+        subprocess.run(command, check=True, timeout=_TIMEOUT_S)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
