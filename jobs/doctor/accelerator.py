@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 
 from jobs.doctor.checks import Answer, failed, ok, warning
-from jobs.doctor.needs import GIB, Needs
+from jobs.doctor.needs import Needs
+from rlrag.training.plan import GIB
 
 _WITHOUT = (
     "use a machine with one, or none: --generator.device cpu --generator.gpus-per-actor 0 "

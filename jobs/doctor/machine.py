@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from jobs.doctor.checks import Answer, failed, ok, warning
-from jobs.doctor.needs import GIB, Needs, uses_vllm
+from jobs.doctor.needs import Needs, uses_vllm
 from rlrag.config import RunConfig
+from rlrag.training.plan import GIB
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_BYTES = GIB

@@ -10,12 +10,9 @@ from pathlib import Path
 
 from rlrag.config import BUILTIN_ENCODER, RunConfig
 from rlrag.errors import RlragError
-from rlrag.training.plan import num_parameters
+from rlrag.training.plan import ADAPTER_SHARE, GIB, NUMBER_BYTES, num_parameters
 
-GIB = 2**30
 _PROCESS_BYTES = GIB
-_ADAPTER_SHARE = 0.01
-_NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 _STATE_BYTES = 12
 """A trained parameter and its two AdamW moments, or its gradient and these, in float32."""
 _RUN_BYTES = GIB // 8
@@ -76,7 +73,7 @@ def needs_of(config: RunConfig) -> Needs:
     num_workers = training.num_workers if on_ray else 1
     held, trained = _learner(config, sizes)
     learner = 4 * held + _STATE_BYTES * trained
-    weights = sizes.of(generator.model) * _NUMBER_BYTES[generator.dtype] if num_actors else 0
+    weights = sizes.of(generator.model) * NUMBER_BYTES[generator.dtype] if num_actors else 0
     engine_on_gpu = bool(generator.gpus_per_actor) or generator.device == "cuda"
     memory: float = _PROCESS_BYTES
     if num_actors and not engine_on_gpu:
@@ -111,7 +108,7 @@ def _learner(config: RunConfig, sizes: _Sizes) -> tuple[float, float]:
         settings = config.generator_training
         shards = config.training.num_workers if settings.sharding == "fsdp2" else 1
         held += size / shards
-        trained += size / shards * (1 if settings.method == "full" else _ADAPTER_SHARE)
+        trained += size / shards * (1 if settings.method == "full" else ADAPTER_SHARE)
     if config.trains_retriever:
         retrieval = config.retrieval
         model = retrieval.encoder or BUILTIN_ENCODER
@@ -123,7 +120,7 @@ def _learner(config: RunConfig, sizes: _Sizes) -> tuple[float, float]:
         size = sizes.of(config.selector.model)
         by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
         held += 0 if config.generator_training.share_base else size
-        trained += size * (_ADAPTER_SHARE if by_adapter else 1)
+        trained += size * (ADAPTER_SHARE if by_adapter else 1)
     return held, trained
 
 

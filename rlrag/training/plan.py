@@ -16,10 +16,10 @@ from rlrag.config import (
 )
 from rlrag.errors import ConfigError
 
-_GIB = 2**30
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+GIB = 2**30
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 _SIZE_IN_NAME = re.compile(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", re.IGNORECASE)
-_LINEAR_SHARE = 0.01
+ADAPTER_SHARE = 0.01
 """A LoRA adapter's parameters as a share of the model's, roughly, at rank 16."""
 
 
@@ -148,7 +148,7 @@ def _steps(config: RunConfig) -> list[str]:
 def _generator_memory(config: RunConfig) -> list[str]:
     generator = config.generator
     size = num_parameters(generator.model, config.cache_path)
-    weights = size * _BYTES[generator.dtype] / _GIB
+    weights = size * NUMBER_BYTES[generator.dtype] / GIB
     where = "GPU" if generator.gpus_per_actor else "CPU"
     cache = (
         f"0.85 of the GPU less {weights:.1f} GiB"
@@ -168,8 +168,8 @@ def _learner_memory(config: RunConfig) -> list[str]:
     if config.trains_generator:
         settings = config.generator_training
         size = num_parameters(config.generator.model, config.cache_path)
-        trained = size if settings.method == "full" else size * _LINEAR_SHARE
-        total = (4 * size + 12 * trained) / _GIB
+        trained = size if settings.method == "full" else size * ADAPTER_SHARE
+        total = (4 * size + 12 * trained) / GIB
         share = total / workers if settings.sharding == "fsdp2" else total
         found.append(
             f"  M-step      generator, {settings.method}, {settings.sharding}: about {share:.1f} "
@@ -187,9 +187,9 @@ def _learner_memory(config: RunConfig) -> list[str]:
     if "selector" in config.training.parts and config.selector.kind != "features":
         size = num_parameters(config.selector.model, config.cache_path)
         by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
-        trained = size * _LINEAR_SHARE if by_adapter else size
+        trained = size * ADAPTER_SHARE if by_adapter else size
         held = 0 if config.generator_training.share_base else size
-        total = (4 * held + 12 * trained) / _GIB
+        total = (4 * held + 12 * trained) / GIB
         again = "" if by_adapter else ", and as many weights again for the policy it started from"
         found.append(
             f"  M-step      selector, {config.selector.kind}: about {total:.1f} GiB of weights and "
@@ -204,7 +204,7 @@ def _encoder_memory(model: str, config: RunConfig) -> str:
         size = num_parameters(model, config.cache_path) * (1 if config.openrag.tied else 2)
     except ConfigError:
         return "16 bytes of weights and optimiser for each of its parameters (not known here)"
-    return f"about {16 * size / _GIB:.1f} GiB of weights and optimiser"
+    return f"about {16 * size / GIB:.1f} GiB of weights and optimiser"
 
 
 def _placement(config: RunConfig) -> list[str]:
