@@ -32,7 +32,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors.torch import load_file
 
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError
+from rlrag.errors import CheckpointError, GenerationError
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.licences import LICENCES_FILE, PartLicence
 from rlrag.records import Generation, Passage, Question
@@ -187,20 +187,25 @@ def parse_bundle(directory: Path, version: str = "") -> BundleFiles:
 def golden_sample(
     questions: Sequence[Question],
     selections: Sequence[Sequence[Passage]],
-    answers: Sequence[Generation],
+    answers: Sequence[Generation | GenerationError],
 ) -> tuple[GoldenQuestion, ...]:
-    """At most `NUM_GOLDEN` of these, always the same of equal numbers, in their order."""
-    number = min(NUM_GOLDEN, len(questions))
-    rows = np.sort(np.random.default_rng(0).choice(len(questions), number, replace=False))
+    """At most `NUM_GOLDEN` of those with answers, always the same of equal numbers, in order."""
+    answered = [
+        (question, selection, answer)
+        for question, selection, answer in zip(questions, selections, answers, strict=True)
+        if not isinstance(answer, GenerationError)
+    ]
+    number = min(NUM_GOLDEN, len(answered))
+    rows = np.sort(np.random.default_rng(0).choice(len(answered), number, replace=False))
     return tuple(
         GoldenQuestion(
-            id=questions[row].id,
-            question=questions[row].question,
-            answer=answers[row].text,
-            passage_ids=tuple(passage.id for passage in selections[row]),
-            answer_logp=answers[row].logp,
+            id=question.id,
+            question=question.question,
+            answer=answer.text,
+            passage_ids=tuple(passage.id for passage in selection),
+            answer_logp=answer.logp,
         )
-        for row in rows
+        for question, selection, answer in (answered[row] for row in rows)
     )
 
 

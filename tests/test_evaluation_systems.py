@@ -20,9 +20,9 @@ from rlrag.config import (
     TrainingConfig,
 )
 from rlrag.data.corpus import MemoryCorpus
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, GenerationError
 from rlrag.evaluation.systems import evaluate, greedy_picks
-from rlrag.evaluation.table import EvaluationTable
+from rlrag.evaluation.table import EvaluationTable, plain_text
 from rlrag.pipeline import open_policy, open_reward
 from rlrag.records import Passage, Question
 from rlrag.retrieval.candidates import CandidateBatch, CandidateTable
@@ -410,3 +410,41 @@ def test_the_tuned_retriever_is_compared_with_the_original():
     assert list(table.paired) == ["tuned_retriever_vs_original_retriever"]
     pair = table.paired["tuned_retriever_vs_original_retriever"]
     assert pair.accuracy_diff == pytest.approx(0.0)  # paris instead of lima
+
+
+class Picky(ReadingGenerator):
+    """Does not survive prompts with a word."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self._word = word
+
+    def generate(self, prompts, sampling):
+        answers = super().generate(prompts, sampling)
+        return [
+            GenerationError("the engine died") if self._word in prompt.text else answer
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+
+def test_a_question_without_an_answer_counts_for_no_system_and_is_named():
+    """`lima` is first in the retriever's order of the second question, and last in the policy's."""
+    systems = ("no_retrieval", "retriever_order", "trained", "oracle")
+    found = run(three_questions(), *systems, generator=Picky("lima"))
+    assert found.num_questions == 2
+    assert found.left_out == {"q1": "question 'q1': the engine died"}
+    assert found.systems["retriever_order"].f1 == 0  # wrong, red
+    assert found.systems["no_retrieval"].f1 == pytest.approx((0 + 2 / 3) / 2)
+    assert found.systems["trained"].recall == pytest.approx(0)
+    assert found.systems["oracle"].em == pytest.approx(1 / 2)  # paris, blue
+    assert found.to_json()["left_out"] == dict(found.left_out)
+    assert "left out question 'q1'" in plain_text(found)
+    assert "left_out" not in run(three_questions(), "oracle").to_json()
+
+
+def test_the_oracle_does_without_a_candidate_that_led_to_no_answer():
+    found = run(three_questions(), "oracle", generator=Picky("paris"))
+    assert found.left_out == {}
+    assert found.systems["oracle"].em == pytest.approx(1 / 3)  # lima
+    with pytest.raises(GenerationError, match="the engine died"):
+        run(three_questions(), "oracle", generator=Picky("says"))

@@ -348,3 +348,40 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(tmp_path):
     inner.asked.clear()
     cached.generate([prompt(i) for i in range(50)], Sampling())
     assert inner.asked == []
+
+
+class Refusing(Arithmetic):
+    """Gives prompts with token 7 an error in place of a result."""
+
+    def generate(self, prompts, sampling):
+        return [
+            _refused(p, g)
+            for p, g in zip(prompts, super().generate(prompts, sampling), strict=True)
+        ]
+
+    def score(self, prompts, answers):
+        return [
+            _refused(p, s) for p, s in zip(prompts, super().score(prompts, answers), strict=True)
+        ]
+
+
+def _refused(asked, result):
+    return GenerationError("no engine survives 7") if 7 in asked.token_ids else result
+
+
+def test_an_error_takes_its_place_and_is_not_stored(tmp_path):
+    inner = Refusing()
+    cached = CachedGenerator(inner, tmp_path, chunk_size=2)
+    prompts = [prompt(1), prompt(7), prompt(2), prompt(7)]
+    first = cached.generate(prompts, Sampling())
+    assert [str(r) for r in (first[1], first[3])] == ["no engine survives 7"] * 2
+    assert isinstance(first[1], GenerationError)
+    assert inner.asked == [1, 7, 2]
+    assert (cached.tokens.num_requests, cached.tokens.num_cached) == (2, 0)
+    again = cached.generate(prompts, Sampling())
+    assert again[0] == first[0]
+    assert inner.asked == [1, 7, 2, 7]  # only the refused one is asked again
+    assert cached.tokens.num_cached == 2
+    scored = cached.score([prompt(7), prompt(3)], [(1,), (1,)])
+    assert isinstance(scored[0], GenerationError)
+    assert scored[1].num_tokens == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -183,28 +184,61 @@ def test_kill_9_from_outside_in_the_middle_of_a_batch(open_pool, tmp_path):
     assert len(list(tmp_path.glob("started-*"))) == 3
 
 
-def test_a_chunk_that_kills_two_actors_is_named(open_pool):
+def test_a_prompt_that_kills_every_engine_is_given_up_and_the_others_are_answered(open_pool):
     pool = open_pool()
-    with pytest.raises(GenerationError, match=r"2 actors died on the same chunk.*text of \(10002,"):
-        pool.generate([prompt(1), prompt(DIE, 4)], Sampling())
+    prompts = [prompt(1), prompt(DIE, 4), prompt(2), prompt(3)]
+    results = pool.generate(prompts, Sampling())
+    assert texts([results[i] for i in (0, 2, 3)]) == ["1", "2", "3"]
+    assert isinstance(results[1], GenerationError)
+    assert re.search(r"generator-\w+-\d died on generate of 1 prompt, .*\(10002,", str(results[1]))
+    assert pool.tokens.num_requests == 4
+    assert pool.tokens.spent == 3 * 2
+    started = time.monotonic()
+    again = pool.score([prompt(DIE, 4), prompt(5)], [(1,), (1,)])  # refused, not tried
+    assert str(again[0]) == str(results[1])
+    assert again[1].logp == -6.0
+    assert time.monotonic() - started < 60
+
+
+def test_a_prompt_that_hangs_is_given_up_and_its_actor_comes_back(open_pool):
+    pool = open_pool(num_actors=1, request_timeout_s=2)
+    pool.wait_until_ready()
+    hung, fine = pool.generate([prompt(HANG), prompt(4)], Sampling())
+    assert isinstance(hung, GeneratorTimeoutError)
+    assert re.search(r"generator-\w+-0 did not answer.*request_timeout_s = 2 s", str(hung))
+    assert fine.text == "4"
+    assert texts(pool.generate([prompt(5)], Sampling())) == ["5"]
+
+
+def test_a_prompt_that_an_engine_fails_on_is_given_up(open_pool):
+    failed, fine = open_pool().generate([prompt(RAISE), prompt(6)], Sampling())
+    assert isinstance(failed, GenerationError)
+    assert re.search(r"failed on generate of .*KeyError: 'no such thing'", str(failed))
+    assert fine.text == "6"
+
+
+def test_engines_that_answer_nothing_end_the_call(open_pool):
+    prompts = [prompt(RAISE, i) for i in range(20)]
+    with pytest.raises(GenerationError, match=r"KeyError.*the engines are to blame"):
+        open_pool().generate(prompts, Sampling())
 
 
 def test_exhausted_restarts_name_the_actor_and_what_was_asked(open_pool):
     pool = open_pool(num_actors=1, max_restarts=0)
     with pytest.raises(
-        GenerationError, match=r"generator-\w+-0 died on score of 1 prompts.*max_restarts = 0"
+        GenerationError, match=r"generator-\w+-0 died on score of 1 prompt, .*max_restarts = 0"
     ):
         pool.score([prompt(DIE)], [(1,)])
 
 
-def test_a_hang_ends_in_a_timeout_that_names_the_actor_and_the_pool_recovers(open_pool):
-    pool = open_pool(num_actors=1, request_timeout_s=2)
+def test_the_others_go_on_without_an_actor_that_does_not_come_back(open_pool, caplog):
+    pool = open_pool(partial(Echo, pause_s=0.1), max_restarts=0)
     pool.wait_until_ready()
-    with pytest.raises(
-        GeneratorTimeoutError, match=r"generator-\w+-0 did not answer.*request_timeout_s = 2 s"
-    ):
-        pool.generate([prompt(HANG)], Sampling())
-    assert texts(pool.generate([prompt(5)], Sampling())) == ["5"]
+    prompts = [prompt(i) for i in range(30)] + [prompt(DIE_ONCE)]
+    assert texts(pool.generate(prompts, Sampling())) == expected(prompts)
+    assert "the other actors go on without it" in caplog.text
+    answers = pool.generate(prompts, Sampling())
+    assert len({g.logp for g in answers}) == 1  # one process
 
 
 def test_an_actor_without_resources_ends_in_a_timeout_that_names_them(open_pool):
@@ -217,14 +251,6 @@ def test_what_keeps_an_engine_from_starting_reaches_the_caller_unchanged(open_po
     pool = open_pool(refuse)
     with pytest.raises(SetupError, match=r"^there is no compiler; install g"):
         pool.generate([prompt(1)], Sampling())
-
-
-def test_a_failure_of_an_engine_names_actor_and_prompts(open_pool):
-    pool = open_pool()
-    with pytest.raises(
-        GenerationError, match=r"generator-\w+-\d failed on generate of .*KeyError: 'no such thing'"
-    ):
-        pool.generate([prompt(RAISE)], Sampling())
 
 
 def test_another_model_on_a_node_is_refused(open_pool):

@@ -266,3 +266,39 @@ def test_passage_reward_does_not_depend_on_the_order() -> None:
 def test_a_cost_must_be_a_price(cost: float) -> None:
     with pytest.raises(ConfigError, match="cost_per_passage"):
         PassageReward(cost)
+
+
+class PickyGenerator(LastWordGenerator):
+    """Does not survive prompts about Norway."""
+
+    def generate(self, prompts, sampling):
+        return [
+            _survived(p, g)
+            for p, g in zip(prompts, super().generate(prompts, sampling), strict=True)
+        ]
+
+    def score(self, prompts, answers):
+        return [
+            _survived(p, s) for p, s in zip(prompts, super().score(prompts, answers), strict=True)
+        ]
+
+
+def _survived(prompt, result):
+    return GenerationError("the engine died") if "Norway" in prompt.text else result
+
+
+@pytest.mark.parametrize("function", ["exact_match", "answer_logp"])
+def test_an_error_of_one_prompt_is_the_reward_of_its_pair_alone(function) -> None:
+    reward = answering(function, generator=PickyGenerator())
+    fine, failed = reward([CAPITAL, EITHER], [[FRANCE], [PASSAGES[2]]])
+    assert fine.total == (1.0 if function == "exact_match" else pytest.approx(-0.5))
+    assert isinstance(failed, GenerationError)
+    assert str(failed) == "question 'q2': the engine died"
+
+
+def test_an_answer_that_could_not_be_given_names_its_question() -> None:
+    found = answering("exact_match", generator=PickyGenerator()).answer(
+        [EITHER, CAPITAL, EITHER], [[PASSAGES[2]], [FRANCE], [PASSAGES[2]]]
+    )
+    assert [str(found[0]), str(found[2])] == ["question 'q2': the engine died"] * 2
+    assert found[1].text == "Paris"

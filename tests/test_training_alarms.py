@@ -188,3 +188,19 @@ def test_limits_can_be_set():
     limits = AlarmLimits(window=3, min_ess=2.0)
     alarms = Alarms(config(), limits)
     assert [a.step for a in alarms.replay(series("ess", [1.9] * 5))] == [3]
+
+
+def test_rewards_that_failed_are_named_once():
+    alarms = Alarms(config())
+    assert alarms.update({"step": 1, "num_failed": 0.0}) == []
+    failed = {"num_failed": 2.0, "failures": ["question 'q1': it died", "question 'q2': too long"]}
+    assert alarms.update({"step": 2, **failed}) == [
+        Alarm(
+            "failures",
+            2,
+            "2 rewards could not be computed and do not count; the first: question 'q1': it died",
+        )
+    ]
+    assert alarms.update({"step": 3, **failed}) == []
+    (elsewhere,) = Alarms(config()).update({"step": 1, "num_failed": 1.0})
+    assert "the log of another worker" in elsewhere.text

@@ -79,6 +79,7 @@ def test_a_failed_reward_is_left_out_and_counted():
     found = described(drawn([[*LIKELIER_FIRST[0], NAN]], [[0, 1, 1]], FAILED), max_failed_share=0.4)
     two = described(drawn(LIKELIER_FIRST))
     assert (found["num_failed"], found["num_rollouts"]) == (1.0, 3.0)
+    assert found["failures"] == [str(FAILED[0])]
     for name in ("reward", "reward/answer_logp", "ess", "weight_entropy", "zero_signal_share"):
         assert found[name] == pytest.approx(two[name]), name
     assert found["duplicate_share"] == pytest.approx(1 / 3)
@@ -149,7 +150,9 @@ def test_two_workers_with_halves_describe_the_whole():
     second = OtherWorker([])
     described(part(slice(1, 4, 2)), second, **{**settings, "max_failed_share": 0.9})
     found = described(part(slice(0, 4, 2)), OtherWorker(second.sent), **settings)
-    assert found == pytest.approx(described(part(slice(None)), **settings))
+    whole = described(part(slice(None)), **settings)
+    assert whole.pop("failures") == [str(FAILED[0])]  # the other worker's, which names it itself
+    assert found == pytest.approx(whole)
     assert (found["num_rollouts"], found["num_failed"]) == (8.0, 1.0)
 
 

@@ -231,8 +231,8 @@ class GeneratorConfig(Section):
     """Longest wait for one batch of one actor."""
     start_timeout_s: float = Field(default=300, gt=0)
     """Longest wait for an actor to load its model."""
-    max_restarts: int = Field(default=3, ge=0)
-    """Times a dead actor is replaced before the run gives up."""
+    max_restarts: int = Field(default=10, ge=0)
+    """Times a dead actor is replaced; after that the others go on without it."""
     prompt: PromptConfig = PromptConfig()
     """The prompt; part of every cache key."""
 

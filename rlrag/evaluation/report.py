@@ -76,7 +76,14 @@ def _alarms(runs: Sequence[RunRecord]) -> str:
     ]
     if not rows:
         return "<p>No alarm was raised.</p>\n"
-    return _table(("run", "step", "alarm", "what was seen and what to try"), rows, prose=True)
+    raised = _table(("run", "step", "alarm", "what was seen and what to try"), rows, prose=True)
+    failures = [
+        (run.name, str(first), text) for run in runs for text, first in run.failures().items()
+    ]
+    if not failures:
+        return raised
+    heading = ("run", "first step", "why a reward could not be computed")
+    return raised + _table(heading, failures, prose=True)
 
 
 def _comparison(runs: Sequence[RunRecord]) -> str:

@@ -51,6 +51,16 @@ RETRIEVER: tuple[Panel, ...] = (
     ("online_negatives", "Negatives of a batch that were found online"),
     ("index_age", "Age of the index (steps)"),
 )
+JSA: tuple[Panel, ...] = (
+    ("retriever/loss", "Loss of both retrievers"),
+    ("retriever/grad_norm", "Norm of the retrievers' gradient"),
+    ("validation/recall", "Validation recall of the passages shown"),
+    ("jsa/acceptance", "Share of proposals that the chains accepted"),
+    ("jsa/ess", "Effective sample size of a chain's proposals"),
+    ("jsa/num_visited", "Different passages that a chain visited"),
+    ("jsa/kl", "KL of the posterior retriever from the prior (nats)"),
+    ("jsa/visited_answer_logp", "Log-probability of the answer behind what was visited (nats)"),
+)
 COST: tuple[Panel, ...] = (
     ("rollouts_per_s", "Rollouts a second"),
     ("generator/tokens_per_s", "Tokens a second that the generator trained on"),
@@ -119,8 +129,8 @@ def generator(runs: Sequence[RunRecord]) -> str:
 
 
 def retriever(runs: Sequence[RunRecord]) -> str:
-    """How the retriever trains and what its walks meet; empty where it is not trained."""
-    return _panels(runs, RETRIEVER)
+    """How the retriever trains and what walks or chains meet; empty where it is not trained."""
+    return _panels(runs, _retriever_panels(runs))
 
 
 def cost(runs: Sequence[RunRecord]) -> str:
@@ -137,12 +147,19 @@ def cost(runs: Sequence[RunRecord]) -> str:
 def not_recorded(runs: Sequence[RunRecord]) -> list[str]:
     """Metrics that have a figure but that no run recorded."""
     known = {name for run in runs for name in run.metric_names()}
-    of_retriever = RETRIEVER if any(run.config.trains_retriever for run in runs) else ()
+    of_retriever = _retriever_panels(runs)
     of_policy = (*STABILITY, *SIGNAL, *GENERATOR)
     if all(run.main_system == "tuned_retriever" for run in runs):
         of_policy = ()
     panels = (*of_policy, *of_retriever, *COST)
     return [name for name, _ in panels if name not in known]
+
+
+def _retriever_panels(runs: Sequence[RunRecord]) -> tuple[Panel, ...]:
+    """What runs that train a retriever record: by OpenRAG, by JSA, or some by each."""
+    by_openrag = RETRIEVER if any(run.config.trains_by_openrag for run in runs) else ()
+    by_jsa = JSA if any(run.config.training.objective == "jsa" for run in runs) else ()
+    return tuple({**dict(by_jsa), **dict(by_openrag)}.items())
 
 
 def _panels(runs: Sequence[RunRecord], panels: Sequence[Panel]) -> str:

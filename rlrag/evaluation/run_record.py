@@ -55,15 +55,16 @@ class RunRecord:
 
     @property
     def num_samples(self) -> int:
-        """Selections drawn a question (m); one under `sft`."""
-        return 1 if self.config.training.objective == "sft" else self.config.dro.num_samples
+        """Selections drawn a question (m); one under `sft`, the steps of a chain under `jsa`."""
+        drawn = {"sft": 1, "jsa": self.config.jsa.mis_steps}
+        return drawn.get(self.config.training.objective, self.config.dro.num_samples)
 
     @property
     def objective(self) -> str:
         """What the parts were trained by."""
         if self.config.trains_in_turns:
             return f"openrag and {self.config.training.objective}, in turns"
-        return "openrag" if self.config.trains_retriever else self.config.training.objective
+        return "openrag" if self.config.trains_by_openrag else self.config.training.objective
 
     @property
     def num_epochs(self) -> int:
@@ -73,7 +74,7 @@ class RunRecord:
         of_retriever = sum(of_stage[stage] for stage in openrag.stages)
         if self.config.trains_in_turns:
             return training.rounds * (of_retriever + training.num_epochs)
-        return of_retriever if self.config.trains_retriever else training.num_epochs
+        return of_retriever if self.config.trains_by_openrag else training.num_epochs
 
     @property
     def main_system(self) -> str:
@@ -90,6 +91,14 @@ class RunRecord:
     def epoch(self) -> float:
         """Passes over the training questions at the last recorded step."""
         return float(self.metrics[-1].get("epoch", math.nan))
+
+    def failures(self) -> dict[str, int]:
+        """Why rewards could not be computed, with the first step that says so."""
+        found: dict[str, int] = {}
+        for record in self.metrics:
+            for text in record.get("failures", ()):
+                found.setdefault(text, int(record["step"]))
+        return found
 
     def metric_names(self) -> list[str]:
         """Every metric that is a number in some record, in the order of appearance."""
@@ -207,6 +216,7 @@ def _run_json(run: RunRecord) -> dict[str, Any]:
         "config": run.config.model_dump(mode="json"),
         "evaluation": run.evaluation,
         "alarms": [{"name": a.name, "step": a.step, "text": a.text} for a in run.alarms],
+        "failures": run.failures(),
         "weight_statistics": run.weight_statistics(),
         "iterations": [vars(quality) for quality in run.iterations()],
         "phase_seconds": run.phases(),

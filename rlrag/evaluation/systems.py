@@ -7,6 +7,9 @@ candidate that turns out best (the oracle). `bm25`, `dense`, `hybrid`, `original
 from what it finds. All are answered by the generator as training found it,
 but `trained` and `tuned_generator` (the retriever's order), where a generator was trained.
 
+A question that the generator could not answer under some system is left out of all, and named, so
+that the systems stay comparable.
+
 Shape letters: Q questions, N candidates, K selected.
 """
 
@@ -19,7 +22,7 @@ from types import MappingProxyType
 import numpy as np
 
 from rlrag.config import RunConfig
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, GenerationError
 from rlrag.evaluation.ranking import ndcg_at_k, recall_at_k
 from rlrag.evaluation.table import EvaluationTable, SystemMetrics, build_table
 from rlrag.records import Generation, Passage, Question
@@ -40,12 +43,17 @@ Picks = Sequence[Sequence[int]] | np.ndarray
 class Answered:
     """What one system showed the generator and what it said, question by question.
 
-    Selections are best first.
+    Selections are best first. An answer that could not be given is the error that says why.
     """
 
     questions: Sequence[Question]
     selections: Sequence[Sequence[Passage]]
-    answers: Sequence[Generation]
+    answers: Sequence[Generation | GenerationError]
+
+    @property
+    def texts(self) -> list[str | None]:
+        """The answers' texts, None where there is none."""
+        return [None if isinstance(a, GenerationError) else a.text for a in self.answers]
 
 
 def evaluate(
@@ -74,9 +82,11 @@ def evaluate(
 
     Raises:
         ConfigError: a system is asked for whose retriever this run has not.
+        GenerationError: when no question was answered under all systems.
     """
     num_selected = config.environment.num_selected
     found: dict[str, SystemMetrics] = {}
+    errors: dict[int, GenerationError] = {}
     asked = config.evaluation.systems
     missing = [name for name in asked if name in _RETRIEVERS and name not in retrievers]
     if missing:
@@ -92,16 +102,25 @@ def evaluate(
         source = "tuned_retriever" if name == "trained" else name
         table = retrievers[source]() if source in retrievers else candidates
         if name == "oracle":
-            found[name] = _oracle(table, answering)
+            found[name] = _oracle(table, answering, errors)
         else:
             picks = _picks(name, policy, table, num_selected, config.seed)
             selections = _passages(table, picks)
             answers = answering.answer(table.questions, selections)
             answered = Answered(table.questions, selections, answers)
             keep(name, answered)
+            errors |= {q: a for q, a in enumerate(answers) if isinstance(a, GenerationError)}
             found[name] = _measure(answered, ranked=name != "no_retrieval")
-    systems: dict[str, SystemMetrics] = {name: found[name] for name in asked}
-    return build_table(systems, num_selected, config.evaluation.num_bootstrap, config.seed)
+    answered_Q = np.array([q not in errors for q in range(len(candidates))])
+    if not answered_Q.any():
+        raise next(iter(errors.values()))
+    return build_table(
+        {name: found[name].of(answered_Q) for name in asked},
+        num_selected,
+        config.evaluation.num_bootstrap,
+        config.seed,
+        {candidates.questions[q].id: str(error) for q, error in sorted(errors.items())},
+    )
 
 
 def greedy_picks(policy: SelectionPolicy, candidates: CandidateTable) -> np.ndarray:
@@ -131,7 +150,7 @@ def _picks(
 
 
 def _measure(answered: Answered, ranked: bool) -> SystemMetrics:
-    metrics = _answer_metrics(answered.questions, [answer.text for answer in answered.answers])
+    metrics = _answer_metrics(answered.questions, answered.texts)
     if not ranked:
         return SystemMetrics(**metrics)
     ids = [[passage.id for passage in selection] for selection in answered.selections]
@@ -156,17 +175,27 @@ def _ranking(
     )
 
 
-def _oracle(candidates: CandidateTable, answering: AnsweringReward) -> SystemMetrics:
-    """The best answer that any single candidate leads to, by exact match and then F1."""
+def _oracle(
+    candidates: CandidateTable, answering: AnsweringReward, errors: dict[int, GenerationError]
+) -> SystemMetrics:
+    """The best answer that any single candidate leads to, by exact match and then F1.
+
+    A question gets into `errors` when no candidate led to an answer.
+    """
     num_questions, num_candidates = candidates.rows_QN.shape
     questions = [q for q in candidates.questions for _ in range(num_candidates)]
     picks = [[n] for _ in range(num_questions) for n in range(num_candidates)]
     owners = np.repeat(np.arange(num_questions), num_candidates)
     passages = [candidates.passages(q)[pick[0]] for q, pick in zip(owners, picks, strict=True)]
     answers = answering.answer(questions, [[passage] for passage in passages])
-    metrics = _answer_metrics(questions, [answer.text for answer in answers])
+    answered = Answered(questions, (), answers)
+    metrics = _answer_metrics(questions, answered.texts)
     shape = (num_questions, num_candidates)
-    order_QN = metrics["em"].reshape(shape) * 2 + metrics["f1"].reshape(shape)
+    order_QN = np.nan_to_num(metrics["em"] * 2 + metrics["f1"], nan=-1.0).reshape(shape)
+    for question in np.flatnonzero(order_QN.max(axis=1) < 0).tolist():
+        error = answers[question * num_candidates]
+        assert isinstance(error, GenerationError)
+        errors[question] = error
     best = order_QN.argmax(axis=1)
     rows = np.arange(num_questions)
     return SystemMetrics(**{name: v.reshape(shape)[rows, best] for name, v in metrics.items()})
@@ -179,12 +208,17 @@ def _passages(candidates: CandidateTable, picks: Picks) -> list[list[Passage]]:
     ]
 
 
-def _answer_metrics(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, np.ndarray]:
+def _answer_metrics(
+    questions: Sequence[Question], answers: Sequence[str | None]
+) -> dict[str, np.ndarray]:
+    """Measures of each answer, NaN where there is none."""
     measures = {"em": exact_match, "f1": token_f1, "accuracy": answer_contained}
     return {
         name: np.array(
             [
-                measure(answer=answer, golden_answers=question.golden_answers)
+                np.nan
+                if answer is None
+                else measure(answer=answer, golden_answers=question.golden_answers)
                 for question, answer in zip(questions, answers, strict=True)
             ]
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,16 @@ class SystemMetrics:
     recall: np.ndarray | None = None
     ndcg: np.ndarray | None = None
 
+    def of(self, kept_Q: np.ndarray) -> SystemMetrics:
+        """The same metrics of some questions alone, by a mask."""
+        return SystemMetrics(
+            self.em[kept_Q],
+            self.f1[kept_Q],
+            self.accuracy[kept_Q],
+            None if self.recall is None else self.recall[kept_Q],
+            None if self.ndcg is None else self.ndcg[kept_Q],
+        )
+
 
 @dataclass(frozen=True)
 class SystemSummary:
@@ -74,17 +85,22 @@ class PairedComparison:
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """The comparison of systems on one question set, with K passages shown to the generator."""
+    """The comparison of systems on one question set, with K passages shown to the generator.
+
+    `left_out` has the ids of questions that count for no system, and why.
+    """
 
     num_questions: int
     num_selected: int
     systems: Mapping[str, SystemSummary]
     paired: Mapping[str, PairedComparison]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Values that `json.dumps` takes: `num_questions`, `systems.NAME`, `paired.A_vs_B`.
 
-        Recall and nDCG carry K in their names, as in `recall@5`, and are None where unknown.
+        Where questions had to be left out, `left_out.ID` says why. Recall and nDCG carry K in their
+        names, as in `recall@5`, and are None where unknown.
         """
         return {
             "num_questions": self.num_questions,
@@ -114,6 +130,7 @@ class EvaluationTable:
                 }
                 for name, comparison in self.paired.items()
             },
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
 
 
@@ -122,8 +139,11 @@ def build_table(
     num_selected: int,
     num_resamples: int = 10_000,
     seed: int = 0,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> EvaluationTable:
     """Summarise the systems in the given order, and compare the pairs of `PAIRED_SYSTEMS`.
+
+    `left_out` says why which questions are not among the metrics.
 
     Raises:
         DataError: no systems, no questions, unequal numbers of questions, or a value that is not
@@ -142,7 +162,7 @@ def build_table(
         if all(name in systems for name in pair):
             ours, theirs = (systems[name] for name in pair)
             paired["_vs_".join(pair)] = _compare(ours, theirs, num_resamples, seed)
-    return EvaluationTable(next(iter(lengths.values())), num_selected, summaries, paired)
+    return EvaluationTable(next(iter(lengths.values())), num_selected, summaries, paired, left_out)
 
 
 def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
@@ -152,7 +172,12 @@ def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
     """
     drawn = Table(
         title=f"{table.num_questions} questions, at most {table.num_selected} passages each",
-        caption=Text("\n").join(_describe(name, pair) for name, pair in table.paired.items()),
+        caption=Text("\n").join(
+            [
+                *(_describe(name, pair) for name, pair in table.paired.items()),
+                *(Text(f"left out {why}") for why in table.left_out.values()),
+            ]
+        ),
         box=box,
         show_edge=False,
         pad_edge=False,

@@ -5,9 +5,9 @@ that decides it: the generator's identity (weights, number format, device, back 
 token ids, and the answer's ids or the sampling parameters. The seed counts only where something is
 drawn, so greedy answers serve every seed. The version of published weights does not count: equal
 weights serve every run, and a stored result comes back with the version that this run gave them.
-Each chunk is one transaction: a process that is killed
-loses at most the chunk in flight. The folder must be on a local disk (SQLite's write-ahead log does
-not work over a network file system).
+Each chunk is one transaction: a process that is killed loses at most the chunk in flight. Errors
+are not stored. The folder must be on a local disk (SQLite's write-ahead log does not work over a
+network file system).
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ class CachedGenerator:
         with self._lock.change():
             self._inner.expect_weights(version, digest)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[Generation | GenerationError]:
         """Decode one answer a prompt, as the inner generator does.
 
         Raises:
@@ -181,7 +183,9 @@ class CachedGenerator:
             lambda row, version: Generation(*row[:-1], version),
         )
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]
+    ) -> list[Score | GenerationError]:
         """Teacher-forced log p(answer | prompt), as the inner generator gives it.
 
         Raises:
@@ -203,40 +207,47 @@ class CachedGenerator:
     def _answer(
         self,
         requests: list[Request],
-        compute: Callable[[list[int]], Sequence[Result]],
+        compute: Callable[[list[int]], Sequence[Result | GenerationError]],
         restore: Callable[[Row, int], Result],
-    ) -> list[Result]:
+    ) -> list[Result | GenerationError]:
         with self._lock.call():
             identity, version = self._inner.identity, self._inner.version
             keys = [_key(identity, request) for request in requests]
-            rows = self._rows(keys, version, compute)
-        return [restore(rows[key], version) for key in keys]
+            rows, errors = self._rows(keys, version, compute)
+        return [errors[k] if k in errors else restore(rows[k], version) for k in keys]
 
     def _rows(
-        self, keys: list[bytes], version: int, compute: Callable[[list[int]], Sequence[Result]]
-    ) -> dict[bytes, Row]:
-        """Stored and computed results of all keys; counts their tokens."""
+        self,
+        keys: list[bytes],
+        version: int,
+        compute: Callable[[list[int]], Sequence[Result | GenerationError]],
+    ) -> tuple[dict[bytes, Row], dict[bytes, GenerationError]]:
+        """Stored and computed results of all keys, and errors; counts tokens of the results."""
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         rows = self._store.get(list(first))
+        errors: dict[bytes, GenerationError] = {}
         computed: set[int] = set()
         missing = [i for i, key in enumerate(keys) if first[key] == i and key not in rows]
         for start in range(0, len(missing), self._chunk_size):
             chunk = missing[start : start + self._chunk_size]
             results = compute(chunk)
-            new = [
-                (keys[i], _row(result, version)) for i, result in zip(chunk, results, strict=True)
-            ]
+            new = []
+            for i, result in zip(chunk, results, strict=True):
+                if isinstance(result, GenerationError):
+                    errors[keys[i]] = result
+                else:
+                    new.append((keys[i], _row(result, version)))
             self._tokens.num_requests += len(new)
             self._tokens.spent += sum(_num_tokens(row) for _, row in new)
             self._store.put(new)
             rows.update(new)
             computed.update(chunk)
         for i, key in enumerate(keys):
-            if i not in computed:
+            if i not in computed and keys[i] not in errors:
                 self._tokens.saved += _num_tokens(rows[key])
                 self._tokens.num_requests += 1
                 self._tokens.num_cached += 1
-        return rows
+        return rows, errors
 
 
 def _key(identity: str, request: Request) -> bytes:

@@ -103,7 +103,7 @@ class EngineActor:
 
     def generate(
         self, wanted: WeightsTag, prompts: list[Prompt], sampling: Sampling
-    ) -> list[Generation] | Refusal:
+    ) -> Sequence[Generation | GenerationError] | Refusal:
         """Decode one answer a prompt with the wanted weights."""
         if self._generator is None or self._held != wanted:
             return self._refusal()
@@ -111,7 +111,7 @@ class EngineActor:
 
     def score(
         self, wanted: WeightsTag, prompts: list[Prompt], answers: list[tuple[int, ...]]
-    ) -> list[Score] | Refusal:
+    ) -> Sequence[Score | GenerationError] | Refusal:
         """Teacher-forced log p(answer | prompt) with the wanted weights."""
         if self._generator is None or self._held != wanted:
             return self._refusal()

@@ -2,8 +2,9 @@
 
 A call is cut into chunks (`plan_chunks`); each actor works on one chunk at a time and takes the
 next when it is free. Ray restarts an actor that dies, so handles stay valid; the pool starts its
-engine again and sends the lost chunk once more. Every wait has a bound and its error names the
-actor.
+engine again and sends what was lost again (`losses`). A prompt that no engine survives gets an
+error in the place of its result. An actor that does not come back is done without while others
+answer. Every wait has a bound and its error names the actor.
 
 Each chunk names the weights that must answer it. An actor that holds others refuses, is told to
 take the wanted set from the pool's `WeightStore`, and gets the chunk again.
@@ -15,8 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import (
@@ -33,6 +33,8 @@ from rlrag.generation.checks import check_answers
 from rlrag.generation.chunks import plan_chunks
 from rlrag.generation.engine_actor import Actors, Member, Refusal, Standing
 from rlrag.generation.identity import pushed_identity
+from rlrag.generation.losses import DIED, HUNG, RAISED, Chunk, Losses
+from rlrag.generation.pool_calls import Flight, Work, describe_prompts
 from rlrag.generation.protocol import Sampling, TokenCount
 from rlrag.generation.weight_store import WeightsTag, store_weights
 from rlrag.records import Generation, Prompt, Score
@@ -42,39 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_LOSSES = 2
 _RETRY_PAUSE_S = 0.2
 _FETCH_TIMEOUT_S = 60.0
-
-
-@dataclass(slots=True)
-class _Flight:
-    """One call that an actor has not answered; `chunk` is None while it prepares itself.
-
-    `waiting` is what the actor said when it was ready but for weights that nobody had pushed.
-    """
-
-    member: Member
-    chunk: int | None
-    deadline: float
-    waiting: Standing | None = None
-
-
-@dataclass(slots=True)
-class _Work:
-    """One batch on its way through the pool, or one demand on every actor.
-
-    `prepare` is asked of an actor that is not ready, `wanted` are the weights that must answer.
-    """
-
-    wanted: WeightsTag
-    chunks: list[list[int]]
-    prepare: Callable[[Any], Any]
-    send: Callable[[Any, list[int]], Any]
-    describe: Callable[[list[int] | None], str]
-    waiting: deque[int] = field(default_factory=deque)
-    done: dict[int, list[Any]] = field(default_factory=dict)
-    losses: dict[int, int] = field(default_factory=dict)
 
 
 class PoolClient:
@@ -92,6 +63,9 @@ class PoolClient:
         self._config = config
         self._expected = expected or WeightsTag()
         self._started: set[str] = set()
+        self._seen_ready: set[str] = set()
+        self._lost: set[str] = set()
+        self._losses = Losses()
         self._tokens = TokenCount()
         self._lock = CallLock()
 
@@ -161,13 +135,17 @@ class PoolClient:
         with self._lock.change():
             self._expected = WeightsTag(version, digest)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[Generation | GenerationError]:
         """Decode one answer a prompt.
 
+        A prompt that engines die of, hang on or fail with, also alone, gets the error as its
+        result, and gets it again without being asked.
+
         Raises:
-            GeneratorTimeoutError: when an actor does not answer in time; it is restarted.
-            GenerationError: when an actor cannot be restarted any more, a chunk has killed two
-                actors, or an engine failed.
+            GeneratorTimeoutError, GenerationError: when no actor can be restarted any more, or
+                chunk after chunk is lost.
         """
         return self._run(
             "generate",
@@ -177,8 +155,10 @@ class PoolClient:
             ),
         )
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
-        """Teacher-forced log p(answer | prompt); raises what `generate` raises."""
+    def score(
+        self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]
+    ) -> list[Score | GenerationError]:
+        """Teacher-forced log p(answer | prompt); gives and raises errors as `generate` does."""
         check_answers(prompts, answers)
         return self._run(
             "score",
@@ -197,35 +177,52 @@ class PoolClient:
         prompts: Sequence[Prompt],
         send: Callable[[Any, WeightsTag, list[int]], Any],
     ) -> list[Any]:
-        ids = [prompt.token_ids for prompt in prompts]
+        results: dict[int, Any] = {}
+        for place, prompt in enumerate(prompts):
+            refusal = self._losses.refusal(prompt)
+            if refusal is not None:
+                results[place] = refusal
+        asked = [place for place in range(len(prompts)) if place not in results]
+        ids = [prompts[place].token_ids for place in asked]
         chunks = plan_chunks(ids, len(self._members()), self._config.batch_size)
         with self._lock.call():
             wanted = self._expected
-            work = _Work(
+            work = Work(
                 wanted,
-                chunks,
                 lambda handle: handle.start.remote(wanted),
-                lambda handle, chunk: send(handle, wanted, chunk),
-                lambda chunk: "the start" if chunk is None else _describe(what, prompts, chunk),
+                lambda handle, places: send(handle, wanted, places),
+                lambda places: (
+                    "the start" if places is None else describe_prompts(what, prompts, places)
+                ),
+                prompts,
+                deque(Chunk([asked[i] for i in chunk]) for chunk in chunks),
+                results,
+                set(self._lost),
             )
-            work.waiting.extend(range(len(chunks)))
-            pending: dict[Any, _Flight] = {}
-            while len(work.done) < len(chunks):
+            pending = self._ask_lost(work)
+            while len(results) < len(prompts):
                 self._dispatch(work, pending)
                 self._collect(work, pending)
-        results: list[Any] = [None] * len(prompts)
-        for number, chunk in enumerate(chunks):
-            for i, result in zip(chunk, work.done[number], strict=True):
-                results[i] = result
-        self._tokens.num_requests += len(results)
-        self._tokens.spent += sum(r.num_prompt_tokens + r.num_tokens for r in results)
-        return results
+        found = [results[place] for place in range(len(prompts))]
+        self._tokens.num_requests += len(asked)
+        self._tokens.spent += sum(
+            r.num_prompt_tokens + r.num_tokens for r in found if not isinstance(r, GenerationError)
+        )
+        return found
+
+    def _ask_lost(self, work: Work) -> dict[Any, Flight]:
+        """Ask actors that were lost whether they are back; nobody waits for them."""
+        deadline = time.monotonic() + self._config.start_timeout_s
+        lost = [member for member in self._members() if member.name in work.left_out]
+        return {work.prepare(m.handle): Flight(m, None, deadline) for m in lost if work.waiting}
 
     def _ask_all(self, what: str, wanted: WeightsTag, prepare: Callable[[Any], Any]) -> None:
         """Ask every actor once, until each has answered."""
         deadline = time.monotonic() + self._config.start_timeout_s
-        work = _Work(wanted, [], prepare, lambda handle, chunk: None, lambda chunk: what)
-        pending = {prepare(m.handle): _Flight(m, None, deadline) for m in self._members()}
+        work = Work(wanted, prepare, lambda handle, places: None, lambda places: what)
+        work.left_out |= self._lost
+        members = [member for member in self._members() if member.name not in self._lost]
+        pending = {prepare(m.handle): Flight(m, None, deadline) for m in members}
         while pending:
             self._collect(work, pending)
 
@@ -234,23 +231,23 @@ class PoolClient:
             raise GenerationError("this generator pool was closed; open a new one")
         return self._actors.members
 
-    def _dispatch(self, work: _Work, pending: dict[Any, _Flight]) -> None:
+    def _dispatch(self, work: Work, pending: dict[Any, Flight]) -> None:
         """Give every free actor something to do: its start, or the next chunk."""
         busy = {flight.member.name for flight in pending.values()}
         now = time.monotonic()
         for member in self._members():
-            if member.name in busy or not work.waiting:
+            if member.name in busy | work.left_out or not work.waiting:
                 continue
             if member.name not in self._started:
                 deadline = now + self._config.start_timeout_s
-                pending[work.prepare(member.handle)] = _Flight(member, None, deadline)
+                pending[work.prepare(member.handle)] = Flight(member, None, deadline)
             else:
-                number = work.waiting.popleft()
+                chunk = work.waiting.popleft()
                 deadline = now + self._config.request_timeout_s
-                ref = work.send(member.handle, work.chunks[number])
-                pending[ref] = _Flight(member, number, deadline)
+                ref = work.send(member.handle, chunk.places)
+                pending[ref] = Flight(member, chunk, deadline)
 
-    def _collect(self, work: _Work, pending: dict[Any, _Flight]) -> None:
+    def _collect(self, work: Work, pending: dict[Any, Flight]) -> None:
         """Wait for one answer, or for the first deadline."""
         first = min(flight.deadline for flight in pending.values())
         ready, _ = ray.wait(
@@ -263,26 +260,21 @@ class PoolClient:
             except ActorUnavailableError:
                 self._restarting(work, pending, flight)
             except RayTaskError as error:
-                _raise_cause(error, flight.member, self._asked(work, flight))
+                self._failed(work, flight, error)
             except GetTimeoutError as error:
                 raise GeneratorTimeoutError(
-                    f"the answer of {flight.member.name} to {self._asked(work, flight)} could not "
+                    f"the answer of {flight.member.name} to {work.asked(flight)} could not "
                     f"be fetched within {_FETCH_TIMEOUT_S:.0f} s; check the cluster's network"
                 ) from error
             except RayActorError as error:
-                raise GenerationError(
-                    f"{flight.member.name} died on {self._asked(work, flight)} and was already "
-                    f"restarted generator.max_restarts = {self._config.max_restarts} times; look "
-                    f"for its last words in Ray's logs (memory is the usual cause): {error}"
-                ) from error
+                self._gone(work, flight, error)
             else:
                 self._answered(work, pending, flight, result)
-        for flight in pending.values():
-            if flight.deadline <= time.monotonic():
-                self._time_out(work, flight)
+        for ref in [r for r, f in pending.items() if f.deadline <= time.monotonic()]:
+            self._time_out(work, pending.pop(ref))
 
     def _answered(
-        self, work: _Work, pending: dict[Any, _Flight], flight: _Flight, result: Any
+        self, work: Work, pending: dict[Any, Flight], flight: Flight, result: Any
     ) -> None:
         name = flight.member.name
         if isinstance(result, Standing):
@@ -292,17 +284,19 @@ class PoolClient:
             if flight.chunk is not None:
                 work.waiting.appendleft(flight.chunk)
         elif flight.chunk is not None:
-            strange = {r.version for r in result} - {work.wanted.version}
+            self._losses.answered()
+            versions = {r.version for r in result if not isinstance(r, GenerationError)}
+            strange = versions - {work.wanted.version}
             if strange:
                 raise GenerationError(
-                    f"{name} answered {self._asked(work, flight)} with results of version "
+                    f"{name} answered {work.asked(flight)} with results of version "
                     f"{sorted(strange)} where {work.wanted} was asked for; its engine does not "
                     "tag results with the version that made them"
                 )
-            work.done[flight.chunk] = result
+            work.results.update(zip(flight.chunk.places, result, strict=True))
 
     def _ready_or_waiting(
-        self, work: _Work, pending: dict[Any, _Flight], flight: _Flight, standing: Standing
+        self, work: Work, pending: dict[Any, Flight], flight: Flight, standing: Standing
     ) -> None:
         """Note that an actor is ready, or ask again until its weights have been pushed."""
         name, wanted, newest = flight.member.name, work.wanted, standing.newest
@@ -313,6 +307,9 @@ class PoolClient:
             )
         if standing.tag == wanted:
             self._started.add(name)
+            self._seen_ready.add(name)
+            self._lost.discard(name)
+            work.left_out.discard(name)
             return
         if newest is not None and newest.version > wanted.version:
             raise GenerationError(
@@ -323,28 +320,40 @@ class PoolClient:
         time.sleep(_RETRY_PAUSE_S)
         pending[work.prepare(flight.member.handle)] = flight
 
-    def _restarting(self, work: _Work, pending: dict[Any, _Flight], flight: _Flight) -> None:
+    def _restarting(self, work: Work, pending: dict[Any, Flight], flight: Flight) -> None:
         """Ray is restarting the actor: ask for its start, and hand its chunk out again."""
         member, now = flight.member, time.monotonic()
+        self._started.discard(member.name)
+        if member.name in work.left_out:
+            return
         deadline = flight.deadline
         if flight.chunk is not None:
-            logger.warning("%s died; it is restarted and its chunk is sent again", member.name)
             deadline = now + self._config.start_timeout_s
-            losses = work.losses[flight.chunk] = work.losses.get(flight.chunk, 0) + 1
-            if losses >= _MAX_LOSSES:
-                raise GenerationError(
-                    f"{losses} actors died on the same chunk, last {member.name}: "
-                    f"{self._asked(work, flight)}; if memory ran out, lower generator.batch_size "
-                    "or prompt.max_prompt_tokens"
-                )
-            work.waiting.appendleft(flight.chunk)
-        self._started.discard(member.name)
+            died = GenerationError(f"{member.name} died on {work.asked(flight)}")
+            self._lose(work, flight, DIED, died)
         if now >= deadline:
-            self._time_out(work, _Flight(member, None, deadline))
+            self._time_out(work, Flight(member, None, deadline))
+            return
         time.sleep(_RETRY_PAUSE_S)  # while Ray restarts an actor, calls to it fail at once
-        pending[work.prepare(member.handle)] = _Flight(member, None, deadline)
+        pending[work.prepare(member.handle)] = Flight(member, None, deadline)
 
-    def _time_out(self, work: _Work, flight: _Flight) -> NoReturn:
+    def _failed(self, work: Work, flight: Flight, error: RayTaskError) -> None:
+        """An engine raised; one that failed on prompts is started anew, whatever state it is in."""
+        name, cause = flight.member.name, error.cause
+        failed = GenerationError(
+            f"{name} failed on {work.asked(flight)}: {type(cause).__name__}: {cause}"
+        )
+        failed.__cause__ = error
+        if isinstance(cause, RlragError) and not (
+            flight.chunk and isinstance(cause, GenerationError)
+        ):
+            raise cause from error
+        if flight.chunk is None:
+            raise failed
+        self._restart(flight.member)
+        self._lose(work, flight, RAISED, failed)
+
+    def _time_out(self, work: Work, flight: Flight) -> None:
         name = flight.member.name
         if flight.waiting is not None:
             raise GeneratorTimeoutError(
@@ -354,37 +363,64 @@ class PoolClient:
                 f"{flight.waiting.newest or 'no complete set'}); push it, again if it was"
             )
         # Without this, every later call would queue behind the one that hangs.
-        ray.kill(flight.member.handle, no_restart=False)
-        self._started.discard(name)
+        self._restart(flight.member)
         if flight.chunk is None:
-            raise GeneratorTimeoutError(
-                f"{name} was not ready within generator.start_timeout_s = "
-                f"{self._config.start_timeout_s:g} s ({self._asked(work, flight)}); it asks for "
-                f"{self._config.cpus_per_actor:g} CPUs and {self._config.gpus_per_actor:g} GPUs, "
-                f"and of the cluster's {_resources()}"
+            self._leave_out(
+                work,
+                flight.member,
+                GeneratorTimeoutError(
+                    f"{name} was not ready within generator.start_timeout_s = "
+                    f"{self._config.start_timeout_s:g} s ({work.asked(flight)}); it asks "
+                    f"for {self._config.cpus_per_actor:g} CPUs and "
+                    f"{self._config.gpus_per_actor:g} GPUs, and of the cluster's {_resources()}"
+                ),
             )
-        raise GeneratorTimeoutError(
+            return
+        late = GeneratorTimeoutError(
             f"{name} did not answer within generator.request_timeout_s = "
-            f"{self._config.request_timeout_s:g} s: {self._asked(work, flight)}; raise it, or "
+            f"{self._config.request_timeout_s:g} s: {work.asked(flight)}; raise it, or "
             "lower generator.batch_size"
         )
+        self._lose(work, flight, HUNG, late)
 
-    def _asked(self, work: _Work, flight: _Flight) -> str:
-        return work.describe(None if flight.chunk is None else work.chunks[flight.chunk])
+    def _gone(self, work: Work, flight: Flight, error: RayActorError) -> None:
+        """Ray does not restart the actor any more."""
+        name = flight.member.name
+        self._started.discard(name)
+        gone = GenerationError(
+            f"{name} died on {work.asked(flight)} and was already restarted "
+            f"generator.max_restarts = {self._config.max_restarts} times; look for its last words "
+            f"in Ray's logs (memory is the usual cause): {error}"
+        )
+        gone.__cause__ = error
+        self._leave_out(work, flight.member, gone)
+        if flight.chunk is not None:
+            self._lose(work, flight, DIED, gone)
 
+    def _lose(self, work: Work, flight: Flight, count: int, error: GenerationError) -> None:
+        """Send again what an actor did not answer, or let the error be the result."""
+        chunk = flight.chunk
+        assert chunk is not None
+        prompts = [work.prompts[place] for place in chunk.places]
+        again = self._losses.lost(chunk, count, error, prompts)
+        work.waiting.extendleft(reversed(again))
+        if not again:
+            work.results[chunk.places[0]] = error
 
-def _describe(what: str, prompts: Sequence[Prompt], chunk: list[int]) -> str:
-    tails = "; ".join(repr(prompts[i].text[-60:]) for i in chunk[:3])
-    return f"{what} of {len(chunk)} prompts, which end with {tails}"
+    def _leave_out(self, work: Work, member: Member, error: GenerationError) -> None:
+        """Go on without an actor that was ready once, if another one is ready."""
+        self._started.discard(member.name)
+        if member.name in self._lost:
+            return
+        if member.name not in self._seen_ready or not self._started:
+            raise error
+        logger.warning("%s; the other actors go on without it", error)
+        self._lost.add(member.name)
+        work.left_out.add(member.name)
 
-
-def _raise_cause(error: RayTaskError, member: Member, asked: str) -> NoReturn:
-    cause = error.cause
-    if isinstance(cause, RlragError):
-        raise cause from error
-    raise GenerationError(
-        f"{member.name} failed on {asked}: {type(cause).__name__}: {cause}"
-    ) from error
+    def _restart(self, member: Member) -> None:
+        ray.kill(member.handle, no_restart=False)
+        self._started.discard(member.name)
 
 
 def _resources() -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from rlrag.errors import GenerationError
 from rlrag.records import Generation, Prompt, Score
 
 if TYPE_CHECKING:  # weights bring torch, which a client of a remote generator does without
@@ -41,7 +42,8 @@ class Generator(Protocol):
 
     Calls keep the order of their arguments: element i of the result answers element i of the
     input. An empty input gives an empty list. Implementations raise `GenerationError` (or
-    `GeneratorTimeoutError`) and never return a partial list.
+    `GeneratorTimeoutError`) and never return a partial list; one that knows which prompt is to
+    blame gives that prompt the error in the place of a result, so that the others keep theirs.
     """
 
     @property
@@ -67,11 +69,15 @@ class Generator(Protocol):
         """
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Sequence[Generation | GenerationError]:
         """Decode one answer a prompt; text ends before the first stop string and is stripped."""
         ...
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]
+    ) -> Sequence[Score | GenerationError]:
         """Teacher-forced log p(answer | prompt); `answers[i]` are the token ids after prompt i."""
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from rlrag.errors import GenerationError
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.records import Generation, Prompt
 
@@ -103,5 +104,7 @@ class BatchStepper:
         self._waiting.pop(request_id, None)
 
 
-def _whole(answer: Generation) -> Update:
+def _whole(answer: Generation | GenerationError) -> Update:
+    if isinstance(answer, GenerationError):
+        raise answer
     return Update(answer.text, answer.logp, answer.num_tokens, finished=True)

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rlrag.errors import ConfigError, PromptTooLongError, RewardError, RlragError
+from rlrag.errors import (
+    ConfigError,
+    GenerationError,
+    PromptTooLongError,
+    RewardError,
+    RlragError,
+)
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.records import Generation, Passage, Prompt, Question, RewardResult
 from rlrag.rewards.answer_match import passages_contain_answer
@@ -27,8 +33,8 @@ class AnsweringReward:
     Each golden answer of a question is scored, and `answer_logp` is the largest of their summed
     log-probabilities: the likeliest golden answer, in nats. A question without golden answers has
     none to score, so its reward is then a `RewardError`. A prompt that cannot be built gives its
-    pair the `PromptTooLongError`. A failure of the generator itself is raised, because it concerns
-    the whole batch.
+    pair the `PromptTooLongError`, and one that the generator cannot survive its `GenerationError`.
+    A failure of the generator itself is raised, because it concerns the whole batch.
     """
 
     def __init__(
@@ -57,7 +63,10 @@ class AnsweringReward:
                 open_rows = [row for row in prompts if row not in results]
                 answers = self._generate([prompts[row] for row in open_rows])
                 for row, answer in zip(open_rows, answers, strict=True):
-                    rollouts[row] = replace(rollouts[row], answer=answer.text)
+                    if isinstance(answer, GenerationError):
+                        results[row] = _about(rollouts[row].question, answer)
+                    else:
+                        rollouts[row] = replace(rollouts[row], answer=answer.text)
         open_rows = [row for row in range(len(rollouts)) if row not in results]
         rewarded = self._rewards([rollouts[row] for row in open_rows])
         results.update(zip(open_rows, rewarded, strict=True))
@@ -65,8 +74,10 @@ class AnsweringReward:
 
     def answer(
         self, questions: Sequence[Question], selections: Sequence[Sequence[Passage]]
-    ) -> list[Generation]:
+    ) -> list[Generation | GenerationError]:
         """Only the generator's answers, for evaluation; equal pairs are answered once.
+
+        An answer that the generator could not give is an error in its place.
 
         Raises:
             PromptTooLongError: a question leaves no room in the prompt.
@@ -74,7 +85,11 @@ class AnsweringReward:
         rollouts, places = _distinct(questions, selections)
         prompts = [self._prompts.build(rollout.question, rollout.passages) for rollout in rollouts]
         answers = self._generate(prompts)
-        return [answers[place] for place in places]
+        named = [
+            _about(rollout.question, answer) if isinstance(answer, GenerationError) else answer
+            for rollout, answer in zip(rollouts, answers, strict=True)
+        ]
+        return [named[place] for place in places]
 
     def _build(
         self, rollouts: Sequence[Rollout], results: dict[int, RewardResult | RlragError]
@@ -88,7 +103,7 @@ class AnsweringReward:
                 results[row] = error
         return prompts
 
-    def _generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
+    def _generate(self, prompts: Sequence[Prompt]) -> Sequence[Generation | GenerationError]:
         return self._generator.generate(prompts, self._sampling) if prompts else []
 
     def _score(
@@ -112,7 +127,9 @@ class AnsweringReward:
         scores = self._generator.score([prompts[row] for row in rows], answers)
         for row, score in zip(rows, scores, strict=True):
             rollout = rollouts[row]
-            if not math.isfinite(score.logp):
+            if isinstance(score, GenerationError):
+                results[row] = _about(rollout.question, score)
+            elif not math.isfinite(score.logp):
                 results[row] = RewardError(
                     f"answer_logp for question {rollout.question.id!r}: the generator scored a "
                     f"golden answer as {score.logp}; check its weights and dtype"
@@ -181,6 +198,11 @@ def _distinct(
             rollouts.append(Rollout(question, tuple(selection)))
         places.append(place_of[key])
     return rollouts, places
+
+
+def _about(question: Question, error: GenerationError) -> GenerationError:
+    """The generator's error, with the question that it concerns."""
+    return type(error)(f"question {question.id!r}: {error}")
 
 
 def _unscorable(question: Question) -> RewardError:

@@ -1,25 +1,28 @@
 """The metrics of each step in; warnings that a run goes wrong out, each once a run.
 
 An alarm never changes a run. It names what was seen and what to try. Alarms depend on the metrics
-alone, so that feeding the records of a stopped run again raises the same ones.
+alone, so that feeding the records of a stopped run again raises the same ones. What is remembered
+of them does not grow with the run.
 
     collapse                 one selection has all the weight, or the policy no choice left
     zero_signal              nearly all questions have equal rewards: nothing to learn from
     reward_up_quality_down   the reward goes on rising while validation EM and F1 have fallen
     length_drift             validation answers are far longer or shorter than at the start
+    failures                 rewards could not be computed and were left out
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from rlrag.config import RunConfig
 
-Record = Mapping[str, float]
+Record = Mapping[str, Any]
 """What the rules read of one step's metrics."""
 
 _WATCHED = (
@@ -31,6 +34,8 @@ _WATCHED = (
     "validation/em",
     "validation/f1",
     "validation/answer_words",
+    "num_failed",
+    "failures",
 )
 
 
@@ -64,6 +69,76 @@ class Alarm:
     text: str
 
 
+@dataclass(slots=True)
+class _Trend:
+    """Least-squares line through points that come one at a time, by Welford's updates.
+
+    `sum_xx`, `sum_xy` and `sum_yy` are sums of products of the distances from the means.
+    """
+
+    num: int = 0
+    first_x: float = 0.0
+    last_x: float = 0.0
+    mean_x: float = 0.0
+    mean_y: float = 0.0
+    sum_xx: float = 0.0
+    sum_xy: float = 0.0
+    sum_yy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        if not self.num:
+            self.first_x = x
+        self.last_x = x
+        self.num += 1
+        from_x, from_y = x - self.mean_x, y - self.mean_y
+        self.mean_x += from_x / self.num
+        self.mean_y += from_y / self.num
+        self.sum_xx += from_x * (x - self.mean_x)
+        self.sum_xy += from_x * (y - self.mean_y)
+        self.sum_yy += from_y * (y - self.mean_y)
+
+    def slope(self) -> tuple[float, float]:
+        """The slope and its standard error; fewer than 3 points have none."""
+        if self.num < 3:
+            return 0.0, math.inf
+        slope = self.sum_xy / self.sum_xx
+        residual = self.sum_yy - slope * self.sum_xy
+        if residual < 0:  # by rounding
+            residual = 0.0
+        return slope, math.sqrt(residual / (self.num - 2) / self.sum_xx)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the rules need of the steps so far.
+
+    `first` is the first value of every metric, `best` the first of the validations with the highest
+    F1, and `trend` that of the reward since then.
+    """
+
+    recent: deque[Record]
+    last: Record = field(default_factory=dict)
+    first: dict[str, Any] = field(default_factory=dict)
+    best: Record | None = None
+    trend: _Trend = field(default_factory=_Trend)
+
+    def add(self, record: Record) -> None:
+        self.last = record
+        self.recent.append(record)
+        for name, value in record.items():
+            self.first.setdefault(name, value)
+        if "reward" in record:
+            self.trend.add(record["step"], record["reward"])
+        name = "validation/f1"
+        if name in record and (self.best is None or record[name] > self.best[name]):
+            self.best, self.trend = record, _Trend()
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a metric over the last steps, None until there are enough of them."""
+        values = [record[name] for record in self.recent if name in record]
+        return fmean(values) if len(values) == self.recent.maxlen else None
+
+
 class Alarms:
     """Watches one run; each alarm is raised at most once.
 
@@ -78,13 +153,14 @@ class Alarms:
     def __init__(self, config: RunConfig, limits: AlarmLimits = DEFAULT_LIMITS) -> None:
         num_samples = 1 if config.training.objective == "sft" else config.dro.num_samples
         num_questions = config.data.num_validation_questions
-        self._rules: dict[str, Callable[[Sequence[Record]], str | None]] = {
-            "collapse": lambda records: _collapse(records, num_samples, limits),
-            "zero_signal": lambda records: _zero_signal(records, limits),
-            "reward_up_quality_down": lambda records: _quality_down(records, num_questions, limits),
-            "length_drift": lambda records: _length_drift(records, limits),
+        self._rules: dict[str, Callable[[_Seen], str | None]] = {
+            "collapse": lambda seen: _collapse(seen, num_samples, limits),
+            "zero_signal": lambda seen: _zero_signal(seen, limits),
+            "reward_up_quality_down": lambda seen: _quality_down(seen, num_questions, limits),
+            "length_drift": lambda seen: _length_drift(seen, limits),
+            "failures": _failures,
         }
-        self._records: list[Record] = []
+        self._seen = _Seen(deque(maxlen=limits.window))
         self._raised: list[Alarm] = []
 
     @property
@@ -97,12 +173,12 @@ class Alarms:
 
         A metric that is missing or NaN raises nothing.
         """
-        self._records.append({name: metrics[name] for name in _WATCHED if name in metrics})
+        self._seen.add({name: metrics[name] for name in _WATCHED if name in metrics})
         known = {alarm.name for alarm in self._raised}
         new = [
             Alarm(name, int(metrics["step"]), text)
             for name, rule in self._rules.items()
-            if name not in known and (text := rule(self._records)) is not None
+            if name not in known and (text := rule(self._seen)) is not None
         ]
         self._raised += new
         return new
@@ -114,21 +190,21 @@ class Alarms:
         return self.raised
 
 
-def _collapse(records: Sequence[Record], num_samples: int, limits: AlarmLimits) -> str | None:
+def _collapse(seen: _Seen, num_samples: int, limits: AlarmLimits) -> str | None:
     """Mean ESS at its lowest, or mean policy entropy far below its first value.
 
     One sample a question has ESS 1 by definition, and a policy that starts without entropy has none
     to lose: neither counts.
     """
-    ess = _recent(records, "ess", limits.window)
+    ess = seen.mean("ess")
     if num_samples > 1 and ess is not None and ess <= limits.min_ess:
         return (
             f"the effective sample size was {ess:.2f} of {num_samples} over the last "
             f"{limits.window} steps: one selection has all the weight. Raise "
             "dro.reward_temperature or dro.num_samples, or look for a reward with extreme values"
         )
-    first = next((r["policy_entropy"] for r in records if "policy_entropy" in r), 0.0)
-    entropy = _recent(records, "policy_entropy", limits.window)
+    first = seen.first.get("policy_entropy", 0.0)
+    entropy = seen.mean("policy_entropy")
     if entropy is not None and first > 0 and entropy <= limits.min_entropy_share * first:
         return (
             f"the policy's entropy fell from {first:.3g} to {entropy:.3g} nats over the last "
@@ -138,8 +214,8 @@ def _collapse(records: Sequence[Record], num_samples: int, limits: AlarmLimits) 
     return None
 
 
-def _zero_signal(records: Sequence[Record], limits: AlarmLimits) -> str | None:
-    share = _recent(records, "zero_signal_share", limits.window)
+def _zero_signal(seen: _Seen, limits: AlarmLimits) -> str | None:
+    share = seen.mean("zero_signal_share")
     if share is None or share <= limits.max_zero_signal:
         return None
     return (
@@ -149,31 +225,27 @@ def _zero_signal(records: Sequence[Record], limits: AlarmLimits) -> str | None:
     )
 
 
-def _quality_down(records: Sequence[Record], num_questions: int, limits: AlarmLimits) -> str | None:
+def _quality_down(seen: _Seen, num_questions: int, limits: AlarmLimits) -> str | None:
     """Reward rising since the best validation while EM and F1 fell by more than their noise.
 
     The best validation is the first with the highest F1. The noise of a mean p over n questions is
     its largest possible standard error, sqrt(p (1 - p) / n), as every value lies between 0 and 1.
     The reward rises when the slope of its least-squares line is above its own standard error.
     """
-    places = [i for i, record in enumerate(records) if "validation/f1" in record]
-    if not places or places[-1] != len(records) - 1 or num_questions < 1:
+    last, best = seen.last, seen.best
+    if best is None or "validation/f1" not in last or num_questions < 1:
         return None
-    last = records[-1]
-    start = max(places, key=lambda place: records[place]["validation/f1"])
-    best = records[start]
     for name in ("validation/em", "validation/f1"):
         mean = min(max(best[name], 0.0), 1.0)
         noise = limits.quality_noise * math.sqrt(mean * (1 - mean) / num_questions)
         if not best[name] - last[name] > noise:
             return None
-    rewards = [(r["step"], r["reward"]) for r in records[start + 1 :] if "reward" in r]
-    slope, error = _trend(rewards)
+    slope, error = seen.trend.slope()
     if not slope > error:
         return None
     return (
         f"since step {best['step']:.0f} the reward rose by about "
-        f"{slope * (rewards[-1][0] - rewards[0][0]):.3g}, but validation EM fell from "
+        f"{slope * (seen.trend.last_x - seen.trend.first_x):.3g}, but validation EM fell from "
         f"{best['validation/em']:.3f} to {last['validation/em']:.3f} and F1 from "
         f"{best['validation/f1']:.3f} to {last['validation/f1']:.3f}: the run learns its training "
         "questions by heart, or the reward is not what is wanted. Train on more questions or for "
@@ -181,13 +253,12 @@ def _quality_down(records: Sequence[Record], num_questions: int, limits: AlarmLi
     )
 
 
-def _length_drift(records: Sequence[Record], limits: AlarmLimits) -> str | None:
+def _length_drift(seen: _Seen, limits: AlarmLimits) -> str | None:
     """Answers against those of the first validation; nothing where those were empty."""
     name = "validation/answer_words"
-    if name not in records[-1]:
+    if name not in seen.last:
         return None
-    first = next(record[name] for record in records if name in record)
-    now, ratio = records[-1][name], limits.max_length_ratio
+    first, now, ratio = seen.first[name], seen.last[name], limits.max_length_ratio
     if not first > 0 or not (now > ratio * first or now * ratio < first):
         return None
     return (
@@ -197,20 +268,13 @@ def _length_drift(records: Sequence[Record], limits: AlarmLimits) -> str | None:
     )
 
 
-def _recent(records: Sequence[Record], name: str, window: int) -> float | None:
-    """Mean of a metric over the last steps, None until there are enough of them."""
-    values = [record[name] for record in records[-window:] if name in record]
-    return fmean(values) if len(values) == window else None
-
-
-def _trend(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Slope of the least-squares line and its standard error; fewer than 3 points have none."""
-    num = len(points)
-    if num < 3:
-        return 0.0, math.inf
-    mean_x = sum(x for x, _ in points) / num
-    mean_y = sum(y for _, y in points) / num
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-    residual = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in points)
-    return slope, math.sqrt(residual / (num - 2) / spread)
+def _failures(seen: _Seen) -> str | None:
+    """At the first; the records of later steps name theirs."""
+    last = seen.last
+    if not last.get("num_failed"):
+        return None
+    named = last.get("failures") or ["named in the log of another worker"]
+    return (
+        f"{last['num_failed']:.0f} rewards could not be computed and do not count; the first: "
+        f"{named[0]}"
+    )

@@ -23,12 +23,10 @@ import numpy as np
 import torch
 
 from rlrag.config import RunConfig
-from rlrag.evaluation.ranking import recall_at_k
 from rlrag.generation.protocol import Generator
 from rlrag.pipeline import Library, TrainingData
 from rlrag.retrieval.late_parametric import LateParametricRetriever
 from rlrag.retrieval.open_trainable import open_first_stage, open_trainable_encoder
-from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.storage import restore_weights
 from rlrag.training.index_refresh import (
@@ -42,6 +40,7 @@ from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.pools import Pools
 from rlrag.training.retriever_learner import RetrieverLearner
 from rlrag.training.retriever_pairs import PairFinder
+from rlrag.training.retriever_validation import validate_retriever
 from rlrag.training.schedule import num_offline_steps, openrag_schedule
 from rlrag.training.workers import Workers
 
@@ -169,6 +168,8 @@ class OpenRAGTrainer:
         else:
             pairs = self._pairs.offline(rows, seeds)
         collected_at = time.monotonic()
+        if self._pairs.failures:
+            described["failures"] = self._pairs.failures
         metrics = self._learner.update(
             [self._questions[row].question for row in rows],
             [self._corpus[pair.positive].contents for pair in pairs],
@@ -178,37 +179,22 @@ class OpenRAGTrainer:
         return described | metrics, collected_at
 
     def validate(self, step: int) -> Metrics:
-        """Answers from the first K passages of late-parametric retrieval with present weights."""
-        table = self._validation
-        if table is None:
+        """Answers from the first K passages of late-parametric retrieval with present weights.
+
+        A question that the generator could not answer does not count.
+        """
+        if self._validation is None:
             return {}
-        mine = range(self._workers.rank, len(table), self._workers.size)
-        questions = [table.questions[row] for row in mine]
-        num_shown = self._config.environment.num_selected
-        hits = self._retriever.search([question.question for question in questions], num_shown)
-        selections = [[self._corpus[int(row)] for row in found] for found in hits.rows_BK]
-        answers = [answer.text for answer in self._answering.answer(questions, selections)]
-        sums = np.zeros(6)
-        for question, selection, answer in zip(questions, selections, answers, strict=True):
-            golden, gold_ids = question.golden_answers, question.gold_ids
-            ids = [passage.id for passage in selection]
-            sums += (
-                answer_contained(answer, golden),
-                exact_match(answer, golden),
-                token_f1(answer, golden),
-                len(answer.split()),
-                recall_at_k(ids, gold_ids, num_shown) if gold_ids else 0.0,
-                bool(gold_ids),
+        return dict(
+            validate_retriever(
+                self._validation,
+                lambda questions, k: self._retriever.search(questions, k).rows_BK,
+                self._corpus,
+                self._answering,
+                self._config.environment.num_selected,
+                self._workers,
             )
-        totals = self._workers.sum(torch.from_numpy(sums)).tolist()
-        names = ("accuracy", "em", "f1", "answer_words")
-        found = {
-            f"validation/{name}": total / len(table)
-            for name, total in zip(names, totals, strict=False)
-        }
-        if totals[5]:
-            found["validation/recall"] = totals[4] / totals[5]
-        return found
+        )
 
     def tensors(self) -> Files:
         """The encoder's weights and its optimiser."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from rlrag.algorithms.rag_labels import closed_set_label
 from rlrag.config import RewardConfig
-from rlrag.errors import DataError, RewardError, RlragError
+from rlrag.errors import DataError, GenerationError, RewardError, RlragError
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.records import Passage, Question
@@ -89,7 +89,8 @@ class PassageJudge:
     def _judge_choices(
         self, questions: Sequence[Question], passages: Sequence[Passage]
     ) -> list[Judgement | RlragError]:
-        prompts, answers, owners, errors = [], [], [], {}
+        prompts, answers, owners = [], [], []
+        errors: dict[int, RlragError] = {}
         for row, (question, passage) in enumerate(zip(questions, passages, strict=True)):
             try:
                 tokens = [(token,) for token in self.first_tokens(question)]
@@ -103,7 +104,10 @@ class PassageJudge:
         scores = self._generator.score(prompts, answers) if prompts else []
         logp: list[list[float]] = [[] for _ in questions]
         for row, score in zip(owners, scores, strict=True):
-            logp[row].append(score.logp)
+            if isinstance(score, GenerationError):
+                errors[row] = score
+            else:
+                logp[row].append(score.logp)
         return [
             errors[row] if row in errors else _judge_choice(question, logp[row])
             for row, question in enumerate(questions)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from rlrag.storage import (
     whole_directory,
 )
 from rlrag.training.passage_judge import PassageJudge
+
+logger = logging.getLogger(__name__)
 
 FAILED = -1
 _CHUNK_QUESTIONS = 16
@@ -210,6 +213,7 @@ def judge_candidates(
         )
         for place, judgement in zip(open_places, judgements, strict=True):
             if isinstance(judgement, RlragError):
+                logger.warning("no label for candidate %d: %s", place[1], judgement)
                 errors.append(judgement)
                 continue
             labels_QN[place] = bool(judgement.is_right)

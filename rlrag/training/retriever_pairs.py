@@ -61,6 +61,8 @@ class PairFinder:
         self._pools = pools
         self._judge = judge
         self._max_failed_share = max_failed_share
+        self.failures: list[str] = []
+        """Why passages of the last batch could not be scored."""
 
     def offline(self, rows: np.ndarray, seeds: Sequence[Sequence[int]]) -> list[Pair]:
         """A random pair from the pools of each question."""
@@ -155,6 +157,7 @@ class PairFinder:
         return texts, passages, logp_BM
 
     def _check_failed(self, failed: Sequence[RlragError], num_passages: int) -> None:
+        self.failures = sorted({str(error) for error in failed})
         if len(failed) > self._max_failed_share * num_passages:
             raise GenerationError(
                 f"{len(failed)} of {num_passages} passages could not be scored, more than "

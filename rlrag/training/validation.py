@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from rlrag.errors import GenerationError
 from rlrag.evaluation.systems import greedy_picks
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import exact_match, token_f1
@@ -21,6 +22,8 @@ def validate(
 ) -> dict[str, float]:
     """EM, F1 and words an answer of greedy selections, and the share of changed selections.
 
+    A question that the generator could not answer does not count.
+
     Each worker answers a part of the questions; all return the mean over all of them. Repeated
     validations cost little, as unchanged selections are answered from the cache.
     """
@@ -28,15 +31,26 @@ def validate(
     mine = range(workers.rank, len(candidates), workers.size)
     questions = [candidates.questions[row] for row in mine]
     selections = [[candidates.passages(row)[n] for n in picks[row]] for row in mine]
-    answers = [answer.text for answer in answering.answer(questions, selections)]
+    answers = answering.answer(questions, selections)
     scores = [
-        (exact_match(a, q.golden_answers), token_f1(a, q.golden_answers), len(a.split()))
-        for q, a in zip(questions, answers, strict=True)
+        (
+            exact_match(answer.text, question.golden_answers),
+            token_f1(answer.text, question.golden_answers),
+            len(answer.text.split()),
+            1,
+        )
+        for question, answer in zip(questions, answers, strict=True)
+        if not isinstance(answer, GenerationError)
     ]
-    totals = workers.sum(torch.tensor(np.array(scores).reshape(-1, 3).sum(axis=0))).tolist()
+    *sums, num_answered = workers.sum(
+        torch.tensor(np.array(scores, dtype=np.float64).reshape(-1, 4).sum(axis=0))
+    ).tolist()
+    if not num_answered:
+        raise next(error for error in answers if isinstance(error, GenerationError))
+    em, f1, words = (total / num_answered for total in sums)
     return {
-        "validation/em": totals[0] / len(candidates),
-        "validation/f1": totals[1] / len(candidates),
-        "validation/answer_words": totals[2] / len(candidates),
+        "validation/em": em,
+        "validation/f1": f1,
+        "validation/answer_words": words,
         "validation/changed_share": float((picks != np.arange(picks.shape[1])).any(axis=1).mean()),
     }

@@ -7,6 +7,8 @@ Shape letters: B questions, M samples.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rlrag.algorithms import dro
@@ -28,8 +30,10 @@ def importance_weights(experience: Experience, config: DROConfig) -> torch.Tenso
 
 def describe_experience(
     experience: Experience, weights_BM: torch.Tensor, config: TrainingConfig, workers: Workers
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Means over the whole batch of all workers, which must call this together.
+
+    `failures`, where there are any, says why rewards of this worker could not be computed.
 
     Raises:
         GenerationError: when more rewards failed than `max_failed_share` allows.
@@ -56,10 +60,12 @@ def describe_experience(
             f"more than training.max_failed_share {config.max_failed_share} allows; "
             f"the first: {first}"
         )
-    metrics = {
+    metrics: dict[str, Any] = {
         name: total / (num_samples - num_failed if name.startswith("reward") else config.batch_size)
         for name, total in zip(totals, summed, strict=False)
     }
     metrics["num_rollouts"] = num_samples
     metrics["num_failed"] = num_failed
+    if experience.errors:
+        metrics["failures"] = sorted({str(error) for error in experience.errors})
     return metrics

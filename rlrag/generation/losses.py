@@ -1,0 +1,91 @@
+"""Chunks that actors did not answer in; what is sent again, apart or never again out.
+
+    lost once    the chunk is sent again as it was: most actors die of something else
+    lost twice   its prompts are sent one by one
+    alone        a prompt that is lost twice is given up, and refused from then on
+
+An answer that does not come in time and an engine that raises count as two losses at once: both
+would most likely happen again. Where actors answer nothing at all, the fault is not a prompt's:
+after some losses without an answer between them the call fails.
+
+With several clients, a chunk that waits behind another client's prompt is lost with it; in the
+worst case its prompts are given up too.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import NoReturn
+
+from rlrag.errors import GenerationError
+from rlrag.records import Prompt
+
+logger = logging.getLogger(__name__)
+
+DIED, HUNG, RAISED = 1, 2, 2
+"""How many losses each kind counts for."""
+
+_MAX_LOSSES = 2
+_MAX_IN_A_ROW = 8
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The places of some prompts in a call, and how often they were lost together."""
+
+    places: list[int]
+    losses: int = 0
+
+
+class Losses:
+    """What one client remembers of prompts that actors did not survive."""
+
+    def __init__(self) -> None:
+        self._given_up: dict[tuple[int, ...], GenerationError] = {}
+        self._in_a_row = 0
+
+    def refusal(self, prompt: Prompt) -> GenerationError | None:
+        """Why a prompt is not asked any more."""
+        return self._given_up.get(prompt.token_ids)
+
+    def answered(self) -> None:
+        """Some actor answered: the pool works."""
+        self._in_a_row = 0
+
+    def lost(
+        self, chunk: Chunk, count: int, error: GenerationError, prompts: list[Prompt]
+    ) -> list[Chunk]:
+        """What to send in place of a lost chunk; nothing when its one prompt is given up.
+
+        Args:
+            chunk: What was lost.
+            count: `DIED`, `HUNG` or `RAISED`.
+            error: Says who lost it and how.
+            prompts: The prompts of the chunk.
+
+        Raises:
+            GenerationError: after too many losses with no answer between them; of the class of
+                `error`.
+        """
+        self._in_a_row += count
+        chunk.losses += count
+        if self._in_a_row >= _MAX_IN_A_ROW:
+            self._fail(error)
+        if chunk.losses < _MAX_LOSSES:
+            logger.warning("%s; its chunk is sent again", error)
+            return [chunk]
+        if len(prompts) > 1:
+            logger.warning("%s; its prompts are sent one by one", error)
+            return [Chunk([place]) for place in chunk.places]
+        logger.warning("%s; this prompt is not asked again", error)
+        self._given_up[prompts[0].token_ids] = error
+        return []
+
+    def _fail(self, error: GenerationError) -> NoReturn:
+        self._in_a_row = 0
+        raise type(error)(
+            f"{error}; several chunks in a row were lost and none answered between them, so that "
+            "the engines are to blame and no prompt: read Ray's logs of the actors; if memory ran "
+            "out, lower generator.batch_size or prompt.max_prompt_tokens"
+        ) from error
