@@ -279,6 +279,14 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
         (saved(dro={"num_samples": 0}), "dro.num_samples = 0: Input should be greater than or"),
         (saved(training={"learning_rate": float("nan")}), "training.learning_rate = nan"),
         (saved(generator={"request_timeout_s": float("inf")}), "request_timeout_s = inf"),
+        *(
+            (
+                saved(training={"profile_steps": steps}),
+                f"training.profile_steps is {steps!r}; give the first and the last step",
+            )
+            for steps in ("0:3", "4:3", "4", "4-5", "1:2:3", "-1:2", " 1:2", "١:٢", "1:2\n")
+        ),
+        (saved(training={"metrics_port": 65536}), "training.metrics_port = 65536: Input should"),
         ("[1]", "the configuration = [1]"),
         ('{"seed": 1', "is not JSON"),
         ("", "is not JSON"),
@@ -379,6 +387,13 @@ def test_a_section_that_is_built_alone_names_its_fields_from_the_root():
     assert describe_validation_error(caught.value) == (
         "unknown field 'generator.prompt.few_shot.anser'; did you mean 'answer'?"
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "numbers"), [(None, []), ("1:1", [1]), ("10:13", [10, 11, 12, 13])]
+)
+def test_both_ends_of_the_profiled_steps_are_profiled(steps, numbers):
+    assert list(TrainingConfig(profile_steps=steps).profiled_steps) == numbers
 
 
 def test_configurations_do_not_change():

@@ -114,7 +114,7 @@ def _learner(config: RunConfig, sizes: _Sizes) -> tuple[float, float]:
         model = retrieval.encoder or BUILTIN_ENCODER
         if retrieval.kind == "semi_parametric":
             model = retrieval.vocabulary_encoder
-        size = sizes.of(model) * (1 if config.openrag.tied else 2)
+        size = sizes.of(model) * config.num_trained_encoders
         held, trained = held + size, trained + size
     if "selector" in config.training.parts and config.selector.kind != "features":
         size = sizes.of(config.selector.model)

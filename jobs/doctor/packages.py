@@ -88,6 +88,7 @@ def _extras(config: RunConfig) -> list[str]:
         "mirror": lambda: config.mirror.uri is not None,
         "wandb": lambda: "wandb" in config.training.loggers,
         "mlflow": lambda: "mlflow" in config.training.loggers,
+        "prometheus": lambda: "prometheus" in config.training.loggers,
     }
     return [name for name, is_needed in conditions.items() if is_needed()]
 

@@ -23,6 +23,7 @@ from rlrag.config.training import (
     DROConfig,
     EvaluationConfig,
     GeneratorTrainingConfig,
+    JSAConfig,
     MirrorConfig,
     OffPolicyConfig,
     OpenRAGConfig,
@@ -49,6 +50,7 @@ class RunConfig(Section):
     dro: DROConfig = DROConfig()
     off_policy: OffPolicyConfig = OffPolicyConfig()
     openrag: OpenRAGConfig = OpenRAGConfig()
+    jsa: JSAConfig = JSAConfig()
     generator_training: GeneratorTrainingConfig = GeneratorTrainingConfig()
     training: TrainingConfig = TrainingConfig()
     mirror: MirrorConfig = MirrorConfig()
@@ -78,7 +80,9 @@ class RunConfig(Section):
             self._check_experience()
         if self.training.start_from is not None:
             self._check_start()
-        if self.trains_retriever:
+        if self.training.objective == "jsa":
+            self._check_jsa()
+        elif self.trains_retriever:
             self._check_retriever_training()
         elif self.training.rounds > 1:
             raise ValueError(
@@ -200,6 +204,29 @@ class RunConfig(Section):
                 f"{selector.model!r} and generator.model {self.generator.model!r}; name the same"
             )
 
+    def _check_jsa(self) -> None:
+        parts, kind = self.training.parts, self.retrieval.kind
+        if set(parts) not in ({"retriever"}, {"retriever", "generator"}):
+            raise ValueError(
+                f"training.objective 'jsa' trains the retriever, alone or with the generator, but "
+                f"training.parts is {list(parts)}; set it to retriever or retriever,generator"
+            )
+        if kind not in ("dense", "semi_parametric"):
+            raise ValueError(
+                f"training.objective 'jsa' trains the retriever, but retrieval.kind {kind!r} has "
+                "nothing to train; use dense or semi_parametric"
+            )
+        if self.training.rounds > 1:
+            raise ValueError(
+                f"training.objective 'jsa' trains its parts together, but training.rounds is "
+                f"{self.training.rounds}; set it to 1"
+            )
+        if self.training.overlap:
+            raise ValueError(
+                "training.overlap draws the selections of a policy ahead, and training.objective "
+                "'jsa' has no policy; leave it out"
+            )
+
     def _check_retriever_training(self) -> None:
         retrieval, openrag = self.retrieval, self.openrag
         if retrieval.kind not in ("dense", "semi_parametric"):
@@ -235,12 +262,22 @@ class RunConfig(Section):
     @property
     def trains_in_turns(self) -> bool:
         """Whether the retriever and other parts are trained, one after the other."""
-        return self.trains_retriever and len(self.training.parts) > 1
+        return self.trains_by_openrag and len(self.training.parts) > 1
 
     @property
     def trains_retriever(self) -> bool:
         """Whether the retriever is a part that is trained."""
         return "retriever" in self.training.parts
+
+    @property
+    def trains_by_openrag(self) -> bool:
+        """Whether the retriever is trained on pools of passages that were judged before."""
+        return self.trains_retriever and self.training.objective != "jsa"
+
+    @property
+    def num_trained_encoders(self) -> int:
+        """Copies of the retriever's encoder that a worker trains."""
+        return 1 if self.trains_by_openrag and self.openrag.tied else 2
 
     @property
     def trains_generator(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -149,6 +150,52 @@ class OpenRAGConfig(Section):
     this, as the area under the ROC curve within questions."""
 
 
+class JSAConfig(Section):
+    """Retriever and generator by joint stochastic approximation (JSA-RAG, arXiv 2508.18168).
+
+    It trains the encoder of questions of `retrieval.kind`, which is `dense` or `semi_parametric`;
+    passages keep their vectors. `training` holds passes, batch size, warm-up and checkpoints,
+    `generator_training` how the generator learns where it is a part.
+    """
+
+    mis_steps: int = Field(default=50, ge=1)
+    """Steps of the Metropolis chain that samples a question's passages (m). Passages that are
+    proposed again are scored once."""
+    num_prior: int = Field(default=10, ge=1)
+    """Passages that the retriever ranks first and the chain may visit."""
+    num_posterior: int = Field(default=10, ge=1)
+    """Passages that the posterior retriever, which also reads the answer, ranks first; the chain
+    moves on both together."""
+    temperature: float = Field(default=0.1, gt=0)
+    """Divides the inner products of both retrievers; 0.1 is the released code's, for vectors of
+    length 1."""
+    likelihood: Literal["product", "mean"] = "product"
+    """`product`: the chain's target has the probability of the whole answer; `mean`: its geometric
+    mean over the tokens, as in the released code."""
+    likelihood_temperature: float = Field(default=1.0, gt=0)
+    """Divides the log-likelihood in the chain's target; above 1 flattens it."""
+    answer: Literal["first", "likeliest"] = "first"
+    """What is scored where a question has several golden answers: the first, which the posterior
+    reads and the generator learns too, or whichever is likeliest behind the passage."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak AdamW step size of both retrievers."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients of both retrievers together are clipped to this global norm."""
+    micro_batch_texts: int = Field(default=32, ge=1)
+    """Questions that are embedded at once; more of them have the same gradient, piece by piece."""
+
+    @model_validator(mode="after")
+    def _mean_has_one_answer(self) -> Self:
+        if self.likelihood == "mean" and self.answer == "likeliest":
+            raise ValueError(
+                "jsa.likelihood 'mean' divides by the tokens of one answer; set jsa.answer to "
+                "'first', or use likelihood 'product'"
+            )
+        return self
+
+
 class GeneratorTrainingConfig(Section):
     """The generator's M-step: L_G = - sum w log p(y | x, d_z)."""
 
@@ -192,9 +239,10 @@ class TrainingConfig(Section):
     experience: str | None = None
     """A service's log of feedback (`feedback.path`) to train the selector on in place of questions,
     without a generator."""
-    objective: Literal["dro", "sft"] = "dro"
+    objective: Literal["dro", "sft", "jsa"] = "dro"
     """`sft` trains the generator alone on the untrained policy's own order, one selection a
-    question with weight 1: the baseline that DRO is compared with."""
+    question with weight 1: the baseline that DRO is compared with. `jsa` trains the retriever, and
+    the generator where it is a part, together; by the others a retriever is trained by OpenRAG."""
     launcher: Literal["ray", "local"] = "ray"
     """`ray`: Ray Train workers and generator actors; `local`: this process alone."""
     num_workers: int = Field(default=1, ge=1)
@@ -248,8 +296,39 @@ class TrainingConfig(Section):
     max_generator_tokens: int | None = Field(default=None, ge=1)
     """Training stops and evaluates once it asked for this many prompt and answer tokens, computed
     or cached, so that a run and its repetition stop at the same step."""
-    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Besides `metrics.jsonl`, which is always written."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "prometheus"], ...] = ("tensorboard",)
+    """Besides `metrics.jsonl`, which is always written. `prometheus` serves the newest metrics over
+    HTTP while steps run."""
+    metrics_host: str = Field(default="127.0.0.1", min_length=1)
+    """Address that `prometheus` listens on. Whoever reaches it may read the metrics, so that any
+    but this machine's own wants a network to trust; `0.0.0.0` is all of them."""
+    metrics_port: int = Field(default=9464, ge=0, le=65535)
+    """Port that `prometheus` listens on; 0 takes a free one, which is said on stderr."""
+    profile_steps: str | None = None
+    """First and last step that are profiled, such as `10:13`, each into a trace for Chrome's viewer
+    in the run's `profile/`; with `launcher` ray Ray's timeline of the whole run follows at the end.
+    Those steps take longer."""
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _steps_are_a_range(cls, profile_steps: str | None) -> str | None:
+        if profile_steps is None:
+            return None
+        found = re.fullmatch(r"(\d{1,12}):(\d{1,12})", profile_steps, re.ASCII)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(
+                f"training.profile_steps is {profile_steps!r}; give the first and the last step, "
+                "which count from 1, such as 10:13"
+            )
+        return profile_steps
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps that `profile_steps` names; empty where it is unset."""
+        if self.profile_steps is None:
+            return range(0)
+        first, last = map(int, self.profile_steps.split(":"))
+        return range(first, last + 1)
 
 
 class MirrorConfig(Section):

@@ -28,6 +28,7 @@ from rlrag.pipeline import (
 )
 from rlrag.training.dro_trainer import DROTrainer
 from rlrag.training.experience_log import ExperienceLog
+from rlrag.training.jsa_trainer import JSATrainer
 from rlrag.training.logged_selections import LoggedData, open_logged_data
 from rlrag.training.logged_trainer import LoggedTrainer
 from rlrag.training.loop import Metrics, Trainer, TrainingLoop
@@ -35,7 +36,9 @@ from rlrag.training.openrag_trainer import OpenRAGTrainer
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.pools import load_pools
 from rlrag.training.preemption import ended_between_steps, interruptible
+from rlrag.training.profiling import save_ray_timeline
 from rlrag.training.run_directory import RunDirectory
+from rlrag.training.run_logs import note_step, worker_log
 from rlrag.training.workers import SingleWorker, TorchWorkers, Workers
 
 
@@ -60,6 +63,8 @@ def open_trainer(
             log = ExperienceLog(run_dir.experience, workers.rank, data.train)
         return DROTrainer(config, data, generator, prompts, reward, workers, log)
     judge = PassageJudge(generator, prompts, sampling_of(config))
+    if config.training.objective == "jsa":
+        return JSATrainer(config, library, data, generator, prompts, judge, reward, workers)
     pools = load_pools(config, data.train, generator.identity, run_dir.pools)
     return OpenRAGTrainer(
         config, library, data, pools, generator, judge, reward, workers, run_dir.indexes
@@ -166,6 +171,8 @@ def train_on_ray(
                     "from the last checkpoint"
                 ) from error
             raise cause from error
+    if config.training.profiled_steps:
+        save_ray_timeline(run_dir)
 
 
 def _resources(config: RunConfig) -> dict[str, float]:
@@ -176,13 +183,18 @@ def _resources(config: RunConfig) -> dict[str, float]:
 
 
 def _worker(settings: dict[Any, Any]) -> None:
-    """One Ray Train worker: open the parts, take part in the loop."""
+    """One Ray Train worker."""
     task: _WorkerTask = settings["task"]
+    run_dir, workers = RunDirectory(Path(task.run_dir)), TorchWorkers()
+    with worker_log(run_dir, workers.rank):
+        _take_part(task, run_dir, workers)
+
+
+def _take_part(task: _WorkerTask, run_dir: RunDirectory, workers: Workers) -> None:
+    """Open the parts and run the loop."""
     config = RunConfig.from_json(task.config)
     torch.set_num_threads(config.training.worker_threads)  # Ray allows one for less than a CPU
     library = open_library(config)
-    run_dir = RunDirectory(Path(task.run_dir))
-    workers = TorchWorkers()
     trainer: Trainer
     if config.training.experience is not None:
         logged = open_logged_data(config, library, run_dir.feedback)
@@ -197,13 +209,14 @@ def _worker(settings: dict[Any, Any]) -> None:
 
 
 def _report(metrics: Metrics) -> None:
-    """Tell Ray Train of a validated step.
+    """Tell the log of every step and Ray Train of a validated one.
 
-    Not of every step: its controller takes one report every two seconds, and a worker waits until
-    its report was taken.
+    Its controller takes one report every two seconds, and a worker waits until its report was
+    taken.
     """
     import ray.train
 
+    note_step(int(metrics["step"]))
     if any(name.startswith("validation/") for name in metrics):
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, float | int)})
 

@@ -1,8 +1,8 @@
 """Something to train and a run directory in; its trained weights, checkpoints and metrics out.
 
     for step in range(num_steps):
-        step      what the trainer does on this step, `dro_trainer`, `openrag_trainer` or
-                  `logged_trainer`
+        step      what the trainer does on this step, `dro_trainer`, `openrag_trainer`,
+                  `jsa_trainer` or `logged_trainer`
         validate  now and then
         record    metrics.jsonl; now and then a checkpoint
 
@@ -26,6 +26,7 @@ from rlrag.errors import CheckpointError, ConfigError, PreemptedError
 from rlrag.training.alarms import Alarms
 from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.forking import starting_weights
+from rlrag.training.profiling import StepProfiler
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import Workers
 
@@ -120,6 +121,8 @@ class TrainingLoop(Generic[AnyTrainer]):
         self._on_step = on_step
         self._store = CheckpointStore(run_dir.checkpoints)
         self._alarms = Alarms(config)
+        profiled = self._config.profiled_steps if workers.rank == 0 else range(0)
+        self._profiler = StepProfiler(profiled, run_dir)
         self._last_pause = 0
         self._saved_step = 0
         self._is_whole = True
@@ -139,7 +142,8 @@ class TrainingLoop(Generic[AnyTrainer]):
         try:
             while not self.progress.finished:
                 self._stop_if_asked()
-                self._step()
+                with self._profiler.step(self.progress.step + 1):
+                    self._step()
         finally:
             self.trainer.close()
         self.trainer.load(self._store.load(self.progress.best_step)[0])

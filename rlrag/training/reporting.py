@@ -1,8 +1,8 @@
 """Metrics of finished steps in; a live line, log lines and experiment trackers out.
 
 On a terminal one line is redrawn; elsewhere each step is one short line. What libraries have to say
-goes to a file, so that neither is disturbed. A tracker that fails is dropped with one line and
-never ends a run: the metrics are in their file whatever happens to it.
+goes to a file, `run_logs`, so that neither is disturbed. A tracker that fails is dropped with one
+line and never ends a run: the metrics are in their file whatever happens to it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rlrag.errors import SetupError
+from rlrag.training import run_logs
+from rlrag.training.prometheus_log import PrometheusLog, numbers_of
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,7 @@ _LOGS: dict[str, Callable[[Path], MetricsConsumer]] = {
     "tensorboard": TensorBoardLog,
     "wandb": WandbLog,
     "mlflow": MlflowLog,
+    "prometheus": PrometheusLog,
 }
 
 
@@ -152,7 +155,8 @@ def consumers(
     One that cannot be closed is named on stderr.
 
     Raises:
-        SetupError: before the block, when the library of a tracker is not installed.
+        SetupError: before the block, when the library of a tracker is not installed, or the address
+            for Prometheus cannot be listened on.
     """
     with ExitStack() as stack:
         found: list[MetricsConsumer] = [ProgressLine(num_steps)]
@@ -199,25 +203,28 @@ def following(path: Path, found: Sequence[MetricsConsumer]) -> Iterator[None]:
 
     The learner may run in another process; the file is all that the two share. A restart of the
     learner truncates the file and repeats some steps: those are not fed twice. A consumer that
-    raises is named on stderr and gets no more; the others do. Alarms go to stderr alone, also those
-    that a repeated step raises anew.
+    raises is named on stderr and gets no more; the others do. The texts of alarms go to stderr
+    alone, also those that a repeated step raises anew; consumers get the number 1 for each.
     """
     stop = threading.Event()
     before = _whole_lines(path)
     seen = max((int(line["step"]) for line in before), default=-1)
     told = {alarm for line in before for alarm in line.get("alarms", {}).items()}
+    run_logs.note_step(seen if before else None)
 
     def feed() -> None:
         last, working = seen, list(found)
         while True:
             ending = stop.is_set()
-            for metrics in _whole_lines(path):
-                for name, text in metrics.pop("alarms", {}).items():
+            for record in _whole_lines(path):
+                for name, text in record.get("alarms", {}).items():
                     if (name, text) not in told:
                         told.add((name, text))
-                        _say(f"step {metrics['step']:.0f}: alarm {name}: {text}")
-                if metrics["step"] > last:
-                    last = int(metrics["step"])
+                        _say(f"step {record['step']:.0f}: alarm {name}: {text}")
+                if record["step"] > last:
+                    last = int(record["step"])
+                    run_logs.note_step(last)
+                    metrics = numbers_of(record)
                     working = [consumer for consumer in working if _update(consumer, metrics)]
             if ending:
                 return
@@ -249,51 +256,28 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 def library_chatter_in(path: Path) -> Iterator[None]:
     """Send what libraries log and warn of to a file, and draw none of their progress bars.
 
-    Of this package, warnings also go to the terminal.
+    Of this package, warnings also go to the terminal. The file's lines name the run whose `logs/`
+    it lies in; elsewhere the name of the file stands for the run.
     """
     import torch  # noqa: F401  attaches handlers of its own, as transformers does
     from transformers.utils import logging as transformers_logging
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    inside = path.absolute().parent
+    run = run_logs.run_name(inside.parent) if inside.name == "logs" else path.stem
     to_terminal = logging.StreamHandler()
     to_terminal.setLevel(logging.WARNING)
-    to_terminal.addFilter(lambda record: record.name.split(".")[0] in {"rlrag", "envs", "jobs"})
-    with ExitStack() as stack:
-        stack.callback(to_file.close)
-        for logger in _loggers_on_a_stream():
-            _hand_over(logger, [], stack)
-        root = logging.getLogger()
-        stack.callback(root.setLevel, root.level)
-        _hand_over(root, [to_file, to_terminal], stack)
-        root.setLevel(logging.INFO)
-        stack.callback(logging.captureWarnings, False)
-        logging.captureWarnings(True)
+    to_terminal.addFilter(_is_for_people)
+    with (
+        run_logs.logging_to([run_logs.log_file(path, run, "driver"), to_terminal]),
+        ExitStack() as stack,
+    ):
         if transformers_logging.is_progress_bar_enabled():
             stack.callback(transformers_logging.enable_progress_bar)
             transformers_logging.disable_progress_bar()
         yield
 
 
-def _loggers_on_a_stream() -> list[logging.Logger]:
-    """Loggers below the root that write to the terminal by themselves."""
-    return [
-        logger
-        for logger in logging.root.manager.loggerDict.values()
-        if isinstance(logger, logging.Logger)
-        and any(
-            getattr(handler, "stream", None) is not None
-            for handler in logger.handlers
-            if not isinstance(handler, logging.FileHandler)
-        )
-    ]
-
-
-def _hand_over(
-    logger: logging.Logger, handlers: Sequence[logging.Handler], stack: ExitStack
-) -> None:
-    """Let a logger write to these handlers and its parents' until the stack unwinds."""
-    stack.callback(setattr, logger, "handlers", logger.handlers)
-    stack.callback(setattr, logger, "propagate", logger.propagate)
-    logger.handlers, logger.propagate = list(handlers), True
+def _is_for_people(record: logging.LogRecord) -> bool:
+    """Ours, save the traceback of what ends the program, which says so itself."""
+    ours = record.name.split(".")[0] in {"rlrag", "envs", "jobs"}
+    return ours and record.name != run_logs.__name__

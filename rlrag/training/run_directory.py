@@ -10,7 +10,8 @@ DIR/indexes/          where it is refreshed in training, versions of the retriev
 DIR/checkpoints/      what a stopped run continues from
 DIR/bundle/           what evaluation and serving load
 DIR/evaluation.json   the final comparison
-DIR/logs/             what libraries say, and TensorBoard's files
+DIR/logs/             what was said, as lines of JSON, and TensorBoard's files
+DIR/profile/          where they are asked for, traces of chosen steps
 DIR/may-run           there while steps run; they end when it is emptied
 """
 
