@@ -1,0 +1,86 @@
+"""A bundle with other data in; its generator, opened for a program that asks it, out.
+
+What the programs that answer questions with a bundle have in common: `jobs.evaluate`, `jobs.probe`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.cluster import cluster
+from rlrag.config import RunConfig
+from rlrag.errors import ConfigError
+
+if TYPE_CHECKING:  # they bring torch, which flags are checked without
+    from rlrag.bundle import Bundle
+    from rlrag.generation.cache import CachedGenerator
+    from rlrag.generation.prompts import PromptBuilder
+
+
+@dataclass(frozen=True)
+class OpenedGenerator:
+    """The generator as training found it, until `tune` is called."""
+
+    bundle: Bundle
+    generator: CachedGenerator
+    prompts: PromptBuilder
+    dtype: str
+
+    def tune(self) -> None:
+        """Give the generator its trained weights, where it was trained."""
+        weights = self.bundle.generator_weights(self.dtype)
+        if weights is not None:
+            self.generator.load_weights(weights)
+
+
+@contextmanager
+def opened_generator(
+    bundle: Bundle, config: RunConfig, launcher: str, log_name: str
+) -> Iterator[OpenedGenerator]:
+    """The bundle's generator while the block runs, and the cluster that it needs.
+
+    Args:
+        bundle: Loaded.
+        config: Its configuration, changed as the program wants.
+        launcher: Where the generator runs.
+        log_name: File in the folder for temporary files that takes what libraries print.
+    """
+    from rlrag.generation.build import open_generator, resolve_config
+    from rlrag.training.reporting import library_chatter_in
+
+    with library_chatter_in(Path(tempfile.gettempdir()) / log_name), cluster(launcher):
+        generator, prompts = open_generator(config.generator, launcher, config.cache_path)
+        try:
+            dtype = resolve_config(config.generator, launcher).dtype
+            yield OpenedGenerator(bundle, generator, prompts, dtype)
+        finally:
+            generator.close()
+
+
+def check_flags(limit: int | None, output: Path) -> None:
+    """Refuse, before anything is loaded, what could only fail at the end.
+
+    Raises:
+        ConfigError: no questions are to be asked, or the output has no directory.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit is {limit}; give at least 1")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: the directory {output.parent} does not exist")
+
+
+def on_other_data(
+    config: RunConfig, corpus: str | None, questions: str | None, limit: int | None
+) -> RunConfig:
+    """The configuration with another corpus and other evaluation questions; its own for None."""
+    data = config.data.model_dump() | {"max_eval_questions": limit}
+    if corpus is not None:
+        data["corpus"] = corpus
+    if questions is not None:
+        data["eval_questions"] = questions
+    return type(config).model_validate(config.model_dump() | {"data": data})
