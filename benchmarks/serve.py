@@ -209,9 +209,6 @@ class _Bare:
         from serve.settings import parse_settings
 
         self._bundle = load_bundle(Path(bundle))
-        self._retriever, self._selector = RetrieverPart(), SelectorPart()
-        self._retriever.load("v", Path(bundle))
-        self._selector.load("v", Path(bundle))
         config = engine_config(self._bundle.config.generator, parse_settings({"bundle": bundle}))
         config = resolve_config(config, "ray")
         model_dir = self._bundle.generator_dir or resolve_model(
@@ -219,6 +216,11 @@ class _Bare:
         )
         self._prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir))
         self._engine = open_engine(config, model_dir, self._prompts.prefix_ids)
+        # After the engine: vLLM (0.32) looks through all modules at its start, and those that BM25
+        # brings do not let it.
+        self._retriever, self._selector = RetrieverPart(), SelectorPart()
+        self._retriever.load("v", Path(bundle))
+        self._selector.load("v", Path(bundle))
         self._sampling = sampling_of(self._bundle.config)
 
     def rate(self, questions: list[str]) -> float:

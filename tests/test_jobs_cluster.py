@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from training_program import (
+from training_program import tiny_flags
+
+from benchmarks.programs import (
     ROOT,
     Family,
     TrainingProgram,
     quiet_environment,
     read_metrics,
-    tiny_flags,
 )
-
 from jobs.cluster import start_twice
 from rlrag.errors import SetupError
 

@@ -10,13 +10,9 @@ import os
 import signal
 
 import pytest
-from training_program import (
-    NUM_STEPS,
-    TrainingProgram,
-    read_metrics,
-    tiny_flags,
-    without_clocks,
-)
+from training_program import NUM_STEPS, tiny_flags, without_clocks
+
+from benchmarks.programs import TrainingProgram, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

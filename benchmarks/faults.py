@@ -1,0 +1,321 @@
+"""Faults into running programs in; what was lost and how soon each run went on, out.
+
+Run `python -m benchmarks.faults`. Every fault meets a small run on a Ray cluster of its own, once
+in the training of a selector and once in the offline stage of a retriever, where it can happen
+there. A run that goes on by itself is let go on; one that ends is started again by its command.
+Nothing is lost when the last checkpoint equals that of an undisturbed run to the last bit, and no
+more requests lie in the cache.
+
+    generator killed     SIGKILL to a generator actor
+    generator hangs      SIGSTOP to it for good; the pool ends it after generator.request_timeout_s
+    poisoned question    an engine dies whenever it meets a certain prompt
+    learner killed       SIGKILL to a Ray Train worker
+    node lost            SIGKILL to the raylet of the only node
+    head lost            SIGKILL to the cluster's head process (gcs_server)
+    program killed       SIGKILL to the training program and all that it started
+    preempted            SIGTERM to the training program
+    checkpoint damaged   the program is killed and a byte of the newest checkpoint flipped
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import signal
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.programs import TrainingProgram, read_metrics
+
+RESULTS_FILE = Path(__file__).parent / "results" / "faults.md"
+_TIMEOUT_S = 900.0
+_POLL_S = 0.05
+_FAULT_STEP = 4
+ENGINE, LEARNER = "EngineActor", "RayTrainWorker"
+_COMMON = (
+    *("--training.loggers", "--training.launcher", "ray"),
+    *("--generator.backend", "transformers", "--generator.dtype", "float32"),
+    *("--generator.num-actors", "2", "--generator.request-timeout-s", "30"),
+    *("--data.max-train-questions", "40", "--data.max-eval-questions", "4"),
+    *("--data.num-validation-questions", "4", "--evaluation.num-bootstrap", "100"),
+    *("--evaluation.systems", "retriever_order"),
+)
+STAGES: dict[str, tuple[str, ...]] = {
+    "training": (
+        *("--training.batch-size", "6", "--training.num-epochs", "2"),
+        *("--training.validate-every", "6", "--training.checkpoint-every", "2"),
+    ),
+    "offline stage": (
+        *("--training.parts", "retriever", "--retrieval.kind", "semi_parametric"),
+        *("--retrieval.encoder", "None", "--environment.num-selected", "1"),
+        *("--openrag.stages", "offline", "--openrag.offline-epochs", "1"),
+        *("--openrag.num-offline", "8", "--training.batch-size", "6"),
+    ),
+}
+"""Flags of the runs that are disturbed."""
+
+_POISON = '''
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+
+WORD = os.environ["POISON"]
+
+
+class Poison(MetaPathFinder):
+    """Lets engines of this process die of prompts with a word."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "rlrag.generation.transformers_backend":
+            return None
+        spec = PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+
+        def execute(module):
+            load(module)
+            for method in ("generate", "score"):
+                setattr(module.TransformersGenerator, method, deadly(
+                    getattr(module.TransformersGenerator, method)))
+
+        spec.loader.exec_module = execute
+        return spec
+
+
+def deadly(method):
+    def call(self, prompts, *rest):
+        if any(WORD in prompt.text for prompt in prompts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, prompts, *rest)
+
+    return call
+
+
+sys.meta_path.insert(0, Poison())
+'''
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a disturbed run; seconds from the fault to the next finished piece of work."""
+
+    ended_with: int | None
+    recovery_s: float
+    is_equal: bool
+    num_twice: int
+    left_out: str
+
+
+class Case:
+    """One run and what is done to it."""
+
+    def __init__(self, folder: Path, stage: str, variables: dict[str, str]) -> None:
+        self._folder, self._stage, self._variables = folder, stage, variables
+        self.program = self.start()
+
+    def start(self) -> TrainingProgram:
+        """Start the command, or start it again."""
+        flags = [*_COMMON, *STAGES[self._stage]]
+        return TrainingProgram(self._folder, flags, self._folder / "cache", self._variables)
+
+    def wait_for_work(self, more_than: int = -1) -> int:
+        """Wait until so much is done that a fault meets work under way; returns how much."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        wanted = max(_FAULT_STEP, more_than + 1)
+        while self.done() < wanted:
+            assert time.monotonic() < deadline, f"nothing done: {self.program.stderr()}"
+            time.sleep(_POLL_S)
+            self.program.family.look()
+            assert not self.program.ended(), f"ended too early: {self.program.stderr()}"
+        return self.done()
+
+    def done(self) -> int:
+        """Recorded steps, or computed requests of the offline stage."""
+        if self._stage == "training":
+            metrics = read_metrics(self.program.run_dir)
+            return int(metrics[-1]["step"]) if metrics else -1
+        return self.num_computed()
+
+    def weights(self) -> list[bytes]:
+        """The tensors of the last checkpoint, file by file."""
+        last = sorted((self.program.run_dir / "checkpoints").glob("step-*"))[-1]
+        return [path.read_bytes() for path in sorted(last.glob("*.safetensors"))]
+
+    def num_computed(self) -> int:
+        """Requests that the program's generator has computed and stored so far."""
+        path = self._folder / "cache" / "generations.sqlite"
+        if not path.exists():
+            return -1
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)) as connection:
+            try:
+                (number,) = connection.execute("SELECT COUNT(*) FROM results").fetchone()
+            except sqlite3.OperationalError:  # before the table is there
+                return -1
+        return int(number)
+
+
+def kill_one(title: str, number: int = signal.SIGKILL) -> Callable[[Case], None]:
+    """Send a signal to one process of the run."""
+
+    def act(case: Case) -> None:
+        case.program.family.named(title)[0].send_signal(number)
+
+    return act
+
+
+def kill_program(case: Case) -> None:
+    """As the kernel does when memory is short."""
+    os.killpg(case.program.pid, signal.SIGKILL)
+
+
+def preempt(case: Case) -> None:
+    """As whoever takes a machine away does."""
+    os.kill(case.program.pid, signal.SIGTERM)
+
+
+def damage(case: Case) -> None:
+    """Kill the program and flip a byte in the newest checkpoint."""
+    kill_program(case)
+    case.program.wait(_TIMEOUT_S)
+    newest = sorted((case.program.run_dir / "checkpoints").glob("step-*"))[-1]
+    path = sorted(newest.glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+FAULTS: dict[str, tuple[Callable[[Case], None] | None, tuple[str, ...]]] = {
+    "generator killed": (kill_one(ENGINE), tuple(STAGES)),
+    "generator hangs": (kill_one(ENGINE, signal.SIGSTOP), tuple(STAGES)),
+    "poisoned question": (None, ("training",)),
+    "learner killed": (kill_one(LEARNER), ("training",)),
+    "node lost": (kill_one("raylet/raylet"), tuple(STAGES)),
+    "head lost": (kill_one("gcs_server"), tuple(STAGES)),
+    "program killed": (kill_program, tuple(STAGES)),
+    "preempted": (preempt, tuple(STAGES)),
+    "checkpoint damaged": (damage, ("training",)),
+}
+"""What is done and in which stages; nothing where the fault is in the run from its start."""
+
+
+def undisturbed(folder: Path, stage: str) -> tuple[list[bytes], int]:
+    """Weights of the last checkpoint, and how many requests were computed."""
+    case = Case(folder, stage, {})
+    try:
+        code = case.program.wait(_TIMEOUT_S)
+        assert code == 0, case.program.stderr()
+        return case.weights(), case.num_computed()
+    finally:
+        case.program.end()
+
+
+def disturb(folder: Path, stage: str, fault: str, reference: tuple[list[bytes], int]) -> Outcome:
+    """Run, disturb, and start again where the program ended."""
+    act, _ = FAULTS[fault]
+    variables = _poison(folder) if act is None else {}
+    case = Case(folder, stage, variables)
+    code = None
+    try:
+        before = case.wait_for_work() if act else -1
+        started = time.monotonic()
+        if act:
+            act(case)
+        recovery_s = _went_on(case, before, started)
+        if recovery_s is None:
+            code = case.program.wait(_TIMEOUT_S)
+            case.program.family.end()
+            started = time.monotonic()
+            case.program = case.start()
+            recovery_s = _went_on(case, before, started) or 0.0
+        final = case.program.wait(_TIMEOUT_S)
+        assert final == 0, f"{fault} in {stage} ended with {final}: {case.program.stderr()}"
+        weights, num_computed = reference
+        failures = {
+            text
+            for record in read_metrics(case.program.run_dir)
+            for text in record.get("failures", ())
+        }
+        return Outcome(
+            code,
+            recovery_s,
+            case.weights() == weights,
+            max(0, case.num_computed() - num_computed),
+            "; ".join(re.findall(r"question '[^']+'", " ".join(sorted(failures)))),
+        )
+    finally:
+        case.program.end()
+
+
+def _went_on(case: Case, before: int, started: float) -> float | None:
+    """Seconds to the next finished step or question; None when the program ended instead."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while case.done() <= before:
+        assert time.monotonic() < deadline, f"no recovery: {case.program.stderr()}"
+        if case.program.ended():
+            return None if case.program.wait(1.0) else time.monotonic() - started
+        time.sleep(_POLL_S)
+    return time.monotonic() - started
+
+
+def _poison(folder: Path) -> dict[str, str]:
+    """Have every Python process of the run import the poison."""
+    from rlrag.data.sample import sample_questions
+
+    (folder / "poison").mkdir(parents=True, exist_ok=True)
+    (folder / "poison" / "sitecustomize.py").write_text(_POISON)
+    return {"PYTHONPATH": str(folder / "poison"), "POISON": sample_questions()[5].question}
+
+
+def report(rows: Sequence[tuple[str, str, Outcome]]) -> str:
+    """The outcomes as Markdown."""
+    lines = [
+        "# Faults: what they cost a run",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; made "
+        "by `python -m benchmarks.faults`, whose module says what is done. `program` says whether "
+        "it went on, or ended with a code and was started again. Recovery is the time from "
+        "the fault, or from that start, to the next finished step or stored judgement; loading "
+        "models and starting Ray are part of it.",
+        "",
+        "| stage | fault | program | recovery, s | last checkpoint | computed twice | left out |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage, fault, outcome in rows:
+        program = "went on" if outcome.ended_with is None else f"ended with {outcome.ended_with}"
+        equal = "equal to the last bit" if outcome.is_equal else "differs"
+        lines.append(
+            f"| {stage} | {fault} | {program} | {outcome.recovery_s:.0f} | {equal} | "
+            f"{outcome.num_twice} | {outcome.left_out or '-'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Inject the faults and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES))
+    parser.add_argument("--faults", nargs="+", choices=tuple(FAULTS), default=list(FAULTS))
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for stage in arguments.stages:
+            reference = undisturbed(Path(directory) / stage / "undisturbed", stage)
+            for fault in arguments.faults:
+                if stage not in FAULTS[fault][1]:
+                    continue
+                outcome = disturb(Path(directory) / stage / fault, stage, fault, reference)
+                rows.append((stage, fault, outcome))
+                print(stage, fault, outcome, flush=True)
+    text = report(rows)
+    RESULTS_FILE.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
