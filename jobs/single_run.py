@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from rlrag.models import resolve_model
 from rlrag.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # these bring torch and FAISS, which a refused command line does without
+    import torch
+
     from rlrag.bundle_files import Evaluated
     from rlrag.pipeline import Library, TrainingData
     from rlrag.training.checkpoints import CheckpointStore
@@ -141,7 +144,7 @@ def _prepare(
 
     budget = estimate_budget(config, data, prompts)
     say(budget.describe(measure_speed(generator.inner, budget.sample_prompts)))
-    if not config.trains_retriever:
+    if not config.trains_by_openrag:
         return budget.num_steps
     from rlrag.training.offline_stage import run_offline_stage
 
@@ -210,16 +213,13 @@ def bundle_checkpoint(
     """
     from rlrag.bundle import save_bundle
     from rlrag.pipeline import open_policy
-    from rlrag.retrieval.open_trainable import open_trainable_encoder
     from rlrag.storage import restore_weights
     from rlrag.training.parts import open_whole_generator
 
     policy = open_policy(config, data.train)
     save_generator = save_retriever = None
     if config.trains_retriever:
-        encoder = open_trainable_encoder(config.retrieval, config.openrag, config.cache_path)
-        restore_weights(encoder, files["retriever"], f"the retriever of checkpoint {step}")
-        save_retriever = encoder.save_pretrained
+        save_retriever = _trained_retriever(config, files["retriever"], step)
     else:
         restore_weights(policy, files["policy"], f"the policy of checkpoint {step}")
     if config.trains_generator:
@@ -238,6 +238,24 @@ def bundle_checkpoint(
         evaluated,
         finish,
     )
+
+
+def _trained_retriever(
+    config: RunConfig, weights: Mapping[str, torch.Tensor], step: int
+) -> Callable[[Path], None]:
+    """What writes the encoder with these weights into a new directory."""
+    from rlrag.retrieval.open_trainable import open_trainable_encoder
+    from rlrag.retrieval.query_encoder import open_query_encoder, save_with_passages
+    from rlrag.storage import restore_weights
+
+    what = f"the retriever of checkpoint {step}"
+    if config.trains_by_openrag:
+        encoder = open_trainable_encoder(config.retrieval, config.openrag, config.cache_path)
+        restore_weights(encoder, weights, what)
+        return encoder.save_pretrained
+    of_questions = open_query_encoder(config.retrieval, config.cache_path)
+    restore_weights(of_questions, weights, what)
+    return partial(save_with_passages, of_questions, config.retrieval, config.cache_path)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
     """Training questions, sampled and split by the configuration's seed-independent rule.
 
     The held-back questions are the same for every `seed`, so that seeds share cached rewards. Where
-    the retriever is trained, the candidates are those that its offline stage labels.
+    OpenRAG trains the retriever, the candidates are those that its offline stage labels.
 
     Raises:
         ConfigError: when the corpus has fewer passages than the offline stage labels.
@@ -104,7 +104,7 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
             f"fewer than training.batch_size {config.training.batch_size}; lower it or "
             "data.num_validation_questions"
         )
-    if config.trains_retriever:
+    if config.trains_by_openrag:
         num_offline = config.openrag.num_offline
         if num_offline > len(library.corpus):
             raise ConfigError(

@@ -16,7 +16,8 @@ from rlrag.config import BUILTIN_VOCABULARY_ENCODER
 from rlrag.errors import ConfigError, DataError
 from rlrag.models import resolve_model
 from rlrag.retrieval import vocabulary_space
-from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder, has_encoder_each
+from rlrag.retrieval.role_directories import has_encoder_each
+from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
 from rlrag.retrieval.vocabulary_space import elu1p, max_logits, sparsified
 
 TEXTS = (

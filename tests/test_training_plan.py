@@ -32,12 +32,14 @@ def model_dir(tmp_path_factory) -> Path:
 
 def headings(config: RunConfig) -> list[str]:
     """First words of the lines that a plan of this run must have, in their order."""
-    selects = config.training.parts != ("retriever",)
+    by_jsa = config.training.objective == "jsa"
+    selects = config.training.parts != ("retriever",) and not by_jsa
     named = {
         "rounds": config.trains_in_turns,
         "retriever": config.trains_retriever,
-        "offline": config.trains_retriever and config.openrag.labels == "generator",
-        "online": config.trains_retriever and "online" in config.openrag.stages,
+        "sampling": by_jsa,
+        "offline": config.trains_by_openrag and config.openrag.labels == "generator",
+        "online": config.trains_by_openrag and "online" in config.openrag.stages,
         "E-step": selects,
         "rollouts": selects,
         "generator": True,

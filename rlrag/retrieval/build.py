@@ -25,6 +25,7 @@ from rlrag.retrieval.encoder import Encoder, TextEncoder
 from rlrag.retrieval.hybrid import HybridRetriever
 from rlrag.retrieval.manifest import IndexKind, Manifest, digest
 from rlrag.retrieval.protocol import Retriever, check_num_hits
+from rlrag.retrieval.role_directories import has_encoder_each
 from rlrag.retrieval.shards import Shards, ShardSource, shard_sources
 from rlrag.retrieval.vector_index import check_index_fits, open_index
 from rlrag.retrieval.vectors import VECTORS_FILE, open_vectors
@@ -148,7 +149,11 @@ def open_retrievers(
         encoder=encoder,
         passage_vectors=vectors_PD,
         manifest_hash=digest(
-            [[manifest.compared for manifest in manifests], _search_parameters(config)]
+            [
+                [manifest.compared for manifest in manifests],
+                _search_parameters(config),
+                *_question_weights(encoder),
+            ]
         ),
         index_dirs=tuple(place for place in map(places.of, manifests) if place.is_dir()),
     )
@@ -168,7 +173,7 @@ def open_vocabulary_encoder(
         ConfigError: when it is no masked language model with its own head and tokenizer.
         ModelNotFoundError: when there is no such model.
     """
-    from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder, has_encoder_each
+    from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
 
     model_dir = resolve_model(config.vocabulary_encoder, cache_dir)
     encoder = VocabularyEncoder(
@@ -252,6 +257,12 @@ def _index_parameters(config: RetrievalConfig) -> dict[str, int]:
     if config.index == "hnsw":
         return {"links": config.hnsw_links}
     return {"lists": config.ivf_lists, "bytes": config.pq_bytes}
+
+
+def _question_weights(encoder: Encoder | None) -> tuple[str, ...]:
+    """Of an encoder of questions alone, which the passages' vectors do not tell of."""
+    own = encoder.question_weights_hash if isinstance(encoder, TextEncoder) else None
+    return () if own is None else (own,)
 
 
 def _search_parameters(config: RetrievalConfig) -> dict[str, Any]:

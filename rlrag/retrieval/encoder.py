@@ -15,6 +15,7 @@ import numpy as np
 
 from rlrag.errors import ConfigError, DataError
 from rlrag.models import resolve_device, resolve_dtype, weights_hash
+from rlrag.retrieval.role_directories import has_encoder_each, role_directory
 from rlrag.retrieval.trainable import Role
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """A sentence-transformers model; questions and passages are encoded by the same weights.
+    """A sentence-transformers model for questions and passages, or one for each.
 
     Passages, of which there are many, are encoded in the number format that is asked for, questions
     in float32. In bfloat16 a vector depends by some thousandths on the batch that it is padded and
@@ -60,7 +61,8 @@ class TextEncoder:
     on disk never loads it. Texts are sorted by length before they are cut into batches.
 
     Args:
-        model_dir: Directory of the model, as `rlrag.models.resolve_model` gives it.
+        model_dir: Directory of the model, as `rlrag.models.resolve_model` gives it, or one with
+            the two, see `role_directories`.
         dtype: `auto`, `float32` or `bfloat16`, for passages; the vectors are float32.
         max_tokens: Tokens of a text that are read.
         batch_size: Texts in one forward pass.
@@ -70,16 +72,22 @@ class TextEncoder:
         self._model_dir = model_dir
         self._batch_size = batch_size
         self._device = resolve_device("auto")
+        self._has_each = has_encoder_each(model_dir)
         self._identity = EncoderIdentity(
-            weights_hash=weights_hash(model_dir),
+            weights_hash=weights_hash(role_directory(model_dir, "passage")),
             dtype=resolve_dtype(dtype, self._device),
             max_tokens=max_tokens,
         )
 
     @property
     def identity(self) -> EncoderIdentity:
-        """Weights, number format and longest text."""
+        """Weights of the passages' encoder, number format and longest text."""
         return self._identity
+
+    @property
+    def question_weights_hash(self) -> str | None:
+        """Of the questions' encoder; None where it is that of the passages."""
+        return weights_hash(self._model_dir / "question") if self._has_each else None
 
     @property
     def size(self) -> int:
@@ -94,19 +102,19 @@ class TextEncoder:
 
     @cached_property
     def _for_passages(self) -> SentenceTransformer:
-        return self._load(self._identity.dtype)
+        return self._load("passage", self._identity.dtype)
 
     @cached_property
     def _for_questions(self) -> SentenceTransformer:
-        exact = self._identity.dtype == "float32"
-        return self._for_passages if exact else self._load("float32")
+        shared = self._identity.dtype == "float32" and not self._has_each
+        return self._for_passages if shared else self._load("question", "float32")
 
-    def _load(self, dtype: str) -> SentenceTransformer:
+    def _load(self, role: Role, dtype: str) -> SentenceTransformer:
         import torch
         from sentence_transformers import SentenceTransformer
 
         model = SentenceTransformer(
-            str(self._model_dir),
+            str(role_directory(self._model_dir, role)),
             device=self._device,
             local_files_only=True,
             model_kwargs={"dtype": getattr(torch, dtype)},

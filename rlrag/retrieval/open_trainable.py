@@ -12,6 +12,7 @@ from rlrag.retrieval.bag_of_tokens import open_bag_of_tokens
 from rlrag.retrieval.build import RetrieverSet, open_vocabulary_encoder
 from rlrag.retrieval.dense import DenseRetriever
 from rlrag.retrieval.late_parametric import FirstStage, FrozenIndex, RetrieverProposals
+from rlrag.retrieval.role_directories import has_encoder_each
 from rlrag.retrieval.trainable import TrainableEncoder
 from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
 from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
@@ -29,6 +30,11 @@ def open_trainable_encoder(
         return open_vocabulary_encoder(retrieval, cache_dir, openrag.tied)
     if retrieval.kind == "dense" and retrieval.encoder is not None:
         model_dir = resolve_model(retrieval.encoder, cache_dir)
+        if has_encoder_each(model_dir):
+            raise ConfigError(
+                f"{model_dir} has an encoder for questions and another for passages, but OpenRAG "
+                "trains a dense one for both; use training.objective jsa, or another encoder"
+            )
         return TrainableTextEncoder(model_dir, retrieval.encoder_max_tokens)
     raise ConfigError(
         f"retrieval.kind {retrieval.kind!r} has no encoder to train; use dense or semi_parametric"

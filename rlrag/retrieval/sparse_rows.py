@@ -82,6 +82,10 @@ class SparseRows:
             scores_BN[position] = (self._gathered(rows_N) @ vector_V1)[:, 0]
         return scores_BN
 
+    def vectors(self, rows_N: np.ndarray) -> np.ndarray:
+        """Given rows with all their columns, float32 of shape (N, V)."""
+        return self._gathered(rows_N).toarray()
+
     def _search(self, vectors_VB: np.ndarray, k: int) -> Hits:
         num_vectors = vectors_VB.shape[1]
         found = Hits(np.zeros((num_vectors, 0), np.int64), np.zeros((num_vectors, 0), np.float32))

@@ -182,6 +182,10 @@ class VectorIndex:
             parameters = faiss.SearchParametersIVF(nprobe=self._config.ivf_probes)
         return self._index.search(vectors_BD, depth, params=parameters)[1]
 
+    def vectors(self, rows_N: np.ndarray) -> np.ndarray:
+        """The vectors of given rows, float32 of shape (N, D)."""
+        return np.asarray(self._vectors_PD[rows_N], dtype=np.float32)
+
     def inner_products(self, vectors_BD: np.ndarray, rows_BN: np.ndarray) -> np.ndarray:
         """The exact inner product of each given row with its question, shape (B, N)."""
         scores_BN = np.zeros(rows_BN.shape, dtype=np.float32)

@@ -27,20 +27,15 @@ from scipy.sparse import csr_array
 
 from rlrag.errors import ConfigError, DataError
 from rlrag.retrieval.encoder import EncoderIdentity
+from rlrag.retrieval.role_directories import ROLES, has_encoder_each
 from rlrag.retrieval.trainable import Embedded, Role
 from rlrag.retrieval.vocabulary import Vocabulary
 from rlrag.retrieval.vocabulary_model import VocabularyModel
 from rlrag.retrieval.vocabulary_space import elu1p, kept_entries, max_logits, sparsified
 
-_ROLES: tuple[Role, ...] = ("question", "passage")
 _SHARED = "shared"
 
 Head = Literal["masked_lm", "layer_norm"]
-
-
-def has_encoder_each(model_dir: Path) -> bool:
-    """Whether a directory holds an encoder for questions and another for passages."""
-    return all((model_dir / role).is_dir() for role in _ROLES)
 
 
 class VocabularyEncoder(torch.nn.Module):
@@ -82,7 +77,7 @@ class VocabularyEncoder(torch.nn.Module):
                 f"{model_dir} was saved with an encoder for questions and another for passages; "
                 "load it with tied False"
             )
-        names = (_SHARED,) if tied else _ROLES
+        names = (_SHARED,) if tied else ROLES
         places = {name: model_dir / name for name in names}
         if not has_encoder_each(model_dir):
             places = dict.fromkeys(names, model_dir)

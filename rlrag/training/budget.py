@@ -10,7 +10,12 @@ from rlrag.config import RunConfig
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.pipeline import TrainingData, open_policy
 from rlrag.records import Prompt
-from rlrag.training.schedule import BatchSchedule, openrag_schedule
+from rlrag.training.schedule import (
+    BatchSchedule,
+    answerable_rows,
+    jsa_schedule,
+    openrag_schedule,
+)
 
 _SAMPLE = 40
 
@@ -45,6 +50,8 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
 
     As training sharpens the policy it repeats itself more, so the estimate is on the high side.
     """
+    if config.training.objective == "jsa":
+        return _jsa_budget(config, data, prompts)
     if config.trains_retriever:
         return _openrag_budget(config, data, prompts)
     schedule = BatchSchedule(config.training, config.dro, len(data.train), config.seed)
@@ -109,6 +116,37 @@ def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     return Budget(
         num_steps=num_steps,
         num_rollouts=data.train.rows_QN.size if openrag.labels == "generator" else 0,
+        num_requests=num_requests,
+        num_tokens=round(num_requests * tokens),
+        sample_prompts=sample,
+    )
+
+
+def _jsa_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -> Budget:
+    """Each question is scored with every passage of its domain, and answered when it is validated.
+
+    With a frozen generator once, as passages found before are cached; with one that is trained in
+    every pass and validation. Chains visit fewer passages as the posterior gets sharper, so that
+    the estimate is on the high side.
+    """
+    questions, jsa, training = data.train.questions, config.jsa, config.training
+    usable = answerable_rows(questions)
+    num_steps = jsa_schedule(config, len(usable)).num_steps
+    rows = usable[np.linspace(0, len(usable) - 1, min(_SAMPLE, len(usable))).astype(int)]
+    sample = tuple(
+        prompts.build(questions[row], [data.train.passages(int(row))[0]]) for row in rows
+    )
+    num_validation = len(data.validation) if data.validation else 0
+    num_validations = 1 + num_steps // training.validate_every
+    seen = training.batch_size * num_steps
+    scored = seen if config.trains_generator else min(seen, len(usable))
+    num_requests = scored * min(jsa.num_prior + jsa.num_posterior, jsa.mis_steps)
+    num_requests += num_validations * num_validation
+    tokens = float(np.mean([len(prompt.token_ids) for prompt in sample]))
+    tokens += config.generator.max_new_tokens / 2
+    return Budget(
+        num_steps=num_steps,
+        num_rollouts=seen * jsa.mis_steps,
         num_requests=num_requests,
         num_tokens=round(num_requests * tokens),
         sample_prompts=sample,

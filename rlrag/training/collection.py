@@ -20,12 +20,12 @@ import torch
 
 from rlrag.config import RunConfig
 from rlrag.generation.protocol import Generator
-from rlrag.generation.weight_protocols import FollowsWeights
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.selection.build import TrainablePolicy
 from rlrag.training.experience import Experience, ExperienceCollector
 from rlrag.training.parts import TrainedParts
+from rlrag.training.publishing import hand_over
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.workers import Workers
 
@@ -123,12 +123,7 @@ class Collection:
             return
         if self._ahead is not None:  # of a run that ends early: nobody will ask for it
             wait([self._ahead[1]])
-        self._workers.barrier()  # no worker has a batch on its way
-        if self._workers.rank == 0:
-            self._generator.load_weights(weights)
-        self._workers.barrier()
-        if self._workers.rank != 0 and isinstance(self._generator, FollowsWeights):
-            self._generator.expect_weights(weights.version, weights.digest)
+        hand_over(weights, self._generator, self._workers)
         self._published = version
 
     def close(self) -> None:

@@ -20,6 +20,8 @@ from rlrag.training.run_directory import RunDirectory
 _STEP = re.compile(r"step-(\d+)")
 _WEIGHTS = {"retriever": "retriever", "selector": "policy", "generator": "generator"}
 """The checkpoint's file of each part."""
+_POSTERIOR = "posterior"
+"""What JSA trains a retriever with, which starts where that stood too."""
 _BUILT_BY = {
     "retriever": (
         "retrieval.kind",
@@ -27,6 +29,7 @@ _BUILT_BY = {
         "retrieval.vocabulary_encoder",
         "retrieval.vocabulary_head",
         "openrag.tied",
+        "training.objective",
     ),
     "selector": (
         "selector.kind",
@@ -94,7 +97,8 @@ def starting_weights(config: RunConfig) -> dict[str, dict[str, torch.Tensor]]:
     named = _STEP.fullmatch(place.name)
     assert named is not None
     files, _ = CheckpointStore(place.parent).load(int(named[1]))
-    weights = {name: files[name] for name in _WEIGHTS.values() if name in files}
+    wanted = [*_WEIGHTS.values(), _POSTERIOR]
+    weights = {name: files[name] for name in wanted if name in files}
     lacking = [part for part in config.training.parts if _WEIGHTS[part] not in weights]
     if lacking:
         raise ConfigError(

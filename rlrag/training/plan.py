@@ -108,6 +108,22 @@ def _retriever_steps(config: RunConfig) -> list[str]:
     return lines
 
 
+def _jsa_steps(config: RunConfig) -> list[str]:
+    data, jsa, training = config.data, config.jsa, config.training
+    amount = f"all questions of {data.train_questions}"
+    if data.max_train_questions is not None:
+        trained = max(data.max_train_questions - data.num_validation_questions, 0)
+        steps = training.num_epochs * trained // training.batch_size
+        amount = f"{trained:,} questions, {steps:,} steps"
+    return [
+        f"  data        {amount}, {training.num_epochs} passes, {training.batch_size} a step",
+        f"  retriever   {config.retrieval.kind}, its encoder of questions, and a posterior that "
+        f"reads the answer too; {jsa.micro_batch_texts} texts embedded at once",
+        f"  sampling    {jsa.mis_steps} Metropolis steps a question on the first {jsa.num_prior} "
+        f"passages of the one and {jsa.num_posterior} of the other; the different ones are scored",
+    ]
+
+
 def _steps(config: RunConfig) -> list[str]:
     if config.trains_in_turns:
         others = tuple(part for part in config.training.parts if part != "retriever")
@@ -118,6 +134,8 @@ def _steps(config: RunConfig) -> list[str]:
             *_retriever_steps(config),
             *_steps(config.model_copy(update={"training": turn})),
         ]
+    if config.training.objective == "jsa":
+        return _jsa_steps(config)
     if config.trains_retriever:
         return _retriever_steps(config)
     if config.training.experience is not None:
@@ -201,7 +219,7 @@ def _learner_memory(config: RunConfig) -> list[str]:
 def _encoder_memory(model: str, config: RunConfig) -> str:
     """Names of encoders seldom tell their size, and a plan must not wait for a download."""
     try:
-        size = num_parameters(model, config.cache_path) * (1 if config.openrag.tied else 2)
+        size = num_parameters(model, config.cache_path) * config.num_trained_encoders
     except ConfigError:
         return "16 bytes of weights and optimiser for each of its parameters (not known here)"
     return f"about {16 * size / GIB:.1f} GiB of weights and optimiser"

@@ -1,0 +1,277 @@
+"""Retrievers learn what the generator finds likely; stopped or split up they learn the same."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jsa_runs import jsa_config, last_checkpoint, series, start, weights
+from loop_runs import StopAfter, changed, steps_of
+from openrag_runs import NUM_VALIDATION, Task, make_task
+from stand_ins import ReadingGenerator, WordPrompts
+from thread_workers import make_group, run_together
+from tiny_models import save_tiny_encoder, save_tiny_masked_lm
+
+from rlrag.config import RunConfig
+from rlrag.errors import DataError, GenerationError
+from rlrag.records import Score
+from rlrag.training.budget import estimate_budget
+from rlrag.training.plan import describe_plan
+from rlrag.training.run_directory import RunDirectory
+
+# 28 questions in batches of 8, four passes.
+NUM_STEPS = 14
+OF_RETRIEVERS = {"posterior", "retriever", "retriever_optimizer"}
+OF_EVERY_STEP = {
+    *("step", "epoch", "collect_s", "learn_s", "validate_s", "num_failed"),
+    *("generator_tokens_spent", "generator_tokens_saved", "generator_tokens_total"),
+    *("retriever/loss", "retriever/grad_norm", "retriever/learning_rate"),
+    *(f"jsa/{name}" for name in ("acceptance", "num_visited", "num_scored", "num_domain")),
+    *(f"jsa/{name}" for name in ("ess", "kl", "visited_answer_logp")),
+}
+OF_VALIDATION = {
+    f"validation/{name}" for name in ("accuracy", "em", "f1", "answer_words", "recall")
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Untrained encoders, and what all runs share on disk."""
+    directory = tmp_path_factory.mktemp("jsa")
+    save_tiny_encoder(directory / "encoder")
+    save_tiny_masked_lm(directory / "masked_lm")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def config(models) -> RunConfig:
+    return jsa_config(models)
+
+
+@pytest.fixture(scope="module")
+def task(config) -> Task:
+    return make_task(config)
+
+
+@pytest.fixture(scope="module")
+def whole(config, task, tmp_path_factory) -> Path:
+    """The directory of a run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    start(config, task, directory).run()
+    return directory
+
+
+def test_training_finds_the_passages_that_help_also_with_unseen_subjects(config, task, tmp_path):
+    learning = changed(
+        config,
+        jsa={"num_prior": 20, "num_posterior": 20, "temperature": 0.02},
+        training={"num_epochs": 8, "warmup_steps": 5},
+    )
+    loop = start(learning, task, tmp_path / "run")
+    questions = task.data.train.questions
+
+    def recall() -> float:
+        rows_B1 = loop.trainer.retrievers.search([q.question for q in questions], 1)
+        found = [task.library.corpus[int(row)].id for row in rows_B1[:, 0]]
+        return float(np.mean([f in q.gold_ids for f, q in zip(found, questions, strict=True)]))
+
+    assert recall() < 0.3
+    loop.run()
+    assert recall() > 0.6
+    for name in ("validation/accuracy", "validation/recall"):
+        found = series(tmp_path / "run", name)
+        assert found[0] < 0.3
+        assert max(found) >= 0.5
+    logp = series(tmp_path / "run", "jsa/visited_answer_logp")
+    assert np.mean(logp[-3:]) > np.mean(logp[:3]) + 1
+
+
+def test_the_records_have_the_documented_keys_and_finite_numbers(whole):
+    records = steps_of(whole)
+    clocks = {"collect_s", "learn_s", "validate_s"}
+    assert records[0].keys() == {"step", "epoch", "generator_tokens_total"} | OF_VALIDATION
+    assert len(records) == NUM_STEPS + 1
+    for record in records[1:]:
+        of_validation = OF_VALIDATION if record["step"] in (4, 8, 12, 14) else set()
+        assert record.keys() == (OF_EVERY_STEP - clocks) | of_validation, record["step"]
+        assert 0 <= record["jsa/acceptance"] <= 1
+        assert 1 <= record["jsa/num_visited"] <= record["jsa/num_scored"]
+        assert record["jsa/num_scored"] <= record["jsa/num_domain"] <= 12
+        assert 1 <= record["jsa/ess"] <= 50
+    assert all(math.isfinite(value) for record in records for value in record.values())
+    assert records[-1]["epoch"] == pytest.approx(NUM_STEPS * 8 / 28)
+
+
+def test_step_0_is_the_retriever_as_it_came(whole, task):
+    validation = task.data.validation
+    first = [validation.passages(row)[0].id for row in range(NUM_VALIDATION)]
+    recall = np.mean([q.gold_ids[0] == f for q, f in zip(validation.questions, first, strict=True)])
+    assert steps_of(whole)[0]["validation/recall"] == pytest.approx(recall)
+
+
+def check_continued(whole: Path, directory: Path, files: set[str]) -> None:
+    """Records and the last checkpoint; the best one may be the first."""
+    assert steps_of(whole) == steps_of(directory)
+    expected, found = last_checkpoint(whole), last_checkpoint(directory)
+    assert {name.split("/")[0] for name in found} == files
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("stop_at", [0, 5, 9])
+def test_a_run_that_was_stopped_ends_as_one_that_never_was(config, task, whole, tmp_path, stop_at):
+    with pytest.raises(StopAfter):
+        start(config, task, tmp_path / "run", stop_at).run()
+    start(config, task, tmp_path / "run").run()
+    check_continued(whole, tmp_path / "run", OF_RETRIEVERS)
+
+
+def test_two_workers_do_what_one_does(config, task, tmp_path):
+    """Workers are threads that share a generator, so that its tokens are counted twice."""
+    short = changed(config, training={"num_epochs": 1})
+    task = replace(task, data=replace(task.data, validation=None))
+    alone = start(short, task, tmp_path / "alone")
+    alone.run()
+    RunDirectory(tmp_path / "two").claim(short)
+    shared = ReadingGenerator()
+    loops = [start(short, task, tmp_path / "two", None, shared, w) for w in make_group(2)]
+    run_together([loop.run for loop in loops])
+    first, second = weights(loops[0]), weights(loops[1])
+    for name, tensor in weights(alone).items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(tensor, first[name], rtol=1e-2, atol=1e-3), name
+    one, two = steps_of(tmp_path / "alone"), steps_of(tmp_path / "two")
+    for left, right in zip(one, two, strict=True):
+        assert left.keys() == right.keys()
+        for key in left.keys() - {"generator_tokens_spent", "generator_tokens_total"}:
+            assert left[key] == pytest.approx(right[key], rel=1e-2, abs=1e-3), key
+
+
+def test_an_encoder_into_the_vocabulary_learns_alike(models, tmp_path):
+    semi = jsa_config(
+        models,
+        retrieval={
+            "kind": "semi_parametric",
+            "vocabulary_encoder": str(models / "masked_lm"),
+            "vocabulary_top_k": 32,
+        },
+        jsa={"temperature": 5.0, "learning_rate": 1e-3, "mis_steps": 8},
+        training={"num_epochs": 1, "checkpoint_every": 2},
+    )
+    task = make_task(semi)
+    start(semi, task, tmp_path / "whole").run()
+    with pytest.raises(StopAfter):
+        start(semi, task, tmp_path / "stopped", 3).run()
+    start(semi, task, tmp_path / "stopped").run()
+    check_continued(tmp_path / "whole", tmp_path / "stopped", OF_RETRIEVERS)
+    assert len(steps_of(tmp_path / "whole")) == 4
+    assert {line["jsa/num_scored"] <= 8 for line in steps_of(tmp_path / "whole")[1:]} == {True}
+
+
+def joint_config(config: RunConfig, model_dir: Path, **sections) -> RunConfig:
+    """Retriever and a tiny generator together, for three steps."""
+    config = changed(
+        config,
+        generator={"model": str(model_dir), "dtype": "float32", "max_new_tokens": 3},
+        generator_training={
+            "precision": "float32",
+            "lora_rank": 2,
+            "learning_rate": 1e-2,
+            "sequences_per_question": 1,
+        },
+        training={
+            "parts": ["retriever", "generator"],
+            "num_epochs": 1,
+            "checkpoint_every": 1,
+            "validate_every": 2,
+        },
+    )
+    return changed(config, **sections)
+
+
+def test_the_generator_learns_beside_the_retriever(config, task, model_dir, tmp_path):
+    """Engines answer with the weights of each step; a stopped run ends with the same ones."""
+    joint = joint_config(config, model_dir)
+    engines = ReadingGenerator()
+    start(joint, task, tmp_path / "whole", generator=engines).run()
+    assert engines.version == 3
+    records = steps_of(tmp_path / "whole")
+    assert [line["generator/num_sequences"] for line in records[1:]] == [8, 8, 8]
+    before, after = (last_checkpoint(tmp_path / "whole", step) for step in (0, 3))
+    changing = {name.split("/")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changing == {"retriever", "posterior", "generator"}
+    with pytest.raises(StopAfter):
+        start(joint, task, tmp_path / "stopped", 2).run()
+    surviving = ReadingGenerator()
+    start(joint, task, tmp_path / "stopped", generator=surviving).run()
+    of_both = {*OF_RETRIEVERS, "generator", "generator_optimizer"}
+    check_continued(tmp_path / "whole", tmp_path / "stopped", of_both)
+    assert surviving.identity == engines.identity
+
+
+def test_the_mean_likelihood_weighs_the_generators_loss_by_the_tokens_too(
+    config, task, model_dir, tmp_path
+):
+    """A chain of one step visits the same passages under both; every answer has 8 bytes."""
+    losses = []
+    for likelihood in ("product", "mean"):
+        joint = joint_config(config, model_dir, jsa={"likelihood": likelihood, "mis_steps": 1})
+        with pytest.raises(StopAfter):
+            start(joint, task, tmp_path / likelihood, 1).run()
+        record = steps_of(tmp_path / likelihood)[1]
+        assert "jsa/acceptance" not in record
+        losses.append(record["generator/loss"])
+    assert losses[0] == pytest.approx(8 * losses[1], rel=1e-4)
+
+
+class Failing(ReadingGenerator):
+    """Cannot score what is asked of some passages."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word = word
+
+    def score(self, prompts, answers):
+        return [
+            Score(math.nan, 1, 1) if self.word in p.text else found
+            for p, found in zip(prompts, super().score(prompts, answers), strict=True)
+        ]
+
+
+def test_too_many_failures_end_the_run_with_their_reason(config, task, tmp_path):
+    loop = start(config, task, tmp_path / "run", generator=Failing("holds"))
+    with pytest.raises(GenerationError, match=r"could not be scored.*max_failed_share.*nan"):
+        loop.run()
+
+
+def test_passages_that_fail_are_left_out_and_named(config, task, tmp_path):
+    lenient = changed(config, training={"max_failed_share": 0.9, "num_epochs": 1})
+    start(lenient, task, tmp_path / "run", generator=Failing("rumour")).run()
+    records = [line for line in steps_of(tmp_path / "run")[1:] if line["num_failed"]]
+    assert records
+    assert "the generator scored a golden answer as nan" in records[0]["failures"][0]
+
+
+def test_questions_without_an_answer_are_not_trained_on(config, task, tmp_path):
+    table = task.data.train
+    silent = replace(table.questions[0], golden_answers=(" ",))
+    few = replace(table, questions=(*table.questions[:7], *([silent] * 21)))
+    with pytest.raises(DataError, match=r"7 questions have a golden answer, fewer than .*size 8"):
+        start(config, replace(task, data=replace(task.data, train=few)), tmp_path / "run")
+
+
+def test_the_budget_counts_each_domain_once_while_the_generator_is_frozen(config, task):
+    """28 questions, 6 + 6 passages each, four validations and the first of 12 questions."""
+    budget = estimate_budget(config, task.data, WordPrompts())
+    assert budget.num_steps == NUM_STEPS
+    assert budget.num_requests == 28 * 12 + (1 + NUM_STEPS // 4) * NUM_VALIDATION
+    joint = changed(config, training={"parts": ["retriever", "generator"]})
+    trained = estimate_budget(joint, task.data, WordPrompts())
+    assert trained.num_requests == NUM_STEPS * 8 * 12 + (1 + NUM_STEPS // 4) * NUM_VALIDATION
+    assert "50 Metropolis steps a question on the first 6 passages" in describe_plan(
+        changed(config, generator={"model": "some-1B"})
+    )
