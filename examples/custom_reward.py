@@ -1,0 +1,44 @@
+"""Train the quickstart's selector by a reward of your own; its flags in, a run directory out.
+
+    python -m examples.custom_reward --run-dir runs/short
+
+Every flag of `python -m jobs.train quickstart` may follow. Training runs in this process alone;
+under Ray the folder with your reward must be on PYTHONPATH, so that its workers find it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jobs import train
+from jobs.command_line import run_program
+
+WORD_PRICE = 0.02
+
+
+def short_and_right(answer: str, golden_answers: tuple[str, ...]) -> dict[str, float]:
+    """1 for an answer that contains a golden one, less a price for every word of it.
+
+    The two terms are logged apart, as `reward/examples.custom_reward:short_and_right/right` and so
+    on, and summed for training.
+    """
+    right = any(golden.lower() in answer.lower() for golden in golden_answers)
+    return {"right": float(right), "price": -WORD_PRICE * len(answer.split())}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Name the reward, lower the temperature to its scale, and train."""
+    train.main(
+        [
+            "quickstart",
+            *("--training.launcher", "local"),
+            *("--reward.functions", "examples.custom_reward:short_and_right"),
+            *("--reward.weights", "1"),
+            *("--dro.reward-temperature", "0.2"),
+            *argv,
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

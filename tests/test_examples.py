@@ -1,0 +1,55 @@
+"""The examples do what they say, on models as small as can be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from serve_bundles import NUM_SELECTED, make_bundle
+
+from examples import ask_bundle, custom_reward, own_policy
+
+QUESTION = "what does the lamp hold?"
+
+
+def test_a_policy_of_ones_own_learns_in_the_environment():
+    before, after = own_policy.train(num_steps=40)
+    assert after > before + 0.1
+
+
+def test_a_bundle_answers_in_one_process(openrag_files, tmp_path, capsys):
+    bundle = make_bundle(tmp_path / "bundle", openrag_files, tmp_path / "cache", seed=1)
+    [answered] = ask_bundle.ask(bundle, [QUESTION])
+    assert answered.question == QUESTION
+    assert len({passage.id for passage in answered.passages}) == NUM_SELECTED
+    ask_bundle.main(["--bundle", str(bundle), QUESTION])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == QUESTION
+    assert answered.answer in said[1]
+    assert said[2].strip().startswith(f"[1] {answered.passages[0].title}")
+
+
+@pytest.mark.slow
+def test_a_run_is_rewarded_by_the_examples_function(openrag_files, tmp_path):
+    flags = {
+        "run-dir": tmp_path / "run",
+        "cache-dir": tmp_path / "cache",
+        "data.corpus": openrag_files / "corpus.jsonl",
+        "data.train-questions": openrag_files / "train.jsonl",
+        "data.eval-questions": openrag_files / "eval.jsonl",
+        "data.max-train-questions": 16,
+        "data.num-validation-questions": 4,
+        "retrieval.encoder": openrag_files / "encoder",
+        "generator.model": openrag_files / "generator",
+        "training.num-epochs": 1,
+        "training.batch-size": 4,
+        "evaluation.systems": "trained",
+    }
+    custom_reward.main(
+        [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    )
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    terms = {name for name in records[-1] if name.startswith("reward/")}
+    function = "examples.custom_reward:short_and_right"
+    assert terms == {f"reward/{function}/right", f"reward/{function}/price"}
+    assert records[-1][f"reward/{function}/price"] <= 0
