@@ -284,10 +284,16 @@ async def _closed_loop(client: httpx.AsyncClient, questions: Sequence[str]) -> f
 async def _open_loop(
     client: httpx.AsyncClient, questions: Sequence[str], rate: float, seconds: float
 ) -> list[Asked]:
-    """Requests that begin at a rate, whether earlier ones have ended or not."""
+    """Requests that begin at a rate, whether earlier ones have ended or not.
+
+    Fewer where this process cannot begin so many: none begins after the time.
+    """
     start, tasks = time.perf_counter(), []
     for number in range(int(rate * seconds)):
-        await asyncio.sleep(max(0.0, start + number / rate - time.perf_counter()))
+        now = time.perf_counter()
+        if now > start + seconds:
+            break
+        await asyncio.sleep(max(0.0, start + number / rate - now))
         question = questions[number % len(questions)]
         tasks.append(asyncio.create_task(_ask(client, question)))
     return list(await asyncio.gather(*tasks))
@@ -337,7 +343,9 @@ def _report(
         "15 |",
         f"| p99 / median at half the rate | {last / median:.2f} ({1000 * last:.0f} / "
         f"{1000 * median:.0f} ms) | 3 |",
-        f"| statuses of {len(flood.during):,} requests in overload | "
+        f"| requests a second in overload | {len(flood.during) / _OVERLOAD_S:.0f} | "
+        f"{_EXTRA_RATE + statistics.median(rates):.0f} |",
+        f"| statuses of these {len(flood.during):,} requests | "
         f"{json.dumps(dict(statuses))}, {refused:.0%} refused | 200 and 503 |",
         "| memory of all processes before and after, MiB | "
         f"{flood.mib_before:.0f}, {flood.mib_after:.0f} | flat |",
