@@ -1,10 +1,11 @@
-"""Corpus sizes to a table: peak memory of indexing, and the speed of flat search.
+"""Corpus sizes to tables: peak memory of indexing, the speed of flat search, and cost by size.
 
 Run `python -m benchmarks.indexing`. Every index is built in a process of its own from passages that
 are made up on the way, with an encoder that draws a vector from the text's hash, so that what is
 measured is the indexing and neither the corpus nor a model. The vectors are written to their file
 and never held, so nothing is subtracted from the peak. Flat search is timed in turns with a bare
-`faiss.IndexFlatIP` over the same vectors.
+`faiss.IndexFlatIP` over the same vectors. `--sizes` names the corpora of the table of costs, from
+whose largest the needs of 10^8 passages are worked out; without any there is no such table.
 
 This process imports nothing large: a child's peak begins at its parent's.
 """
@@ -21,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,8 +35,12 @@ TARGET_RATIO = 1.2
 VECTOR_SIZE = 384
 _NUM_WORDS = 60
 _VOCABULARY = 20_000
-_TIMEOUT_S = 600
+_TIMEOUT_S = 3600
 _NUM_TURNS = 21
+_NUM_HITS, _BATCH, _QUESTION_WORDS = 10, 64, 8
+_PAPER_PASSAGES = 10**8
+_PAPER_SHARDS = (16, 64)
+_MIB, _GIB = 2**20, 2**30
 
 
 class SyntheticCorpus:
@@ -101,7 +106,7 @@ class Memory:
     @property
     def vectors_mib(self) -> float:
         """Size of the vectors on disk."""
-        return self.num_passages * VECTOR_SIZE * 4 / 2**20 if self.kind == "dense" else 0.0
+        return self.num_passages * VECTOR_SIZE * 4 / _MIB if self.kind == "dense" else 0.0
 
 
 def index_memory(kind: str, num_passages: int) -> dict[str, float]:
@@ -125,7 +130,7 @@ def _peak_mib() -> float:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak / (_MIB if sys.platform == "darwin" else 2**10)
 
 
 def flat_search_speed(num_passages: int, num_questions: int, k: int) -> dict[str, float]:
@@ -166,6 +171,114 @@ def flat_search_speed(num_passages: int, num_questions: int, k: int) -> dict[str
     }
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one index of one corpus took to build and to search; memory is what was added."""
+
+    kind: str
+    num_passages: int
+    made_up_s: float
+    build_s: float
+    build_bytes: int
+    disk_bytes: int
+    one_s: float
+    batch_s: float
+    search_bytes: int
+
+    @property
+    def own_s(self) -> float:
+        """Building without the making up of passages."""
+        return max(0.0, self.build_s - self.made_up_s)
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.kind} | {self.num_passages:,} | {self.build_s:.1f} | {self.made_up_s:.1f} "
+            f"| {1e6 * self.own_s / self.num_passages:.1f} "
+            f"| {self.disk_bytes / self.num_passages:,.0f} | {self.build_bytes / _MIB:,.0f} "
+            f"| {1 / self.one_s:,.1f} | {_BATCH / self.batch_s:,.1f} "
+            f"| {self.search_bytes / _MIB:,.0f} |"
+        )
+
+
+class AnonymousPeak:
+    """Watches the memory of this process that is no file's: the kernel cannot take it back."""
+
+    def __enter__(self) -> AnonymousPeak:
+        import threading
+
+        self._before = self._peak = self._read()
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._watcher.join()
+
+    @property
+    def added(self) -> int:
+        """Bytes at the peak over those at the start."""
+        return self._peak - self._before
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self._peak = max(self._peak, self._read())
+
+    def _read(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def index_costs(kind: str, num_passages: int, directory: Path) -> list[dict[str, Any]]:
+    """Build and search the vectors, flat and then with IVF-PQ, or the words, in this process."""
+    import bm25s  # noqa: F401  (so that no import counts)
+    import faiss  # noqa: F401
+
+    corpus = SyntheticCorpus(num_passages)
+    sample = min(num_passages, 10_000)
+    made_up_s = _seconds(lambda: [corpus[row] for row in range(sample)]) * num_passages / sample
+    if kind == "bm25":
+        return [_cost(corpus, {"kind": "bm25", "encoder": None}, kind, made_up_s, directory)]
+    flat = _cost(corpus, {"kind": "dense"}, "flat", made_up_s, directory)
+    settings = {"kind": "dense", "index": "ivfpq", "ivf_lists": min(256, num_passages // 64)}
+    return [flat, _cost(corpus, settings, "ivfpq", 0.0, directory)]
+
+
+def _cost(
+    corpus: SyntheticCorpus, settings: dict[str, Any], kind: str, made_up_s: float, directory: Path
+) -> dict[str, Any]:
+    from rlrag.config import RetrievalConfig
+    from rlrag.retrieval.build import open_retrievers
+
+    config = RetrievalConfig.model_validate(settings)
+    encoder = None if kind == "bm25" else HashEncoder()
+    before = set(directory.rglob("*.*"))
+    opened = []
+    with AnonymousPeak() as building:
+        build_s = _seconds(
+            lambda: opened.append(open_retrievers(corpus, config, directory, encoder=encoder))
+        )
+    search = opened[0].primary.search
+    words = [list(dict.fromkeys(corpus[row].text.split())) for row in range(_BATCH)]
+    questions = [" ".join(different[:_QUESTION_WORDS]) for different in words]
+    search(questions[:1], _NUM_HITS)  # brings the files into memory
+    with AnonymousPeak() as searching:
+        ones = [_seconds(lambda q=q: search([q], _NUM_HITS)) for q in questions[:9]]
+        batches = [_seconds(lambda: search(questions, _NUM_HITS)) for _ in range(3)]
+    return {
+        "kind": kind,
+        "num_passages": len(corpus),
+        "made_up_s": made_up_s,
+        "build_s": build_s,
+        "build_bytes": building.added,
+        "disk_bytes": sum(path.stat().st_size for path in {*directory.rglob("*.*")} - before),
+        "one_s": statistics.median(ones),
+        "batch_s": statistics.median(batches),
+        "search_bytes": searching.added,
+    }
+
+
 def _seconds(work: Callable[[], object]) -> float:
     import time
 
@@ -174,7 +287,7 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _in_child(arguments: Sequence[str]) -> dict[str, float]:
+def _in_child(arguments: Sequence[str]) -> Any:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.indexing", *arguments],
         stdout=subprocess.PIPE,
@@ -185,7 +298,11 @@ def _in_child(arguments: Sequence[str]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(memories: Sequence[Memory], speeds: Sequence[tuple[int, dict[str, float]]]) -> str:
+def report(
+    memories: Sequence[Memory],
+    speeds: Sequence[tuple[int, dict[str, float]]],
+    costs: Sequence[Cost],
+) -> str:
     """The measured numbers as Markdown."""
     lines = [
         "# Indexing: memory and flat search",
@@ -230,13 +347,61 @@ def report(memories: Sequence[Memory], speeds: Sequence[tuple[int, dict[str, flo
         f"| {'yes' if speed['same_rows'] else 'no'} |"
         for batch, speed in speeds
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + (_describe_costs(costs) if costs else [])) + "\n"
+
+
+def _describe_costs(costs: Sequence[Cost]) -> list[str]:
+    lines = [
+        "",
+        f"Cost by size: vectors of {VECTOR_SIZE} numbers drawn at random, passages of {_NUM_WORDS} "
+        "words. `flat` is the encoding and writing of the vectors, without a model's work; `ivfpq` "
+        "an index over the same vectors, with 256 lists of which 32 are searched. Memory is what "
+        "is added at the peak and is no file's; mapped files come on top, as far as there is room "
+        f"for them. The best {_NUM_HITS} passages are asked for.",
+        "",
+        "| index | passages | build, s | of that making passages up, s | rest, us a passage "
+        "| on disk, bytes a passage | build, MiB | questions/s, one at a time "
+        f"| questions/s, {_BATCH} at a time | search, MiB |",
+        "|---" * 10 + "|",
+        *map(str, costs),
+        "",
+        f"On paper, {_PAPER_PASSAGES:.0e} passages, in proportion to the largest of these:",
+        "",
+    ]
+    largest = {cost.kind: cost for cost in costs}  # sizes ascend
+    for kind in ("flat", "ivfpq"):
+        lines += [_on_paper(largest[kind], shards) for shards in _PAPER_SHARDS]
+    words = largest["bm25"]
+    times = _PAPER_PASSAGES / words.num_passages
+    return [
+        *lines,
+        "- bm25, which `retrieval.num_shards` does not split: "
+        f"{words.disk_bytes * times / _GIB:,.0f} GiB on disk, "
+        f"{words.build_bytes * times / _GIB:,.0f} GiB of memory and "
+        f"{words.own_s * times / 3600:.1f} hours to build in one process, "
+        f"{words.one_s * times:.1f} s a question.",
+    ]
+
+
+def _on_paper(cost: Cost, num_shards: int) -> str:
+    times = _PAPER_PASSAGES / cost.num_passages
+    builders = 1 if cost.kind == "flat" else num_shards  # one process encodes, actors index
+    return (
+        f"- {cost.kind}, `retrieval.num_shards` {num_shards}, each with as many cores as here: "
+        f"{_PAPER_PASSAGES * VECTOR_SIZE * 4 / _GIB:,.0f} GiB of vectors on disk, "
+        f"{cost.disk_bytes * times / num_shards / _GIB:.1f} GiB of memory an actor, "
+        f"{cost.own_s * times / 3600 / builders:.1f} hours to build, "
+        f"{cost.one_s * times / num_shards:.2f} s for a question alone and "
+        f"{1e3 * cost.batch_s / _BATCH * times / num_shards:.0f} ms in a batch."
+    )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", type=int, default=5_000, help="passages of the small corpus")
     parser.add_argument("--large", type=int, default=50_000, help="passages of the large corpus")
+    parser.add_argument("--sizes", nargs="*", type=int, default=[10**4, 10**5, 10**6])
+    parser.add_argument("--folder", default=None, help="where the indexes of --sizes lie meanwhile")
     parser.add_argument("--candidates", type=int, default=10, help="hits a question")
     parser.add_argument("--output", type=Path, default=RESULTS_FILE, help="where the table goes")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -248,7 +413,10 @@ def main() -> int:
     arguments = _arguments()
     if arguments.child:
         task, *values = arguments.child
-        if task == "search":
+        if task == "costs":
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                print(json.dumps(index_costs(values[0], int(values[1]), Path(folder))))
+        elif task == "search":
             print(json.dumps(flat_search_speed(*map(int, values))))
         else:
             print(json.dumps(index_memory(task, int(values[0]))))
@@ -263,7 +431,14 @@ def main() -> int:
         sizes = [str(arguments.large), str(batch), str(arguments.candidates)]
         speed = _in_child(["--child", "search", *sizes])
         speeds.append((batch, {**speed, "num_passages": arguments.large}))
-    text = report(memories, speeds)
+    place = ["--folder", arguments.folder] if arguments.folder else []
+    costs = [
+        Cost(**values)
+        for size in sorted(arguments.sizes)
+        for kind in ("dense", "bm25")
+        for values in _in_child([*place, "--child", "costs", kind, str(size)])
+    ]
+    text = report(memories, speeds, costs)
     print(text)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text)
