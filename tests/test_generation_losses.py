@@ -43,7 +43,7 @@ def test_losses_without_an_answer_between_them_end_the_call_with_their_own_class
     for number in range(3):
         losses.lost(Chunk([number]), HUNG, died(), prompts(number))
     late = GeneratorTimeoutError("b did not answer")
-    with pytest.raises(GeneratorTimeoutError, match="^b did not answer; several chunks") as caught:
+    with pytest.raises(GeneratorTimeoutError, match=r"^b did not answer; several chunks") as caught:
         losses.lost(Chunk([3]), HUNG, late, prompts(3))
     assert caught.value.__cause__ is late
     losses.lost(Chunk([4]), HUNG, died(), prompts(4))  # a later call counts anew
