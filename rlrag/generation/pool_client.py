@@ -233,10 +233,12 @@ class PoolClient:
 
     def _dispatch(self, work: Work, pending: dict[Any, Flight]) -> None:
         """Give every free actor something to do: its start, or the next chunk."""
-        busy = {flight.member.name for flight in pending.values()}
+        if not work.waiting:
+            return
+        unable = work.left_out | {flight.member.name for flight in pending.values()}
         now = time.monotonic()
         for member in self._members():
-            if member.name in busy | work.left_out or not work.waiting:
+            if member.name in unable or not work.waiting:
                 continue
             if member.name not in self._started:
                 deadline = now + self._config.start_timeout_s
