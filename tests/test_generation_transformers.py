@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -225,14 +226,35 @@ def test_identity_names_weights_and_format(model_dir, generator, tmp_path):
     ("prompts", "answers", "named"),
     [
         ([prompt(1)], [()], "answer 0 has no tokens"),
-        ([prompt()], [(1,)], "a prompt has no tokens"),
         ([prompt(1)], [], "1 prompts but 0 answers"),
-        ([prompt(*[1] * 127)], [(1, 1)], "129 tokens.*at most 128"),
     ],
 )
 def test_unusable_requests_are_refused(generator, prompts, answers, named):
     with pytest.raises(GenerationError, match=named):
         generator.score(prompts, answers)
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"), [((), "a prompt has no tokens"), ((1,) * 127, "129 tokens.*at most 128")]
+)
+def test_a_prompt_that_is_refused_gets_the_error_and_the_others_their_answers(
+    generator, ids, named
+):
+    prompts, sampling = [prompt(5, 6), prompt(*ids), prompt(7)], Sampling(max_new_tokens=2)
+    others, before = [prompts[0], prompts[2]], generator.tokens.num_requests
+    for found, alone in (
+        (generator.generate(prompts, sampling), generator.generate(others, sampling)),
+        (generator.score(prompts, [(1, 1)] * 3), generator.score(others, [(1, 1)] * 2)),
+    ):
+        assert isinstance(found[1], GenerationError)
+        assert re.search(named, str(found[1]))
+        assert [found[0], found[2]] == alone
+    assert generator.tokens.num_requests == before + 8
+
+
+def test_a_call_of_refused_prompts_alone_asks_the_model_nothing(generator):
+    (found,) = generator.generate([prompt()], Sampling())
+    assert isinstance(found, GenerationError)
 
 
 def test_a_directory_without_weights_is_named(tmp_path):

@@ -248,6 +248,11 @@ class RunConfig(Section):
             raise ValueError(
                 "openrag.first_stage 'bm25' needs a BM25 index; set retrieval.bm25_scores True"
             )
+        if openrag.first_stage == "bag_of_tokens" and retrieval.kind == "dense":
+            raise ValueError(
+                "openrag.first_stage 'bag_of_tokens' is searched by vectors over a vocabulary, "
+                "which retrieval.kind 'dense' has not; use frozen or bm25"
+            )
         if not openrag.tied and retrieval.kind == "dense":
             raise ValueError(
                 "openrag.tied False is for semi_parametric; a dense encoder reads questions and "

@@ -108,9 +108,9 @@ class OpenRAGConfig(Section):
     """Passages a question that are labelled before training (k)."""
     num_online: int = Field(default=20, ge=2)
     """Passages that the fixed first stage finds and the current weights rank again (m)."""
-    first_stage: Literal["frozen", "bm25"] = "frozen"
-    """What finds passages online: the index that never changes (bag of tokens for
-    `semi_parametric`, the untrained vectors for `dense`), or BM25."""
+    first_stage: Literal["frozen", "bag_of_tokens", "bm25"] = "frozen"
+    """What finds passages online: the vectors before training, the passages' plain tokens
+    (`semi_parametric` alone, the paper's), or BM25. None of them changes."""
     refresh_every: int | None = Field(default=None, ge=1)
     """Steps between refreshes of an index of all passages' vectors, which then is the first stage
     in place of `first_stage`; unset never encodes the corpus in training."""
@@ -304,6 +304,10 @@ class TrainingConfig(Section):
     but this machine's own wants a network to trust; `0.0.0.0` is all of them."""
     metrics_port: int = Field(default=9464, ge=0, le=65535)
     """Port that `prometheus` listens on; 0 takes a free one, which is said on stderr."""
+    stall_report_s: float | None = Field(default=300, ge=0)
+    """A warning says what is under way, and the log gets the stacks of all threads, when there was
+    no progress for so long, and again after each further such time; 0 or unset never. It ends
+    nothing."""
     profile_steps: str | None = None
     """First and last step that are profiled, such as `10:13`, each into a trace for Chrome's viewer
     in the run's `profile/`; with `launcher` ray Ray's timeline of the whole run follows at the end.

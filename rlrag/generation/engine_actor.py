@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,18 @@ class Standing:
     identity: str
     tag: WeightsTag
     newest: WeightsTag | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Results of one chunk, and the time since the actor was done with what it did before.
+
+    That time is known to the actor alone: a client cannot tell its own chunk from those of other
+    clients that the actor had to do first.
+    """
+
+    results: Sequence[Generation | GenerationError] | Sequence[Score | GenerationError]
+    since_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,7 @@ class EngineActor:
         self._generator: Generator | None = None
         self._first_identity = ""
         self._held = WeightsTag()
+        self._idle_since = time.monotonic()
 
     def start(self, wanted: WeightsTag) -> Standing:
         """Load the engine if it is not loaded, and the wanted weights if the store has them.
@@ -79,12 +93,13 @@ class EngineActor:
             SetupError, GenerationError: what keeps the engine from starting or the set from it.
         """
         self._open()
-        if self._held == wanted:
-            return Standing(self._first_identity, self._held)
-        stored = call_store(self._store().newest.remote(), "tell its newest set")
-        if stored is not None and stored.tag == wanted:
-            self._take(stored)
-        newest = stored.tag if stored is not None else None
+        newest = None
+        if self._held != wanted:
+            stored = call_store(self._store().newest.remote(), "tell its newest set")
+            if stored is not None and stored.tag == wanted:
+                self._take(stored)
+            newest = stored.tag if stored is not None else None
+        self._idle_since = time.monotonic()
         return Standing(self._first_identity, self._held, newest)
 
     def check_weights(self, shapes: Mapping[str, Sequence[int]], adapter: bool) -> None:
@@ -103,19 +118,19 @@ class EngineActor:
 
     def generate(
         self, wanted: WeightsTag, prompts: list[Prompt], sampling: Sampling
-    ) -> Sequence[Generation | GenerationError] | Refusal:
+    ) -> Answer | Refusal:
         """Decode one answer a prompt with the wanted weights."""
         if self._generator is None or self._held != wanted:
             return self._refusal()
-        return self._generator.generate(prompts, sampling)
+        return self._answer(self._generator.generate(prompts, sampling))
 
     def score(
         self, wanted: WeightsTag, prompts: list[Prompt], answers: list[tuple[int, ...]]
-    ) -> Sequence[Score | GenerationError] | Refusal:
+    ) -> Answer | Refusal:
         """Teacher-forced log p(answer | prompt) with the wanted weights."""
         if self._generator is None or self._held != wanted:
             return self._refusal()
-        return self._generator.score(prompts, answers)
+        return self._answer(self._generator.score(prompts, answers))
 
     def _open(self) -> Generator:
         if self._generator is None:
@@ -146,6 +161,12 @@ class EngineActor:
             raise GenerationError(
                 f"the pool's weight store {self._store_name} is gone; open a new pool"
             ) from error
+
+    def _answer(
+        self, results: Sequence[Generation | GenerationError] | Sequence[Score | GenerationError]
+    ) -> Answer:
+        before, self._idle_since = self._idle_since, time.monotonic()
+        return Answer(results, self._idle_since - before)
 
     def _refusal(self) -> Refusal:
         return Refusal(self._held if self._generator is not None else None)

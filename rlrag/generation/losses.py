@@ -32,10 +32,14 @@ _MAX_IN_A_ROW = 8
 
 @dataclass(slots=True)
 class Chunk:
-    """The places of some prompts in a call, and how often they were lost together."""
+    """The places of some prompts in a call, and how often they were lost together.
+
+    `is_doubled` says that two actors may be asked for it; it is lost when both lost it.
+    """
 
     places: list[int]
     losses: int = 0
+    is_doubled: bool = False
 
 
 class Losses:

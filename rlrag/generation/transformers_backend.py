@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from rlrag.errors import GenerationError
-from rlrag.generation.checks import check_answers, check_lengths
+from rlrag.generation.checks import answer_others, check_answers, refused_lengths
 from rlrag.generation.decoding import cut_at_stop, draw_seed
 from rlrag.generation.identity import generator_identity, pushed_identity
 from rlrag.generation.model_weights import ModelWeights
@@ -144,8 +144,10 @@ class TransformersGenerator:
         self._identity = pushed_identity(self._first_identity, weights.digest)
         self._version = weights.version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
-        """Decode one answer a prompt.
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[Generation | GenerationError]:
+        """Decode one answer a prompt; one that is empty or too long gets an error in its place.
 
         With a temperature, the draw of a prompt depends on the seed and the prompt alone, so a
         batch changes nothing, and equal prompts under one seed get equal answers. `logp` and
@@ -153,9 +155,15 @@ class TransformersGenerator:
         the model's own, before the temperature.
 
         Raises:
-            GenerationError: when a prompt is empty or too long, or memory runs out.
+            GenerationError: when memory runs out.
         """
-        self._check(prompts, [sampling.max_new_tokens] * len(prompts))
+        return answer_others(
+            len(prompts),
+            self._refused(prompts, [sampling.max_new_tokens] * len(prompts)),
+            lambda places: self._generate([prompts[i] for i in places], sampling),
+        )
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         results: dict[int, Generation] = {}
         with _memory_errors(), torch.inference_mode():
             for batch in self._batches([p.token_ids for p in prompts]):
@@ -164,14 +172,25 @@ class TransformersGenerator:
         self._count(r.num_prompt_tokens + r.num_tokens for r in results.values())
         return [results[i] for i in range(len(prompts))]
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]
+    ) -> list[Score | GenerationError]:
         """Teacher-forced log p(answer | prompt), summed over the answer's tokens.
 
+        A prompt that is empty, or too long with its answer, gets an error in its place.
+
         Raises:
-            GenerationError: when a prompt or answer is empty or too long, or memory runs out.
+            GenerationError: when an answer is empty, or memory runs out.
         """
         check_answers(prompts, answers)
-        self._check(prompts, [len(answer) for answer in answers])
+        num_new = [len(answer) for answer in answers]
+        return answer_others(
+            len(prompts),
+            self._refused(prompts, num_new),
+            lambda places: self._score([prompts[i] for i in places], [answers[i] for i in places]),
+        )
+
+    def _score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
         asked: dict[tuple[int, ...], list[int]] = {}
         for i, prompt in enumerate(prompts):
             asked.setdefault(prompt.token_ids, []).append(i)
@@ -199,16 +218,19 @@ class TransformersGenerator:
         Raises:
             GenerationError: with both lengths.
         """
-        self._check([prompt], [max_new_tokens])
+        for error in self._refused([prompt], [max_new_tokens]).values():
+            raise error
 
     def _opened(self) -> Any:
         if self._model is None:
             raise GenerationError("this generator was closed; open a new one")
         return self._model
 
-    def _check(self, prompts: Sequence[Prompt], num_new: Sequence[int]) -> None:
+    def _refused(
+        self, prompts: Sequence[Prompt], num_new: Sequence[int]
+    ) -> dict[int, GenerationError]:
         self._opened()
-        check_lengths(prompts, num_new, self._max_len)
+        return refused_lengths(prompts, num_new, self._max_len)
 
     def _count(self, tokens: Iterator[int]) -> None:
         for number in tokens:

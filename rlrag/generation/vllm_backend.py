@@ -17,7 +17,7 @@ import torch
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, SetupError
-from rlrag.generation.checks import check_answers, check_lengths
+from rlrag.generation.checks import answer_others, check_answers, refused_lengths
 from rlrag.generation.decoding import draw_seed
 from rlrag.generation.identity import generator_identity, pushed_identity
 from rlrag.generation.protocol import Sampling, TokenCount
@@ -162,19 +162,27 @@ class VllmGenerator:
         self._identity = pushed_identity(self._first_identity, weights.digest)
         self._version = weights.version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
-        """Decode one answer a prompt.
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[Generation | GenerationError]:
+        """Decode one answer a prompt; one that is empty or too long gets an error in its place.
 
         With a temperature, the draw of a prompt depends on the seed and the prompt alone. `logp`
         and `num_tokens` count every decoded token, the one that ended the answer included; `logp`
         is the model's own, before the temperature.
 
         Raises:
-            GenerationError: when a prompt is empty or too long, or the engine fails.
+            GenerationError: when the engine fails.
         """
-        params = [_answer_params(p, sampling) for p in prompts]
-        self._check(prompts, [sampling.max_new_tokens] * len(prompts))
+        return answer_others(
+            len(prompts),
+            self._refused(prompts, [sampling.max_new_tokens] * len(prompts)),
+            lambda places: self._generate([prompts[i] for i in places], sampling),
+        )
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         results = []
+        params = [_answer_params(p, sampling) for p in prompts]
         outputs = self._ask([list(p.token_ids) for p in prompts], params)
         for prompt, output in zip(prompts, outputs, strict=True):
             answer = output.outputs[0]
@@ -190,15 +198,26 @@ class VllmGenerator:
         self._count(results)
         return results
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]
+    ) -> list[Score | GenerationError]:
         """Teacher-forced log p(answer | prompt), summed over the answer's tokens.
 
+        A prompt that is empty, or too long with its answer, gets an error in its place.
+
         Raises:
-            GenerationError: when a prompt or answer is empty or too long, or the engine fails.
+            GenerationError: when an answer is empty, or the engine fails.
         """
         check_answers(prompts, answers)
         # The engine decodes one token after the answer, which is thrown away.
-        self._check(prompts, [len(answer) + 1 for answer in answers])
+        num_new = [len(answer) + 1 for answer in answers]
+        return answer_others(
+            len(prompts),
+            self._refused(prompts, num_new),
+            lambda places: self._score([prompts[i] for i in places], [answers[i] for i in places]),
+        )
+
+    def _score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
         sequences = [[*p.token_ids, *a] for p, a in zip(prompts, answers, strict=True)]
         starts = [len(p.token_ids) for p in prompts]
         outputs = self._ask(sequences, [_score_params(read_cache=True)] * len(sequences))
@@ -233,7 +252,8 @@ class VllmGenerator:
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        self._check([prompt], [sampling.max_new_tokens])
+        for error in self._refused([prompt], [sampling.max_new_tokens]).values():
+            raise error
         params = _answer_params(prompt, sampling)
         params.output_kind = RequestOutputKind.DELTA
         tokens = tokens_input(list(prompt.token_ids))
@@ -310,9 +330,11 @@ class VllmGenerator:
         if self._engine is None:
             raise GenerationError("this generator was closed; open a new one")
 
-    def _check(self, prompts: Sequence[Prompt], num_new: Sequence[int]) -> None:
+    def _refused(
+        self, prompts: Sequence[Prompt], num_new: Sequence[int]
+    ) -> dict[int, GenerationError]:
         self._opened()
-        check_lengths(prompts, num_new, self._max_len)
+        return refused_lengths(prompts, num_new, self._max_len)
 
     def _count(self, results: Sequence[Generation | Score]) -> None:
         self._tokens.spent += sum(r.num_prompt_tokens + r.num_tokens for r in results)

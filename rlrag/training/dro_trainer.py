@@ -23,6 +23,7 @@ from rlrag.training.loop import Files, Metrics
 from rlrag.training.parts import TrainedParts
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.validation import validate
+from rlrag.training.watchdog import under_way
 from rlrag.training.weighing import describe_experience, importance_weights
 from rlrag.training.workers import Workers
 
@@ -76,6 +77,7 @@ class DROTrainer:
         started = time.monotonic()
         experience, collected = self._collection.collect(step, pauses_after)
         collected_at = time.monotonic()
+        under_way(f"learning in step {step + 1}")
         if self._log is not None:
             self._log.append(step, experience)
         metrics: Metrics = {"epoch": self._schedule.epoch(step + 1)}

@@ -36,6 +36,7 @@ from rlrag.training.loop import Files, Metrics
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.retriever_validation import validate_retriever
 from rlrag.training.schedule import answerable_rows, jsa_schedule
+from rlrag.training.watchdog import under_way
 from rlrag.training.workers import Workers
 
 _PER_CHAIN = ("num_visited", "visited_answer_logp")
@@ -113,6 +114,7 @@ class JSATrainer:
         domain = self.retrievers.domain(questions)
         visits = self._sampler.sample(questions, domain, seeds)
         collected_at = time.monotonic()
+        under_way(f"learning in step {step + 1}")
         metrics = self._described(visits.sums)
         if visits.failures:
             metrics["failures"] = visits.failures

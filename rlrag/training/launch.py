@@ -39,6 +39,7 @@ from rlrag.training.preemption import ended_between_steps, interruptible
 from rlrag.training.profiling import save_ray_timeline
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.run_logs import note_step, worker_log
+from rlrag.training.watchdog import Watchdog
 from rlrag.training.workers import SingleWorker, TorchWorkers, Workers
 
 
@@ -160,7 +161,7 @@ def train_on_ray(
     )
     with ended_between_steps(run_dir) as is_preempted:
         try:
-            with interruptible():
+            with interruptible(), _watched(config, run_dir):
                 trainer.fit()
         except TrainingFailedError as error:
             cause = _cause(error)
@@ -173,6 +174,22 @@ def train_on_ray(
             raise cause from error
     if config.training.profiled_steps:
         save_ray_timeline(run_dir)
+
+
+def _watched(config: RunConfig, run_dir: RunDirectory) -> Watchdog:
+    """A watchdog for this process, which sees no more of the workers than what they record."""
+
+    def recorded() -> int:
+        try:
+            return run_dir.metrics.stat().st_size
+        except OSError:  # before the first record, or for the moment on shared storage
+            return 0
+
+    return Watchdog(
+        config.training.stall_report_s,
+        f"a step in the Ray Train workers, which say more in {run_dir.logs}/worker-*.log",
+        sign=recorded,
+    )
 
 
 def _resources(config: RunConfig) -> dict[str, float]:

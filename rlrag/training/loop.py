@@ -28,6 +28,7 @@ from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.forking import starting_weights
 from rlrag.training.profiling import StepProfiler
 from rlrag.training.run_directory import RunDirectory
+from rlrag.training.watchdog import Watchdog, under_way
 from rlrag.training.workers import Workers
 
 Metrics = dict[str, Any]
@@ -138,15 +139,16 @@ class TrainingLoop(Generic[AnyTrainer]):
                 that were written stay.
             PreemptedError: when the run was asked to stop.
         """
-        self._resume()
-        try:
-            while not self.progress.finished:
-                self._stop_if_asked()
-                with self._profiler.step(self.progress.step + 1):
-                    self._step()
-        finally:
-            self.trainer.close()
-        self.trainer.load(self._store.load(self.progress.best_step)[0])
+        with Watchdog(self._config.stall_report_s, "the beginning of the run"):
+            self._resume()
+            try:
+                while not self.progress.finished:
+                    self._stop_if_asked()
+                    with self._profiler.step(self.progress.step + 1):
+                        self._step()
+            finally:
+                self.trainer.close()
+            self.trainer.load(self._store.load(self.progress.best_step)[0])
         return self.trainer
 
     def _resume(self) -> None:
@@ -215,6 +217,7 @@ class TrainingLoop(Generic[AnyTrainer]):
 
     def _step(self) -> None:
         step = self.progress.step
+        under_way(f"step {step + 1}")
         metrics: Metrics = {"step": step + 1}
         pauses_after = self._pauses_after(step)
         metrics |= self.trainer.step(step, pauses_after)
@@ -257,6 +260,7 @@ class TrainingLoop(Generic[AnyTrainer]):
 
     def _validate(self, metrics: Metrics) -> bool:
         """Add validation metrics; True when the weights are the best so far."""
+        under_way(f"the validation after step {self.progress.step}")
         found = self.trainer.validate(self.progress.step)
         if not found:
             return self.progress.finished
@@ -274,6 +278,7 @@ class TrainingLoop(Generic[AnyTrainer]):
         return False
 
     def _save(self) -> None:
+        under_way(f"the checkpoint after step {self.progress.step}")
         if self.progress.best_score is None:  # nothing tells better from worse
             self.progress.best_step = self.progress.step
         files = self.trainer.tensors()  # every worker: sharded tensors are gathered together

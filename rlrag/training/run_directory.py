@@ -10,6 +10,7 @@ DIR/indexes/          where it is refreshed in training, versions of the retriev
 DIR/checkpoints/      what a stopped run continues from
 DIR/bundle/           what evaluation and serving load
 DIR/evaluation.json   the final comparison
+DIR/evaluation.questions.jsonl   its questions, with what every system picked and answered
 DIR/logs/             what was said, as lines of JSON, and TensorBoard's files
 DIR/profile/          where they are asked for, traces of chosen steps
 DIR/may-run           there while steps run; they end when it is emptied
@@ -24,6 +25,7 @@ from typing import Any
 
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, RunDirectoryError
+from rlrag.evaluation.question_records import questions_path
 
 
 class RunDirectory:
@@ -41,6 +43,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.bundle = self.path / "bundle"
         self.evaluation = self.path / "evaluation.json"
+        self.questions = questions_path(self.evaluation)
         self.logs = self.path / "logs"
         self._may_run = self.path / "may-run"
 
