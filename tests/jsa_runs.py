@@ -60,14 +60,6 @@ def start(
     return TrainingLoop(config, trainer, run_dir, workers, on_step)
 
 
-def weights(loop: TrainingLoop[JSATrainer]) -> dict[str, torch.Tensor]:
-    return {
-        f"{file}/{name}": tensor.clone()
-        for file, tensors in loop.trainer.tensors().items()
-        for name, tensor in tensors.items()
-    }
-
-
 def last_checkpoint(directory: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """Everything that the newest checkpoint keeps, or that of a step, by file and name."""
     store = CheckpointStore(directory / "checkpoints")

@@ -182,7 +182,7 @@ def start(
     return TrainingLoop(config, trainer, run_dir, workers, on_step)
 
 
-def weights(loop: TrainingLoop[OpenRAGTrainer]) -> dict[str, torch.Tensor]:
+def weights(loop: TrainingLoop[Any]) -> dict[str, torch.Tensor]:
     """Everything that is trained, the optimiser included, by file and name."""
     return {
         f"{file}/{name}": tensor.clone()

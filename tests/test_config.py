@@ -249,6 +249,10 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
             "'bm25' needs a BM25 index; set retrieval.bm25_scores True",
         ),
         (
+            training_retriever(openrag={"first_stage": "bag_of_tokens"}),
+            "'bag_of_tokens' is searched by vectors over a vocabulary, which retrieval.kind",
+        ),
+        (
             training_retriever(openrag={"tied": False}),
             "openrag.tied False is for semi_parametric; a dense encoder reads questions and",
         ),

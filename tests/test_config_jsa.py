@@ -73,11 +73,11 @@ def test_fields_of_openrag_do_not_bind_jsa():
     assert RunConfig.from_json(free).training.objective == "jsa"
 
 
-def test_the_recipe_differs_from_that_of_openrag_in_how_it_trains_alone():
+def test_the_recipe_differs_from_that_of_openrag_in_how_much_and_how_it_trains_alone():
     for jsa, openrag in (("nq-jsa", "nq-openrag-dense"), ("nq-jsa-semi", "nq-openrag")):
         left, right = RECIPES[jsa]().model_dump(), RECIPES[openrag]().model_dump()
         assert {name for name in left if left[name] != right[name]} == {
-            *("recipe", "jsa", "generator_training", "training")
+            *("recipe", "data", "jsa", "generator_training", "training")
         }
     whole, joint = RECIPES["nq-jsa"](), RECIPES["nq-jsa-joint"]()
     assert joint.training.parts == ("retriever", "generator")

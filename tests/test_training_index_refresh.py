@@ -21,13 +21,12 @@ from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, SetupError
 from rlrag.retrieval.build import open_retrievers
-from rlrag.retrieval.open_trainable import open_trainable_encoder
+from rlrag.retrieval.open_trainable import open_trainable_encoder, searched_index
 from rlrag.training.index_refresh import (
     ProcessBuild,
     RefreshedIndex,
     encode_version,
     open_version,
-    searched_index,
 )
 from rlrag.training.workers import SingleWorker
 

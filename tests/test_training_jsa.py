@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jsa_runs import jsa_config, last_checkpoint, series, start, weights
+from jsa_runs import jsa_config, last_checkpoint, series, start
 from loop_runs import StopAfter, changed, steps_of
-from openrag_runs import NUM_VALIDATION, Task, make_task
+from openrag_runs import NUM_VALIDATION, Task, make_task, weights
 from stand_ins import ReadingGenerator, WordPrompts
 from thread_workers import make_group, run_together
 from tiny_models import save_tiny_encoder, save_tiny_masked_lm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from jobs.recipes.retriever import Retriever, openrag
-from jobs.recipes.shared import named
+from jobs.recipes.shared import named, questions_of
 from rlrag.config import GeneratorTrainingConfig, JSAConfig, RunConfig
 
 Part = Literal["retriever", "generator"]
@@ -14,7 +14,7 @@ Part = Literal["retriever", "generator"]
 def jsa(
     name: str, kind: Retriever = "dense", parts: tuple[Part, ...] = ("retriever",)
 ) -> RunConfig:
-    """What the recipes below share: questions, prompt, batches and systems of `openrag`.
+    """What the recipes below share: prompt, batches and systems of `openrag`, 600 questions.
 
     Chains and domains are those of the paper's scripts. Vectors of length 1 need a temperature.
     """
@@ -23,6 +23,7 @@ def jsa(
     return alike.model_copy(
         update={
             "recipe": f"{name}-jsa",
+            "data": questions_of(name, 100, 700),
             "jsa": JSAConfig(
                 temperature=0.05 if dense else 1.0, learning_rate=2e-5 if dense else 1e-4
             ),

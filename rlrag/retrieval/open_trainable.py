@@ -11,8 +11,15 @@ from rlrag.models import resolve_model
 from rlrag.retrieval.bag_of_tokens import open_bag_of_tokens
 from rlrag.retrieval.build import RetrieverSet, open_vocabulary_encoder
 from rlrag.retrieval.dense import DenseRetriever
-from rlrag.retrieval.late_parametric import FirstStage, FrozenIndex, RetrieverProposals
+from rlrag.retrieval.late_parametric import (
+    FirstStage,
+    FrozenIndex,
+    RetrieverProposals,
+    VectorSearch,
+)
+from rlrag.retrieval.protocol import Retriever
 from rlrag.retrieval.role_directories import has_encoder_each
+from rlrag.retrieval.semi_parametric import SemiParametricRetriever
 from rlrag.retrieval.trainable import TrainableEncoder
 from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
 from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
@@ -48,21 +55,34 @@ def open_first_stage(
     openrag: OpenRAGConfig,
     cache_dir: Path,
 ) -> FirstStage:
-    """What proposes passages while the encoder is trained; its index never changes.
-
-    For an encoder into vocabulary space that is the index of the passages' tokens, for a dense one
-    that of the vectors before training.
+    """What proposes passages while the encoder is trained; it never changes.
 
     Raises:
         ConfigError: when there is no such index.
     """
     if openrag.first_stage == "bm25":
         return RetrieverProposals(retrievers.components["bm25"])
+    if openrag.first_stage == "frozen":
+        return FrozenIndex(searched_index(retrievers.primary))
     if isinstance(encoder, VocabularyEncoder):
         return FrozenIndex(open_bag_of_tokens(corpus, encoder, cache_dir / "indexes"))
-    if isinstance(retrievers.primary, DenseRetriever):
-        return FrozenIndex(retrievers.primary)
     raise ConfigError(
-        f"the retriever {retrievers.primary.name!r} has no index that is searched by vectors; use "
+        "openrag.first_stage 'bag_of_tokens' needs an encoder into a vocabulary; use "
+        "retrieval.kind semi_parametric, or another first stage"
+    )
+
+
+def searched_index(retriever: Retriever) -> VectorSearch:
+    """What a retriever with an encoder searches by vectors.
+
+    Raises:
+        ConfigError: when it has none.
+    """
+    if isinstance(retriever, SemiParametricRetriever):
+        return retriever.passages
+    if isinstance(retriever, DenseRetriever):
+        return retriever
+    raise ConfigError(
+        f"the retriever {retriever.name!r} has no index that is searched by vectors; use "
         "retrieval.kind dense or semi_parametric"
     )

@@ -34,10 +34,8 @@ from rlrag.data.corpus import Corpus
 from rlrag.data.load import load_corpus
 from rlrag.errors import CheckpointError, SetupError
 from rlrag.pipeline import retrievers_of
-from rlrag.retrieval.dense import DenseRetriever
 from rlrag.retrieval.late_parametric import VectorSearch
-from rlrag.retrieval.protocol import Retriever
-from rlrag.retrieval.semi_parametric import SemiParametricRetriever
+from rlrag.retrieval.open_trainable import searched_index
 from rlrag.retrieval.trainable import TrainableEncoder
 from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.training.workers import Workers
@@ -209,14 +207,6 @@ def open_version(config: RunConfig, corpus: Corpus, place: Path) -> VectorSearch
     if retrieval.kind == "semi_parametric":
         retrieval = retrieval.model_copy(update={"encoder": None})
     return searched_index(retrievers_of(corpus, retrieval, place).primary)
-
-
-def searched_index(retriever: Retriever) -> VectorSearch:
-    """What a retriever with an encoder searches by vectors."""
-    if isinstance(retriever, SemiParametricRetriever):
-        return retriever.passages
-    assert isinstance(retriever, DenseRetriever)
-    return retriever
 
 
 class ProcessBuild:

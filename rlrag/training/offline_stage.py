@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.training.experience_log import labels_from_experience
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.pools import FAILED, Pools, gold_pools, judge_candidates, pools_source
+from rlrag.training.watchdog import Watchdog, under_way
 
 logger = logging.getLogger(__name__)
 
@@ -65,20 +67,22 @@ def run_offline_stage(
             if known:
                 num_known = sum(map(len, known.values()))
                 say(f"offline stage: {num_known:,} labels from selections that were rewarded")
-            pools = judge_candidates(
-                candidates,
-                PassageJudge(generator, prompts, sampling_of(config)),
-                source,
-                config.training.max_failed_share,
-                known,
-                lambda done, of: say(f"offline stage: {done:,} of {of:,} questions"),
-            )
+            judge = PassageJudge(generator, prompts, sampling_of(config))
+            max_failed, told = config.training.max_failed_share, partial(_tell, say)
+            with Watchdog(config.training.stall_report_s, "the offline stage"):
+                pools = judge_candidates(candidates, judge, source, max_failed, known, told)
             spent, saved = generator.tokens.spent - before[0], generator.tokens.saved - before[1]
             say(f"offline stage: {spent:,} generator tokens computed, {saved:,} cached")
             pools = replace(pools, num_tokens=spent + saved)
         pools.save(directory, describe_pools(pools, candidates.questions))
     _report(pools, config, say)
     return pools
+
+
+def _tell(say: Callable[[str], None], done: int, of: int) -> None:
+    line = f"offline stage: {done:,} of {of:,} questions"
+    under_way(line)
+    say(line)
 
 
 def describe_pools(pools: Pools, questions: Sequence[Question]) -> dict[str, Any]:

@@ -26,15 +26,14 @@ from rlrag.config import RunConfig
 from rlrag.generation.protocol import Generator
 from rlrag.pipeline import Library, TrainingData
 from rlrag.retrieval.late_parametric import LateParametricRetriever
-from rlrag.retrieval.open_trainable import open_first_stage, open_trainable_encoder
-from rlrag.rewards.answering import AnsweringReward
-from rlrag.storage import restore_weights
-from rlrag.training.index_refresh import (
-    ProcessBuild,
-    RayBuild,
-    RefreshedIndex,
+from rlrag.retrieval.open_trainable import (
+    open_first_stage,
+    open_trainable_encoder,
     searched_index,
 )
+from rlrag.rewards.answering import AnsweringReward
+from rlrag.storage import restore_weights
+from rlrag.training.index_refresh import ProcessBuild, RayBuild, RefreshedIndex
 from rlrag.training.loop import Files, Metrics
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.pools import Pools
@@ -42,6 +41,7 @@ from rlrag.training.retriever_learner import RetrieverLearner
 from rlrag.training.retriever_pairs import PairFinder
 from rlrag.training.retriever_validation import validate_retriever
 from rlrag.training.schedule import num_offline_steps, openrag_schedule
+from rlrag.training.watchdog import under_way
 from rlrag.training.workers import Workers
 
 
@@ -140,11 +140,11 @@ class OpenRAGTrainer:
         seeds = [self._schedule.sampling_seed(step, place) for place in places]
         is_online = step >= self._offline_steps
         if self._config.openrag.loss == "kl":
-            found = self._pairs.listed(rows, self._retriever if is_online else None)
-            collected_at = time.monotonic()
-            metrics: Metrics = dict(self._learner.update_kl(*found, step))
+            metrics, collected_at = self._learn_from_likelihoods(rows, step, is_online)
         else:
             metrics, collected_at = self._learn_from_pairs(rows, seeds, step, is_online)
+        if self._pairs.failures:
+            metrics["failures"] = self._pairs.failures
         tokens = self._workers.sum(torch.from_numpy(self._tokens() - before)).tolist()
         if self._index is not None:
             metrics["index_age"] = float(step - self._index.version)
@@ -157,6 +157,18 @@ class OpenRAGTrainer:
             "learn_s": time.monotonic() - collected_at,
         }
 
+    def _learn_from_likelihoods(
+        self, rows: np.ndarray, step: int, is_online: bool
+    ) -> tuple[Metrics, float]:
+        questions, passages, logp_BM = self._pairs.listed(
+            rows, self._retriever if is_online else None
+        )
+        num_failed = self._workers.sum(torch.tensor([float(np.isnan(logp_BM).sum())])).item()
+        collected_at = time.monotonic()
+        under_way(f"learning in step {step + 1}")
+        metrics = self._learner.update_kl(questions, passages, logp_BM, step)
+        return {"num_failed": num_failed} | metrics, collected_at
+
     def _learn_from_pairs(
         self, rows: np.ndarray, seeds: list[list[int]], step: int, is_online: bool
     ) -> tuple[Metrics, float]:
@@ -168,8 +180,7 @@ class OpenRAGTrainer:
         else:
             pairs = self._pairs.offline(rows, seeds)
         collected_at = time.monotonic()
-        if self._pairs.failures:
-            described["failures"] = self._pairs.failures
+        under_way(f"learning in step {step + 1}")
         metrics = self._learner.update(
             [self._questions[row].question for row in rows],
             [self._corpus[pair.positive].contents for pair in pairs],

@@ -129,6 +129,7 @@ class PairFinder:
         Raises:
             GenerationError: when more passages cannot be scored than is allowed.
         """
+        self.failures = []
         questions = rows.tolist()
         texts = [self._questions[row].question for row in questions]
         found_BM = retriever.search(texts).rows_BK if retriever else self._pools.rows_QN[rows]

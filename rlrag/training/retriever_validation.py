@@ -13,6 +13,7 @@ from rlrag.evaluation.ranking import recall_at_k
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
+from rlrag.training.validation import unanswered
 from rlrag.training.workers import Workers
 
 _NAMES = ("accuracy", "em", "f1", "answer_words")
@@ -60,7 +61,7 @@ def validate_retriever(
     totals = workers.sum(torch.from_numpy(sums)).tolist()
     *totals, num_answered, recall, num_with_gold = totals
     if not num_answered:
-        raise next(answer for answer in answers if isinstance(answer, GenerationError))
+        raise unanswered(answers)
     metrics = {
         f"validation/{name}": total / num_answered
         for name, total in zip(_NAMES, totals, strict=True)

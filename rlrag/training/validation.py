@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
 from rlrag.errors import GenerationError
 from rlrag.evaluation.systems import greedy_picks
+from rlrag.records import Generation
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
@@ -46,7 +49,7 @@ def validate(
         torch.tensor(np.array(scores, dtype=np.float64).reshape(-1, 4).sum(axis=0))
     ).tolist()
     if not num_answered:
-        raise next(error for error in answers if isinstance(error, GenerationError))
+        raise unanswered(answers)
     em, f1, words = (total / num_answered for total in sums)
     return {
         "validation/em": em,
@@ -54,3 +57,11 @@ def validate(
         "validation/answer_words": words,
         "validation/changed_share": float((picks != np.arange(picks.shape[1])).any(axis=1).mean()),
     }
+
+
+def unanswered(answers: Iterable[Generation | GenerationError]) -> GenerationError:
+    """Why no question was answered on any worker; this one may have had none."""
+    elsewhere = GenerationError(
+        "no held-back question could be answered; see the logs of the other workers"
+    )
+    return next((a for a in answers if isinstance(a, GenerationError)), elsewhere)
