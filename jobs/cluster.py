@@ -60,6 +60,8 @@ def cluster(launcher: str) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise SetupError(_unreachable(address, error)) from error
     else:
+        # Nobody drains the one node of our own cluster, so nothing need watch for it.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         own: dict[str, Any] = {
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,

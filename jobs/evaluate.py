@@ -1,6 +1,8 @@
 """Compare a trained bundle with its baselines on any corpus and questions.
 
 python -m jobs.evaluate --bundle runs/nq/bundle --corpus FILE --questions FILE --output FILE
+
+Beside the output, `NAME.questions.jsonl` has every question, for `jobs.report` and `jobs.judge`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class EvaluateArguments:
     questions: str
     """Questions in any form that `data.eval_questions` takes."""
     output: Path
-    """JSON file to write."""
+    """JSON file to write; beside it, `NAME.questions.jsonl` gets every question with what each
+    system picked and answered."""
     limit: int | None = None
     """Evaluate a seeded sample of this many questions."""
     docs_in_context: int | None = None
@@ -49,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--docs-in-context is {shown}; give at least 1")
 
     from rlrag.bundle import load_bundle
+    from rlrag.evaluation.question_records import QuestionRecorder, questions_path
     from rlrag.evaluation.systems import evaluate
     from rlrag.evaluation.table import render
     from rlrag.pipeline import (
@@ -62,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
     bundle = load_bundle(arguments.bundle)
     launcher = arguments.launcher or bundle.config.training.launcher
     config = _configured(bundle.config, arguments)
+    recorder = QuestionRecorder(config.environment.num_selected)
     with opened_generator(bundle, config, launcher, "rlrag-evaluate.log") as opened:
         library = open_library(config, bundle.index_dir)
         candidates, questions_hash = open_evaluation_data(config, library)
@@ -74,11 +79,13 @@ def main(argv: Sequence[str]) -> None:
             progress=lambda name: print(name, file=sys.stderr, flush=True),
             tune_generator=opened.tune,
             retrievers=other_retrievers(config, library, bundle.retriever_dir),
+            keep=recorder.keep,
         )
     record = table.to_json() | {
         "hashes": {"corpus": library.corpus.content_hash, "questions": questions_hash},
         "bundle_step": bundle.facts.step,
     }
+    recorder.write(questions_path(arguments.output), record)
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     Console().print(render(table))
 

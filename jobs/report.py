@@ -21,6 +21,7 @@ import tyro
 from jobs.command_line import parse, run_program
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, DataError
+from rlrag.evaluation.question_records import EvaluatedQuestions, read_questions
 from rlrag.evaluation.report import render_report
 from rlrag.evaluation.run_record import RunRecord, to_json
 from rlrag.training.alarms import Alarms
@@ -91,7 +92,9 @@ def _read(run_dir: RunDirectory, name: str) -> RunRecord:
             f"--run-dir {run_dir.path} has no metrics yet; wait for the run's first step"
         )
     alarms = Alarms(config).replay(metrics)
-    return RunRecord(name, config, metrics, alarms, _read_evaluation(run_dir))
+    evaluation = _read_evaluation(run_dir)
+    questions = _read_questions(run_dir, evaluation)
+    return RunRecord(name, config, metrics, alarms, evaluation, questions)
 
 
 def _read_evaluation(run_dir: RunDirectory) -> dict[str, Any] | None:
@@ -104,6 +107,16 @@ def _read_evaluation(run_dir: RunDirectory) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not {"systems", "num_questions"} <= found.keys():
         raise DataError(_damaged(run_dir.evaluation, "it holds no comparison of systems"))
     return found
+
+
+def _read_questions(
+    run_dir: RunDirectory, evaluation: dict[str, Any] | None
+) -> EvaluatedQuestions | None:
+    """The questions of this very evaluation, where it kept them."""
+    if evaluation is None or not run_dir.questions.is_file():
+        return None
+    found = read_questions(run_dir.questions)
+    return found if found.belongs_to(evaluation) else None
 
 
 def _damaged(path: Path, reason: str) -> str:

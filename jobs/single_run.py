@@ -289,6 +289,7 @@ def _evaluate(
 ) -> None:
     from rlrag.bundle import add_evaluation, load_bundle
     from rlrag.bundle_files import Evaluated, GoldenQuestion, golden_sample
+    from rlrag.evaluation.question_records import QuestionRecorder
     from rlrag.evaluation.systems import Answered, evaluate
     from rlrag.evaluation.table import render
     from rlrag.pipeline import open_evaluation_data, open_reward, other_retrievers
@@ -299,9 +300,11 @@ def _evaluate(
         resolve_config(config.generator, config.training.launcher).dtype
     )
     golden: tuple[GoldenQuestion, ...] = ()
+    recorder = QuestionRecorder(config.environment.num_selected)
 
     def keep(name: str, answered: Answered) -> None:
         nonlocal golden
+        recorder.keep(name, answered)
         if name == _golden_system(config):
             golden = golden_sample(answered.questions, answered.selections, answered.answers)
 
@@ -320,6 +323,7 @@ def _evaluate(
         "bundle_step": bundle.facts.step,
     }
     add_evaluation(run_dir.bundle, Evaluated(golden, record))
+    recorder.write(run_dir.questions, record)
     run_dir.evaluation.write_text(json.dumps(record, indent=2) + "\n")
     Console().print(render(table))
     say(f"written to {run_dir.evaluation}")

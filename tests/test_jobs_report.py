@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_evaluation_report import evaluation
 
 from jobs import report
 from rlrag.config import DROConfig, RunConfig
@@ -88,6 +89,27 @@ def test_places_that_cannot_be_written_are_refused_before_anything_is_read(tmp_p
         report.main(words(nothing, output=tmp_path))
     with pytest.raises(ConfigError, match=r"--json .* does not exist"):
         report.main([*words(nothing, output=tmp_path / "r"), "--json", str(tmp_path / "x" / "y")])
+
+
+def test_questions_are_shown_where_they_are_of_the_same_evaluation(tmp_path):
+    run_dir, page = make_run(tmp_path / "run"), tmp_path / "r.html"
+    run_dir.evaluation.write_text(json.dumps(evaluation()))
+    report.main(words(run_dir, output=page))
+    assert "no single questions to look through for run" in page.read_text()
+    header = {"kind": "header", "format": 1, "hashes": {"questions": "abc"}, "bundle_step": 4}
+    asked = {"id": "q", "question": "why", "golden_answers": [], "gold_ids": [], "type": None}
+    said = {"trained": {"answer": "so", "em": 0, "f1": 0, "contained": 0}}
+    lines = [header, {"kind": "question", **asked, "retrieved": {}, "systems": said}]
+    run_dir.questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.main(words(run_dir, output=page))
+    assert 'id="question-data"' in page.read_text()
+    header["bundle_step"] = 3
+    run_dir.questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.main(words(run_dir, output=page))
+    assert 'id="question-data"' not in page.read_text()
+    run_dir.questions.write_text("{")
+    with pytest.raises(DataError, match=r"evaluation\.questions\.jsonl, line 1 is damaged"):
+        report.main(words(run_dir, output=page))
 
 
 @pytest.mark.parametrize("text", ['{"num_quest', "[]", '{"systems": {}}'])

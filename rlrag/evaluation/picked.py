@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rlrag.evaluation.systems import greedy_picks
+from rlrag.evaluation.systems import greedy_picks, policy_batches
 from rlrag.records import Passage
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.protocol import SelectionPolicy
 
 NUM_TIMED = 32
-_POLICY_BATCH = 64
 
 Part = Callable[[Sequence[int]], object]
 """Part of a pipeline: works on the questions in these rows, and takes nothing from a cache."""
@@ -48,11 +47,11 @@ def policy_picks(policy: SelectionPolicy, candidates: CandidateTable) -> Picked:
         [candidates.passages(row)[position] for position in picks]
         for row, picks in enumerate(picks_QK.tolist())
     ]
-    batches = np.split(
-        np.arange(len(candidates)), range(_POLICY_BATCH, len(candidates), _POLICY_BATCH)
-    )
     logp_QK = np.concatenate(
-        [policy.pick_log_prob(candidates.batch(rows), picks_QK[rows]) for rows in batches]
+        [
+            policy.pick_log_prob(candidates.batch(rows), picks_QK[rows])
+            for rows in policy_batches(candidates)
+        ]
     )
     return Picked(selections, logp_QK)
 

@@ -1,21 +1,34 @@
 """Runs in; one HTML page that shows how they went, complete in itself, out.
 
-The page loads nothing: styles and figures are in it, and it has no scripts. All text that comes
-from a run is escaped.
+The page loads nothing: styles and figures are in it. It has one script, where there are questions
+to look through, and its policy lets the browser run no other. All text that comes from a run is
+escaped.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from rlrag.evaluation import report_figures
+from rlrag.evaluation.question_browser import SCRIPT, question_browser
 from rlrag.evaluation.report_style import STYLE
 from rlrag.evaluation.run_record import RunRecord, differing_fields
 
 _Row = Sequence[str]
+
+
+def _hash(text: str) -> str:
+    """How a page's policy names a style sheet or script that is in it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+_STYLE = f"\n{STYLE}"
+_POLICY = f"default-src 'none'; style-src {_hash(_STYLE)}; script-src {_hash(SCRIPT)}"
 
 
 def render_report(runs: Sequence[RunRecord]) -> str:
@@ -26,6 +39,7 @@ def render_report(runs: Sequence[RunRecord]) -> str:
         _section("What was run", _overview(runs)),
         _section("Alarms", _alarms(runs)),
         _section("Result", _comparison(runs) + _results(runs)),
+        _section("Questions", question_browser(runs)),
         _section("Stability", _figures(report_figures.stability(runs))),
         _section(
             "Convergence", _figures(report_figures.convergence(runs)) + _iteration_table(runs)
@@ -42,7 +56,8 @@ def render_report(runs: Sequence[RunRecord]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{escape(title)}</h1>\n{''.join(sections)}"
         f'<p class="note">{escape(footer)}</p>\n</main>\n</body>\n</html>\n'
     )

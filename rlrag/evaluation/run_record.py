@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlrag.config import RunConfig
+from rlrag.evaluation.question_records import EvaluatedQuestions
 
 Point = tuple[float, float]
 
@@ -44,7 +45,8 @@ class IterationQuality:
 class RunRecord:
     """One run: its configuration, the metrics of every step, its alarms and its final comparison.
 
-    `evaluation` is the content of `evaluation.json`, None while the run is unfinished.
+    `evaluation` is the content of `evaluation.json`, None while the run is unfinished; `questions`
+    is what that evaluation kept of each question, None where it kept nothing.
     """
 
     name: str
@@ -52,6 +54,7 @@ class RunRecord:
     metrics: Sequence[Mapping[str, Any]]
     alarms: Sequence[Finding]
     evaluation: Mapping[str, Any] | None
+    questions: EvaluatedQuestions | None = None
 
     @property
     def num_samples(self) -> int:

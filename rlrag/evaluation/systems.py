@@ -16,7 +16,7 @@ Shape letters: Q questions, N candidates, K selected.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -44,11 +44,15 @@ class Answered:
     """What one system showed the generator and what it said, question by question.
 
     Selections are best first. An answer that could not be given is the error that says why.
+    `candidates` is what was picked from, `retriever` the retriever that found it: `retriever` for
+    that of the run; both are None where a system picks nothing.
     """
 
     questions: Sequence[Question]
     selections: Sequence[Sequence[Passage]]
     answers: Sequence[Generation | GenerationError]
+    candidates: CandidateTable | None = None
+    retriever: str | None = None
 
     @property
     def texts(self) -> list[str | None]:
@@ -78,7 +82,8 @@ def evaluate(
             before the systems that use them, which come last.
         retrievers: Candidates of the same questions from other retrievers, by system; fetched when
             that system's turn comes.
-        keep: Called with the name and the answers of each system but the oracle.
+        keep: Called with the name and the answers of each system; those of the oracle are what its
+            best candidates led to.
 
     Raises:
         ConfigError: a system is asked for whose retriever this run has not.
@@ -101,16 +106,20 @@ def evaluate(
         progress(name)
         source = "tuned_retriever" if name == "trained" else name
         table = retrievers[source]() if source in retrievers else candidates
+        retriever = source if source in retrievers else "retriever"
         if name == "oracle":
-            found[name] = _oracle(table, answering, errors)
+            answered = _oracle(table, answering)
+            found[name] = SystemMetrics(**_answer_metrics(answered.questions, answered.texts))
         else:
             picks = _picks(name, policy, table, num_selected, config.seed)
             selections = _passages(table, picks)
             answers = answering.answer(table.questions, selections)
             answered = Answered(table.questions, selections, answers)
-            keep(name, answered)
-            errors |= {q: a for q, a in enumerate(answers) if isinstance(a, GenerationError)}
             found[name] = _measure(answered, ranked=name != "no_retrieval")
+        if name != "no_retrieval":
+            answered = replace(answered, candidates=table, retriever=retriever)
+        keep(name, answered)
+        errors |= {q: a for q, a in enumerate(answered.answers) if isinstance(a, GenerationError)}
     answered_Q = np.array([q not in errors for q in range(len(candidates))])
     if not answered_Q.any():
         raise next(iter(errors.values()))
@@ -125,9 +134,14 @@ def evaluate(
 
 def greedy_picks(policy: SelectionPolicy, candidates: CandidateTable) -> np.ndarray:
     """The policy's most probable selection for every question, shape (Q, K)."""
-    rows = range(len(candidates))
-    batches = [rows[start : start + _POLICY_BATCH] for start in rows[::_POLICY_BATCH]]
+    batches = policy_batches(candidates)
     return np.concatenate([policy.greedy(candidates.batch(batch)) for batch in batches])
+
+
+def policy_batches(candidates: CandidateTable) -> list[range]:
+    """The questions' rows in the batches that a policy reads."""
+    rows = range(len(candidates))
+    return [rows[start : start + _POLICY_BATCH] for start in rows[::_POLICY_BATCH]]
 
 
 def _picks(
@@ -175,30 +189,20 @@ def _ranking(
     )
 
 
-def _oracle(
-    candidates: CandidateTable, answering: AnsweringReward, errors: dict[int, GenerationError]
-) -> SystemMetrics:
+def _oracle(candidates: CandidateTable, answering: AnsweringReward) -> Answered:
     """The best answer that any single candidate leads to, by exact match and then F1.
 
-    A question gets into `errors` when no candidate led to an answer.
+    A question whose candidates all led to none has the error of the first.
     """
     num_questions, num_candidates = candidates.rows_QN.shape
     questions = [q for q in candidates.questions for _ in range(num_candidates)]
-    picks = [[n] for _ in range(num_questions) for n in range(num_candidates)]
-    owners = np.repeat(np.arange(num_questions), num_candidates)
-    passages = [candidates.passages(q)[pick[0]] for q, pick in zip(owners, picks, strict=True)]
+    passages = [passage for q in range(num_questions) for passage in candidates.passages(q)]
     answers = answering.answer(questions, [[passage] for passage in passages])
-    answered = Answered(questions, (), answers)
-    metrics = _answer_metrics(questions, answered.texts)
-    shape = (num_questions, num_candidates)
-    order_QN = np.nan_to_num(metrics["em"] * 2 + metrics["f1"], nan=-1.0).reshape(shape)
-    for question in np.flatnonzero(order_QN.max(axis=1) < 0).tolist():
-        error = answers[question * num_candidates]
-        assert isinstance(error, GenerationError)
-        errors[question] = error
-    best = order_QN.argmax(axis=1)
-    rows = np.arange(num_questions)
-    return SystemMetrics(**{name: v.reshape(shape)[rows, best] for name, v in metrics.items()})
+    metrics = _answer_metrics(questions, Answered(questions, (), answers).texts)
+    order_QN = np.nan_to_num(metrics["em"] * 2 + metrics["f1"], nan=-1.0)
+    best_Q = order_QN.reshape(num_questions, num_candidates).argmax(axis=1)
+    flat = [q * num_candidates + n for q, n in enumerate(best_Q.tolist())]
+    return Answered(candidates.questions, [[passages[i]] for i in flat], [answers[i] for i in flat])
 
 
 def _passages(candidates: CandidateTable, picks: Picks) -> list[list[Passage]]:
