@@ -206,8 +206,8 @@ def endurance_config(folder: Path, num_steps: int) -> RunConfig:
     )
 
 
-def train(folder: Path, num_steps: int, every: int) -> list[Sample]:
-    """Run the loop to its end."""
+def train(folder: Path, config: RunConfig, every: int) -> list[Sample]:
+    """Run the loop to its end, from the last checkpoint in the folder."""
     from rlrag.generation.cache import CachedGenerator
     from rlrag.pipeline import TrainingData, open_reward
     from rlrag.training.dro_trainer import DROTrainer
@@ -217,7 +217,6 @@ def train(folder: Path, num_steps: int, every: int) -> list[Sample]:
     from rlrag.training.run_directory import RunDirectory
     from rlrag.training.workers import SingleWorker
 
-    config = endurance_config(folder, num_steps)
     run_dir = RunDirectory(folder / "run")
     run_dir.claim(config)
     data = TrainingData(
@@ -303,7 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("a tenth of --steps must hold two samples; lower --every")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        samples = train(Path(folder), options.steps, options.every)
+        config = endurance_config(Path(folder), options.steps)
+        samples = train(Path(folder), config, options.every)
     text = report(samples)
     print(text)
     options.output.parent.mkdir(exist_ok=True)

@@ -15,6 +15,10 @@ more requests lie in the cache.
     program killed       SIGKILL to the training program and all that it started
     preempted            SIGTERM to the training program
     checkpoint damaged   the program is killed and a byte of the newest checkpoint flipped
+    disk full            the disk of run and cache, a small one of their own, is filled; it has room
+                         again before the program is started again (needs root)
+
+`benchmarks.nodes` has what takes several machines: a node that dies, and one that is cut off.
 """
 
 from __future__ import annotations
@@ -25,10 +29,11 @@ import platform
 import re
 import signal
 import sqlite3
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,18 +195,62 @@ def damage(case: Case) -> None:
     path.write_bytes(data)
 
 
-FAULTS: dict[str, tuple[Callable[[Case], None] | None, tuple[str, ...]]] = {
-    "generator killed": (kill_one(ENGINE), tuple(STAGES)),
-    "generator hangs": (kill_one(ENGINE, signal.SIGSTOP), tuple(STAGES)),
-    "poisoned question": (None, ("training",)),
-    "learner killed": (kill_one(LEARNER), ("training",)),
-    "node lost": (kill_one("raylet/raylet"), tuple(STAGES)),
-    "head lost": (kill_one("gcs_server"), tuple(STAGES)),
-    "program killed": (kill_program, tuple(STAGES)),
-    "preempted": (preempt, tuple(STAGES)),
-    "checkpoint damaged": (damage, ("training",)),
+def fill_disk(case: Case) -> None:
+    """Leave no byte on the disk of the run."""
+    with _ballast(case).open("wb", buffering=0) as ballast, suppress(OSError):
+        while True:
+            ballast.write(bytes(2**16))
+
+
+def free_disk(case: Case) -> None:
+    """Make room again."""
+    _ballast(case).unlink()
+
+
+def _ballast(case: Case) -> Path:
+    return case.program.run_dir.parent / "ballast"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done, in which stages, and what is mended before the program is started again.
+
+    Where `act` is None, the fault is in the run from its start.
+    """
+
+    act: Callable[[Case], None] | None
+    stages: tuple[str, ...] = tuple(STAGES)
+    mend: Callable[[Case], None] | None = None
+    disk_mib: int | None = None
+
+
+FAULTS = {
+    "generator killed": Fault(kill_one(ENGINE)),
+    "generator hangs": Fault(kill_one(ENGINE, signal.SIGSTOP)),
+    "poisoned question": Fault(None, ("training",)),
+    "learner killed": Fault(kill_one(LEARNER), ("training",)),
+    "node lost": Fault(kill_one("raylet/raylet")),
+    "head lost": Fault(kill_one("gcs_server")),
+    "program killed": Fault(kill_program),
+    "preempted": Fault(preempt),
+    "checkpoint damaged": Fault(damage, ("training",)),
+    "disk full": Fault(fill_disk, mend=free_disk, disk_mib=512),
 }
-"""What is done and in which stages; nothing where the fault is in the run from its start."""
+
+
+@contextmanager
+def own_disk(folder: Path, size_mib: int | None) -> Iterator[None]:
+    """A disk of this size at the folder, in memory; the folder as it is where there is no size."""
+    if size_mib is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    size = ("-o", f"size={size_mib}m")
+    subprocess.run(["mount", "-t", "tmpfs", *size, "tmpfs", str(folder)], check=True, timeout=60)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=60)
 
 
 def undisturbed(folder: Path, stage: str) -> tuple[list[bytes], int]:
@@ -217,7 +266,7 @@ def undisturbed(folder: Path, stage: str) -> tuple[list[bytes], int]:
 
 def disturb(folder: Path, stage: str, fault: str, reference: tuple[list[bytes], int]) -> Outcome:
     """Run, disturb, and start again where the program ended."""
-    act, _ = FAULTS[fault]
+    act, mend = FAULTS[fault].act, FAULTS[fault].mend
     variables = _poison(folder) if act is None else {}
     case = Case(folder, stage, variables)
     code = None
@@ -230,6 +279,8 @@ def disturb(folder: Path, stage: str, fault: str, reference: tuple[list[bytes], 
         if recovery_s is None:
             code = case.program.wait(_TIMEOUT_S)
             case.program.family.end()
+            if mend:
+                mend(case)
             started = time.monotonic()
             case.program = case.start()
             recovery_s = _went_on(case, before, started) or 0.0
@@ -307,9 +358,11 @@ def main() -> None:
         for stage in arguments.stages:
             reference = undisturbed(Path(directory) / stage / "undisturbed", stage)
             for fault in arguments.faults:
-                if stage not in FAULTS[fault][1]:
+                if stage not in FAULTS[fault].stages:
                     continue
-                outcome = disturb(Path(directory) / stage / fault, stage, fault, reference)
+                folder = Path(directory) / stage / fault
+                with own_disk(folder, FAULTS[fault].disk_mib):
+                    outcome = disturb(folder, stage, fault, reference)
                 rows.append((stage, fault, outcome))
                 print(stage, fault, outcome, flush=True)
     text = report(rows)

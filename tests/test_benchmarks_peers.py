@@ -1,0 +1,245 @@
+"""Peers beside each other: what they are given, how they run, and how they are measured."""
+
+from __future__ import annotations
+
+import ast
+import json
+import string
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.peers.__main__ import PEERS, PeersArguments, compare
+from benchmarks.peers.environments import torch_source
+from benchmarks.peers.running import Peer, finished_peer
+from jobs.recipes import RECIPES
+from rlrag.config import RunConfig
+from rlrag.errors import ConfigError, RunDirectoryError, SetupError
+from rlrag.rewards.answer_match import token_f1
+
+K = 2
+SCRIPT = '''
+"""Does what the name of its output folder says."""
+import json, pathlib, sys, time
+work, output = map(pathlib.Path, sys.argv[1:])
+with (work / "calls.txt").open("a") as calls:
+    calls.write(output.name + "\\n")
+plan = json.loads((work / "plan.json").read_text())
+dev = json.loads((work / "dev.json").read_text())
+if output.name == "failing":
+    print("training")
+    raise ValueError("no such model")
+if output.name == "slow":
+    time.sleep(60)
+picks = {r["id"]: [c["id"] for c in r["candidates"]][: plan["num_selected"]] for r in dev}
+found = {
+    "picks": {"picks": {key: ids[::-1] for key, ids in picks.items()}},
+    "wrong": {"picks": {key: ids[:1] for key, ids in picks.items()}},
+    "encoder": {"encoder": plan["encoder"]},
+    "generator": {"generator": plan["generator"]},
+}[output.name]
+found |= {"generator_tokens": 4321, "training_examples": 12}
+(output / "result.json").write_text(json.dumps(found))
+'''
+
+
+@dataclass(frozen=True)
+class Trial:
+    arguments: PeersArguments
+    peers: dict[str, Peer]
+    text: str
+
+    def again(self, **changes) -> str:
+        arguments = replace(self.arguments, **changes)
+        return compare(arguments, self.peers, this_python, "python -m benchmarks.peers small")
+
+    def calls(self) -> list[str]:
+        return (self.arguments.folder / "calls.txt").read_text().split()
+
+    def row(self, name: str) -> list[str]:
+        return rows_of(self.text)[name]
+
+
+def this_python(requirements: Path) -> Path:
+    assert requirements.name == "requirements.txt"
+    return Path(sys.executable)
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The cells after the first, by the first."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+def tiny_config(files: Path, cache: Path) -> RunConfig:
+    values = RECIPES["quickstart"]().model_dump()
+    values["cache_dir"] = str(cache)
+    values["data"] |= {
+        "corpus": str(files / "corpus.jsonl"),
+        "train_questions": str(files / "train.jsonl"),
+        "eval_questions": str(files / "eval.jsonl"),
+        "max_train_questions": 12,
+        "num_validation_questions": 2,
+        "max_eval_questions": 8,
+    }
+    values["retrieval"] |= {"encoder": str(files / "encoder"), "encoder_max_tokens": 32}
+    values["environment"]["num_selected"] = K
+    values["generator"] |= {"model": str(files / "generator"), "max_new_tokens": 3}
+    values["training"] |= {"launcher": "local", "batch_size": 8}
+    return RunConfig.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def trial(openrag_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """A comparison that has run once."""
+    folder = tmp_path_factory.mktemp("peers")
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    arguments = PeersArguments(
+        tiny_config(openrag_files, folder / "cache"), folder / "work", folder / "table.md"
+    )
+    names = ("picks", "encoder", "generator", "failing", "wrong")
+    trial = Trial(arguments, {name: Peer(script, ranks=name == "picks") for name in names}, "")
+    return replace(trial, text=trial.again())
+
+
+def test_peers_get_all_that_training_needs_and_no_answer_to_a_measured_question(trial):
+    work = trial.arguments.folder
+    train, dev = (json.loads((work / f"{name}.json").read_text()) for name in ("train", "dev"))
+    assert (len(train), len(dev)) == (10, 8)
+    assert not {record["id"] for record in train} & {record["id"] for record in dev}
+    for record in train:
+        titles = [f"{c['contents']}" for c in record["candidates"]]
+        assert len(titles) == len(record["candidate_prompts"]) == 5
+        assert record["golden_answers"]
+        assert record["gold"]
+        first, second, third = (text.splitlines()[-1] for text in titles[:3])
+        assert record["prompt"].index(first) < record["prompt"].rindex(second)
+        assert third not in record["prompt"]
+        assert second in record["candidate_prompts"][1]
+        assert record["question"] in record["candidate_prompts"][1]
+        scores = [c["score"] for c in record["candidates"]]
+        assert scores == sorted(scores, reverse=True)
+    assert {key for record in dev for key in record} == {"id", "question", "candidates"}
+    plan = json.loads((work / "plan.json").read_text())
+    assert plan["token_budget"] == trial.arguments.token_budget
+    assert Path(plan["generator"]).is_dir()
+    assert RunConfig.from_json((work / "config.json").read_text()) == trial.arguments.config
+
+
+def test_all_are_measured_in_one_way(trial):
+    """Equal weights and equal passages give equal figures, whoever hands them in."""
+    quality = slice(0, 3)
+    baseline = trial.row("retriever_order")
+    assert trial.row("encoder")[quality] == baseline[quality]
+    assert trial.row("generator")[quality] == baseline[quality]
+    assert trial.row("generator")[3:5] == ["+0.000 (+0.000 to +0.000)", "1"]
+    assert trial.row("picks")[quality] == trial.row("retriever_order, best last")[quality]
+    assert trial.row("picks, best last")[quality] == baseline[quality]
+    assert trial.row("picks")[5:7] == ["4", "12"]
+    assert trial.arguments.output.read_text() == trial.text
+
+
+def test_a_failed_peer_is_named_with_its_last_line_and_spoils_nothing(trial):
+    for name in ("failing", "wrong"):
+        assert trial.row(name) == ["failed", *["-"] * 7]
+    assert "- failing: exit code 1: ValueError: no such model" in trial.text
+    assert f"give {K} different candidates" in trial.text
+
+
+def test_only_what_has_not_finished_runs_again(trial):
+    before = trial.calls()
+    text = trial.again()
+    assert trial.calls() == [*before, "failing"]
+    assert rows_of(text) == rows_of(trial.text)
+    with pytest.raises(RunDirectoryError, match="another configuration or token budget"):
+        trial.again(token_budget=1)
+    with pytest.raises(RunDirectoryError, match="another configuration or token budget"):
+        trial.again(config=trial.arguments.config.model_copy(update={"seed": 1}))
+
+
+def test_a_peer_that_takes_too_long_is_ended(trial):
+    with pytest.raises(SetupError, match="not finished in"):
+        finished_peer("slow", trial.peers["picks"], trial.arguments.folder, this_python, 0.5)
+
+
+def test_a_finished_run_stands_beside_the_peers(trial, tmp_path):
+    """Its figures are those of its own evaluation, if that was of the same questions."""
+    from benchmarks.peers.plan import prepare
+
+    arguments = trial.arguments
+    prepared = prepare(arguments.config, arguments.folder, arguments.token_budget)
+    system = {"em": 0.5, "f1": 0.625, "accuracy": 0.75, "em_ci95": [0.25, 0.75]}
+    pair = {"em_diff": 0.125, "ci95": [-0.125, 0.375], "p_value": 0.03}
+    evaluation = {
+        "systems": {"trained": system | {"f1_ci95": [0.5, 0.75]}},
+        "paired": {"trained_vs_retriever_order": pair},
+        "hashes": dict(prepared.hashes),
+    }
+    records = [{"step": 0}, {"step": 1, "collect_s": 50.0, "generator_tokens_total": 9000.0}]
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(arguments.config.to_json())
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    alone = replace(trial, peers={})
+    assert rows_of(alone.again(runs=(f"own={run_dir}",)))["own"] == [
+        "0.500 (0.250-0.750)",
+        "0.625 (0.500-0.750)",
+        "0.750",
+        "+0.125 (-0.125 to +0.375)",
+        "0.03",
+        "9",
+        "-",
+        "0.8",
+    ]
+    evaluation["hashes"]["questions"] = "others"
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    with pytest.raises(ConfigError, match="differs from this comparison in questions"):
+        alone.again(runs=(f"own={run_dir}",))
+    with pytest.raises(ConfigError, match="write NAME=DIR"):
+        alone.again(runs=("own",))
+
+
+def test_the_cpu_build_of_torch_is_found_as_make_finds_it():
+    assert torch_source({"PIP_FIND_LINKS": "/a"}, "/b") == {"UV_FIND_LINKS": "/a"}
+    assert torch_source({}, "/b") == {"UV_FIND_LINKS": "/b"}
+    assert torch_source({}, "") == {"UV_TORCH_BACKEND": "cpu"}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_is_pinned_and_short(name):
+    script = PEERS[name].script
+    assert len(script.read_text().splitlines()) < 200
+    lines = (script.parent / "requirements.txt").read_text().splitlines()
+    pins = {line for line in lines if not line.startswith(("#", "-e "))}
+    assert pins
+    assert all("==" in line for line in pins)
+    constraints = (Path(__file__).parents[1] / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0]: line for line in constraints if "==" in line}
+    assert {pinned.get(line.split("==")[0], line) for line in pins} == pins
+
+
+def test_the_reward_of_grpo_is_the_f1_of_rlrag():
+    """Its script cannot be imported without TRL; the two functions stand alone."""
+    tree = ast.parse(PEERS["trl_grpo"].script.read_text())
+    functions = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name in ("normalized", "f1")
+    ]
+    restated: dict = {"Counter": Counter, "string": string}
+    exec(compile(ast.Module(functions, []), "train.py", "exec"), restated)
+    pairs = [
+        (" the Eiffel Tower.", ["Eiffel tower"]),
+        ("Emperor Napoleon", ["Napoleon of France", "an emperor"]),
+        ("1,000 a 1000", ["1000"]),
+        ("", ["Paris"]),
+        ("Paris", ["Rome", "the"]),
+    ]
+    for answer, golden in pairs:
+        assert restated["f1"](answer, golden) == pytest.approx(token_f1(answer, golden))
