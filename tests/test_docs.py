@@ -42,10 +42,11 @@ PAGES = sorted(
 )
 TUTORIAL = "docs/tutorial.md"
 LANGUAGES = {"python", "bash", "text", "json", ""}
-FOREIGN = {"source", "ls"}
+FOREIGN = {"jq", "ls", "source"}
 ARGUMENTS = {
     "jobs.evaluate": "EvaluateArguments",
     "jobs.export": "ExportArguments",
+    "jobs.judge": "JudgeArguments",
     "jobs.report": "ReportArguments",
 }
 

@@ -6,8 +6,11 @@ shared by all.
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from training_program import NUM_STEPS, tiny_flags, without_clocks
@@ -18,6 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 EXIT_TIMEOUT_S = 600.0
 ENGINE, LEARNER = "EngineActor", "RayTrainWorker"
+CO_TRAINING = (
+    *("--training.parts", "selector", "generator", "--training.num-epochs", "2"),
+    *("--generator-training.precision", "float32", "--generator-training.lora-rank", "2"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +47,26 @@ def start(flags, tmp_path):
         program.end()
 
 
-@pytest.fixture(scope="module")
-def reference(flags, tmp_path_factory) -> TrainingProgram:
+def undisturbed(folder: Path, flags: list[str]) -> TrainingProgram:
     """One worker on Ray, from the first step to the last."""
-    folder = tmp_path_factory.mktemp("reference")
     program = TrainingProgram(folder, flags, folder / "cache", {})
     try:
         assert program.wait(EXIT_TIMEOUT_S) == 0, program.stderr()
     finally:
         program.end()
     return program
+
+
+@pytest.fixture(scope="module")
+def reference(flags, tmp_path_factory) -> TrainingProgram:
+    traced = [*flags, "--training.profile-steps", "2:2"]
+    return undisturbed(tmp_path_factory.mktemp("reference"), traced)
+
+
+@pytest.fixture(scope="module")
+def co_trained(flags, tmp_path_factory) -> TrainingProgram:
+    """As `reference`, but the generator learns too."""
+    return undisturbed(tmp_path_factory.mktemp("co_trained"), [*flags, *CO_TRAINING])
 
 
 def assert_close(left: list[dict[str, float]], right: list[dict[str, float]], rel: float) -> None:
@@ -89,6 +106,23 @@ def test_a_run_on_ray_leaves_its_products_and_nothing_else(reference):
     assert "Token authentication" not in reference.stdout() + reference.stderr()
     assert reference.stderr().splitlines()[-1].startswith("written to ")
     assert reference.leftovers() == []
+
+
+def test_a_run_on_ray_is_traced_and_each_process_logs_lines_of_json(reference):
+    profile = reference.run_dir / "profile"
+    with gzip.open(profile / "step-000002.json.gz") as trace:
+        assert json.load(trace)["traceEvents"]
+    events = json.loads((profile / "ray-timeline.json").read_text())
+    assert "task::EngineActor.generate" in {event.get("cat") for event in events}
+    assert sorted(path.name for path in profile.iterdir()) == [
+        "ray-timeline.json",
+        "step-000002.json.gz",
+    ]
+    logs = reference.run_dir / "logs"
+    assert {"libraries.log", "worker-0.log"} <= {path.name for path in logs.iterdir()}
+    for path, actor in ((logs / "libraries.log", "driver"), (logs / "worker-0.log", "worker-0")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            assert (line["run"], line["actor"]) == (reference.run_dir.name, actor)
 
 
 def test_one_process_without_ray_gives_the_same_metrics(reference, start):
@@ -138,16 +172,10 @@ def test_a_run_goes_on_after_kill_9_of_the_driver_a_generator_actor_and_the_lear
     assert_same_run(again, reference)
 
 
-CO_TRAINING = (
-    *("--training.parts", "selector", "generator", "--training.num-epochs", "2"),
-    *("--generator-training.precision", "float32", "--generator-training.lora-rank", "2"),
-)
-
-
-def test_a_run_that_trains_both_goes_on_after_kill_9_of_the_learner_and_a_generator_actor(start):
+def test_a_run_that_trains_both_goes_on_after_kill_9_of_the_learner_and_a_generator_actor(
+    co_trained, start
+):
     """The engines outlive the learner: they hold weights of steps that are undone by its death."""
-    whole = start("whole", *CO_TRAINING)
-    assert whole.wait(EXIT_TIMEOUT_S) == 0, whole.stderr()
     killed = start("both-killed", *CO_TRAINING)
     step = killed.wait_for_step(1, EXIT_TIMEOUT_S)
     (learner,) = killed.family.named(LEARNER)
@@ -158,21 +186,18 @@ def test_a_run_that_trains_both_goes_on_after_kill_9_of_the_learner_and_a_genera
     assert killed.wait(EXIT_TIMEOUT_S) == 0, killed.stderr()
     assert killed.family.num_seen(LEARNER) == 2
     assert killed.leftovers() == []
-    assert_same_run(killed, whole, 10, CO_TRAINED_FILES)
+    assert_same_run(killed, co_trained, 10, CO_TRAINED_FILES)
     weights = "bundle/generator/model.safetensors"
-    assert (killed.run_dir / weights).read_bytes() == (whole.run_dir / weights).read_bytes()
+    assert (killed.run_dir / weights).read_bytes() == (co_trained.run_dir / weights).read_bytes()
 
 
-def test_two_workers_train_both_as_one_does(start):
-    programs = []
-    for size in ("1", "2"):
-        programs.append(start(f"{size}-workers", *CO_TRAINING, "--training.num-workers", size))
-        assert programs[-1].wait(EXIT_TIMEOUT_S) == 0, programs[-1].stderr()
-    one, two = programs
+def test_two_workers_train_both_as_one_does(co_trained, start):
+    two = start("two-workers", *CO_TRAINING, "--training.num-workers", "2")
+    assert two.wait(EXIT_TIMEOUT_S) == 0, two.stderr()
     counted = "generator/grad_variance"  # over the passes of all workers, which are others
     assert_close(
         without_clocks(read_metrics(two.run_dir), counted),
-        without_clocks(read_metrics(one.run_dir), counted),
+        without_clocks(read_metrics(co_trained.run_dir), counted),
         rel=2e-3,
     )
 

@@ -44,6 +44,7 @@ def test_the_paths_are_those_that_others_rely_on(tmp_path):
         "checkpoints": "checkpoints",
         "bundle": "bundle",
         "evaluation": "evaluation.json",
+        "questions": "evaluation.questions.jsonl",
     }
     assert {key: getattr(run_dir, key) for key in names} == {
         key: tmp_path / "run" / name for key, name in names.items()
