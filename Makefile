@@ -52,7 +52,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
 	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
 	wheels="$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)}"; \
 	if [ -n "$$wheels" ]; then export UV_FIND_LINKS="$$wheels"; else export UV_TORCH_BACKEND=cpu; fi; \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
 		--override overrides.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
