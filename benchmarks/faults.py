@@ -1,15 +1,18 @@
 """Faults into running programs in; what was lost and how soon each run went on, out.
 
-Run `python -m benchmarks.faults`. Every fault meets a small run on a Ray cluster of its own, once
-in the training of a selector and once in the offline stage of a retriever, where it can happen
-there. A run that goes on by itself is let go on; one that ends is started again by its command.
-Nothing is lost when the last checkpoint equals that of an undisturbed run to the last bit, and no
-more requests lie in the cache.
+Run `python -m benchmarks.faults`. Every fault meets a small run on a Ray cluster of its own: in the
+training of a selector, in the offline stage of a retriever, or in its online stage, where its index
+is refreshed beside training. A run that goes on by itself is let go on; one that ends is started
+again by its command. Nothing is lost when the last checkpoint equals that of an undisturbed run to
+the last bit, and no more requests lie in the cache.
 
     generator killed     SIGKILL to a generator actor
     generator hangs      SIGSTOP to it for good; the pool ends it after generator.request_timeout_s
+    generator slow       it is stopped nine tenths of the time, for a minute
     poisoned question    an engine dies whenever it meets a certain prompt
     learner killed       SIGKILL to a Ray Train worker
+    encoder killed       SIGKILL to the Ray task that encodes the passages anew
+    object store full    another program fills Ray's object store for twenty seconds
     node lost            SIGKILL to the raylet of the only node
     head lost            SIGKILL to the cluster's head process (gcs_server)
     program killed       SIGKILL to the training program and all that it started
@@ -30,19 +33,24 @@ import re
 import signal
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
-from benchmarks.programs import TrainingProgram, read_metrics
+import psutil
+
+from benchmarks.programs import TrainingProgram, copy_indexes, quiet_environment, read_metrics
 
 RESULTS_FILE = Path(__file__).parent / "results" / "faults.md"
 _TIMEOUT_S = 900.0
 _POLL_S = 0.05
 _FAULT_STEP = 4
+_SLOW_S = 60.0
 ENGINE, LEARNER = "EngineActor", "RayTrainWorker"
 _COMMON = (
     *("--training.loggers", "--training.launcher", "ray"),
@@ -52,16 +60,25 @@ _COMMON = (
     *("--data.num-validation-questions", "4", "--evaluation.num-bootstrap", "100"),
     *("--evaluation.systems", "retriever_order"),
 )
+_RETRIEVER = (
+    *("--training.parts", "retriever", "--retrieval.kind", "semi_parametric"),
+    *("--retrieval.encoder", "None", "--environment.num-selected", "1"),
+)
 STAGES: dict[str, tuple[str, ...]] = {
     "training": (
         *("--training.batch-size", "6", "--training.num-epochs", "2"),
         *("--training.validate-every", "6", "--training.checkpoint-every", "2"),
     ),
     "offline stage": (
-        *("--training.parts", "retriever", "--retrieval.kind", "semi_parametric"),
-        *("--retrieval.encoder", "None", "--environment.num-selected", "1"),
+        *_RETRIEVER,
         *("--openrag.stages", "offline", "--openrag.offline-epochs", "1"),
         *("--openrag.num-offline", "8", "--training.batch-size", "6"),
+    ),
+    "online stage": (
+        *_RETRIEVER,
+        *("--openrag.stages", "online", "--openrag.online-epochs", "1"),
+        *("--openrag.refresh-every", "4", "--openrag.refresh-waits", "True"),
+        *("--training.batch-size", "6", "--training.checkpoint-every", "2"),
     ),
 }
 """Flags of the runs that are disturbed."""
@@ -106,6 +123,17 @@ sys.meta_path.insert(0, Poison())
 '''
 
 
+_FILL = """
+import sys, time
+import numpy as np, ray
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+capacity = ray.cluster_resources()["object_store_memory"]
+held = [ray.put(np.zeros(2**25, np.uint8)) for _ in range(int(1.5 * capacity / 2**25))]
+time.sleep(20)
+"""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a disturbed run; seconds from the fault to the next finished piece of work."""
@@ -142,7 +170,7 @@ class Case:
 
     def done(self) -> int:
         """Recorded steps, or computed requests of the offline stage."""
-        if self._stage == "training":
+        if self._stage != "offline stage":
             metrics = read_metrics(self.program.run_dir)
             return int(metrics[-1]["step"]) if metrics else -1
         return self.num_computed()
@@ -169,9 +197,47 @@ def kill_one(title: str, number: int = signal.SIGKILL) -> Callable[[Case], None]
     """Send a signal to one process of the run."""
 
     def act(case: Case) -> None:
-        case.program.family.named(title)[0].send_signal(number)
+        _wait_for(case, title).send_signal(number)
 
     return act
+
+
+def slow_down(case: Case) -> None:
+    """Let a generator actor work a tenth of the time."""
+    engine = _wait_for(case, ENGINE)
+
+    def act() -> None:
+        deadline = time.monotonic() + _SLOW_S
+        with suppress(psutil.NoSuchProcess):
+            while time.monotonic() < deadline:
+                engine.suspend()
+                time.sleep(0.9)
+                engine.resume()
+                time.sleep(0.1)
+
+    Thread(target=act, daemon=True).start()
+
+
+def fill_object_store(case: Case) -> None:
+    """Put more into the object store than it holds, from another program."""
+    raylet = _wait_for(case, "raylet/raylet")
+    (address,) = (w.partition("=")[2] for w in raylet.cmdline() if w.startswith("--gcs-address="))
+    subprocess.run(
+        [sys.executable, "-c", _FILL, address],
+        env=quiet_environment(),
+        check=True,
+        timeout=_TIMEOUT_S,
+        capture_output=True,
+    )
+
+
+def _wait_for(case: Case, title: str) -> psutil.Process:
+    """A process of the run with this in its title."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not (found := case.program.family.named(title)):
+        assert time.monotonic() < deadline, f"no process {title}: {case.program.stderr()}"
+        time.sleep(_POLL_S)
+    return found[0]
 
 
 def kill_program(case: Case) -> None:
@@ -219,7 +285,7 @@ class Fault:
     """
 
     act: Callable[[Case], None] | None
-    stages: tuple[str, ...] = tuple(STAGES)
+    stages: tuple[str, ...] = ("training", "offline stage")
     mend: Callable[[Case], None] | None = None
     disk_mib: int | None = None
 
@@ -227,14 +293,17 @@ class Fault:
 FAULTS = {
     "generator killed": Fault(kill_one(ENGINE)),
     "generator hangs": Fault(kill_one(ENGINE, signal.SIGSTOP)),
+    "generator slow": Fault(slow_down),
     "poisoned question": Fault(None, ("training",)),
     "learner killed": Fault(kill_one(LEARNER), ("training",)),
+    "encoder killed": Fault(kill_one("encode_version"), ("online stage",)),
+    "object store full": Fault(fill_object_store),
     "node lost": Fault(kill_one("raylet/raylet")),
     "head lost": Fault(kill_one("gcs_server")),
     "program killed": Fault(kill_program),
     "preempted": Fault(preempt),
     "checkpoint damaged": Fault(damage, ("training",)),
-    "disk full": Fault(fill_disk, mend=free_disk, disk_mib=512),
+    "disk full": Fault(fill_disk, mend=free_disk, disk_mib=1024),
 }
 
 
@@ -253,8 +322,9 @@ def own_disk(folder: Path, size_mib: int | None) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=60)
 
 
-def undisturbed(folder: Path, stage: str) -> tuple[list[bytes], int]:
+def undisturbed(folder: Path, stage: str, indexes: Path | None) -> tuple[list[bytes], int]:
     """Weights of the last checkpoint, and how many requests were computed."""
+    copy_indexes(indexes, folder / "cache")
     case = Case(folder, stage, {})
     try:
         code = case.program.wait(_TIMEOUT_S)
@@ -352,21 +422,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES))
     parser.add_argument("--faults", nargs="+", choices=tuple(FAULTS), default=list(FAULTS))
+    parser.add_argument("--cache-dir", type=Path, help="of models and indexes, if there is one")
+    parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for stage in arguments.stages:
-            reference = undisturbed(Path(directory) / stage / "undisturbed", stage)
+            first = Path(directory) / stage / "undisturbed"
+            reference = undisturbed(first, stage, arguments.cache_dir)
             for fault in arguments.faults:
                 if stage not in FAULTS[fault].stages:
                     continue
                 folder = Path(directory) / stage / fault
                 with own_disk(folder, FAULTS[fault].disk_mib):
+                    copy_indexes(first / "cache", folder / "cache")
                     outcome = disturb(folder, stage, fault, reference)
                 rows.append((stage, fault, outcome))
                 print(stage, fault, outcome, flush=True)
     text = report(rows)
-    RESULTS_FILE.write_text(text)
+    arguments.output.write_text(text)
     print(text)
 
 

@@ -9,10 +9,13 @@ commands that users type:
     serve         `serve run` on the cluster, and a question to it
     node killed   a training; in its middle the second node loses every process, and another one
                   joins in its place
+    node lost     a training on two workers with `training.min_workers` 1; in its middle the second
+                  node loses every process, and none joins
     partition     a training; in its middle the second node's link goes down for some seconds
 
-The last three show what a program outlives: nothing is lost when the last checkpoint equals that
-of an undisturbed run to the last bit. All files are shared, as on a cluster with NFS.
+What a program outlives loses nothing when the last checkpoint equals that of an undisturbed run: to
+the last bit, or with another number of workers up to rounding. All files are shared, as on a
+cluster with NFS.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.programs import ROOT, Family, quiet_environment, read_metrics
+from safetensors.torch import load_file
+
+from benchmarks.programs import ROOT, Family, copy_indexes, quiet_environment, read_metrics
 
 RESULTS_FILE = Path(__file__).parent / "results" / "nodes.md"
 _BRIDGE = "rlragbr"
@@ -49,6 +54,9 @@ _FLAGS = (
     *("--training.batch-size", "6", "--training.num-epochs", "2"),
     *("--training.validate-every", "6", "--training.checkpoint-every", "2"),
 )
+
+
+_ELASTIC = ("--training.num-workers", "2", "--training.min-workers", "1")
 
 
 @dataclass(frozen=True)
@@ -198,13 +206,13 @@ def _run(head: Machine, words: Sequence[str], timeout_s: float) -> tuple[int, st
 class Training:
     """A training that was started on the cluster from the head's machine."""
 
-    def __init__(self, head: Machine, folder: Path) -> None:
-        folder.mkdir(parents=True)
+    def __init__(self, head: Machine, folder: Path, *flags: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.run_dir = folder / "run"
         self._said = folder / "said"
         with self._said.open("w") as said:
             self._process = subprocess.Popen(
-                head.command(sys.executable, "-m", "jobs.train", *train_words(folder)),
+                head.command(sys.executable, "-m", "jobs.train", *train_words(folder), *flags),
                 cwd=ROOT,
                 env=_environment(RAY_ADDRESS=f"{_HEAD}:6379"),
                 stdin=subprocess.DEVNULL,
@@ -242,16 +250,19 @@ def train_words(folder: Path) -> list[str]:
     return ["quickstart", *_FLAGS, *places]
 
 
-def weights(run_dir: Path) -> list[bytes]:
-    """The tensors of the last checkpoint."""
-    last = max((run_dir / "checkpoints").glob("step-*"))
-    return [path.read_bytes() for path in sorted(last.glob("*.safetensors"))]
+def largest_difference(one: Path, other: Path) -> float:
+    """Between the weights of two runs' last checkpoints."""
+    left, right = (
+        load_file(max((run_dir / "checkpoints").glob("step-*")) / "policy.safetensors")
+        for run_dir in (one, other)
+    )
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
 def submit(head: Machine, folder: Path) -> str:
     """A job by Ray's own command line; what it left."""
     words = ["job", "submit", "--address", f"http://{_HEAD}:8265", "--", sys.executable]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     code, said = _run(
         head,
         [str(_BIN / "ray"), *words, "-m", "jobs.train", *train_words(folder)],
@@ -306,6 +317,17 @@ def serve(head: Machine, folder: Path) -> str:
         service.wait()
 
 
+def node_lost(found: list[Machine], folder: Path, undisturbed: Path) -> str:
+    """A training on two workers that loses a node for good."""
+    training = Training(found[0], folder, *_ELASTIC)
+    training.wait_for_step(6)
+    found[1].kill_node()
+    began, before = time.monotonic(), training.last_step()
+    training.wait_for_step(before + 1)
+    seconds = time.monotonic() - began
+    return _outcome(training, undisturbed, f"went on with one worker after {seconds:.0f} s")
+
+
 def node_killed(found: list[Machine], folder: Path, undisturbed: Path) -> str:
     """A training that loses a node and gets another."""
     training = Training(found[0], folder)
@@ -336,8 +358,8 @@ def _outcome(training: Training, undisturbed: Path, seen: str) -> str:
     code, last = training.end()
     if code:
         return f"{seen}; ended with {code}: {last}"
-    is_equal = weights(training.run_dir) == weights(undisturbed / "run")
-    equal = "equals" if is_equal else "DIFFERS FROM"
+    difference = largest_difference(training.run_dir, undisturbed / "run")
+    equal = f"differs by up to {difference:.1g} from" if difference else "equals"
     return f"{seen}; the last checkpoint {equal} the undisturbed one"
 
 
@@ -361,19 +383,27 @@ def main() -> None:
     """Do all of it and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
+    parser.add_argument("--cache-dir", type=Path, help="of models and indexes, if there is one")
     arguments = parser.parse_args()
     rows: list[Row] = []
 
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         folder = Path(directory)
         first = folder / "submitted"
-        found = stack.enter_context(machines(folder, (1, 2)))
+        found = stack.enter_context(machines(folder, (2, 2)))
+
+        def prepared(name: str) -> Path:
+            copy_indexes(arguments.cache_dir or first / "cache", folder / name / "cache")
+            return folder / name
+
+        copy_indexes(arguments.cache_dir, first / "cache")
         for what, step in (
             ("submit and train", lambda: submit(found[0], first)),
             ("evaluate", lambda: evaluate(found[0], first)),
-            ("node killed", lambda: node_killed(found, folder / "killed", first)),
-            ("partition", lambda: partition(found, folder / "partition", first)),
+            ("node killed", lambda: node_killed(found, prepared("killed"), first)),
+            ("partition", lambda: partition(found, prepared("partition"), first)),
             ("serve", lambda: serve(found[0], first)),
+            ("node lost", lambda: node_lost(found, prepared("lost"), first)),
         ):
             began = time.monotonic()
             seen = step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
+
+
+def copy_indexes(source: Path | None, target: Path) -> None:
+    """Give a run's cache the models and indexes of another, and nothing that was generated."""
+    if source is not None and source.is_dir() and not target.exists():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("generations.sqlite*"))
 
 
 class Family:

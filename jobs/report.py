@@ -102,7 +102,7 @@ def _read_evaluation(run_dir: RunDirectory) -> dict[str, Any] | None:
         return None
     try:
         found: Any = json.loads(run_dir.evaluation.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(_damaged(run_dir.evaluation, str(error))) from error
     if not isinstance(found, dict) or not {"systems", "num_questions"} <= found.keys():
         raise DataError(_damaged(run_dir.evaluation, "it holds no comparison of systems"))

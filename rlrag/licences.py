@@ -105,7 +105,7 @@ def _of_bundled(part: str, directory: Path) -> tuple[str, str] | None:
     try:
         found = {known["part"]: known for known in json.loads(path.read_text())}
         return (found[wanted]["licence"], found[wanted]["source"]) if wanted in found else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return UNKNOWN, f"check the model's page; the {LICENCES_FILE} beside it cannot be read"
 
 

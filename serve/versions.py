@@ -219,7 +219,7 @@ class VersionRegistry:
             routing, bundles = Routing(**known["routing"]), dict(known["bundles"])
             if set(bundles) != {v for v in (routing.active, routing.canary, routing.shadow) if v}:
                 raise ValueError("its roles and bundles differ")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self._state} does not say which bundles serve ({error}); delete it to start "
                 "with the configured bundle"

@@ -164,8 +164,12 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
             "'local' is one process; set training.num_workers to 1",
         ),
         (
-            saved(training={"batch_size": 32, "num_workers": 3}),
-            "batch_size 32 does not divide among training.num_workers 3; make it a multiple",
+            saved(training={"batch_size": 2, "num_workers": 3}),
+            "batch_size 2 leaves some of training.num_workers 3 without a question; use fewer",
+        ),
+        (
+            saved(training={"num_workers": 2, "min_workers": 3}),
+            "min_workers 3 is above training.num_workers 2; lower it",
         ),
         (
             saved(dro={"weighting": "raw"}),

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 from stand_ins import make_table
+from thread_workers import make_group, run_together
 
 from rlrag.errors import DataError
 from rlrag.training.experience import Experience
 from rlrag.training.experience_log import ExperienceLog, labels_from_experience
+from rlrag.training.workers import SingleWorker
 
 
 def batch(rows: list[int], positions, rewards, generator_version: int = 0) -> Experience:
@@ -31,7 +33,7 @@ def batch(rows: list[int], positions, rewards, generator_version: int = 0) -> Ex
 def test_a_clear_contribution_labels_a_passage_and_an_unclear_one_does_not(tmp_path):
     """Candidate 0 adds (-1 - 3) / 2 + 5 = 3 nats, 1 adds 0, 2 takes 3; 3, 4 were never drawn."""
     table = make_table(2)
-    log = ExperienceLog(tmp_path, 0, table)
+    log = ExperienceLog(tmp_path, SingleWorker(), table)
     log.append(0, batch([1], [[[0, 1], [0, 2], [1, 2]]], [[-1.0, -3.0, -5.0]]))
     rows = table.rows_QN[1].tolist()
     assert labels_from_experience(tmp_path, margin=1.0) == {
@@ -41,7 +43,9 @@ def test_a_clear_contribution_labels_a_passage_and_an_unclear_one_does_not(tmp_p
 
 def test_what_lies_between_stays_open(tmp_path):
     table = make_table(1)
-    ExperienceLog(tmp_path, 0, table).append(0, batch([0], [[[0], [1]]], [[-1.0, -1.5]]))
+    ExperienceLog(tmp_path, SingleWorker(), table).append(
+        0, batch([0], [[[0], [1]]], [[-1.0, -1.5]])
+    )
     rows = table.rows_QN[0].tolist()
     assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {rows[1]: 0}}
     assert labels_from_experience(tmp_path, margin=0.5) == {"q0": {rows[0]: 1, rows[1]: 0}}
@@ -49,16 +53,16 @@ def test_what_lies_between_stays_open(tmp_path):
 
 def test_selections_of_all_steps_and_workers_count_together(tmp_path):
     table = make_table(1)
-    ExperienceLog(tmp_path, 0, table).append(0, batch([0], [[[0]]], [[-1.0]]))
+    ExperienceLog(tmp_path, SingleWorker(), table).append(0, batch([0], [[[0]]], [[-1.0]]))
     assert labels_from_experience(tmp_path, margin=1.0) == {}
-    ExperienceLog(tmp_path, 1, table).append(4, batch([0], [[[1]]], [[-9.0]]))
+    ExperienceLog(tmp_path, make_group(2)[1], table).append(4, batch([0], [[[1]]], [[-9.0]]))
     rows = table.rows_QN[0].tolist()
     assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {rows[0]: 1, rows[1]: 0}}
 
 
 def test_rewards_of_two_generators_are_never_compared(tmp_path):
     table = make_table(1)
-    log = ExperienceLog(tmp_path, 0, table)
+    log = ExperienceLog(tmp_path, SingleWorker(), table)
     log.append(0, batch([0], [[[0]]], [[-1.0]], generator_version=0))
     log.append(1, batch([0], [[[1]]], [[-9.0]], generator_version=1))
     assert labels_from_experience(tmp_path, margin=1.0) == {}
@@ -66,14 +70,14 @@ def test_rewards_of_two_generators_are_never_compared(tmp_path):
 
 def test_failed_rewards_are_left_out(tmp_path):
     table = make_table(1)
-    log = ExperienceLog(tmp_path, 0, table)
+    log = ExperienceLog(tmp_path, SingleWorker(), table)
     log.append(0, batch([0], [[[0], [1], [2]]], [[-1.0, np.nan, -4.0]]))
     rows = table.rows_QN[0].tolist()
     assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {rows[0]: 1, rows[2]: 0}}
 
 
 def test_a_resumed_run_drops_what_it_collects_again(tmp_path):
-    log = ExperienceLog(tmp_path, 0, make_table(1))
+    log = ExperienceLog(tmp_path, SingleWorker(), make_table(1))
     for step in range(4):
         log.append(step, batch([0], [[[step]]], [[-1.0]]))
     log.truncate(2)
@@ -81,8 +85,20 @@ def test_a_resumed_run_drops_what_it_collects_again(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
 
 
+def test_fewer_workers_drop_what_those_that_are_gone_had_collected_too(tmp_path):
+    table = make_table(1)
+    for worker in make_group(3):
+        for step in range(4):
+            ExperienceLog(tmp_path, worker, table).append(step, batch([0], [[[step]]], [[-1.0]]))
+    logs = [ExperienceLog(tmp_path, worker, table) for worker in make_group(2)]
+    run_together([lambda log=log: log.truncate(2) for log in logs])
+    for rank in range(3):
+        lines = (tmp_path / f"worker-{rank}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0, 1], rank
+
+
 def test_a_line_that_was_cut_by_a_kill_is_passed_over_and_a_foreign_one_is_named(tmp_path):
-    log = ExperienceLog(tmp_path, 0, make_table(1))
+    log = ExperienceLog(tmp_path, SingleWorker(), make_table(1))
     log.append(0, batch([0], [[[0], [1]]], [[-1.0, -9.0]]))
     path = tmp_path / "worker-0.jsonl"
     path.write_text(path.read_text() + '{"step": 1, "quest')

@@ -64,10 +64,17 @@ class RunConfig(Section):
                 f"environment.num_selected is {k} but retrieval.num_candidates only {n}; "
                 "pick at most as many passages as are retrieved"
             )
-        if self.training.batch_size % self.training.num_workers:
+        if self.training.batch_size < self.training.num_workers:
             raise ValueError(
-                f"training.batch_size {self.training.batch_size} does not divide among "
-                f"training.num_workers {self.training.num_workers}; make it a multiple"
+                f"training.batch_size {self.training.batch_size} leaves some of "
+                f"training.num_workers {self.training.num_workers} without a question; use fewer "
+                "workers"
+            )
+        fewest = self.training.min_workers
+        if fewest is not None and fewest > self.training.num_workers:
+            raise ValueError(
+                f"training.min_workers {fewest} is above training.num_workers "
+                f"{self.training.num_workers}; lower it"
             )
         if not self.training.parts:
             raise ValueError(

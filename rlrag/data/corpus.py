@@ -166,7 +166,7 @@ class DiskCorpus:
         path = self._directory / META_FILE
         try:
             meta = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{self._directory} is not a corpus on disk: {path.name} cannot be read ({error}); "
                 "load the corpus again from its source"

@@ -75,7 +75,7 @@ def _read_progress(directory: Path, num_passages: int) -> int:
         return 0
     try:
         num_done = int(json.loads(path.read_text())["num_encoded"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error
     if not 0 <= num_done <= num_passages:
         raise damaged(path, f"it counts {num_done} of {num_passages} passages")

@@ -107,7 +107,7 @@ def check_manifest(directory: Path, expected: Manifest) -> None:
     try:
         content = json.loads(path.read_text())
         found, sizes = dict(content["compared"]), dict(content["file_sizes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IndexMismatchError(
             f"{path} is missing or unreadable ({type(error).__name__}: {error}); delete "
             f"{directory} and run again, the index is then built anew"

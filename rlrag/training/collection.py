@@ -61,11 +61,7 @@ class Collection:
         self._schedule = schedule
         self._workers = workers
         self._collector = ExperienceCollector(
-            config.environment,
-            config.dro,
-            candidates,
-            reward,
-            config.training.batch_size // workers.size,
+            config.environment, config.dro, candidates, reward, len(self._places())
         )
         self._published = 0
         self._drawing: TrainablePolicy | None = None

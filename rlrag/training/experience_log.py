@@ -21,13 +21,15 @@ from rlrag.algorithms.rag_labels import Label, marginal_contributions
 from rlrag.errors import CheckpointError, DataError
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.training.experience import Experience
+from rlrag.training.workers import Workers
 
 
 class ExperienceLog:
     """The log of one worker."""
 
-    def __init__(self, directory: Path, rank: int, candidates: CandidateTable) -> None:
-        self._path = directory / f"worker-{rank}.jsonl"
+    def __init__(self, directory: Path, workers: Workers, candidates: CandidateTable) -> None:
+        self._path = directory / f"worker-{workers.rank}.jsonl"
+        self._workers = workers
         self._candidates = candidates
 
     def append(self, step: int, experience: Experience) -> None:
@@ -61,12 +63,17 @@ class ExperienceLog:
             ) from error
 
     def truncate(self, num_steps: int) -> None:
-        """Drop what was collected after so many steps; a resumed run collects it again."""
-        kept = [line for line in _lines(self._path) if line["step"] < num_steps]
-        if self._path.exists():
-            staging = self._path.with_name(f".{self._path.name}.new")
+        """Drop what was collected after so many steps; a resumed run collects it again.
+
+        All workers call this, and see to the logs of those that are no more besides.
+        """
+        paths = sorted(self._path.parent.glob("worker-*.jsonl"))
+        for path in paths[self._workers.rank :: self._workers.size]:
+            kept = [line for line in _lines(path) if line["step"] < num_steps]
+            staging = path.with_name(f".{path.name}.new")
             staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            staging.replace(self._path)
+            staging.replace(path)
+        self._workers.barrier()
 
 
 def labels_from_experience(directory: Path, margin: float) -> dict[str, dict[int, Label]]:
@@ -118,7 +125,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 yield json.loads(text)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise DataError(
                     f"{path}, line {number}: not JSON ({error}); delete the line"
                 ) from error

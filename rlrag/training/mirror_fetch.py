@@ -16,7 +16,7 @@ from rlrag.errors import CheckpointError, RunDirectoryError
 from rlrag.remote_storage import RemoteDirectory
 from rlrag.storage import MANIFEST, check_whole, find_whole, leads_outside
 from rlrag.training.checkpoints import CheckpointStore
-from rlrag.training.run_directory import RunDirectory, describe_differences
+from rlrag.training.run_directory import RunDirectory, check_same_run
 
 _CHECKPOINT = re.compile(r"((?:rounds/[^/]+/)?checkpoints/step-(\d{6,}))/.+")
 _TURN = re.compile(r"(rounds/[^/.][^/]*/).+")
@@ -57,12 +57,7 @@ def fetch_run(
             "mirror.uri"
         )
     kept = RunConfig.from_json(content.decode(errors="replace"), f"{remote.uri}/config.json")
-    if kept != config:
-        raise RunDirectoryError(
-            f"{remote.uri} belongs to a run with another configuration "
-            f"({'; '.join(describe_differences(kept, config))}); choose another mirror.uri, or "
-            "give the same flags to continue that run"
-        )
+    check_same_run(kept, config, remote.uri, "mirror.uri")
     turns = sorted({match[1] for match in map(_TURN.fullmatch, names) if match})
     _Fetch(run_dir, "", {n for n in names if not n.startswith("rounds/")}, remote, say).fetch()
     for prefix in turns:

@@ -27,6 +27,17 @@ from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, RunDirectoryError
 from rlrag.evaluation.question_records import questions_path
 
+_PLACEMENT = frozenset(
+    {
+        *("training.launcher", "training.num_workers", "training.min_workers"),
+        *("training.worker_cpus", "training.worker_gpus", "training.worker_threads"),
+        *("training.max_failures", "training.collective_timeout_s", "training.stall_report_s"),
+        *("generator.num_actors", "generator.cpus_per_actor", "generator.gpus_per_actor"),
+        *("generator.threads_per_actor", "generator.request_timeout_s"),
+    }
+)
+"""Fields that say on what a run is computed, and not what: they may change when it continues."""
+
 
 class RunDirectory:
     """Paths below one directory, and the records that are appended there."""
@@ -58,12 +69,7 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path} is a file; choose another --run-dir")
         if self.config.is_file():
             kept = RunConfig.from_json(self.config.read_text(), str(self.config))
-            if kept != config:
-                raise RunDirectoryError(
-                    f"{self.path} belongs to a run with another configuration "
-                    f"({'; '.join(describe_differences(kept, config))}); choose another --run-dir, "
-                    "or give the same flags to continue that run"
-                )
+            check_same_run(kept, config, str(self.path), "--run-dir")
         elif self.path.exists() and not set(self.path.iterdir()) <= {
             self.logs,
             self.pools,  # these say themselves what they were made from
@@ -181,8 +187,25 @@ def _replace_text(path: Path, text: str) -> None:
         staging.unlink(missing_ok=True)
 
 
+def check_same_run(kept: RunConfig, given: RunConfig, place: str, flag: str) -> None:
+    """Check that a run of one configuration may be continued by the other.
+
+    They may differ in what the run is computed on: launcher, workers, actors, and how long is
+    waited for them. The steps are the same then, their sums equal up to rounding.
+
+    Raises:
+        RunDirectoryError: naming the fields that differ otherwise, and the flag of the place.
+    """
+    differing = describe_differences(kept, given)
+    if differing:
+        raise RunDirectoryError(
+            f"{place} belongs to a run with another configuration ({'; '.join(differing)}); choose "
+            f"another {flag}, or give the same flags to continue that run"
+        )
+
+
 def describe_differences(kept: RunConfig, given: RunConfig) -> list[str]:
-    """`section.field: kept -> given` for every leaf that differs."""
+    """`section.field: kept -> given` for every leaf of what is computed that differs."""
 
     def leaves(value: Any, path: str) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -191,7 +214,7 @@ def describe_differences(kept: RunConfig, given: RunConfig) -> list[str]:
 
     before = leaves(kept.model_dump(mode="json"), "")
     after = leaves(given.model_dump(mode="json"), "")
-    names = sorted(before.keys() | after.keys())
+    names = sorted((before.keys() | after.keys()) - _PLACEMENT)
     return [
         f"{name}: {before.get(name)!r} there, {after.get(name)!r} given"
         for name in names
