@@ -19,6 +19,7 @@ from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.models import resolve_model
 from rlrag.training.run_directory import RunDirectory
+from rlrag.training.run_logs import run_name
 
 if TYPE_CHECKING:  # these bring torch and FAISS, which a refused command line does without
     import torch
@@ -60,7 +61,7 @@ def run_once(
         f"{len(library.corpus):,} passages; {len(data.train):,} questions to train on, "
         f"{len(data.validation) if data.validation else 0} held back; starting the generator"
     )
-    with _generator(config) as (generator, prompts):
+    with _generator(config, run_dir) as (generator, prompts):
         num_steps = _prepare(config, run_dir, data, generator, prompts, experience)
         _train(config, run_dir, num_steps, library, data, generator, prompts)
         step = _save_bundle(config, run_dir, data)
@@ -73,7 +74,7 @@ def run_once(
 
 def evaluate_bundle(config: RunConfig, run_dir: RunDirectory, library: Library) -> None:
     """Compare the bundle with its baselines, beginning with an untrained generator."""
-    with _generator(config) as (generator, prompts):
+    with _generator(config, run_dir) as (generator, prompts):
         _evaluate(config, run_dir, library, generator, prompts)
 
 
@@ -120,10 +121,14 @@ def _describe_estimate(title: str, metrics: dict[str, Any], confidence: float) -
 
 
 @contextmanager
-def _generator(config: RunConfig) -> Iterator[tuple[CachedGenerator, PromptBuilder]]:
+def _generator(
+    config: RunConfig, run_dir: RunDirectory
+) -> Iterator[tuple[CachedGenerator, PromptBuilder]]:
     """The generator with the weights that training starts from."""
     launcher = config.training.launcher
-    generator, prompts = open_generator(config.generator, launcher, config.cache_path)
+    generator, prompts = open_generator(
+        config.generator, launcher, config.cache_path, (run_dir.logs, run_name(run_dir.path))
+    )
     try:
         yield generator, prompts
     finally:

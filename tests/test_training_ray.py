@@ -119,10 +119,11 @@ def test_a_run_on_ray_is_traced_and_each_process_logs_lines_of_json(reference):
         "step-000002.json.gz",
     ]
     logs = reference.run_dir / "logs"
-    assert {"libraries.log", "worker-0.log"} <= {path.name for path in logs.iterdir()}
-    for path, actor in ((logs / "libraries.log", "driver"), (logs / "worker-0.log", "worker-0")):
-        for line in map(json.loads, path.read_text().splitlines()):
+    actors = {"libraries": "driver", "worker-0": "worker-0", "generator-0": "generator-0"}
+    for name, actor in actors.items():
+        for line in map(json.loads, (logs / f"{name}.log").read_text().splitlines()):
             assert (line["run"], line["actor"]) == (reference.run_dir.name, actor)
+    assert "is ready after" in (logs / "generator-0.log").read_text()
 
 
 def test_one_process_without_ray_gives_the_same_metrics(reference, start):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from rlrag.json_logs import JsonLines
 from rlrag.training.reporting import following, library_chatter_in
 from rlrag.training.run_directory import RunDirectory
-from rlrag.training.run_logs import JsonLines, note_step, worker_log
+from rlrag.training.run_logs import note_step, worker_log
 
 FIELDS = ["time", "level", "logger", "run", "step", "actor", "message", "exception"]
 

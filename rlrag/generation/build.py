@@ -18,12 +18,16 @@ from rlrag.records import Prompt
 
 
 def open_generator(
-    config: GeneratorConfig, launcher: str, cache_dir: Path
+    config: GeneratorConfig,
+    launcher: str,
+    cache_dir: Path,
+    logs: tuple[Path, str] | None = None,
 ) -> tuple[CachedGenerator, PromptBuilder]:
     """Open the generator of `config` behind the cache in `cache_dir`.
 
     Under `ray` (initialised by the caller) the engines live in a pool of actors and load in the
-    background; under `local` the model is loaded into this process.
+    background, and say what they have to say in the directory of `logs`, under the run's name that
+    comes with it; under `local` the model is loaded into this process.
 
     Raises:
         ModelNotFoundError: when the model cannot be found.
@@ -45,7 +49,8 @@ def open_generator(
 
         environment = vllm_environment(config)
     identity = generator_identity(model_dir, config.backend, config.dtype, config.device)
-    return CachedGenerator(GeneratorPool(config, engine, identity, environment), cache_dir), prompts
+    pool = GeneratorPool(config, engine, identity, environment, logs)
+    return CachedGenerator(pool, cache_dir), prompts
 
 
 def resolve_config(config: GeneratorConfig, launcher: str) -> GeneratorConfig:

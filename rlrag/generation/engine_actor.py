@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,10 @@ from rlrag.errors import GenerationError
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.generation.weight_protocols import ChecksWeights
 from rlrag.generation.weight_store import StoredWeights, WeightsTag, call_store, fetch_tensors
+from rlrag.json_logs import logging_to
 from rlrag.records import Generation, Prompt, Score
+
+logger = logging.getLogger(__name__)
 
 Engine = Callable[[], Generator]
 
@@ -73,11 +78,20 @@ class EngineActor:
     refuses requests until `start` has loaded the wanted set from the pool's store.
     """
 
-    def __init__(self, engine: Engine, store: str, fetch_timeout_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        store: str,
+        fetch_timeout_s: float,
+        log: Callable[[], logging.Handler] | None = None,
+    ) -> None:
         """Remember how to make the engine; a constructor that failed would hide its error.
 
         The weight store comes by name: Ray warns of a handle, whose object a restart would need.
+        With `log`, what this process says goes to the handler that it opens.
         """
+        self._open_log = log
+        self._logging = ExitStack()
         self._make = engine
         self._store_name = store
         self._fetch_timeout_s = fetch_timeout_s
@@ -134,10 +148,21 @@ class EngineActor:
 
     def _open(self) -> Generator:
         if self._generator is None:
+            started = time.monotonic()
+            self._take_over_logging()
             self._generator = self._make()
+            self._take_over_logging()  # libraries that were imported just now write elsewhere
+            logger.info(
+                "%s is ready after %.1f s", self._generator.identity, time.monotonic() - started
+            )
             self._first_identity = self._generator.identity
             self._held = WeightsTag()
         return self._generator
+
+    def _take_over_logging(self) -> None:
+        if self._open_log is not None:
+            self._logging.close()
+            self._logging.enter_context(logging_to([self._open_log()]))
 
     def _take(self, stored: StoredWeights) -> None:
         from rlrag.generation.weights import GeneratorWeights  # brings torch
@@ -153,6 +178,7 @@ class EngineActor:
             generator.close()
             raise
         self._generator, self._held = generator, tag
+        logger.info("holds version %d of the weights", tag.version)
 
     def _store(self) -> Any:
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import uuid
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
@@ -13,6 +15,7 @@ from rlrag.config import GeneratorConfig
 from rlrag.generation.engine_actor import Engine, EngineActor
 from rlrag.generation.pool_client import Actors, Member, PoolClient
 from rlrag.generation.weight_store import WeightsTag, WeightStore
+from rlrag.json_logs import log_file
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +27,12 @@ class GeneratorPool(PoolClient):
     """
 
     def __init__(
-        self, config: GeneratorConfig, engine: Engine, identity: str, environment: dict[str, str]
+        self,
+        config: GeneratorConfig,
+        engine: Engine,
+        identity: str,
+        environment: dict[str, str],
+        logs: tuple[Path, str] | None = None,
     ) -> None:
         """Ask Ray for the actors and return at once; engines load while the caller goes on.
 
@@ -33,6 +41,8 @@ class GeneratorPool(PoolClient):
             engine: Makes the generator inside an actor; must be picklable.
             identity: What that generator's `identity` will be.
             environment: Variables set before an actor's process starts, besides the thread count.
+            logs: Directory for `generator-NUMBER.log`, and the name of the run that the lines
+                bear; unset leaves what actors say to Ray's own logs.
         """
         variables = {
             "OMP_NUM_THREADS": str(config.threads_per_actor),
@@ -54,7 +64,11 @@ class GeneratorPool(PoolClient):
         members = []
         for number in range(config.num_actors):
             name = f"generator-{pool}-{number}"
-            handle = make.options(name=name).remote(engine, store_name, config.start_timeout_s)
+            log = None
+            if logs is not None:
+                actor = f"generator-{number}"
+                log = partial(log_file, logs[0] / f"{actor}.log", logs[1], actor)
+            handle = make.options(name=name).remote(engine, store_name, config.start_timeout_s, log)
             members.append(Member(name, handle))
         super().__init__(Actors(tuple(members), store, identity), config)
         for member in members:

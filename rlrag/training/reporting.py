@@ -1,7 +1,7 @@
 """Metrics of finished steps in; a live line, log lines and experiment trackers out.
 
 On a terminal one line is redrawn; elsewhere each step is one short line. What libraries have to say
-goes to a file, `run_logs`, so that neither is disturbed. A tracker that fails is dropped with one
+goes to a file, `json_logs`, so that neither is disturbed. A tracker that fails is dropped with one
 line and never ends a run: the metrics are in their file whatever happens to it.
 """
 
@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from rlrag import json_logs
 from rlrag.errors import SetupError
 from rlrag.training import run_logs
 from rlrag.training.prometheus_log import PrometheusLog, numbers_of
@@ -268,7 +269,7 @@ def library_chatter_in(path: Path) -> Iterator[None]:
     to_terminal.setLevel(logging.WARNING)
     to_terminal.addFilter(_is_for_people)
     with (
-        run_logs.logging_to([run_logs.log_file(path, run, "driver"), to_terminal]),
+        json_logs.logging_to([json_logs.log_file(path, run, "driver"), to_terminal]),
         ExitStack() as stack,
     ):
         if transformers_logging.is_progress_bar_enabled():
@@ -280,4 +281,4 @@ def library_chatter_in(path: Path) -> Iterator[None]:
 def _is_for_people(record: logging.LogRecord) -> bool:
     """Ours, save the traceback of what ends the program, which says so itself."""
     ours = record.name.split(".")[0] in {"rlrag", "envs", "jobs"}
-    return ours and record.name != run_logs.__name__
+    return ours and record.name != json_logs.__name__
