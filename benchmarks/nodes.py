@@ -9,8 +9,8 @@ commands that users type:
     serve         `serve run` on the cluster, and a question to it
     node killed   a training; in its middle the second node loses every process, and another one
                   joins in its place
-    node lost     a training on two workers with `training.min_workers` 1; in its middle the second
-                  node loses every process, and none joins
+    node lost     a training on two workers; in its middle the second node loses every process, and
+                  none joins: the run ends, and its command goes on with half of everything
     partition     a training; in its middle the second node's link goes down for some seconds
 
 What a program outlives loses nothing when the last checkpoint equals that of an undisturbed run: to
@@ -56,7 +56,8 @@ _FLAGS = (
 )
 
 
-_ELASTIC = ("--training.num-workers", "2", "--training.min-workers", "1")
+_WIDE = ("--training.num-workers", "2", "--training.max-failures", "0")
+_NARROW = ("--generator.num-actors", "1")
 
 
 @dataclass(frozen=True)
@@ -319,13 +320,15 @@ def serve(head: Machine, folder: Path) -> str:
 
 def node_lost(found: list[Machine], folder: Path, undisturbed: Path) -> str:
     """A training on two workers that loses a node for good."""
-    training = Training(found[0], folder, *_ELASTIC)
+    training = Training(found[0], folder, *_WIDE)
     training.wait_for_step(6)
     found[1].kill_node()
     began, before = time.monotonic(), training.last_step()
+    code, _ = training.end()
+    seen = f"ended with {code} after {time.monotonic() - began:.0f} s"
+    training = Training(found[0], folder, *_NARROW)
     training.wait_for_step(before + 1)
-    seconds = time.monotonic() - began
-    return _outcome(training, undisturbed, f"went on with one worker after {seconds:.0f} s")
+    return _outcome(training, undisturbed, f"{seen}; one worker and one actor went on")
 
 
 def node_killed(found: list[Machine], folder: Path, undisturbed: Path) -> str:
@@ -402,8 +405,8 @@ def main() -> None:
             ("evaluate", lambda: evaluate(found[0], first)),
             ("node killed", lambda: node_killed(found, prepared("killed"), first)),
             ("partition", lambda: partition(found, prepared("partition"), first)),
-            ("serve", lambda: serve(found[0], first)),
             ("node lost", lambda: node_lost(found, prepared("lost"), first)),
+            ("serve", lambda: serve(found[0], first)),
         ):
             began = time.monotonic()
             seen = step()

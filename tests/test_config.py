@@ -168,10 +168,6 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
             "batch_size 2 leaves some of training.num_workers 3 without a question; use fewer",
         ),
         (
-            saved(training={"num_workers": 2, "min_workers": 3}),
-            "min_workers 3 is above training.num_workers 2; lower it",
-        ),
-        (
             saved(dro={"weighting": "raw"}),
             "dro.baseline 'mean' does not fit dro.weighting 'raw'; use one of 'none', 'leave_one",
         ),

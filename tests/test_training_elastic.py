@@ -1,4 +1,4 @@
-"""A run goes on with fewer or more workers, and on other machines, with the same batches."""
+"""A run goes on with fewer or more workers, or elsewhere, with the same batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from loop_runs import StopAfter, changed, start, steps_of, weights
 from thread_workers import make_group, run_together
 
 from rlrag.errors import RunDirectoryError
-from rlrag.training.launch import worker_numbers
 from rlrag.training.run_directory import RunDirectory
 
 
@@ -55,7 +54,7 @@ def test_a_directory_takes_other_machines_and_no_other_run(small_config, tmp_pat
     run_dir.claim(small_config)
     elsewhere = changed(
         small_config,
-        training={"launcher": "ray", "num_workers": 4, "min_workers": 2, "max_failures": 9},
+        training={"launcher": "ray", "num_workers": 4, "max_failures": 9},
         generator={"num_actors": 7, "request_timeout_s": 5},
     )
     run_dir.claim(elsewhere)
@@ -63,12 +62,3 @@ def test_a_directory_takes_other_machines_and_no_other_run(small_config, tmp_pat
     other = changed(elsewhere, training={"batch_size": 4, "num_workers": 2})
     with pytest.raises(RunDirectoryError, match=r"\(training\.batch_size: 8 there, 4 given\)"):
         run_dir.claim(other)
-
-
-@pytest.mark.parametrize(
-    ("training", "expected"),
-    [({}, 4), ({"min_workers": 4}, 4), ({"min_workers": 2}, (2, 4))],
-)
-def test_ray_train_is_asked_for_a_number_or_a_range(small_config, training, expected):
-    config = changed(small_config, training={"launcher": "ray", "num_workers": 4, **training})
-    assert worker_numbers(config) == expected

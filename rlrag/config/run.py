@@ -70,12 +70,6 @@ class RunConfig(Section):
                 f"training.num_workers {self.training.num_workers} without a question; use fewer "
                 "workers"
             )
-        fewest = self.training.min_workers
-        if fewest is not None and fewest > self.training.num_workers:
-            raise ValueError(
-                f"training.min_workers {fewest} is above training.num_workers "
-                f"{self.training.num_workers}; lower it"
-            )
         if not self.training.parts:
             raise ValueError(
                 "training.parts is empty; train 'retriever', 'selector', 'generator' or several"

@@ -247,9 +247,6 @@ class TrainingConfig(Section):
     """`ray`: Ray Train workers and generator actors; `local`: this process alone."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers; each takes a shard of every batch."""
-    min_workers: int | None = Field(default=None, ge=1)
-    """Where machines may be lost: training goes on with as many workers as there is room for, from
-    this number to `num_workers`, with the same batches; unset waits for all of them."""
     worker_cpus: float = Field(default=0.5, gt=0)
     """Ray CPU reservation of a worker."""
     worker_gpus: float = Field(default=0, ge=0)

@@ -138,7 +138,7 @@ def train_on_ray(
         _worker,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
-            num_workers=worker_numbers(config),  # type: ignore[arg-type]  # Ray's stub is narrower
+            num_workers=config.training.num_workers,
             use_gpu=config.training.worker_gpus > 0,
             resources_per_worker=_resources(config),
         ),
@@ -190,12 +190,6 @@ def _watched(config: RunConfig, run_dir: RunDirectory) -> Watchdog:
         f"a step in the Ray Train workers, which say more in {run_dir.logs}/worker-*.log",
         sign=recorded,
     )
-
-
-def worker_numbers(config: RunConfig) -> int | tuple[int, int]:
-    """A number, or the fewest and the most of an elastic group."""
-    fewest, most = config.training.min_workers, config.training.num_workers
-    return most if fewest in (None, most) else (fewest, most)
 
 
 def _resources(config: RunConfig) -> dict[str, float]:

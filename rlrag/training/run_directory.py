@@ -29,8 +29,8 @@ from rlrag.evaluation.question_records import questions_path
 
 _PLACEMENT = frozenset(
     {
-        *("training.launcher", "training.num_workers", "training.min_workers"),
-        *("training.worker_cpus", "training.worker_gpus", "training.worker_threads"),
+        *("training.launcher", "training.num_workers", "training.worker_threads"),
+        *("training.worker_cpus", "training.worker_gpus"),
         *("training.max_failures", "training.collective_timeout_s", "training.stall_report_s"),
         *("generator.num_actors", "generator.cpus_per_actor", "generator.gpus_per_actor"),
         *("generator.threads_per_actor", "generator.request_timeout_s"),
