@@ -334,8 +334,12 @@ def _config_target() -> Target:
 
 def _bundle_target(scratch: Path) -> Target:
     from rlrag.bundle import load_bundle
+    from rlrag.config import GeneratorConfig
+    from rlrag.models import resolve_model
 
     bundle = make_bundle(scratch)
+    # A configuration that names no generator means this one, which takes a while to unpack once.
+    resolve_model(GeneratorConfig().model, scratch / "cache")
     return Target(
         "bundle with fitting hashes",
         {

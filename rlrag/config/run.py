@@ -37,7 +37,7 @@ class RunConfig(Section):
 
     recipe: str = "custom"
     """Name of the recipe that this came from."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """All randomness derives from it."""
     cache_dir: str = "~/.cache/rlrag"
     """Models, indexes, candidates and generations that runs share."""
