@@ -64,7 +64,7 @@ def test_a_recipe_loads_back_to_an_equal_configuration(recipe):
     learning_rate=st.floats(min_value=1e-300, max_value=1e300),
     instruction=st.text(),
     stop=st.lists(st.text()).map(tuple),
-    seed=st.integers(min_value=0),
+    seed=st.integers(min_value=0, max_value=2**63 - 1),
     logp_weight=st.floats(allow_nan=False, allow_infinity=False).filter(bool),
 )
 def test_any_value_survives_the_file(learning_rate, instruction, stop, seed, logp_weight):
