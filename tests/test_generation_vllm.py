@@ -71,6 +71,10 @@ def test_auto_is_decided_by_the_launcher():
     assert resolve_config(GeneratorConfig(), "local").backend == "transformers"
     with pytest.raises(ValueError, match="gpus_per_actor"):
         resolve_config(GeneratorConfig(device="cuda"), "ray")
+    with pytest.raises(ValueError, match="tensor_parallel 2 needs"):
+        resolve_config(GeneratorConfig(tensor_parallel=2), "local")
+    with pytest.raises(ValueError, match="gpus_per_actor to 2"):
+        resolve_config(GeneratorConfig(tensor_parallel=2, gpus_per_actor=1), "ray")
     with pytest.raises(ValueError, match="'slurm' is unknown"):
         resolve_config(GeneratorConfig(), "slurm")
 

@@ -130,3 +130,20 @@ def test_20_pushes_under_load_leave_no_wrong_version_and_the_learners_scores(tmp
         check_adapter_push(directory, pool, NUM_PUSHES + 1)
     finally:
         opened.close()
+
+
+def test_an_engine_that_two_processes_hold_takes_the_same_weights(tmp_path):
+    directory = save_vllm_llama(tmp_path / "model", tied=True)
+    config = GeneratorConfig(
+        model=str(directory),
+        dtype="float32",
+        num_actors=1,
+        tensor_parallel=2,
+        max_model_len=256,
+        batch_size=8,
+    )
+    opened, _ = open_generator(config, "ray", tmp_path / "cache")
+    try:
+        check_adapter_push(directory, opened.inner, 1)
+    finally:
+        opened.close()

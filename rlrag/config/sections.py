@@ -213,6 +213,9 @@ class GeneratorConfig(Section):
     """Ray CPU reservation of an actor."""
     gpus_per_actor: float = Field(default=0, ge=0)
     """Ray GPU reservation of an actor."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Devices, on a CPU processes, that hold one vLLM engine together; they must divide the model's
+    attention heads."""
     threads_per_actor: int = Field(default=1, ge=1)
     """Compute threads of an actor's engine on a CPU."""
     batch_size: int = Field(default=16, ge=1)

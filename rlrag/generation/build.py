@@ -59,7 +59,8 @@ def resolve_config(config: GeneratorConfig, launcher: str) -> GeneratorConfig:
     Decided once, in the process that opens the generator, so that all actors agree.
 
     Raises:
-        ConfigError: when the launcher is unknown, or a GPU is asked for but not reserved.
+        ConfigError: when the launcher is unknown, a GPU is asked for but not reserved, or an engine
+            is to be held by several devices that it cannot have.
     """
     if launcher not in ("ray", "local"):
         raise ConfigError(f"launcher {launcher!r} is unknown; use 'ray' or 'local'")
@@ -76,6 +77,16 @@ def resolve_config(config: GeneratorConfig, launcher: str) -> GeneratorConfig:
     backend = config.backend
     if backend == "auto":
         backend = "vllm" if launcher == "ray" else "transformers"
+    parallel = config.tensor_parallel
+    if parallel > 1 and backend != "vllm":
+        raise ConfigError(
+            f"generator.tensor_parallel {parallel} needs generator.backend vllm, not {backend}"
+        )
+    if parallel > 1 and device == "cuda" and config.gpus_per_actor != parallel:
+        raise ConfigError(
+            f"generator.tensor_parallel {parallel} needs as many GPUs an actor, not "
+            f"{config.gpus_per_actor:g}; set generator.gpus_per_actor to {parallel}"
+        )
     return config.model_copy(
         update={"device": device, "backend": backend, "dtype": resolve_dtype(config.dtype, device)}
     )

@@ -80,6 +80,7 @@ class VllmGenerator:
         self._identity, self._version = self._first_identity, 0
         self._layout = WeightLayout.of(model_dir)
         self._max_len = config.max_model_len
+        self._is_parallel = config.tensor_parallel > 1
         self._tokens = TokenCount()
         self._num_decoded: dict[str, int] = {}  # tokens of each request between `begin` and its end
         dtype: Any = resolve_dtype(config.dtype, device)
@@ -142,7 +143,9 @@ class VllmGenerator:
             tensors = self._layout.merged(weights.tensors, weights.adapter_scale, self._dtype)
         elif self._layout.embedding:
             check_tied(weights.tensors, {OUTPUT_LAYER: self._layout.embedding})
-        pairs = self._layout.pairs(tensors)
+        pairs: Iterable[tuple[str, torch.Tensor]] = self._layout.pairs(tensors)
+        if self._is_parallel:
+            pairs = list(pairs)  # for other processes
         try:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
             # vLLM (0.32) keeps the prefix cache over a reload.
@@ -391,8 +394,13 @@ def _score_params(read_cache: bool) -> Any:
 
 
 def _device_options(config: GeneratorConfig, device: str) -> dict[str, Any]:
+    size = config.tensor_parallel
+    # Its own processes, and not Ray's, which would look for resources that the actor holds.
+    parallel = {"tensor_parallel_size": size, "distributed_executor_backend": "mp"}
+    options: dict[str, Any] = parallel if size > 1 else {}
     if device == "cpu":
         # A compiled graph takes minutes to build and is no faster on a CPU.
-        return {"enforce_eager": True, "block_size": _CPU_BLOCK_SIZE}
+        return {**options, "enforce_eager": True, "block_size": _CPU_BLOCK_SIZE}
     # Actors that share a GPU each take their part of its memory.
-    return {"gpu_memory_utilization": 0.85 * min(1.0, config.gpus_per_actor or 1.0)}
+    share = 0.85 * min(1.0, config.gpus_per_actor or 1.0)
+    return {**options, "gpu_memory_utilization": share}

@@ -33,7 +33,8 @@ _PLACEMENT = frozenset(
         *("training.worker_cpus", "training.worker_gpus"),
         *("training.max_failures", "training.collective_timeout_s", "training.stall_report_s"),
         *("generator.num_actors", "generator.cpus_per_actor", "generator.gpus_per_actor"),
-        *("generator.threads_per_actor", "generator.request_timeout_s"),
+        *("generator.threads_per_actor", "generator.tensor_parallel"),
+        "generator.request_timeout_s",
     }
 )
 """Fields that say on what a run is computed, and not what: they may change when it continues."""
