@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from benchmarks.programs import ROOT, Family, copy_indexes, quiet_environment, read_metrics
 
 RESULTS_FILE = Path(__file__).parent / "results" / "nodes.md"
-_BRIDGE = "rlragbr"
+_BRIDGE, _INSIDE = "rlragbr", "eth0"
 _BIN = Path(sys.executable).parent
 _HEAD = "10.77.0.1"
 _TIMEOUT_S = 900.0
@@ -78,13 +78,12 @@ class Machine:
         self._folder = folder
         self._node: subprocess.Popen[bytes] | None = None
         self.family: Family | None = None
-        inside = f"{self._link}n"
         for words in (
             f"netns add {self.name}",
-            f"link add {self._link} type veth peer name {inside} netns {self.name}",
+            f"link add {self._link} type veth peer name {_INSIDE} netns {self.name}",
             f"link set {self._link} master {_BRIDGE} up",
-            f"-n {self.name} addr add {self.address}/24 dev {inside}",
-            f"-n {self.name} link set {inside} up",
+            f"-n {self.name} addr add {self.address}/24 dev {_INSIDE}",
+            f"-n {self.name} link set {_INSIDE} up",
             f"-n {self.name} link set lo up",
         ):
             _ip(words)
@@ -150,7 +149,11 @@ def _ip(words: str) -> None:
 def _environment(**variables: str) -> dict[str, str]:
     path = f"{_BIN}{os.pathsep}{os.environ['PATH']}"
     return quiet_environment(
-        RAY_AUTH_MODE="disabled", RAY_worker_niceness="0", PATH=path, **variables
+        RAY_AUTH_MODE="disabled",
+        RAY_worker_niceness="0",
+        GLOO_SOCKET_IFNAME=_INSIDE,  # the machines share a host name, which Gloo would look up
+        PATH=path,
+        **variables,
     )
 
 
