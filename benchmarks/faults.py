@@ -56,7 +56,9 @@ _COMMON = (
     *("--training.loggers", "--training.launcher", "ray"),
     *("--generator.backend", "transformers", "--generator.dtype", "float32"),
     *("--generator.num-actors", "2", "--generator.request-timeout-s", "30"),
-    *("--data.max-train-questions", "40", "--data.max-eval-questions", "4"),
+    *("--data.max-train-questions", "24", "--data.max-eval-questions", "4"),
+    *("--training.batch-size", "2", "--training.num-epochs", "1", "--dro.num-samples", "2"),
+    *("--training.validate-every", "5", "--training.checkpoint-every", "2"),
     *("--data.num-validation-questions", "4", "--evaluation.num-bootstrap", "100"),
     *("--evaluation.systems", "retriever_order"),
 )
@@ -65,20 +67,17 @@ _RETRIEVER = (
     *("--retrieval.encoder", "None", "--environment.num-selected", "1"),
 )
 STAGES: dict[str, tuple[str, ...]] = {
-    "training": (
-        *("--training.batch-size", "6", "--training.num-epochs", "2"),
-        *("--training.validate-every", "6", "--training.checkpoint-every", "2"),
-    ),
+    "training": (),
     "offline stage": (
         *_RETRIEVER,
         *("--openrag.stages", "offline", "--openrag.offline-epochs", "1"),
-        *("--openrag.num-offline", "8", "--training.batch-size", "6"),
+        *("--openrag.num-offline", "4", "--openrag.num-online", "4"),
     ),
     "online stage": (
         *_RETRIEVER,
         *("--openrag.stages", "online", "--openrag.online-epochs", "1"),
         *("--openrag.refresh-every", "4", "--openrag.refresh-waits", "True"),
-        *("--training.batch-size", "6", "--training.checkpoint-every", "2"),
+        *("--openrag.num-offline", "4", "--openrag.num-online", "4"),
     ),
 }
 """Flags of the runs that are disturbed."""
