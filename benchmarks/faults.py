@@ -27,6 +27,7 @@ the last bit, and no more requests lie in the cache.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -45,6 +46,7 @@ from threading import Thread
 import psutil
 
 from benchmarks.programs import TrainingProgram, copy_indexes, quiet_environment, read_metrics
+from rlrag.config import RunConfig
 
 RESULTS_FILE = Path(__file__).parent / "results" / "faults.md"
 _TIMEOUT_S = 900.0
@@ -67,7 +69,7 @@ _RETRIEVER = (
     *("--retrieval.encoder", "None", "--environment.num-selected", "1"),
 )
 STAGES: dict[str, tuple[str, ...]] = {
-    "training": (),
+    "training": ("--training.log-experience", "True"),
     "offline stage": (
         *_RETRIEVER,
         *("--openrag.stages", "offline", "--openrag.offline-epochs", "1"),
@@ -333,10 +335,12 @@ def undisturbed(folder: Path, stage: str, indexes: Path | None) -> tuple[list[by
         case.program.end()
 
 
-def disturb(folder: Path, stage: str, fault: str, reference: tuple[list[bytes], int]) -> Outcome:
-    """Run, disturb, and start again where the program ended."""
+def disturb(
+    folder: Path, stage: str, fault: str, first: Path, reference: tuple[list[bytes], int]
+) -> Outcome:
+    """Run, disturb, and start again where the program ended; `first` is an undisturbed run."""
     act, mend = FAULTS[fault].act, FAULTS[fault].mend
-    variables = _poison(folder) if act is None else {}
+    variables = {} if act else _poison(folder, asked_question(first / "run"))
     case = Case(folder, stage, variables)
     code = None
     try:
@@ -383,13 +387,22 @@ def _went_on(case: Case, before: int, started: float) -> float | None:
     return time.monotonic() - started
 
 
-def _poison(folder: Path) -> dict[str, str]:
+def _poison(folder: Path, asked: str) -> dict[str, str]:
     """Have every Python process of the run import the poison."""
-    from rlrag.data.sample import sample_questions
-
     (folder / "poison").mkdir(parents=True, exist_ok=True)
     (folder / "poison" / "sitecustomize.py").write_text(_POISON)
-    return {"PYTHONPATH": str(folder / "poison"), "POISON": sample_questions()[5].question}
+    return {"PYTHONPATH": str(folder / "poison"), "POISON": asked}
+
+
+def asked_question(run_dir: Path) -> str:
+    """The first question that a run trained on."""
+    from rlrag.data.load import load_corpus, load_questions
+
+    config = RunConfig.from_json((run_dir / "config.json").read_text())
+    first = json.loads((run_dir / "experience" / "worker-0.jsonl").read_text().split("\n")[0])
+    corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
+    found = load_questions(config.data.train_questions, config.cache_path, corpus).questions
+    return next(q.question for q in found if q.id == first["question"])
 
 
 def report(rows: Sequence[tuple[str, str, Outcome]]) -> str:
@@ -435,7 +448,7 @@ def main() -> None:
                 folder = Path(directory) / stage / fault
                 with own_disk(folder, FAULTS[fault].disk_mib):
                     copy_indexes(first / "cache", folder / "cache")
-                    outcome = disturb(folder, stage, fault, reference)
+                    outcome = disturb(folder, stage, fault, first, reference)
                 rows.append((stage, fault, outcome))
                 print(stage, fault, outcome, flush=True)
     text = report(rows)
