@@ -27,7 +27,6 @@ the last bit, and no more requests lie in the cache.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -45,8 +44,8 @@ from threading import Thread
 
 import psutil
 
+from benchmarks.poison import asked_question, poison
 from benchmarks.programs import TrainingProgram, copy_indexes, quiet_environment, read_metrics
-from rlrag.config import RunConfig
 
 RESULTS_FILE = Path(__file__).parent / "results" / "faults.md"
 _TIMEOUT_S = 900.0
@@ -83,46 +82,6 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
 }
 """Flags of the runs that are disturbed."""
-
-_POISON = '''
-import os, signal, sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import PathFinder
-
-WORD = os.environ["POISON"]
-
-
-class Poison(MetaPathFinder):
-    """Lets engines of this process die of prompts with a word."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "rlrag.generation.transformers_backend":
-            return None
-        spec = PathFinder.find_spec(name, path)
-        load = spec.loader.exec_module
-
-        def execute(module):
-            load(module)
-            for method in ("generate", "score"):
-                setattr(module.TransformersGenerator, method, deadly(
-                    getattr(module.TransformersGenerator, method)))
-
-        spec.loader.exec_module = execute
-        return spec
-
-
-def deadly(method):
-    def call(self, prompts, *rest):
-        if any(WORD in prompt.text for prompt in prompts):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(self, prompts, *rest)
-
-    return call
-
-
-sys.meta_path.insert(0, Poison())
-'''
-
 
 _FILL = """
 import sys, time
@@ -340,7 +299,7 @@ def disturb(
 ) -> Outcome:
     """Run, disturb, and start again where the program ended; `first` is an undisturbed run."""
     act, mend = FAULTS[fault].act, FAULTS[fault].mend
-    variables = {} if act else _poison(folder, asked_question(first / "run"))
+    variables = {} if act else poison(folder, asked_question(first / "run"))
     case = Case(folder, stage, variables)
     code = None
     try:
@@ -385,24 +344,6 @@ def _went_on(case: Case, before: int, started: float) -> float | None:
             return None if case.program.wait(1.0) else time.monotonic() - started
         time.sleep(_POLL_S)
     return time.monotonic() - started
-
-
-def _poison(folder: Path, asked: str) -> dict[str, str]:
-    """Have every Python process of the run import the poison."""
-    (folder / "poison").mkdir(parents=True, exist_ok=True)
-    (folder / "poison" / "sitecustomize.py").write_text(_POISON)
-    return {"PYTHONPATH": str(folder / "poison"), "POISON": asked}
-
-
-def asked_question(run_dir: Path) -> str:
-    """The first question that a run trained on."""
-    from rlrag.data.load import load_corpus, load_questions
-
-    config = RunConfig.from_json((run_dir / "config.json").read_text())
-    first = json.loads((run_dir / "experience" / "worker-0.jsonl").read_text().split("\n")[0])
-    corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
-    found = load_questions(config.data.train_questions, config.cache_path, corpus).questions
-    return next(q.question for q in found if q.id == first["question"])
 
 
 def report(rows: Sequence[tuple[str, str, Outcome]]) -> str:
