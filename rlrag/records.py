@@ -55,13 +55,15 @@ class Prompt:
     """What a generator reads: token ids, and the text that they came from for people to read.
 
     `text` is the whole prompt as the tokenizer saw it; `num_passages` counts the passages shown
-    in it, and `num_cut_tokens` the passage tokens that truncation removed.
+    in it, and `num_cut_tokens` the passage tokens that truncation removed. `question` is what it
+    asks, empty where nobody says.
     """
 
     token_ids: tuple[int, ...]
     text: str
     num_passages: int
     num_cut_tokens: int = 0
+    question: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,3 +54,28 @@ def test_an_answer_between_losses_shows_that_the_pool_works():
     for number in range(20):
         losses.lost(Chunk([number]), DIED, died(), prompts(number))
         losses.answered()
+
+
+def test_a_question_of_which_two_prompts_are_given_up_is_refused_whole():
+    def asking(question: str, *ids: int) -> list[Prompt]:
+        return [Prompt((i,), str(i), 0, question=question) for i in ids]
+
+    losses, first, second, third = Losses(), *asking("why?", 1, 2, 3)
+    (other,), (nobodys,) = asking("who?", 4), prompts(5)
+    for prompt in (first, nobodys, second):
+        assert losses.refusal(third) is None
+        assert losses.lost(Chunk([0]), HUNG, died(), [prompt]) == []
+    refused = losses.refusal(third)
+    assert refused is not None
+    assert "2 other prompts of the question 'why?' were lost" in str(refused)
+    assert str(losses.refusal(first)) == "a died"
+    assert losses.refusal(other) is None
+    assert losses.refusal(prompts(6)[0]) is None
+
+
+def test_the_more_actors_the_more_losses_in_a_row_may_be_one_questions():
+    losses = Losses()
+    for number in range(7):
+        losses.lost(Chunk([number]), HUNG, died(), prompts(number), num_actors=2)
+    with pytest.raises(GenerationError, match="several chunks in a row"):
+        losses.lost(Chunk([7]), HUNG, died(), prompts(7), num_actors=2)

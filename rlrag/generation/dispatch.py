@@ -354,10 +354,11 @@ class Dispatcher:
             return
         prompts = [work.prompts[place] for place in chunk.places]
         chunk.is_doubled = False
-        again = self.losses.lost(chunk, count, error, prompts)
+        again = self.losses.lost(chunk, count, error, prompts, len(work.members))
         work.waiting.extendleft(reversed(again))
         if not again:
             work.results[chunk.places[0]] = error
+        work.refuse(self.losses.refusal)
 
     def _leave_out(self, work: Work, member: Member, error: GenerationError) -> None:
         """Go on without an actor that was ready once, if another one is ready."""

@@ -3,6 +3,7 @@
     lost once    the chunk is sent again as it was: most actors die of something else
     lost twice   its prompts are sent one by one
     alone        a prompt that is lost twice is given up, and refused from then on
+    a question   of which two prompts were given up is refused in every other prompt too
 
 An answer that does not come in time and an engine that raises count as two losses at once: both
 would most likely happen again. Where actors answer nothing at all, the fault is not a prompt's:
@@ -15,6 +16,7 @@ worst case its prompts are given up too.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -27,7 +29,9 @@ DIED, HUNG, RAISED = 1, 2, 2
 """How many losses each kind counts for."""
 
 _MAX_LOSSES = 2
+_MAX_PROMPTS = 2
 _MAX_IN_A_ROW = 8
+"""For each actor, as each may lose a prompt of the same question at the same time."""
 
 
 @dataclass(slots=True)
@@ -47,10 +51,16 @@ class Losses:
 
     def __init__(self) -> None:
         self._given_up: dict[tuple[int, ...], GenerationError] = {}
+        self._of_question: Counter[str] = Counter()
         self._in_a_row = 0
 
     def refusal(self, prompt: Prompt) -> GenerationError | None:
         """Why a prompt is not asked any more."""
+        if prompt.question and self._of_question[prompt.question] >= _MAX_PROMPTS:
+            return self._given_up.get(prompt.token_ids) or GenerationError(
+                f"not asked, since {_MAX_PROMPTS} other prompts of the question "
+                f"{prompt.question[:80]!r} were lost with every actor that was asked for them"
+            )
         return self._given_up.get(prompt.token_ids)
 
     def answered(self) -> None:
@@ -58,7 +68,12 @@ class Losses:
         self._in_a_row = 0
 
     def lost(
-        self, chunk: Chunk, count: int, error: GenerationError, prompts: list[Prompt]
+        self,
+        chunk: Chunk,
+        count: int,
+        error: GenerationError,
+        prompts: list[Prompt],
+        num_actors: int = 1,
     ) -> list[Chunk]:
         """What to send in place of a lost chunk; nothing when its one prompt is given up.
 
@@ -67,6 +82,7 @@ class Losses:
             count: `DIED`, `HUNG` or `RAISED`.
             error: Says who lost it and how.
             prompts: The prompts of the chunk.
+            num_actors: How many there are to lose chunks.
 
         Raises:
             GenerationError: after too many losses with no answer between them; of the class of
@@ -74,7 +90,7 @@ class Losses:
         """
         self._in_a_row += count
         chunk.losses += count
-        if self._in_a_row >= _MAX_IN_A_ROW:
+        if self._in_a_row >= _MAX_IN_A_ROW * num_actors:
             self._fail(error)
         if chunk.losses < _MAX_LOSSES:
             logger.warning("%s; its chunk is sent again", error)
@@ -84,6 +100,7 @@ class Losses:
             return [Chunk([place]) for place in chunk.places]
         logger.warning("%s; this prompt is not asked again", error)
         self._given_up[prompts[0].token_ids] = error
+        self._of_question[prompts[0].question] += 1
         return []
 
     def _fail(self, error: GenerationError) -> NoReturn:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlrag.config import GeneratorConfig
+from rlrag.errors import GenerationError
 from rlrag.generation.engine_actor import Member, Standing
 from rlrag.generation.losses import Chunk
 from rlrag.generation.pace import Pace
@@ -119,6 +120,20 @@ class Work:
                 chunk.is_doubled = True
                 return chunk
         return None
+
+    def refuse(self, refusal: Callable[[Prompt], GenerationError | None]) -> None:
+        """Give each prompt that waits and is refused its error in the place of a result.
+
+        One that another actor is asked for as well may yet be answered.
+        """
+        for chunk in list(self.waiting):
+            if chunk.is_doubled:
+                continue
+            refused = {place: refusal(self.prompts[place]) for place in chunk.places}
+            self.results.update({place: error for place, error in refused.items() if error})
+            chunk.places = [place for place, error in refused.items() if error is None]
+            if not chunk.places:
+                self.waiting.remove(chunk)
 
     def due(self, flight: Flight) -> float:
         """When something is to be done about a flight: at its deadline, or when it is late.

@@ -101,6 +101,7 @@ class PromptBuilder:
             text="".join((self._prefix, *(text for text, _ in shown), asked, self._suffix)),
             num_passages=len(shown),
             num_cut_tokens=num_cut,
+            question=question.question,
         )
 
     def encode_answer(self, answer: str) -> tuple[int, ...]:

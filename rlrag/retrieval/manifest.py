@@ -126,7 +126,10 @@ def check_manifest(directory: Path, expected: Manifest) -> None:
         )
     for name, num_bytes in sizes.items():
         file = directory / name
-        actual = file.stat().st_size if file.is_file() else 0
+        try:
+            actual = file.stat().st_size if file.is_file() else 0
+        except OSError as error:  # a name that no file can have
+            raise damaged(path, f"{name[:40]!r}: {error.strerror}") from error
         if actual != num_bytes:
             raise damaged(file, f"it has {actual} bytes and not {num_bytes}")
 
