@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -198,6 +199,16 @@ def test_a_prompt_that_kills_every_engine_is_given_up_and_the_others_are_answere
     assert str(again[0]) == str(results[1])
     assert again[1].logp == -6.0
     assert time.monotonic() - started < 60
+
+
+def test_a_question_that_kills_every_engine_costs_few_of_them(open_pool):
+    """Seven prompts of one question and nothing else: no answer shows that the pool works."""
+    pool = open_pool(max_restarts=8)
+    asked = [replace(prompt(DIE, i), question="which?") for i in range(7)]
+    results = pool.generate(asked, Sampling())
+    assert all(isinstance(result, GenerationError) for result in results)
+    assert sum("2 other prompts of the question 'which?'" in str(r) for r in results) >= 4
+    assert texts(pool.generate([prompt(1)], Sampling())) == ["1"]
 
 
 def test_a_prompt_that_hangs_is_given_up_and_its_actor_comes_back(open_pool):
