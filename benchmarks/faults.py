@@ -27,6 +27,7 @@ the last bit, and no more requests lie in the cache.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -38,7 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
 
@@ -68,7 +69,8 @@ _RETRIEVER = (
     *("--retrieval.encoder", "None", "--environment.num-selected", "1"),
 )
 STAGES: dict[str, tuple[str, ...]] = {
-    "training": ("--training.log-experience", "True"),
+    # A question is half of so small a batch.
+    "training": ("--training.log-experience", "True", "--training.max-failed-share", "0.9"),
     "offline stage": (
         *_RETRIEVER,
         *("--openrag.stages", "offline", "--openrag.offline-epochs", "1"),
@@ -370,27 +372,40 @@ def report(rows: Sequence[tuple[str, str, Outcome]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _finished(path: Path | None) -> list[tuple[str, str, Outcome]]:
+    """The outcomes that an earlier call has kept."""
+    if path is None or not path.exists():
+        return []
+    lines = map(json.loads, path.read_text().splitlines())
+    return [(stage, fault, Outcome(**outcome)) for stage, fault, outcome in lines]
+
+
 def main() -> None:
     """Inject the faults and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES))
     parser.add_argument("--faults", nargs="+", choices=tuple(FAULTS), default=list(FAULTS))
     parser.add_argument("--cache-dir", type=Path, help="of models and indexes, if there is one")
+    parser.add_argument("--finished", type=Path, help="outcomes as JSON lines, to go on from")
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     arguments = parser.parse_args()
-    rows = []
+    rows = _finished(arguments.finished)
     with tempfile.TemporaryDirectory() as directory:
         for stage in arguments.stages:
             first = Path(directory) / stage / "undisturbed"
             reference = undisturbed(first, stage, arguments.cache_dir)
             for fault in arguments.faults:
-                if stage not in FAULTS[fault].stages:
+                done = any((stage, fault) == row[:2] for row in rows)
+                if stage not in FAULTS[fault].stages or done:
                     continue
                 folder = Path(directory) / stage / fault
                 with own_disk(folder, FAULTS[fault].disk_mib):
                     copy_indexes(first / "cache", folder / "cache")
                     outcome = disturb(folder, stage, fault, first, reference)
                 rows.append((stage, fault, outcome))
+                if arguments.finished:
+                    with arguments.finished.open("a") as stream:
+                        stream.write(json.dumps([stage, fault, asdict(outcome)]) + "\n")
                 print(stage, fault, outcome, flush=True)
     text = report(rows)
     arguments.output.write_text(text)
