@@ -331,7 +331,7 @@ def disturb(
             recovery_s,
             case.weights() == weights,
             max(0, case.num_computed() - num_computed),
-            "; ".join(re.findall(r"question '[^']+'", " ".join(sorted(failures)))),
+            "; ".join(dict.fromkeys(re.findall(r"question '[^']+'", " ".join(sorted(failures))))),
         )
     finally:
         case.program.end()
