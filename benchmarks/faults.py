@@ -92,6 +92,7 @@ import numpy as np, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 capacity = ray.cluster_resources()["object_store_memory"]
 held = [ray.put(np.zeros(2**25, np.uint8)) for _ in range(int(1.5 * capacity / 2**25))]
+print("full", flush=True)
 time.sleep(20)
 """
 
@@ -184,13 +185,15 @@ def fill_object_store(case: Case) -> None:
     """Put more into the object store than it holds, from another program."""
     raylet = _wait_for(case, "raylet/raylet")
     (address,) = (w.partition("=")[2] for w in raylet.cmdline() if w.startswith("--gcs-address="))
-    subprocess.run(
+    token = {k: v for k, v in raylet.environ().items() if k.startswith("RAY_AUTH_")}
+    filler = subprocess.Popen(
         [sys.executable, "-c", _FILL, address],
-        env=quiet_environment(),
-        check=True,
-        timeout=_TIMEOUT_S,
-        capture_output=True,
+        env=quiet_environment(**token),
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    assert filler.stdout is not None
+    assert filler.stdout.readline() == "full\n", "the object store could not be filled"
 
 
 def _wait_for(case: Case, title: str) -> psutil.Process:
