@@ -313,12 +313,14 @@ def disturb(
         if act:
             act(case)
         recovery_s = _went_on(case, before, started)
-        if recovery_s is None:
-            code = case.program.wait(_TIMEOUT_S)
+        # Ray ends a program whose node is gone, but not at once.
+        ended = case.program.wait(_TIMEOUT_S)
+        if recovery_s is None or ended:
+            code = ended
             case.program.family.end()
             if mend:
                 mend(case)
-            started = time.monotonic()
+            before, started = case.done(), time.monotonic()
             case.program = case.start()
             recovery_s = _went_on(case, before, started) or 0.0
         final = case.program.wait(_TIMEOUT_S)
