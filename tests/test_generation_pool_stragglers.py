@@ -84,7 +84,7 @@ class WithoutStore(EngineActor):
     def start(self, wanted: WeightsTag) -> Standing:
         self._open().version = wanted.version
         self._held, self._idle_since = wanted, engine_actor.time.monotonic()
-        return Standing("echo", wanted)
+        return Standing("echo", wanted, self._process)
 
 
 class Handle:
@@ -93,6 +93,8 @@ class Handle:
     def __init__(self, clock: Clock, slowdown: float) -> None:
         self.clock, self.slowdown, self.dies = clock, slowdown, False
         self.free_at = clock.now
+        self.kill_takes_s = 0.0
+        self.ends_at = math.inf
         self.sizes: list[int] = []
         self.pushed: list[WeightsTag] = []
         self.num_restarts = 0
@@ -103,6 +105,8 @@ class Handle:
         self._actor = WithoutStore(lambda: Engine(self), "store", 1.0)
 
     def ask(self, method: str, *args) -> Ref:
+        if self.clock.now >= self.ends_at:
+            self._end()
         now, self.clock.now = self.clock.now, max(self.clock.now, self.free_at)
         try:
             result = getattr(self._actor, method)(*args)
@@ -112,16 +116,23 @@ class Handle:
         except Exception as error:  # noqa: BLE001 - as Ray does
             result = RayTaskError(method, "", error)
         ref = Ref(self.clock.now, result)
+        if ref.done_at > self.ends_at:
+            ref = Ref(self.ends_at, ActorUnavailableError("killed", None))
         self.free_at, self.clock.now = self.clock.now, now
         self.pending.append(ref)
         return ref
 
     def restart(self) -> None:
         self.num_restarts += 1
+        self.ends_at = self.clock.now + self.kill_takes_s
         for ref in self.pending:
-            if ref.done_at > self.clock.now:
-                ref.done_at, ref.result = self.clock.now, ActorUnavailableError("killed", None)
-        self.free_at = self.clock.now
+            if ref.done_at > self.ends_at:
+                ref.done_at, ref.result = self.ends_at, ActorUnavailableError("killed", None)
+        if not self.kill_takes_s:
+            self._end()
+
+    def _end(self) -> None:
+        self.free_at, self.ends_at = self.clock.now, math.inf
         self._renew()
 
     @property
@@ -318,6 +329,15 @@ def test_what_a_late_actor_loses_is_sent_once_and_not_charged(open_pool, caplog)
     assert sum(map(sum, sizes)) == 30 + sizes[2][0]
     assert "another actor was asked too" in caplog.text
     assert "sent again" not in caplog.text
+
+
+def test_an_actor_that_is_to_end_is_given_nothing_before_it_has_ended(open_pool, caplog):
+    pool = open_pool(1.0, request_timeout_s=10_000)
+    pool.handles[0].kill_takes_s = 0.5  # half of what a prompt takes
+    results = pool.client.generate(prompts(8, last=RAISE), Sampling())
+    assert [isinstance(r, GenerationError) for r in results] == [False] * 7 + [True]
+    assert pool.handles[0].num_restarts == 2, "with the others and alone"
+    assert "died" not in caplog.text
 
 
 @pytest.mark.parametrize("end", [DIE, RAISE, HANG])

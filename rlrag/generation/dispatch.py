@@ -54,6 +54,8 @@ class Dispatcher:
         self._identity = identity
         self._started: set[str] = set()
         self._seen_ready: set[str] = set()
+        self._processes: dict[str, str] = {}  # by actor, as it last said
+        self._ended: set[str] = set()
         self._lost: set[str] = set()
         self._slow: set[str] = set()
         self._behind: dict[Any, Flight] = {}
@@ -243,6 +245,10 @@ class Dispatcher:
                 f"{name} loaded generator {standing.identity} where {self._identity} was "
                 "expected; its node has other model files than this one"
             )
+        if standing.process in self._ended:  # Ray ends a process some time after it is told to
+            self._ask_again(work, flight)
+            return
+        self._processes[name] = standing.process
         if standing.tag == wanted:
             self._started.add(name)
             self._seen_ready.add(name)
@@ -255,6 +261,9 @@ class Dispatcher:
                 "call expect_weights with what was pushed last"
             )
         flight.waiting = standing
+        self._ask_again(work, flight)
+
+    def _ask_again(self, work: Work, flight: Flight) -> None:
         time.sleep(_RETRY_PAUSE_S)
         work.flights[work.prepare(flight.member.handle)] = flight
 
@@ -374,6 +383,8 @@ class Dispatcher:
     def _restart(self, member: Member) -> None:
         ray.kill(member.handle, no_restart=False)
         self._started.discard(member.name)
+        if member.name in self._processes:
+            self._ended.add(self._processes.pop(member.name))
 
 
 def _answered(refs: list[Any]) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ Engine = Callable[[], Generator]
 class Standing:
     """What an actor holds: the identity that its engine started with, and its weights.
 
-    `newest` is what the pool's store holds, where the actor asked it.
+    `newest` is what the pool's store holds, where the actor asked it. `process` tells an actor that
+    was started again from the one that it was before.
     """
 
     identity: str
     tag: WeightsTag
+    process: str
     newest: WeightsTag | None = None
 
 
@@ -99,6 +102,7 @@ class EngineActor:
         self._first_identity = ""
         self._held = WeightsTag()
         self._idle_since = time.monotonic()
+        self._process = uuid.uuid4().hex
 
     def start(self, wanted: WeightsTag) -> Standing:
         """Load the engine if it is not loaded, and the wanted weights if the store has them.
@@ -114,7 +118,7 @@ class EngineActor:
                 self._take(stored)
             newest = stored.tag if stored is not None else None
         self._idle_since = time.monotonic()
-        return Standing(self._first_identity, self._held, newest)
+        return Standing(self._first_identity, self._held, self._process, newest)
 
     def check_weights(self, shapes: Mapping[str, Sequence[int]], adapter: bool) -> None:
         """Refuse a set that the engine could not load, before anybody gives up the old one.
