@@ -196,6 +196,18 @@ def test_more_reserved_than_this_machine_has(examine):
     )
 
 
+def test_more_nodes_than_one_machine_is(examine):
+    seen = examine(
+        training__launcher="ray",
+        training__worker_placement="strict_spread",
+        training__num_workers=2,
+        generator__backend="transformers",
+    )
+    assert "ray" in seen.failed()
+    assert seen.findings["ray"]["found"] == "the run asks for 2 nodes, and this machine has 1"
+    assert "--training.worker-placement" in seen.findings["ray"]["advice"]
+
+
 def test_a_missing_data_folder(examine, monkeypatch):
     monkeypatch.delenv("RLRAG_DATA_DIR", raising=False)
     data = ("data.corpus", "data.train-questions", "data.eval-questions")

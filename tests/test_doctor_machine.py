@@ -29,6 +29,7 @@ NEEDS = Needs(
     cache_bytes=2 * GIB,
     cpus=2,
     gpus=0,
+    nodes=1,
     unknown=(),
 )
 
@@ -156,5 +157,8 @@ def test_what_a_run_needs_follows_from_its_configuration():
     needs = needs_of(trained.model_copy(update={"generator_training": full}))
     assert needs.gpu_bytes == round(16e9)
     assert needs.gpus == 1.0
+    assert needs.nodes == 1
+    spread = GeneratorConfig(num_actors=3, placement="strict_spread")
+    assert needs_of(config.model_copy(update={"generator": spread})).nodes == 3
     other = GeneratorConfig(model="/no/such/place")
     assert needs_of(config.model_copy(update={"generator": other})).unknown == ("/no/such/place",)

@@ -25,7 +25,7 @@ _UNPACKED = 3
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes, CPUs and GPUs of a run; `unknown` names the models whose size nothing tells."""
+    """Bytes, CPUs, GPUs and nodes of a run; `unknown` names the models whose size nothing tells."""
 
     memory_bytes: int
     gpu_bytes: int
@@ -34,6 +34,7 @@ class Needs:
     cache_bytes: int
     cpus: float
     gpus: float
+    nodes: int
     unknown: tuple[str, ...]
 
 
@@ -96,8 +97,19 @@ def needs_of(config: RunConfig) -> Needs:
         gpus=num_actors * generator.gpus_per_actor + num_workers * training.worker_gpus
         if on_ray
         else float(generator.device == "cuda" and num_actors > 0),
+        nodes=_nodes(config, num_actors) if on_ray else 1,
         unknown=tuple(sizes.unknown),
     )
+
+
+def _nodes(config: RunConfig, num_actors: int) -> int:
+    """How many a `strict_spread` asks for."""
+    spread = [1]
+    if config.generator.placement == "strict_spread":
+        spread.append(num_actors)
+    if config.training.worker_placement == "strict_spread":
+        spread.append(config.training.num_workers)
+    return max(spread)
 
 
 def _learner(config: RunConfig, sizes: _Sizes) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.doctor.checks import Answer, failed, ok
@@ -21,6 +22,7 @@ from rlrag.config import RunConfig
 _ROOT = Path(__file__).resolve().parents[2]
 _CONNECT_TIMEOUT_S = 10.0
 _HOST_AND_PORT = re.compile(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)")
+_HEAD = "node:__internal_head__"
 _ADVICE = (
     "start one with `ray start --head`, correct RAY_ADDRESS, or unset it to run on this machine"
 )
@@ -43,8 +45,7 @@ def check_cluster(config: RunConfig, needs: Needs, timeout_s: float) -> Answer:
         return ok("not needed: one process")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        num_cpus = os.cpu_count() or 1
-        return _compare("this machine", num_cpus, None, needs)
+        return _compare("this machine", {"CPU": os.cpu_count() or 1}, 1, needs)
     refusal = _connect(address)
     if refusal:
         return failed(f"cannot reach a Ray cluster at {address}: {refusal}", _ADVICE)
@@ -84,11 +85,18 @@ def _ask(address: str, needs: Needs, timeout_s: float) -> Answer:
         said = (done.stderr.strip() or "no reason was given").splitlines()[-1]
         return failed(f"cannot use a Ray cluster at {address}: {said}", _ADVICE)
     found = json.loads(done.stdout.splitlines()[-1])
-    return _compare(f"the cluster at {address}", found.get("CPU", 0), found.get("GPU", 0), needs)
+    num_nodes = sum(name.startswith("node:") and name != _HEAD for name in found)
+    return _compare(f"the cluster at {address}", {"CPU": 0, "GPU": 0, **found}, num_nodes, needs)
 
 
-def _compare(place: str, cpus: float, gpus: float | None, needs: Needs) -> Answer:
+def _compare(place: str, found: Mapping[str, float], num_nodes: int, needs: Needs) -> Answer:
     """Ray waits without an error for what a cluster does not have."""
+    if needs.nodes > num_nodes:
+        return failed(
+            f"the run asks for {needs.nodes} nodes, and {place} has {num_nodes}",
+            "set --generator.placement and --training.worker-placement to spread, or add nodes",
+        )
+    cpus, gpus = found["CPU"], found.get("GPU")
     has = f"{place} has {cpus:g} CPU" + ("" if gpus is None else f" and {gpus:g} GPU")
     wanted = f"the run reserves {needs.cpus:g} CPU and {needs.gpus:g} GPU"
     if needs.cpus > cpus or (gpus is not None and needs.gpus > gpus):

@@ -12,6 +12,10 @@ BUILTIN_VOCABULARY_ENCODER = "splade-tiny"
 BUILTIN_CORPUS = "factbook"
 
 
+Placement = Literal["pack", "spread", "strict_pack", "strict_spread"]
+"""As few nodes as there is room on, as many as there are; one node and no other, a node each."""
+
+
 class Section(BaseModel):
     """Frozen values; unknown names, NaN and infinity are refused; docstrings become help texts."""
 
@@ -213,6 +217,10 @@ class GeneratorConfig(Section):
     """Ray CPU reservation of an actor."""
     gpus_per_actor: float = Field(default=0, ge=0)
     """Ray GPU reservation of an actor."""
+    placement: Placement | None = None
+    """Nodes of the actors: `pack` onto few, `spread` over many, `strict_pack` onto one,
+    `strict_spread` one each. All get their resources together then, or none does; unset lets Ray
+    place each where there is room."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Devices, on a CPU processes, that hold one vLLM engine together; they must divide the model's
     attention heads."""

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rlrag.config.sections import Section
+from rlrag.config.sections import Placement, Section
 
 
 class DROConfig(Section):
@@ -251,6 +251,8 @@ class TrainingConfig(Section):
     """Ray CPU reservation of a worker."""
     worker_gpus: float = Field(default=0, ge=0)
     """Ray GPU reservation of a worker."""
+    worker_placement: Placement = "pack"
+    """Nodes of the workers, as `generator.placement`; their gradients travel fastest within one."""
     worker_threads: int = Field(default=1, ge=1)
     """Compute threads of a worker on a CPU; the engines rest while the M-step runs."""
     collective_timeout_s: float = Field(default=1800, gt=0)

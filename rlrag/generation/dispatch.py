@@ -35,6 +35,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError, RlragError
 from rlrag.generation.awaited import awaiting, note_answer
 from rlrag.generation.engine_actor import Answer, Member, Refusal, Standing
@@ -335,8 +336,8 @@ class Dispatcher:
                 GeneratorTimeoutError(
                     f"{name} was not ready within generator.start_timeout_s = "
                     f"{config.start_timeout_s:g} s ({work.asked(flight)}); it asks "
-                    f"for {config.cpus_per_actor:g} CPUs and "
-                    f"{config.gpus_per_actor:g} GPUs, and of the cluster's {_resources()}"
+                    f"for {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs"
+                    f"{_placement(config)}, and of the cluster's {_resources()}"
                 ),
             )
 
@@ -403,6 +404,12 @@ def _check_versions(work: Work, flight: Flight, answer: Answer) -> None:
             f"{sorted(strange)} where {work.wanted} was asked for; its engine does not "
             "tag results with the version that made them"
         )
+
+
+def _placement(config: GeneratorConfig) -> str:
+    if config.placement is None:
+        return ""
+    return f" (with {config.num_actors - 1} more, generator.placement = {config.placement})"
 
 
 def _resources() -> str:

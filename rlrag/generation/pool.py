@@ -10,6 +10,8 @@ from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlrag.config import GeneratorConfig
 from rlrag.generation.engine_actor import Engine, EngineActor
@@ -61,6 +63,7 @@ class GeneratorPool(PoolClient):
         store_name = f"weights-{pool}"
         make_store = ray.remote(num_cpus=0, max_restarts=config.max_restarts)(WeightStore)
         store = make_store.options(name=store_name).remote()
+        self._group = _placement_group(config)
         members = []
         for number in range(config.num_actors):
             name = f"generator-{pool}-{number}"
@@ -68,14 +71,20 @@ class GeneratorPool(PoolClient):
             if logs is not None:
                 actor = f"generator-{number}"
                 log = partial(log_file, logs[0] / f"{actor}.log", logs[1], actor)
-            handle = make.options(name=name).remote(engine, store_name, config.start_timeout_s, log)
+            actor_class = make.options(name=name, scheduling_strategy=self._place(number))
+            handle = actor_class.remote(engine, store_name, config.start_timeout_s, log)
             members.append(Member(name, handle))
         super().__init__(Actors(tuple(members), store, identity), config)
         for member in members:
             member.handle.start.remote(WeightsTag())
 
+    def _place(self, number: int) -> PlacementGroupSchedulingStrategy | None:
+        if self._group is None:
+            return None
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
+
     def close(self) -> None:
-        """Kill the actors that this pool made."""
+        """Kill the actors that this pool made, and give back what it reserved for them."""
         store = Member("the weight store", self._actors.store)
         for member in (*self._actors.members, store):
             try:
@@ -83,3 +92,15 @@ class GeneratorPool(PoolClient):
             except RayError as error:
                 logger.warning("%s could not be ended: %s", member.name, error)
         self._actors = replace(self._actors, members=())
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+
+def _placement_group(config: GeneratorConfig) -> PlacementGroup | None:
+    """Reserve what the actors need together; Ray ends it with this process at the latest."""
+    if config.placement is None:
+        return None
+    resources = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
+    bundle = {name: amount for name, amount in resources.items() if amount}
+    return placement_group([bundle] * config.num_actors, strategy=config.placement.upper())

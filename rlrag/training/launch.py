@@ -141,6 +141,7 @@ def train_on_ray(
             num_workers=config.training.num_workers,
             use_gpu=config.training.worker_gpus > 0,
             resources_per_worker=_resources(config),
+            placement_strategy=config.training.worker_placement.upper(),
         ),
         torch_config=TorchConfig(
             # Counts and metrics are summed on the CPU, gradients where the model is.

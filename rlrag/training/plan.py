@@ -242,5 +242,7 @@ def _placement(config: RunConfig) -> list[str]:
         f"  placement   {training.num_workers} Ray Train worker(s) of {training.worker_cpus:g} CPU "
         f"and {training.worker_gpus:g} GPU, {generator.num_actors} generator actor(s) of "
         f"{generator.cpus_per_actor:g} CPU and {generator.gpus_per_actor:g} GPU; {cpus:g} CPU and "
-        f"{gpus:g} GPU together"
+        f"{gpus:g} GPU together",
+        f"  nodes       workers: {training.worker_placement}; generator actors: "
+        f"{generator.placement or 'where there is room'}",
     ]

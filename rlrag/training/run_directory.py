@@ -30,11 +30,11 @@ from rlrag.evaluation.question_records import questions_path
 _PLACEMENT = frozenset(
     {
         *("training.launcher", "training.num_workers", "training.worker_threads"),
-        *("training.worker_cpus", "training.worker_gpus"),
+        *("training.worker_cpus", "training.worker_gpus", "training.worker_placement"),
         *("training.max_failures", "training.collective_timeout_s", "training.stall_report_s"),
         *("generator.num_actors", "generator.cpus_per_actor", "generator.gpus_per_actor"),
         *("generator.threads_per_actor", "generator.tensor_parallel"),
-        "generator.request_timeout_s",
+        *("generator.placement", "generator.request_timeout_s"),
     }
 )
 """Fields that say on what a run is computed, and not what: they may change when it continues."""
