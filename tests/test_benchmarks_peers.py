@@ -18,6 +18,9 @@ from benchmarks.peers.running import Peer, finished_peer
 from jobs.recipes import RECIPES
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, RunDirectoryError, SetupError
+from rlrag.evaluation.question_records import QuestionRecorder
+from rlrag.evaluation.systems import Answered
+from rlrag.records import Generation
 from rlrag.rewards.answer_match import token_f1
 
 K = 2
@@ -173,30 +176,26 @@ def test_a_finished_run_stands_beside_the_peers(trial, tmp_path):
 
     arguments = trial.arguments
     prepared = prepare(arguments.config, arguments.folder, arguments.token_budget)
-    system = {"em": 0.5, "f1": 0.625, "accuracy": 0.75, "em_ci95": [0.25, 0.75]}
-    pair = {"em_diff": 0.125, "ci95": [-0.125, 0.375], "p_value": 0.03}
-    evaluation = {
-        "systems": {"trained": system | {"f1_ci95": [0.5, 0.75]}},
-        "paired": {"trained_vs_retriever_order": pair},
-        "hashes": dict(prepared.hashes),
-    }
+    evaluation = {"hashes": dict(prepared.hashes), "bundle_step": 1}
     records = [{"step": 0}, {"step": 1, "collect_s": 50.0, "generator_tokens_total": 9000.0}]
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.json").write_text(arguments.config.to_json())
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    questions = prepared.dev.questions
+    right = [question.golden_answers[0] for question in questions]
+    texts = [*right[:4], *["no such thing"] * 4]
+    answers = [Generation(text, 0.0, 1, 1) for text in texts]
+    recorder = QuestionRecorder(K)
+    recorder.keep("trained", Answered(questions, [[]] * 8, answers))
+    recorder.write(run_dir / "evaluation.questions.jsonl", evaluation)
     alone = replace(trial, peers={})
-    assert rows_of(alone.again(runs=(f"own={run_dir}",)))["own"] == [
-        "0.500 (0.250-0.750)",
-        "0.625 (0.500-0.750)",
-        "0.750",
-        "+0.125 (-0.125 to +0.375)",
-        "0.03",
-        "9",
-        "-",
-        "0.8",
-    ]
+    rows = rows_of(alone.again(runs=(f"own={run_dir}",)))
+    own, baseline = rows["own"], rows["retriever_order"]
+    assert [cell.split()[0] for cell in own[:3]] == ["0.500"] * 3
+    assert own[3].startswith(f"{0.5 - float(baseline[0].split()[0]):+.3f} (")
+    assert own[5:] == ["9", "-", "0.8"]
     evaluation["hashes"]["questions"] = "others"
     (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
     with pytest.raises(ConfigError, match="differs from this comparison in questions"):

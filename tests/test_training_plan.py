@@ -67,7 +67,9 @@ def test_every_recipe_has_a_plan(recipe, tmp_path):
 def test_the_papers_settings_name_twelve_gpus(tmp_path):
     """8 learners that share 8 B parameters, and 4 engines of 2 bytes a parameter."""
     plan = describe_plan(RECIPES["dro-paper"]().model_copy(update={"cache_dir": str(tmp_path)}))
-    assert "12 CPU and 12 GPU together\n  nodes       workers: pack; generator actors: where" in plan
+    assert (
+        "12 CPU and 12 GPU together\n  nodes       workers: pack; generator actors: where" in plan
+    )
     assert (
         "8 selections of 5 from 20 candidates a question; renewed once a pass; 3 pass(es)" in plan
     )

@@ -22,7 +22,7 @@ from benchmarks.peers.environments import interpreter
 from benchmarks.peers.plan import Prepared, prepare
 from benchmarks.peers.quality import Measurement, picked_passages, summary
 from benchmarks.peers.running import Finished, Peer, finished_peer
-from benchmarks.peers.table import Cost, Row, own_row, report
+from benchmarks.peers.table import Cost, Row, own_run, report
 from jobs.cluster import cluster
 from jobs.command_line import parse, pick_recipe, run_program
 from jobs.recipes import RECIPES
@@ -92,12 +92,26 @@ def compare(
         command: What the table says that it was made by.
 
     Raises:
+        RunDirectoryError, ConfigError: as `compared_rows`.
+    """
+    rows, prepared = compared_rows(arguments, peers, open_python)
+    text = report(rows, prepared, arguments.token_budget, command)
+    arguments.output.write_text(text)
+    return text
+
+
+def compared_rows(
+    arguments: PeersArguments, peers: Mapping[str, Peer], open_python: Callable[[Path], Path]
+) -> tuple[list[Row], Prepared]:
+    """Train and measure these peers; all rows of the table, and what they were measured on.
+
+    Raises:
         RunDirectoryError: when the folder belongs to another comparison.
         ConfigError: when a run of rlrag cannot be compared.
     """
     config = arguments.config
     prepared = prepare(config, arguments.folder, arguments.token_budget)
-    own = [own_row(*_named(run), prepared) for run in arguments.runs]
+    own = [own_run(*_named(run), prepared) for run in arguments.runs]
     finished: dict[str, Finished | str] = {}
     for name, peer in peers.items():
         _say(f"{name}: training")
@@ -111,9 +125,8 @@ def compare(
     launcher = config.training.launcher
     with cluster(launcher), closing(Measurement(prepared, launcher)) as measurement:
         rows = measured_rows(measurement, prepared, peers, finished)
-    text = report([*rows, *own], prepared, arguments.token_budget, command)
-    arguments.output.write_text(text)
-    return text
+        rows += [Row(run.name, summary(run.values, measurement.baseline), run.cost) for run in own]
+    return rows, prepared
 
 
 def _say(text: str) -> None:

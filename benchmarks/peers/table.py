@@ -6,13 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from benchmarks.peers.plan import Prepared
-from benchmarks.peers.quality import Comparison, Quality
+from benchmarks.peers.quality import Quality, Values
 from rlrag.errors import ConfigError
-from rlrag.evaluation.table import PAIRED_SYSTEMS
+from rlrag.evaluation.question_records import questions_path, read_questions
 
+_TRAINED = ("trained", "tuned_retriever")
+_MEASURES = {"em": "em", "f1": "f1", "accuracy": "contained"}
 _STEP_SECONDS = ("collect_s", "learn_s", "validate_s")
 
 
@@ -34,8 +37,17 @@ class Row:
     cost: Cost = Cost()
 
 
-def own_row(name: str, run_dir: Path, prepared: Prepared) -> Row:
-    """The row of a finished run of rlrag, from its records.
+@dataclass(frozen=True)
+class OwnRun:
+    """A finished run of rlrag: its values a question, and what its training took."""
+
+    name: str
+    values: Values
+    cost: Cost
+
+
+def own_run(name: str, run_dir: Path, prepared: Prepared) -> OwnRun:
+    """A finished run of rlrag, from its records.
 
     Raises:
         ConfigError: when the run is not finished or was measured on something else.
@@ -53,20 +65,23 @@ def own_row(name: str, run_dir: Path, prepared: Prepared) -> Row:
             f"--runs {name}={run_dir} differs from this comparison in {', '.join(different)}; "
             "give a run with the same corpus, evaluation questions and passages in context"
         )
-    return Row(name, _own_quality(name, found), _own_cost(run_dir))
+    return OwnRun(name, _own_values(name, path, prepared), _own_cost(run_dir))
 
 
-def _own_quality(name: str, found: dict[str, Any]) -> Quality:
-    for ours, theirs in PAIRED_SYSTEMS:
-        pair = found["paired"].get(f"{ours}_vs_{theirs}")
-        if pair is not None:
-            system = found["systems"][ours]
-            return Quality(
-                {metric: system[metric] for metric in ("em", "f1", "accuracy")},
-                {metric: tuple(system[f"{metric}_ci95"]) for metric in ("em", "f1")},
-                Comparison(pair["em_diff"], tuple(pair["ci95"]), pair["p_value"]),
-            )
-    raise ConfigError(f"--runs {name}: its evaluation compares nothing that was trained")
+def _own_values(name: str, evaluation: Path, prepared: Prepared) -> Values:
+    """What the system that the run trained answered, in the order of the comparison."""
+    answered = read_questions(questions_path(evaluation))
+    system = next((each for each in _TRAINED if each in answered.systems), None)
+    if system is None:
+        raise ConfigError(f"--runs {name}: its evaluation has nothing that was trained")
+    of_id = {question.id: question.systems[system] for question in answered.questions}
+    answers = [of_id.get(question.id) for question in prepared.dev.questions]
+    if any(answer is None or answer.error is not None for answer in answers):
+        raise ConfigError(f"--runs {name}: {system} did not answer all questions")
+    return {
+        measure: np.array([getattr(answer, field) for answer in answers])
+        for measure, field in _MEASURES.items()
+    }
 
 
 def _own_cost(run_dir: Path) -> Cost:
@@ -90,6 +105,14 @@ def report(rows: Sequence[Row], prepared: Prepared, token_budget: int, command: 
         "a peer's script to its end. The encoding of the corpus that a new retriever needs is not "
         "in them.",
         "",
+        *table_lines(rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """The table itself, and below it why a system has no figures."""
+    lines = [
         "| system | EM (95 %) | F1 (95 %) | contained | EM minus retriever's order (95 %) | p "
         "| generator tokens, k | training examples | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -100,7 +123,7 @@ def report(rows: Sequence[Row], prepared: Prepared, token_budget: int, command: 
     failed = [f"- {row.name}: {row.quality}" for row in rows if isinstance(row.quality, str)]
     if failed:
         lines += ["", "Not measured:", "", *failed]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _quality(quality: Quality | str) -> list[str]:

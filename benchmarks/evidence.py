@@ -1,0 +1,238 @@
+"""Every family of training and every peer on several data sets: one command, one table a set.
+
+Run `RLRAG_DATA_DIR=... python -m benchmarks.evidence`. Each set gives the same numbers of training,
+validation and test questions, drawn with a seed from those that have an answer; MuSiQue, which has
+one file, is divided. Every system starts from the same dense encoder and generator, shows as many
+passages, and may spend the same number of generator tokens in training. A finished run or peer in
+the folder is taken as it is, so that the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.__main__ import PEERS, PeersArguments, compared_rows
+from benchmarks.peers.environments import interpreter
+from benchmarks.peers.plan import write_json
+from benchmarks.peers.table import table_lines
+from benchmarks.runs import finished_run
+from jobs.command_line import parse
+from jobs.recipes import RECIPES
+from rlrag.config import RunConfig
+from rlrag.errors import ConfigError
+
+RESULTS_FILE = Path(__file__).parent / "results" / "evidence.md"
+_PROGRAM = "python -m benchmarks.evidence"
+SETS = ("nq", "hotpotqa", "squad2", "musique")
+NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 160, 40, 200
+NUM_PASSAGES = 2
+TOKEN_BUDGET = 400_000
+_PEER_MINUTES = 60.0
+_MINUTES_FILE = "minutes.txt"
+_COMMON = (
+    *("--environment.num-selected", str(NUM_PASSAGES), "--retrieval.num-candidates", "5"),
+    *("--generator.prompt.max-prompt-tokens", "1024", "--training.batch-size", "16"),
+    *("--training.max-generator-tokens", str(TOKEN_BUDGET)),
+)
+FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "retriever by OpenRAG": (
+        "nq-openrag-dense",
+        ("--evaluation.systems", "original_retriever", "tuned_retriever"),
+    ),
+    "selector and generator by DRO": (
+        "nq-dro",
+        ("--training.num-epochs", "4", "--evaluation.systems", "retriever_order", "trained"),
+    ),
+    "all three in turns": (
+        "nq-full",
+        (
+            *("--retrieval.kind", "dense", "--openrag.temperature", "0.05"),
+            *("--openrag.learning-rate", "2e-5"),
+            *("--evaluation.systems", "retriever_order", "trained"),
+        ),
+    ),
+    "retriever by JSA": (
+        "nq-jsa",
+        (
+            *("--jsa.num-prior", "5", "--jsa.num-posterior", "5"),
+            *("--evaluation.systems", "original_retriever", "tuned_retriever"),
+        ),
+    ),
+}
+"""Recipe and flags by the name of a row."""
+
+
+def draw_questions(name: str, source: Path, folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """Write the training and the test questions of a set; their files.
+
+    Questions lose the question mark at their end, since the recipes' prompt has one.
+
+    Args:
+        name: The set.
+        source: Folder of `NAME.train.jsonl` and, for most sets, `NAME.dev.jsonl`.
+        folder: Where the files go.
+        seed: Of the draw.
+
+    Raises:
+        ConfigError: when there are too few questions with an answer.
+    """
+    train, test = (_answerable(source / f"{name}.{split}.jsonl") for split in ("train", "dev"))
+    generator = random.Random(seed)
+    generator.shuffle(train)
+    generator.shuffle(test)
+    num_train = NUM_TRAIN + NUM_VALIDATION
+    if not test:
+        train, test = train[:num_train], train[num_train:]
+    if len(train) < num_train or not test:
+        raise ConfigError(
+            f"{source} has {len(train)} questions of {name} to train on and {len(test)} to test "
+            f"with; {num_train} and at least one are needed"
+        )
+    files = []
+    for split, records in (("train", train[:num_train]), ("test", test[:NUM_TEST])):
+        file = folder / f"{name}.{split}.jsonl"
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        file.write_text("\n".join(lines) + "\n")
+        files.append(file)
+    return files[0], files[1]
+
+
+def _answerable(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        record | {"question": record["question"].rstrip("? ")}
+        for record in records
+        if record["golden_answers"]
+    ]
+
+
+def run_flags(corpus: Path, train: Path, test: Path) -> list[str]:
+    """What all runs on a set have in common."""
+    data = {
+        "corpus": corpus,
+        "train-questions": train,
+        "eval-questions": test,
+        "max-train-questions": None,
+        "num-validation-questions": NUM_VALIDATION,
+    }
+    words = [word for name, value in data.items() for word in (f"--data.{name}", str(value))]
+    return [*words, *_COMMON]
+
+
+def compared(name: str, folder: Path, cache_dir: Path, sources: Path) -> dict[str, Any]:
+    """Train and measure everything on one set, or take what is finished; its part of the page.
+
+    Args:
+        name: The set.
+        folder: Of this set.
+        cache_dir: Of models, indexes and answers.
+        sources: The folder that RLRAG_DATA_DIR names.
+    """
+    summary = folder / "summary.json"
+    if summary.is_file():
+        found: dict[str, Any] = json.loads(summary.read_text())
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = draw_questions(name, sources / "questions", folder)
+    corpus = sources / "corpus" / f"{name}.jsonl.gz"
+    runs = []
+    for family, (recipe, own) in FAMILIES.items():
+        with _minutes_in(folder):
+            words = [*run_flags(corpus, train, test), *own]
+            finished_run(recipe, folder / recipe, 0, str(cache_dir), words)
+        runs.append(f"{family}={folder / recipe}")
+    recipe_of_peers, words = RECIPES["nq"](), run_flags(corpus, train, test)
+    config = parse(RunConfig, recipe_of_peers, [*words, "--cache-dir", str(cache_dir)], _PROGRAM)
+    arguments = PeersArguments(
+        config,
+        folder / "peers",
+        summary,
+        runs=tuple(runs),
+        token_budget=TOKEN_BUDGET,
+        minutes=_PEER_MINUTES,
+    )
+    open_python = partial(interpreter, folder=folder.parent / "environments")
+    with _minutes_in(folder):
+        rows, prepared = compared_rows(arguments, PEERS, open_python)
+    minutes = [float(line) for line in (folder / _MINUTES_FILE).read_text().split()]
+    found = {
+        "name": name,
+        "num_test": len(prepared.dev),
+        "num_passages": len(prepared.library.corpus),
+        "minutes": sum(minutes),
+        "lines": table_lines(rows),
+    }
+    write_json(summary, found)
+    return found
+
+
+@contextmanager
+def _minutes_in(folder: Path) -> Iterator[None]:
+    """Note how long the block took, also if it was stopped."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        with (folder / _MINUTES_FILE).open("a") as stream:
+            stream.write(f"{(time.monotonic() - started) / 60}\n")
+
+
+def page(parts: Sequence[dict[str, Any]]) -> str:
+    """All sets as Markdown."""
+    hours = sum(part["minutes"] for part in parts) / 60
+    lines = [
+        "# Every family of training, and peers",
+        "",
+        f"`python -m benchmarks.evidence`; {platform.machine()}, {os.cpu_count()} cores; all of it "
+        f"took {hours:.1f} hours. For each data set {NUM_TRAIN} questions to train on, "
+        f"{NUM_VALIDATION} to choose a checkpoint by and at most {NUM_TEST} to measure, drawn once "
+        f"from those with an answer; seed 0; {NUM_PASSAGES} passages in the prompt. Every system "
+        f"starts from the same dense encoder and generator and may spend {TOKEN_BUDGET:,} "
+        "generator tokens, prompts and answers together, in training. A run of this project ends "
+        "with the step that reaches them. Minutes are those of training alone.",
+    ]
+    for part in parts:
+        lines += [
+            "",
+            f"## {part['name']}: {part['num_test']} test questions, {part['num_passages']:,} "
+            "passages",
+            "",
+            *part["lines"],
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is missing and write the page of what is finished then."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--folder", type=Path, default=Path("runs") / "evidence")
+    parser.add_argument("--cache-dir", type=Path, default=Path("runs") / "evidence" / "cache")
+    parser.add_argument("--output", type=Path, default=RESULTS_FILE)
+    arguments = parser.parse_args()
+    sources = os.environ.get("RLRAG_DATA_DIR")
+    if not sources:
+        parser.error("set RLRAG_DATA_DIR to the folder that holds corpus/ and questions/")
+    folder, cache_dir = arguments.folder.absolute(), arguments.cache_dir.absolute()
+    parts = []
+    for name in arguments.sets:
+        parts.append(compared(name, folder / name, cache_dir, Path(sources)))
+        text = page(parts)
+        arguments.output.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""All families on all sets: the questions that are drawn, the flags of each run, the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import evidence
+from jobs.command_line import parse
+from jobs.recipes import RECIPES
+from rlrag.config import RunConfig
+from rlrag.errors import ConfigError
+
+
+@pytest.fixture
+def sources(tmp_path) -> Path:
+    """One set with two files, and one with a single one; every fourth question has no answer."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    sizes = {"two.train": 280, "two.dev": 360, "one.train": 300, "few.train": 240}
+    for name, size in sizes.items():
+        records = [
+            {
+                "id": f"{name}-{i}",
+                "question": f"who has {i}" + "?" * (i % 2),
+                "golden_answers": ["somebody"] if i % 4 else [],
+            }
+            for i in range(size)
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def drawn(name: str, sources: Path, folder: Path) -> list[list[dict]]:
+    folder.mkdir(exist_ok=True)
+    files = evidence.draw_questions(name, sources, folder)
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+@pytest.mark.parametrize(("name", "num_test"), [("two", 200), ("one", 25)])
+def test_questions_are_drawn_once_and_apart(name, num_test, sources, tmp_path):
+    train_set, test_set = drawn(name, sources, tmp_path / "a")
+    assert (len(train_set), len(test_set)) == (200, num_test)
+    ids = [record["id"] for record in (*train_set, *test_set)]
+    assert len(set(ids)) == len(ids)
+    assert all(r["golden_answers"] for r in (*train_set, *test_set))
+    assert not any(r["question"].endswith("?") for r in (*train_set, *test_set))
+    assert ids != sorted(ids)
+    assert drawn(name, sources, tmp_path / "b") == [train_set, test_set]
+
+
+def test_too_few_questions_are_named(sources, tmp_path):
+    with pytest.raises(ConfigError, match="180 questions of few to train on and 0 to test with"):
+        drawn("few", sources, tmp_path / "a")
+
+
+@pytest.mark.parametrize("family", evidence.FAMILIES)
+def test_every_family_has_a_valid_run_with_the_same_budget(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLRAG_DATA_DIR", str(tmp_path))
+    recipe, flags = evidence.FAMILIES[family]
+    common = evidence.run_flags(tmp_path / "corpus", tmp_path / "train", tmp_path / "test")
+    config = parse(RunConfig, RECIPES[recipe](), [*common, *flags], "evidence")
+    assert config.training.max_generator_tokens == evidence.TOKEN_BUDGET
+    assert config.environment.num_selected == evidence.NUM_PASSAGES
+    assert config.retrieval.kind == "dense"
+    assert config.data.eval_questions == str(tmp_path / "test")
+    assert {"trained", "tuned_retriever"} & set(config.evaluation.systems)
+
+
+def test_the_page_has_every_set():
+    parts = [
+        {"name": name, "num_test": 9, "num_passages": 1234, "minutes": 90.0, "lines": ["| x |"]}
+        for name in ("nq", "musique")
+    ]
+    text = evidence.page(parts)
+    assert "took 3.0 hours" in text
+    assert "## nq: 9 test questions, 1,234 passages\n\n| x |\n\n## musique" in text
