@@ -9,6 +9,7 @@ Several runs are overlaid and compared. A run that is not finished is shown as f
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -65,13 +66,14 @@ def _check_place(flag: str, path: Path) -> None:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, or the whole where two runs share it."""
+    """The last part of each path, or what differs in the whole where two runs share it."""
     whole = [path.expanduser().resolve() for path in paths]
     twice = [str(path) for path, count in Counter(whole).items() if count > 1]
     if twice:
         raise ConfigError(f"--run-dir {twice[0]} is given more than once; give each run once")
     shared = Counter(path.name for path in whole)
-    return [path.name if shared[path.name] == 1 else str(path) for path in whole]
+    above = os.path.commonpath(whole)
+    return [path.name if shared[path.name] == 1 else os.path.relpath(path, above) for path in whole]
 
 
 def _read(run_dir: RunDirectory, name: str) -> RunRecord:

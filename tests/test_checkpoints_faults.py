@@ -156,7 +156,7 @@ from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import SingleWorker
 
 class Counting:
-    best_by, tokens_before, num_steps = "validation/f1", 0, 6
+    best_by, tokens_before, seconds_before, num_steps = "validation/f1", 0, 0.0, 6
 
     def __init__(self):
         self.weight = torch.zeros(10_000)

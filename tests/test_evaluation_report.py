@@ -265,7 +265,11 @@ def test_numbers_of_a_run():
     assert one.series("validation/em") == [(0.0, 0.125), (4.0, 0.375)]
     assert one.series("validation/em", "epoch") == [(0.0, 0.125), (2.0, 0.375)]
     assert one.phases() == {"collect": 40.0, "learn": 20.0, "validate": 0.0}
-    assert one.tokens() == {"computed": 400.0, "from the cache": 1200.0}
+    asked = {"computed": 400.0, "from the cache": 1200.0}
+    assert one.tokens() == {"before the steps": 0.0} | asked
+    last = one.metrics[-1] | {"generator_tokens_total": 2000.0}
+    judged = replace(one, metrics=(*one.metrics[:-1], last))
+    assert judged.tokens() == {"before the steps": 400.0} | asked
     statistics = one.weight_statistics()
     assert statistics["ess"] == pytest.approx((3 + 4 + 5 + 6) / 4)
     assert statistics["ess_share"] == pytest.approx(4.5 / 8)

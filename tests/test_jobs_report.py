@@ -52,9 +52,8 @@ def test_several_runs_are_compared_and_named_apart(tmp_path):
     report.main(words(*runs, output=tmp_path / "r.html"))
     text = (tmp_path / "r.html").read_text()
     assert "Training report: 3 runs" in text
-    for run_dir in runs[:2]:
-        assert f'<th scope="row">{run_dir.path}</th>' in text
-    assert '<th scope="row">c</th>' in text
+    for name in ("a/run", "b/run", "c"):
+        assert f'<th scope="row">{name}</th>' in text
 
 
 def test_a_last_line_cut_short_is_left_out(tmp_path):

@@ -16,7 +16,7 @@ from rlrag.evaluation.question_records import questions_path, read_questions
 
 _TRAINED = ("trained", "tuned_retriever")
 _MEASURES = {"em": "em", "f1": "f1", "accuracy": "contained"}
-_STEP_SECONDS = ("collect_s", "learn_s", "validate_s")
+_STEP_SECONDS = ("judge_s", "collect_s", "learn_s", "validate_s")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _own_values(name: str, evaluation: Path, prepared: Prepared) -> Values:
 
 
 def _own_cost(run_dir: Path) -> Cost:
-    """Generator tokens, and the seconds of collecting, learning and validating."""
+    """Generator tokens, and the seconds of judging, collecting, learning and validating."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     seconds = sum(record.get(key, 0.0) for record in records for key in _STEP_SECONDS)

@@ -144,10 +144,17 @@ class RunRecord:
         }
 
     def tokens(self) -> dict[str, float]:
-        """Tokens of training, of prompts and answers: computed, and found in the cache."""
+        """Tokens of training, of prompts and answers.
+
+        Those of the steps were computed or found in the cache; the rest was asked for before them.
+        """
+        computed = sum(self.values("generator_tokens_spent"))
+        cached = sum(self.values("generator_tokens_saved"))
+        total = (self.values("generator_tokens_total") or [0.0])[-1]
         return {
-            "computed": sum(self.values("generator_tokens_spent")),
-            "from the cache": sum(self.values("generator_tokens_saved")),
+            "before the steps": max(0.0, total - computed - cached),
+            "computed": computed,
+            "from the cache": cached,
         }
 
     def weight_statistics(self) -> dict[str, float | None]:

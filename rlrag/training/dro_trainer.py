@@ -36,7 +36,7 @@ class DROTrainer:
     """
 
     best_by = "validation/f1"
-    tokens_before = 0
+    tokens_before, seconds_before = 0, 0.0
 
     def __init__(
         self,

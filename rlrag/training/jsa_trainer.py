@@ -58,7 +58,7 @@ class JSATrainer:
     """
 
     best_by = "validation/accuracy"
-    tokens_before = 0
+    tokens_before, seconds_before = 0, 0.0
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ class LoggedTrainer(SavesOptimizer):
     """Counterfactual training of the selector; implements `loop.Trainer`."""
 
     best_by = "validation/score"
-    tokens_before = 0
+    tokens_before, seconds_before = 0, 0.0
 
     def __init__(self, config: RunConfig, data: LoggedData, workers: Workers) -> None:
         """Open the policy that training starts from.

@@ -45,6 +45,9 @@ class Trainer(Protocol):
     tokens_before: int
     """Generator tokens that were asked for before the first step."""
 
+    seconds_before: float
+    """How long it took to ask for them."""
+
     @property
     def num_steps(self) -> int:
         """Steps of the whole run."""
@@ -177,6 +180,8 @@ class TrainingLoop(Generic[AnyTrainer]):
             "epoch": 0.0,
             "generator_tokens_total": float(self.trainer.tokens_before),
         }
+        if self.trainer.seconds_before:
+            metrics["judge_s"] = self.trainer.seconds_before
         self._validate(metrics)
         self._record(metrics)
         self._save()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -61,7 +62,7 @@ def run_offline_stage(
         if config.openrag.labels == "gold":
             pools = gold_pools(candidates, source)
         else:
-            before = generator.tokens.spent, generator.tokens.saved
+            before, started = (generator.tokens.spent, generator.tokens.saved), time.monotonic()
             margin = config.openrag.contribution_margin
             known = labels_from_experience(experience, margin) if experience else {}
             if known:
@@ -73,7 +74,8 @@ def run_offline_stage(
                 pools = judge_candidates(candidates, judge, source, max_failed, known, told)
             spent, saved = generator.tokens.spent - before[0], generator.tokens.saved - before[1]
             say(f"offline stage: {spent:,} generator tokens computed, {saved:,} cached")
-            pools = replace(pools, num_tokens=spent + saved)
+            seconds = time.monotonic() - started
+            pools = replace(pools, num_tokens=spent + saved, seconds=seconds)
         pools.save(directory, describe_pools(pools, candidates.questions))
     _report(pools, config, say)
     return pools

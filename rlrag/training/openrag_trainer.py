@@ -83,7 +83,7 @@ class OpenRAGTrainer:
         self._questions = data.train.questions
         self._corpus = library.corpus
         self._pools = pools
-        self.tokens_before = pools.num_tokens
+        self.tokens_before, self.seconds_before = pools.num_tokens, pools.seconds
         self._usable = pools.usable
         self._schedule = openrag_schedule(config, len(self._usable))
         self._offline_steps = num_offline_steps(config, len(self._usable))

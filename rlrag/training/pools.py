@@ -58,6 +58,8 @@ class Pools:
     source: str
     num_tokens: int = 0
     """Generator tokens that the judgements asked for, computed or cached."""
+    seconds: float = 0.0
+    """How long that took; of a stage that was stopped, since it went on."""
 
     @property
     def usable(self) -> np.ndarray:
@@ -108,7 +110,14 @@ class Pools:
         with whole_directory(directory) as staging:
             save_file(contiguous(tensors), staging / "pools.safetensors")
             (staging / "source.json").write_text(
-                json.dumps({"source": self.source, "num_tokens": self.num_tokens}) + "\n"
+                json.dumps(
+                    {
+                        "source": self.source,
+                        "num_tokens": self.num_tokens,
+                        "seconds": self.seconds,
+                    }
+                )
+                + "\n"
             )
             (staging / "summary.json").write_text(json.dumps(description, indent=2) + "\n")
 
@@ -131,7 +140,7 @@ class Pools:
             )
         tensors = load_tensors(directory / "pools.safetensors")
         rows_QN, labels_QN, logp_QN = (tensors[n].numpy() for n in ("rows", "labels", "logp"))
-        return cls(rows_QN, labels_QN, logp_QN, source, facts["num_tokens"])
+        return cls(rows_QN, labels_QN, logp_QN, source, facts["num_tokens"], facts["seconds"])
 
 
 def load_pools(
