@@ -45,7 +45,7 @@ class TimedTrainer:
         self._inner = inner
         self._limit = num_steps
         self.best_by = inner.best_by
-        self.tokens_before, self.seconds_before = inner.tokens_before, inner.seconds_before
+        self.before = inner.before
         self.step_s: list[float] = []
         self.save_s: list[float] = []
         self._recorded_at: float | None = None

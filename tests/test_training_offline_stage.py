@@ -59,6 +59,7 @@ def test_the_stage_judges_saves_and_loads_what_it_saved(config, tmp_path):
     assert "AUC 1.000" in text
     assert f"{generator.tokens.spent:,} generator tokens computed" in text
     assert found.num_tokens == again.num_tokens == loaded.num_tokens == generator.tokens.spent > 0
+    assert found.seconds == again.seconds == loaded.seconds > 0
 
 
 def test_pools_that_are_not_there_are_named(config, tmp_path):

@@ -134,6 +134,26 @@ def test_the_stages_follow_each_other(config, task, tmp_path, openrag, num_offli
     assert (asked > 0) == (num_online > 0)
 
 
+class Fearful(ReadingGenerator):
+    """Gives no answer where a passage speaks of one subject."""
+
+    def generate(self, prompts, sampling):
+        found = super().generate(prompts, sampling)
+        return [
+            GenerationError("every engine died of it") if "candle" in p.text else each
+            for p, each in zip(prompts, found, strict=True)
+        ]
+
+
+def test_what_the_offline_stage_left_out_is_named_in_the_first_record(config, task, tmp_path):
+    careless = changed(config, training={"max_failed_share": 0.9})
+    finished(careless, task, tmp_path / "run", generator=Fearful())
+    first, second = steps_of(tmp_path / "run")[:2]
+    assert "question 'candle-0': every engine died of it" in first["failures"]
+    assert len(set(first["failures"])) == len(first["failures"])
+    assert "failures" not in second
+
+
 @pytest.mark.parametrize("loss", ["contrastive", "kl"])
 def test_the_records_have_the_documented_keys_and_finite_numbers(config, task, tmp_path, loss):
     finished(changed(config, openrag={"loss": loss}), task, tmp_path / "run")

@@ -19,7 +19,7 @@ from rlrag.pipeline import TrainingData
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.training.collection import Collection
 from rlrag.training.experience_log import ExperienceLog
-from rlrag.training.loop import Files, Metrics
+from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.parts import TrainedParts
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.validation import validate
@@ -36,7 +36,7 @@ class DROTrainer:
     """
 
     best_by = "validation/f1"
-    tokens_before, seconds_before = 0, 0.0
+    before = Before()
 
     def __init__(
         self,

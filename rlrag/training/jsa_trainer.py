@@ -32,7 +32,7 @@ from rlrag.storage import restore_weights
 from rlrag.training.jsa_generator import JSAGenerator
 from rlrag.training.jsa_retrievers import JSARetrievers
 from rlrag.training.jsa_sampling import PosteriorSampler
-from rlrag.training.loop import Files, Metrics
+from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.retriever_validation import validate_retriever
 from rlrag.training.schedule import answerable_rows, jsa_schedule
@@ -58,7 +58,7 @@ class JSATrainer:
     """
 
     best_by = "validation/accuracy"
-    tokens_before, seconds_before = 0, 0.0
+    before = Before()
 
     def __init__(
         self,

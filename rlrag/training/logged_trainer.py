@@ -35,7 +35,7 @@ from rlrag.storage import restore_weights
 from rlrag.training.gradients import clip_gradient, share_gradient
 from rlrag.training.learning_rate import linear_schedule, set_rate
 from rlrag.training.logged_selections import LoggedData, LoggedPart
-from rlrag.training.loop import Files, Metrics
+from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.optimizer_state import SavesOptimizer
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.workers import Workers
@@ -49,7 +49,7 @@ class LoggedTrainer(SavesOptimizer):
     """Counterfactual training of the selector; implements `loop.Trainer`."""
 
     best_by = "validation/score"
-    tokens_before, seconds_before = 0, 0.0
+    before = Before()
 
     def __init__(self, config: RunConfig, data: LoggedData, workers: Workers) -> None:
         """Open the policy that training starts from.

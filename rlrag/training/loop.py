@@ -36,17 +36,29 @@ Files = Mapping[str, Mapping[str, torch.Tensor]]
 """Tensors of a checkpoint, by file and name."""
 
 
+@dataclass(frozen=True)
+class Before:
+    """What was asked of the generator before the first step.
+
+    Attributes:
+        num_tokens: Of prompts and answers, computed or cached.
+        seconds: How long that took.
+        failures: Why parts of it could not be had.
+    """
+
+    num_tokens: int = 0
+    seconds: float = 0.0
+    failures: tuple[str, ...] = ()
+
+
 class Trainer(Protocol):
     """What one worker trains; all workers hold the same weights at every step."""
 
     best_by: str
     """The validation metric whose highest value chooses the checkpoint that a run ends with."""
 
-    tokens_before: int
-    """Generator tokens that were asked for before the first step."""
-
-    seconds_before: float
-    """How long it took to ask for them."""
+    before: Before
+    """What was asked of the generator before the first step."""
 
     @property
     def num_steps(self) -> int:
@@ -174,14 +186,17 @@ class TrainingLoop(Generic[AnyTrainer]):
         if self._workers.rank == 0:
             self._run_dir.truncate_metrics(-1)
         self._start()
-        self.progress.generator_tokens = self.trainer.tokens_before
+        before = self.trainer.before
+        self.progress.generator_tokens = before.num_tokens
         metrics: Metrics = {
             "step": 0,
             "epoch": 0.0,
-            "generator_tokens_total": float(self.trainer.tokens_before),
+            "generator_tokens_total": float(before.num_tokens),
         }
-        if self.trainer.seconds_before:
-            metrics["judge_s"] = self.trainer.seconds_before
+        if before.seconds:
+            metrics["judge_s"] = before.seconds
+        if before.failures:
+            metrics["failures"] = list(before.failures)
         self._validate(metrics)
         self._record(metrics)
         self._save()

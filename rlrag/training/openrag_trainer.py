@@ -34,7 +34,7 @@ from rlrag.retrieval.open_trainable import (
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.storage import restore_weights
 from rlrag.training.index_refresh import ProcessBuild, RayBuild, RefreshedIndex
-from rlrag.training.loop import Files, Metrics
+from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.pools import Pools
 from rlrag.training.retriever_learner import RetrieverLearner
@@ -83,7 +83,7 @@ class OpenRAGTrainer:
         self._questions = data.train.questions
         self._corpus = library.corpus
         self._pools = pools
-        self.tokens_before, self.seconds_before = pools.num_tokens, pools.seconds
+        self.before = Before(pools.num_tokens, pools.seconds, pools.failures)
         self._usable = pools.usable
         self._schedule = openrag_schedule(config, len(self._usable))
         self._offline_steps = num_offline_steps(config, len(self._usable))

@@ -60,6 +60,8 @@ class Pools:
     """Generator tokens that the judgements asked for, computed or cached."""
     seconds: float = 0.0
     """How long that took; of a stage that was stopped, since it went on."""
+    failures: tuple[str, ...] = ()
+    """Why passages could not be judged, each reason once."""
 
     @property
     def usable(self) -> np.ndarray:
@@ -115,6 +117,7 @@ class Pools:
                         "source": self.source,
                         "num_tokens": self.num_tokens,
                         "seconds": self.seconds,
+                        "failures": self.failures,
                     }
                 )
                 + "\n"
@@ -140,7 +143,8 @@ class Pools:
             )
         tensors = load_tensors(directory / "pools.safetensors")
         rows_QN, labels_QN, logp_QN = (tensors[n].numpy() for n in ("rows", "labels", "logp"))
-        return cls(rows_QN, labels_QN, logp_QN, source, facts["num_tokens"], facts["seconds"])
+        asked = facts["num_tokens"], facts["seconds"], tuple(facts["failures"])
+        return cls(rows_QN, labels_QN, logp_QN, source, *asked)
 
 
 def load_pools(
@@ -233,7 +237,8 @@ def judge_candidates(
                 f"{len(errors)} passages could not be judged, more than "
                 f"training.max_failed_share {max_failed_share} allows; the first: {errors[0]}"
             )
-    return Pools(candidates.rows_QN, labels_QN, logp_QN, source)
+    failures = tuple(sorted({str(error) for error in errors}))
+    return Pools(candidates.rows_QN, labels_QN, logp_QN, source, failures=failures)
 
 
 def gold_pools(candidates: CandidateTable, source: str) -> Pools:
