@@ -79,8 +79,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "online stage": (
         *_RETRIEVER,
-        *("--openrag.stages", "online", "--openrag.online-epochs", "1"),
-        *("--openrag.refresh-every", "4", "--openrag.refresh-waits", "True"),
+        # Five of the questions are of use, so that a pass has two steps.
+        *("--openrag.stages", "online", "--openrag.online-epochs", "4"),
+        *("--openrag.refresh-every", "5", "--openrag.refresh-waits", "True"),
         *("--openrag.num-offline", "4", "--openrag.num-online", "4"),
     ),
 }
