@@ -39,6 +39,9 @@ class EvaluateArguments:
     """Evaluate a seeded sample of this many questions."""
     docs_in_context: int | None = None
     """Passages shown to the generator; as in training when unset."""
+    generator: str | None = None
+    """Another model that answers, in any form that `generator.model` takes: what a retriever or
+    selector is worth to a generator that it was not trained with. The bundle's when unset."""
     launcher: Literal["ray", "local"] | None = None
     """Where the generator runs; as in training when unset."""
 
@@ -84,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
     record = table.to_json() | {
         "hashes": {"corpus": library.corpus.content_hash, "questions": questions_hash},
         "bundle_step": bundle.facts.step,
+        "generator": config.generator.model,
     }
     recorder.write(questions_path(arguments.output), record)
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
@@ -91,8 +95,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
-    """The bundle's configuration with other questions, and other numbers of passages shown."""
+    """The bundle's configuration with other questions, generator and numbers of passages shown."""
     config = on_other_data(config, arguments.corpus, arguments.questions, arguments.limit)
+    if arguments.generator is not None:
+        if config.trains_generator:
+            raise ConfigError(
+                f"--generator is {arguments.generator!r}, but the bundle has weights that it "
+                f"trained of {config.generator.model!r}; leave the flag out, or give a bundle of "
+                "retriever or selector alone"
+            )
+        other = config.generator.model_copy(update={"model": arguments.generator})
+        config = config.model_copy(update={"generator": other})
     shown = arguments.docs_in_context
     if shown is not None:
         if config.training.parts != ("retriever",) and shown != config.environment.num_selected:

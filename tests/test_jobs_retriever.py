@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from openrag_runs import gold_flags
 from stand_ins import make_table
+from tiny_models import save_tiny_llama
 
 from jobs import evaluate, train
 from rlrag.bundle import load_bundle, save_bundle
-from rlrag.config import GeneratorConfig, RunConfig
+from rlrag.config import GeneratorConfig, RunConfig, TrainingConfig
 from rlrag.errors import ConfigError
+from rlrag.evaluation.question_records import questions_path, read_questions
 from rlrag.pipeline import open_policy
 
 
@@ -67,3 +69,31 @@ def test_a_retriever_is_trained_bundled_and_compared(openrag_files, tmp_path, ca
     for name, of in three["systems"].items():
         assert of["recall@3"] >= recall[name]
     assert "tuned_retriever" in capsys.readouterr().out
+
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    words = evaluate_words(openrag_files, run_dir / "bundle", output, "--generator", str(other))
+    evaluate.main(words)
+    transferred = json.loads(output.read_text())
+    assert transferred["generator"] == str(other)
+    assert {n: of["recall@1"] for n, of in transferred["systems"].items()} == recall
+    assert answers_of(output) != answers_of(run_dir / "evaluation.json")
+
+
+def answers_of(evaluation: Path) -> list[str | None]:
+    questions = read_questions(questions_path(evaluation)).questions
+    return [question.systems["trained"].answer for question in questions]
+
+
+def test_a_trained_generator_is_not_replaced(openrag_files, tmp_path):
+    config = RunConfig(
+        cache_dir=str(tmp_path / "cache"),
+        generator=GeneratorConfig(model=str(openrag_files / "generator")),
+        training=TrainingConfig(parts=("selector", "generator")),
+    )
+    table = make_table(4)
+    save_bundle(tmp_path / "bundle", config, open_policy(config, table), table, {}, 1)
+    words = evaluate_words(
+        openrag_files, tmp_path / "bundle", tmp_path / "out.json", "--generator", "other"
+    )
+    with pytest.raises(ConfigError, match=r"--generator is 'other', but .* weights that it"):
+        evaluate.main(words)
