@@ -1,15 +1,17 @@
 """Mutated files into everything that reads one: does each end in a value or in a documented error?
 
-Run `python -m benchmarks.fuzz`. Valid files are changed at random: bits, bytes, cuts, repeated or
-swapped pieces, and words that readers trip over (NaN, huge numbers, deep nesting, paths that lead
-outside). Hashes are made to fit where there are any, so that the reader behind them is reached. An
-input is a finding when its reader
+Run `python -m benchmarks.fuzz`. Atheris changes valid files, led by which lines of this project the
+changed ones reach: bytes, pieces, and words that readers trip over (NaN, huge numbers, deep
+nesting, paths that lead outside). Of JSON files it also gets some in which one value is put in
+another's place. Hashes are made to fit where there are any, so that the reader behind them is
+reached. An input is a finding when its reader
 
     raises anything but an `RlragError`,
     takes longer than a bound, or
     opens, renames or deletes a file outside the folder that it was given.
 
-Inputs of findings are kept in `--keep`. Equal seeds give equal inputs.
+Inputs of findings are kept in `--keep`. Each reader is fuzzed in a process of its own. Equal seeds
+begin alike; what is covered may depend on the machine.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import logging
 import os
@@ -27,7 +31,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -37,6 +41,8 @@ from rlrag.errors import RlragError
 
 RESULTS_FILE = Path(__file__).parent / "results" / "fuzz.md"
 _TIMEOUT_S = 10.0
+_MAX_BYTES = 2**15
+_SHARE_OF_VALUES = 0.5
 _WORDS = (
     *(b"null", b"true", b"NaN", b"-Infinity", b"1e999", b"-1", b"0.5", b"9" * 400, b'""', b"{}"),
     *(b"[]", b'"', b"\\", b"\\ud800", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n\n"),
@@ -76,37 +82,15 @@ class Found:
     seconds: float = 0.0
 
 
-def mutate(content: bytes, rng: random.Random) -> bytes:
-    """Change a file in one to four places."""
-    changed = bytearray(content)
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
-        place = rng.randrange(len(changed) + 1)
-        length = rng.choice((1, 1, 2, 4, 8, 16, 64))
-        kind = rng.randrange(7)
-        if kind == 0 and place < len(changed):
-            changed[place] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del changed[place : place + length]
-        elif kind == 2:
-            changed[place:place] = rng.choice(_WORDS)
-        elif kind == 3:
-            changed[place : place + length] = rng.choice(_WORDS)
-        elif kind == 4:
-            del changed[place:]
-        elif kind == 5:
-            source = rng.randrange(len(changed) + 1)
-            changed[place:place] = changed[source : source + length]
-        else:
-            changed[place : place + length] = rng.randbytes(length)
-    return bytes(changed)
+def other_value(content: bytes, rng: random.Random) -> bytes | None:
+    """A JSON file with a strange value, or one from elsewhere in it, in place of another.
 
-
-def mutate_json(content: bytes, rng: random.Random) -> bytes:
-    """Put another value, or a value from elsewhere in the file, in place of one of a JSON file."""
+    None where it is no JSON file, or holds nothing that could be replaced.
+    """
     try:
         root = json.loads(content)
-    except ValueError:
-        return mutate(content, rng)
+    except (RecursionError, ValueError):
+        return None
     places: list[tuple[Any, Any]] = []
     waiting = [root]
     while waiting:
@@ -116,7 +100,7 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
             places += [(value, key) for key in keys]
             waiting += [value[key] for key in keys]
     if not places:
-        return mutate(content, rng)
+        return None
     holder, key = rng.choice(places)
     other_holder, other_key = rng.choice(places)
     strange = (
@@ -132,7 +116,7 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
     try:
         return json.dumps(root).encode()
     except (RecursionError, ValueError):  # a value was put inside itself
-        return mutate(content, rng)
+        return None
 
 
 class OpenedElsewhere:
@@ -168,32 +152,116 @@ class OpenedElsewhere:
                     self.seen.append(f"{event} {path}")
 
 
-def fuzz(
-    target: Target, num_inputs: int, seed: int, folder: Path, elsewhere: OpenedElsewhere
-) -> Found:
-    """Read `num_inputs` changed versions of a target's files."""
-    rng = random.Random(f"{target.name} {seed}")
-    found = Found()
-    for name, content in target.seeds.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    target.seal(folder)
-    target.read(folder)  # the seeds themselves must be accepted
-    names = list(target.seeds)
-    started = time.monotonic()
-    for _ in range(num_inputs):
-        name = rng.choice(names)
-        change = mutate_json if name.endswith(".json") and rng.random() < 0.6 else mutate
-        content = change(target.seeds[name], rng)
-        (folder / name).write_bytes(content)
+class Reading:
+    """Reads one changed file after another and remembers what came of it.
+
+    An input is a byte that says which file of the target is changed, and the file's new content.
+    """
+
+    def __init__(self, target: Target, folder: Path, elsewhere: OpenedElsewhere) -> None:
+        self.found = Found()
+        self._target, self._folder, self._elsewhere = target, folder, elsewhere
+        self._names = list(target.seeds)
+        for name, content in target.seeds.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
         target.seal(folder)
-        problem = _problem(target, folder, found, elsewhere)
+        target.read(folder)  # the seeds themselves must be accepted
+
+    @property
+    def seeds(self) -> list[bytes]:
+        """The inputs that change nothing."""
+        contents = self._target.seeds.values()
+        return [bytes([number]) + content for number, content in enumerate(contents)]
+
+    def name_of(self, data: bytes) -> str:
+        """The file that an input changes."""
+        return self._names[(data[0] if data else 0) % len(self._names)]
+
+    def read(self, data: bytes) -> None:
+        """Read the target with one file changed, and put that file back."""
+        name, content = self.name_of(data), data[1:]
+        path = self._folder / name
+        path.write_bytes(content)
+        self._target.seal(self._folder)
+        problem = _problem(self._target, self._folder, self.found, self._elsewhere)
         if problem is not None:
-            found.findings.append((problem, name, content))
-        (folder / name).write_bytes(target.seeds[name])
-    found.seconds = time.monotonic() - started
-    return found
+            self.found.findings.append((problem, name, content))
+        path.write_bytes(self._target.seeds[name])
+
+    def mutate(self, data: bytes, max_size: int, seed: int) -> bytes:
+        """Another input: a JSON value replaced, or as atheris changes bytes."""
+        import atheris
+
+        rng = random.Random(seed)
+        if data and self.name_of(data).endswith(".json") and rng.random() < _SHARE_OF_VALUES:
+            changed = other_value(data[1:], rng)
+            if changed is not None:
+                return (data[:1] + changed)[:max_size]
+        mutated: bytes = atheris.Mutate(data, max_size)
+        return mutated
+
+
+def fuzz(
+    target: Target, num_inputs: int, seed: int, scratch: Path, elsewhere: OpenedElsewhere
+) -> Found:
+    """Read `num_inputs` changed versions of a target's files, in a process of its own.
+
+    Raises:
+        RuntimeError: when that process ends before.
+    """
+    result = scratch / "result.json"
+    result.unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        _fuzz_here(target, num_inputs, seed, scratch, elsewhere)
+    _, status = os.waitpid(pid, 0)
+    if not result.is_file():
+        raise RuntimeError(f"{target.name}: the process ended with status {status}")
+    found = json.loads(result.read_text())
+    return Found(
+        found["accepted"],
+        Counter(found["refused"]),
+        [(problem, name, bytes.fromhex(content)) for problem, name, content in found["findings"]],
+        found["seconds"],
+    )
+
+
+def _fuzz_here(
+    target: Target, num_inputs: int, seed: int, scratch: Path, elsewhere: OpenedElsewhere
+) -> NoReturn:
+    """Never returns: the last input ends the process, which libFuzzer does not leave otherwise."""
+    import atheris
+
+    reading = Reading(target, Path(tempfile.mkdtemp(dir=scratch)), elsewhere)
+    corpus = Path(tempfile.mkdtemp(dir=scratch))
+    for number, content in enumerate(reading.seeds):
+        (corpus / f"seed-{number}").write_bytes(content)
+    words = scratch / "words"
+    escaped = ("".join(f"\\x{byte:02x}" for byte in word) for word in _WORDS)
+    words.write_text("".join(f'"{word}"\n' for word in escaped))
+    started, seen = time.monotonic(), itertools.count(1)
+
+    def read(data: bytes) -> None:
+        reading.read(data)
+        if next(seen) == num_inputs:
+            found = reading.found
+            result = {
+                "accepted": found.accepted,
+                "refused": found.refused,
+                "findings": [(p, n, content.hex()) for p, n, content in found.findings],
+                "seconds": time.monotonic() - started,
+            }
+            (scratch / "result.json").write_text(json.dumps(result))
+            os._exit(0)
+
+    flags = [f"-seed={seed + 1}", f"-max_len={_MAX_BYTES}", f"-dict={words}", "-verbosity=0"]
+    # Bounds are this module's own; libFuzzer would end at its first finding.
+    flags += ["-rss_limit_mb=0", "-timeout=0", f"-artifact_prefix={scratch}/"]
+    atheris.Setup([sys.argv[0], *flags, str(corpus)], read, custom_mutator=reading.mutate)
+    atheris.Fuzz()
+    os._exit(1)
 
 
 def _problem(target: Target, folder: Path, found: Found, elsewhere: OpenedElsewhere) -> str | None:
@@ -402,6 +470,16 @@ def _seal(directory: Path) -> None:
     (directory / "manifest.json").write_text(json.dumps({"files": files}))
 
 
+@contextmanager
+def _instrumented() -> Iterator[None]:
+    """Have atheris see which lines of modules that are imported in the block are reached."""
+    import atheris
+
+    noise = io.StringIO()
+    with redirect_stderr(noise), atheris.instrument_imports(include=["rlrag"]):
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fuzz every target and write the table; the exit code is 1 when something was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -409,21 +487,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", nargs="+", help="names; all when left out")
     parser.add_argument("--keep", type=Path, help="folder for the inputs of findings")
+    parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     lines, num_findings = [], 0
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as folder:
-        elsewhere = OpenedElsewhere([Path(scratch), Path(folder)])
-        for target in targets(Path(scratch)):
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        (scratch / "made").mkdir()
+        elsewhere = OpenedElsewhere([scratch])
+        with _instrumented():
+            made = targets(scratch / "made")
+        for target in made:
             if options.targets and target.name not in options.targets:
                 continue
-            found = fuzz(target, options.inputs, options.seed, Path(folder), elsewhere)
+            found = fuzz(target, options.inputs, options.seed, scratch, elsewhere)
             num_findings += len(found.findings)
-            for number, (problem, name, content) in enumerate(found.findings):
-                print(f"{target.name}, {name}: {problem}", file=sys.stderr)
+            for number, (problem, file, content) in enumerate(found.findings):
+                print(f"{target.name}, {file}: {problem}", file=sys.stderr)
                 if options.keep:
                     options.keep.mkdir(parents=True, exist_ok=True)
-                    place = f"{target.name.replace(' ', '-')}-{number}-{Path(name).name}"
+                    place = f"{target.name.replace(' ', '-')}-{number}-{Path(file).name}"
                     (options.keep / place).write_bytes(content)
             lines.append(
                 f"| {target.name} | {options.inputs:,} | {found.accepted:,} | "
@@ -436,8 +519,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [
                 "# Mutated files",
                 "",
-                f"`python -m benchmarks.fuzz --inputs {options.inputs} --seed {options.seed}`; "
-                "what counts as a finding is in the module.",
+                f"`python -m benchmarks.fuzz --inputs {options.inputs} --seed {options.seed}` with "
+                "atheris; what counts as a finding is in the module.",
                 "",
                 "| read | inputs | accepted | refused | findings | inputs/s |",
                 "|---|---|---|---|---|---|",
@@ -445,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "",
             ]
         )
-        RESULTS_FILE.write_text(table, encoding="utf-8")
+        options.output.write_text(table, encoding="utf-8")
     return 1 if num_findings else 0
 
 
