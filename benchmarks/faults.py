@@ -364,12 +364,16 @@ def report(rows: Sequence[tuple[str, str, Outcome]]) -> str:
         "by `python -m benchmarks.faults`, whose module says what is done. `program` says whether "
         "it went on, or ended with a code and was started again. Recovery is the time from "
         "the fault, or from that start, to the next finished step or stored judgement; loading "
-        "models and starting Ray are part of it.",
+        "models and starting Ray are part of it. Where a question is left out, the weights are "
+        "others than without the fault.",
         "",
         "| stage | fault | program | recovery, s | last checkpoint | computed twice | left out |",
         "|---|---|---|---|---|---|---|",
     ]
-    for stage, fault, outcome in rows:
+    stages, faults = list(STAGES), list(FAULTS)
+    for stage, fault, outcome in sorted(
+        rows, key=lambda row: (stages.index(row[0]), faults.index(row[1]))
+    ):
         program = "went on" if outcome.ended_with is None else f"ended with {outcome.ended_with}"
         equal = "equal to the last bit" if outcome.is_equal else "differs"
         lines.append(
