@@ -46,9 +46,9 @@ class ProbeArguments:
     output: Path
     """JSON file to write."""
     measures: tuple[str, ...] = ()
-    """What to measure, of mirage, order, position, distractors, duplicates, attribution,
-    abstention, calibration and cost, with spaces or commas between; all that the questions and the
-    bundle allow when unset."""
+    """What to measure, of mirage, order, position, distractors, duplicates, contradictions,
+    attribution, abstention, calibration and cost, with spaces or commas between; all that the
+    questions and the bundle allow when unset."""
     corpus: str | None = None
     """Corpus in any form that `data.corpus` takes; that of the run when unset."""
     questions: str | None = None
@@ -58,11 +58,13 @@ class ProbeArguments:
     baseline: bool = False
     """Measure the retriever's order with the untrained generator too, and compare."""
     num_distractors: int = 4
-    """Distractors around the gold passages in mirage, position and duplicates."""
+    """Distractors around the gold passages in mirage, position, duplicates and contradictions."""
     distractor_counts: tuple[int, ...] = (0, 1, 2, 4)
     """Numbers of distractors that `distractors` tries, rising."""
     copies: tuple[int, ...] = (1, 2, 3)
     """How many times `duplicates` shows the gold passages, rising."""
+    contradictions: tuple[int, ...] = (0, 1, 2)
+    """How many copies of the gold passages with another answer `contradictions` adds, rising."""
     max_orders: int = 24
     """Orders that `order` tries: all of them, or so many drawn ones where there are more."""
     launcher: Literal["ray", "local"] | None = None
@@ -94,6 +96,7 @@ def main(argv: Sequence[str]) -> None:
         arguments.num_distractors,
         arguments.distractor_counts,
         arguments.copies,
+        arguments.contradictions,
         arguments.max_orders,
     )
     bundle = load_bundle(arguments.bundle)

@@ -1,7 +1,7 @@
 """What systems picked and a generator in; how their answers stand up to other contexts, out.
 
-The measures, by name: `mirage`, `position`, `distractors` and `duplicates` change what stands
-around a question's gold passages; `order` shuffles the picked passages; `attribution`,
+The measures, by name: `mirage`, `position`, `distractors`, `duplicates` and `contradictions` change
+what stands around a question's gold passages; `order` shuffles the picked passages; `attribution`,
 `abstention`, `calibration` and `cost` look at the answers from the passages as they were picked.
 An answer is right if it contains a golden answer (`answer_contained`, the accuracy of the
 evaluation table), except in `mirage`, which has a label of its own.
@@ -21,6 +21,7 @@ import numpy as np
 from rlrag.errors import ConfigError, DataError, GenerationError, RlragError
 from rlrag.evaluation.attribution import abstention, attribution, is_unanswerable
 from rlrag.evaluation.calibration import brier, expected_calibration_error, reliability
+from rlrag.evaluation.contradiction import Contradiction, contradictions
 from rlrag.evaluation.mirage import loosely_right, mirage
 from rlrag.evaluation.picked import Picked, seconds_per_question
 from rlrag.evaluation.robustness import (
@@ -47,6 +48,7 @@ class ProbeSettings:
     num_distractors: int = 4
     distractor_counts: tuple[int, ...] = (0, 1, 2, 4)
     copies: tuple[int, ...] = (1, 2, 3)
+    contradictions: tuple[int, ...] = (0, 1, 2)
     max_orders: int = 24
     seed: int = 0
 
@@ -63,6 +65,7 @@ class ProbeSettings:
         for name, numbers, least in (
             ("distractor_counts", self.distractor_counts, 0),
             ("copies", self.copies, 1),
+            ("contradictions", self.contradictions, 0),
         ):
             if not numbers or min(numbers) < least or list(numbers) != sorted(set(numbers)):
                 raise ConfigError(
@@ -231,6 +234,26 @@ def _duplicates(probe: Probe) -> dict[str, Measured]:
     return {"duplicates": _settings(probe, settings.copies, texts)}
 
 
+def _contradictions(probe: Probe) -> dict[str, Measured]:
+    """So many copies of the gold passages say another answer; `misled@n` is given that one."""
+    settings, counts = probe.settings, probe.settings.contradictions
+    found = contradictions(probe.questions, probe.gold, settings.seed)
+
+    def contexts(row: int, made: Contradiction) -> list[Sequence[Passage]]:
+        context = probe.gold.contexts[row]
+        assert context is not None
+        around = context.gold + context.distractors[: settings.num_distractors]
+        question_id = probe.questions[row].id
+        return [shuffled(question_id, around + made.passages * n, settings.seed) for n in counts]
+
+    texts = probe.ask({row: contexts(row, made) for row, made in found.items()})
+    misled_QS = np.full((len(probe.questions), len(counts)), np.nan)
+    for row, said in texts.items():
+        misled_QS[row] = [answer_contained(text, [found[row].wrong_answer]) for text in said]
+    misled = {f"misled@{count}": misled_QS[:, place] for place, count in enumerate(counts)}
+    return {"contradictions": Measured({**_settings(probe, counts, texts).values, **misled})}
+
+
 def _settings(
     probe: Probe, settings: Sequence[int], texts: Mapping[int, Sequence[str]]
 ) -> Measured:
@@ -312,6 +335,7 @@ MEASURES: Mapping[str, Callable[[Probe], dict[str, Measured]]] = {
     "position": _position,
     "distractors": _distractors,
     "duplicates": _duplicates,
+    "contradictions": _contradictions,
     "attribution": _attribution,
     "abstention": _abstention,
     "calibration": _calibration,
@@ -319,7 +343,7 @@ MEASURES: Mapping[str, Callable[[Probe], dict[str, Measured]]] = {
 }
 """What can be measured, by name."""
 
-_AROUND_GOLD = ("mirage", "position", "distractors", "duplicates")
+_AROUND_GOLD = ("mirage", "position", "distractors", "duplicates", "contradictions")
 
 
 def impossible(
@@ -337,6 +361,11 @@ def impossible(
     if not gold.rows:
         reason = _no_gold(gold, num_needed)
         found = {name: DataError(f"{name}: {reason}") for name in _AROUND_GOLD}
+    elif not contradictions(questions, gold):
+        found["contradictions"] = DataError(
+            "contradictions: no gold passage holds a golden answer as it is written, or no other "
+            "question has an answer to put there; give more questions, or leave it out"
+        )
     if num_selected < 2:
         found["order"] = ConfigError(
             f"order: the pipeline picks {num_selected} passage, which has one order; leave it out"
