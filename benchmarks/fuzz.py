@@ -299,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         (scratch / "made").mkdir()
+        os.environ["HOME"] = str(scratch / "made")  # the default cache is in it
         elsewhere = OpenedElsewhere([scratch])
         with _instrumented():
             made = targets(scratch / "made")

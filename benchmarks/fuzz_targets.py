@@ -141,8 +141,11 @@ def _bundle_target(scratch: Path) -> Target:
     from rlrag.models import resolve_model
 
     bundle = make_bundle(scratch)
-    # A configuration that names no generator means this one, which takes a while to unpack once.
+    # A configuration that names no generator means this one, which takes a while to unpack once;
+    # one that names no cache means that of the user.
     resolve_model(GeneratorConfig().model, scratch / "cache")
+    (scratch / ".cache").mkdir()
+    (scratch / ".cache" / "rlrag").symlink_to(scratch / "cache")
     return Target(
         "bundle with fitting hashes",
         {
