@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
@@ -46,6 +46,7 @@ GENERATOR, RETRIEVER, ADAPTER, INDEX = "generator", "retriever", "adapter", "ind
 
 _INDEX_SUFFIXES = (".npy", ".faiss", ".json")
 _SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".md")
+_IN_A_CACHE = ("models", "corpora", "indexes", "candidates", "generations.sqlite")
 _VERSION_DIGITS = 12
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -141,7 +142,8 @@ def bundle_version(directory: Path) -> str:
 def read_bundle(directory: Path) -> BundleFiles:
     """Check and read a bundle.
 
-    Every file is compared with its hash. No model is loaded, nor asked for its own hash.
+    Every file is compared with its hash. No model is loaded, nor asked for its own hash. The cache
+    directory of its run is used where it is one on this machine; else this user's is.
 
     Raises:
         CheckpointError: when the bundle is absent, damaged, of another format or holds a file that
@@ -157,9 +159,20 @@ def read_bundle(directory: Path) -> BundleFiles:
     check_whole(directory)
     _check_names(directory)
     found = parse_bundle(directory, version)
+    found = replace(found, config=_with_known_cache(found.config))
     if bundle_version(directory) != version:
         raise CheckpointError(f"bundle {directory} was replaced while it was read; read it again")
     return found
+
+
+def _with_known_cache(config: RunConfig) -> RunConfig:
+    """The configuration, with the default cache where the one that it names holds none.
+
+    So a bundle from another machine works here, and none can have folders made where it wants.
+    """
+    if any((config.cache_path / name).exists() for name in _IN_A_CACHE):
+        return config
+    return config.model_copy(update={"cache_dir": RunConfig.model_fields["cache_dir"].default})
 
 
 def parse_bundle(directory: Path, version: str = "") -> BundleFiles:

@@ -46,6 +46,7 @@ def config(tmp_path_factory) -> RunConfig:
     model.mkdir()
     save_file({"weight": torch.ones(2, 2)}, model / "model.safetensors")
     (model / "config.json").write_text("{}")
+    (model.parent / "cache" / "models").mkdir(parents=True)
     values = RunConfig(cache_dir=str(model.parent / "cache")).model_dump()
     values["generator"]["model"] = str(model)
     values["selector"] |= {"hidden_size": 8, "projection_size": 4}
@@ -105,6 +106,22 @@ def test_a_bundle_is_read_without_the_models_that_it_names(config, bundle, tmp_p
     assert found.generator_weights("float32").shapes == {"weight": (2, 2)}
     with pytest.raises(ModelNotFoundError):
         load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("there", "is_used"),
+    [(None, False), ("", False), ("notes", False), ("models", True), ("generations.sqlite", True)],
+)
+def test_a_cache_is_used_where_it_is_one(config, bundle, tmp_path, there, is_used):
+    cache = tmp_path / "elsewhere"
+    if there is not None:
+        (cache / there).mkdir(parents=True)
+    named = config.model_copy(update={"cache_dir": str(cache)})
+    (bundle / "config.json").write_text(named.to_json())
+    seal(bundle)
+    used = read_bundle(bundle).config.cache_dir
+    assert used == (str(cache) if is_used else RunConfig().cache_dir)
+    assert cache.exists() == (there is not None)
 
 
 def test_the_version_is_that_of_every_file(bundle):
