@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import cloudpickle
@@ -15,6 +16,8 @@ from rlrag.errors import GeneratorTimeoutError
 from rlrag.generation.pool import GeneratorPool
 from rlrag.generation.protocol import Sampling, TokenCount
 from rlrag.records import Generation, Prompt
+
+NUM_CPUS = 4
 
 
 class Where:
@@ -36,7 +39,7 @@ class Where:
 @pytest.fixture(scope="module", autouse=True)
 def two_nodes(request) -> Iterator[None]:
     cloudpickle.register_pickle_by_value(request.module)
-    nodes = {"num_cpus": 2, "object_store_memory": 10**8}
+    nodes = {"num_cpus": NUM_CPUS // 2, "object_store_memory": 10**8}
     cluster = Cluster(initialize_head=True, head_node_args={**nodes, "include_dashboard": False})
     cluster.add_node(**nodes)
     ray.init(address=cluster.address, log_to_driver=False)
@@ -45,11 +48,20 @@ def two_nodes(request) -> Iterator[None]:
     cluster.shutdown()
 
 
+def wait_until_free() -> None:
+    """Ray takes back what a pool held some time after it is told to."""
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != NUM_CPUS:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def open_pool():
     pools = []
 
     def open_it(**changes) -> GeneratorPool:
+        wait_until_free()
         config = GeneratorConfig(cpus_per_actor=1, batch_size=1, **changes)
         pools.append(GeneratorPool(config, Where, "where", {}))
         return pools[-1]

@@ -291,6 +291,7 @@ def test_an_adapter_that_was_not_trained_is_refused(tmp_path, small_config):
 
 
 def test_a_run_in_turns_is_exported_when_it_is_finished(tmp_path, folder):
+    (tmp_path / "cache" / "models").mkdir(parents=True)
     config = RunConfig(
         recipe="joint",
         cache_dir=str(tmp_path / "cache"),
