@@ -12,7 +12,7 @@ from rlrag.records import Passage
 from serve.answering import Answered
 from serve.json_routes import JsonRoute, event_stream, refusals
 from serve.problems import problem_of
-from serve.questions import Ask, decoding_of, holds_words
+from serve.questions import Ask, check_bounds, decoding_of, holds_words
 from serve.replies import (
     Answer,
     AnswerOrProblem,
@@ -131,6 +131,9 @@ def search_routes(service: Service) -> APIRouter:
             Ask(query, deadline, num_candidates=body.topk or None, assigned=version)
             for query in body.queries
         ]
+        # Also where there are no queries, or such as nothing is looked up for.
+        for ask in (*asks, Ask("", deadline, num_candidates=body.topk)):
+            check_bounds(ask, limits)
 
         async def work(
             number: int, ask: Ask, patient: bool

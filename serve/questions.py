@@ -69,6 +69,15 @@ def check_ask(ask: Ask, limits: LimitSettings) -> None:
     """
     if not holds_words(ask.question):
         raise RequestError("question has no letter and no digit, so there is nothing to look up")
+    check_bounds(ask, limits)
+
+
+def check_bounds(ask: Ask, limits: LimitSettings) -> None:
+    """Check a question's length and numbers.
+
+    Raises:
+        RequestError: naming the field and the bound.
+    """
     if len(ask.question) > limits.max_question_chars:
         raise RequestError(
             f"question has {len(ask.question)} characters, more than the "

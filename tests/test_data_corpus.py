@@ -280,4 +280,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path):
 
     peak_of(write_jsonl(tmp_path / "warm_up.jsonl", 10))
     peak_small, peak_large = peak_of(small), peak_of(large)
-    assert peak_large <= 1.2 * peak_small
+    # Small peaks differ by what else this process does; one that held the corpus would not.
+    num_more_bytes = large.stat().st_size - small.stat().st_size
+    assert peak_large - peak_small < 0.05 * num_more_bytes

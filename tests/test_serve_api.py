@@ -188,8 +188,13 @@ def test_search_r1_clients_read_the_answers() -> None:
         assert (await served.client.post("/retrieve", json={"queries": []})).json() == {
             "result": []
         }
-        reply = await served.client.post("/retrieve", json={"queries": ["x" * 5000]})
-        assert reply.status_code == 422
+        for refused in (
+            {"queries": ["x" * 5000]},
+            {"queries": ["?" * 5000]},
+            {"queries": [], "topk": 65_193},
+            {"queries": ["?"], "topk": 101},
+        ):
+            assert (await served.client.post("/retrieve", json=refused)).status_code == 422
 
     asyncio.run(run())
 
