@@ -359,7 +359,6 @@ def test_cutting_keeps_spacing_and_short_texts():
 
 
 @pytest.mark.data
-@pytest.mark.skipif("RLRAG_DATA_DIR" not in os.environ, reason="needs RLRAG_DATA_DIR")
 def test_natural_questions_load_whole(tmp_path: Path):
     folder = Path(os.environ["RLRAG_DATA_DIR"])
     corpus = load_corpus(str(folder / "corpus" / "nq.jsonl.gz"), tmp_path, 100)

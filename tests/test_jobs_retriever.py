@@ -29,17 +29,22 @@ def evaluate_words(folder: Path, bundle: Path, output: Path, *extra: str) -> lis
     return [*flags, *extra]
 
 
-def test_a_selector_shows_as_many_passages_as_it_was_trained_to_pick(openrag_files, tmp_path):
-    """Said before the generator is started."""
+def untrained_bundle(folder: Path, directory: Path, **sections) -> Path:
+    """A bundle of a selector as it is at first, for whatever sections of a configuration."""
     config = RunConfig(
-        cache_dir=str(tmp_path / "cache"),
-        generator=GeneratorConfig(model=str(openrag_files / "generator")),
+        cache_dir=str(directory / "cache"),
+        generator=GeneratorConfig(model=str(folder / "generator")),
+        **sections,
     )
     table = make_table(4)
-    save_bundle(tmp_path / "bundle", config, open_policy(config, table), table, {}, 1)
-    words = evaluate_words(
-        openrag_files, tmp_path / "bundle", tmp_path / "out.json", "--docs-in-context", "3"
-    )
+    save_bundle(directory / "bundle", config, open_policy(config, table), table, {}, 1)
+    return directory / "bundle"
+
+
+def test_a_selector_shows_as_many_passages_as_it_was_trained_to_pick(openrag_files, tmp_path):
+    """Said before the generator is started."""
+    bundle = untrained_bundle(openrag_files, tmp_path)
+    words = evaluate_words(openrag_files, bundle, tmp_path / "out.json", "--docs-in-context", "3")
     with pytest.raises(ConfigError, match=r"--docs-in-context is 3, .*to pick 1; leave the flag"):
         evaluate.main(words)
     assert not (tmp_path / "out.json").exists()
@@ -85,15 +90,8 @@ def answers_of(evaluation: Path) -> list[str | None]:
 
 
 def test_a_trained_generator_is_not_replaced(openrag_files, tmp_path):
-    config = RunConfig(
-        cache_dir=str(tmp_path / "cache"),
-        generator=GeneratorConfig(model=str(openrag_files / "generator")),
-        training=TrainingConfig(parts=("selector", "generator")),
-    )
-    table = make_table(4)
-    save_bundle(tmp_path / "bundle", config, open_policy(config, table), table, {}, 1)
-    words = evaluate_words(
-        openrag_files, tmp_path / "bundle", tmp_path / "out.json", "--generator", "other"
-    )
+    both = TrainingConfig(parts=("selector", "generator"))
+    bundle = untrained_bundle(openrag_files, tmp_path, training=both)
+    words = evaluate_words(openrag_files, bundle, tmp_path / "out.json", "--generator", "other")
     with pytest.raises(ConfigError, match=r"--generator is 'other', but .* weights that it"):
         evaluate.main(words)

@@ -88,14 +88,6 @@ def _wrong_answer(
     question: Question, gold: Sequence[Passage], others: Sequence[str], seed: int
 ) -> str | None:
     golden = question.golden_answers
-    possible = [
-        other
-        for other in dict.fromkeys(others)
-        if other.strip()
-        and not answer_contained(other, golden)
-        and not any(answer_contained(answer, [other]) for answer in golden)
-        and not passages_contain_answer(list(gold), [other])
-    ]
 
     def unlike(other: str) -> tuple[bool, int, bytes]:
         text = "\0".join((str(seed), question.id, other)).encode()
@@ -105,7 +97,16 @@ def _wrong_answer(
             hashlib.sha256(text).digest(),
         )
 
-    return min(possible, key=unlike, default=None)
+    def is_wrong(other: str) -> bool:
+        return (
+            bool(other.strip())
+            and not answer_contained(other, golden)
+            and not any(answer_contained(answer, [other]) for answer in golden)
+            and not passages_contain_answer(list(gold), [other])
+        )
+
+    # Most are wrong, so that the first is nearly always the one, and the rest is not looked at.
+    return next(filter(is_wrong, sorted(set(others), key=unlike)), None)
 
 
 def _has_digits(text: str) -> bool:
