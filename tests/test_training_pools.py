@@ -177,6 +177,15 @@ def test_what_is_saved_loads_back_equal(pools, tmp_path):
     assert Pools.load(tmp_path / "none", "the source") is None
 
 
+def test_pools_of_another_version_are_named(pools, tmp_path, monkeypatch):
+    pools.save(tmp_path / "pools", {})
+    older = {"source": "the source", "num_tokens": 1}
+    monkeypatch.setattr("rlrag.training.pools.json.loads", lambda text: older)
+    monkeypatch.setattr("rlrag.training.pools.check_whole", lambda directory: None)
+    with pytest.raises(CheckpointError, match="written by another version of rlrag; delete it"):
+        Pools.load(tmp_path / "pools", "the source")
+
+
 @pytest.mark.parametrize("name", ["pools.safetensors", "source.json", "summary.json"])
 def test_a_damaged_file_is_refused_by_name(pools, tmp_path, name):
     pools.save(tmp_path / "pools", {})

@@ -136,6 +136,11 @@ class Pools:
             return None
         check_whole(directory)
         facts = json.loads((directory / "source.json").read_text())
+        if facts.keys() != {"source", "num_tokens", "seconds", "failures"}:
+            raise CheckpointError(
+                f"{directory} was written by another version of rlrag; delete it, and the same "
+                "command makes it again, from the cache where judgements are there"
+            )
         if facts["source"] != source:
             raise CheckpointError(
                 f"{directory} was made from {facts['source']} and not from {source}; delete it, or "
