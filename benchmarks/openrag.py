@@ -2,7 +2,8 @@
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.openrag nq`. All runs share questions, prompt and the
 cache of judgements, so that only the first pays for the offline stage. Each bundle is evaluated
-with one passage in context and with ten. A finished run in the folder is taken as it is.
+with one passage in context, and those of `DEEP` with ten. A finished run in the folder is taken as
+it is.
 """
 
 from __future__ import annotations
@@ -26,11 +27,23 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense both": ("openrag-dense", ()),
 }
 """Recipe and flags by the name of a row."""
+DEEP = ("relevance", "both", "dense relevance", "dense both")
+"""Those that are evaluated with ten passages too: what is compared with other retrievers."""
 
 
-def report(name: str, found: dict[str, dict[int, dict[str, Any]]], pools: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    depths = sorted(next(iter(found.values())))
+def report(
+    name: str,
+    found: dict[str, dict[int, dict[str, Any]]],
+    pools: dict[str, dict[str, Any]],
+) -> str:
+    """The results as Markdown.
+
+    Args:
+        name: Of the data set.
+        found: Comparisons by variant and number of passages.
+        pools: Summaries of the pools by variant, without those labelled by relevance.
+    """
+    depths = sorted({depth for tables in found.values() for depth in tables})
     first = next(iter(found.values()))[depths[0]]
     heading = " | ".join(f"contained@{d} | EM@{d} | recall@{d}" for d in depths)
     lines = [
@@ -44,27 +57,39 @@ def report(name: str, found: dict[str, dict[int, dict[str, Any]]], pools: dict[s
         "|---" * (1 + 3 * len(depths)) + "|",
     ]
     baselines = ("bm25", "dense", "hybrid", "original_retriever", "oracle")
-    any_run = next(iter(found.values()))
-    rows = {system: {d: any_run[d]["systems"][system] for d in depths} for system in baselines}
+    whole = max(found.values(), key=len)
+    rows = {system: {d: whole[d]["systems"][system] for d in whole} for system in baselines}
     rows |= {
-        variant: {d: tables[d]["systems"]["tuned_retriever"] for d in depths}
+        variant: {d: table["systems"]["tuned_retriever"] for d, table in tables.items()}
         for variant, tables in found.items()
     }
     for row, systems in rows.items():
-        cells = []
-        for depth, system in systems.items():
-            recall = system[f"recall@{depth}"]
+        cells: list[str] = []
+        for depth in depths:
+            if depth not in systems:
+                cells += ["-"] * 3
+                continue
+            system, recall = systems[depth], systems[depth][f"recall@{depth}"]
             cells += [f"{system['accuracy']:.3f}", f"{system['em']:.3f}"]
             cells.append("-" if recall is None else f"{recall:.3f}")
         lines.append(f"| {row} | {' | '.join(cells)} |")
+    lines += ["", "Contained answers, trained minus original retriever (95 %):", ""]
+    lines += ["| retriever | passages | difference | p |", "|---|---|---|---|"]
+    for variant, tables in found.items():
+        for depth, table in tables.items():
+            paired = table["paired"]["tuned_retriever_vs_original_retriever"]
+            low, high = paired["accuracy_ci95"]
+            change = f"{paired['accuracy_diff']:+.3f} ({low:+.3f} to {high:+.3f})"
+            lines.append(f"| {variant} | {depth} | {change} | {paired['accuracy_p_value']:.2g} |")
     lines += ["", "Score against label in the offline pools, by type of question:", ""]
-    lines += ["| type | questions | of use | positive passages | AUC |", "|---|---|---|---|---|"]
-    for kind, facts in pools.items():
-        auc = "-" if facts["auc"] is None else f"{facts['auc']:.3f}"
-        lines.append(
-            f"| {kind} | {facts['num_questions']} | {facts['num_usable']} | "
-            f"{facts['positive_share']:.1%} | {auc} |"
-        )
+    lines += ["| run | type | questions | of use | positive passages | AUC |", "|---" * 6 + "|"]
+    for variant, kinds in pools.items():
+        for kind, facts in kinds.items():
+            auc = "-" if facts["auc"] is None else f"{facts['auc']:.3f}"
+            lines.append(
+                f"| {variant} | {kind} | {facts['num_questions']} | {facts['num_usable']} | "
+                f"{facts['positive_share']:.1%} | {auc} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -73,21 +98,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=("nq",))
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--depths", nargs="+", type=int, default=[1, 10])
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument("--cache-dir", default=None)
     arguments, flags = parser.parse_known_args()
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    pools: dict[str, Any] = {}
+    pools: dict[str, dict[str, Any]] = {}
     for variant in arguments.variants:
         recipe, own_flags = VARIANTS[variant]
         run_dir = arguments.folder / f"{arguments.name}-{variant.replace(' ', '-')}"
         finished_run(
             f"{arguments.name}-{recipe}", run_dir, 0, arguments.cache_dir, [*own_flags, *flags]
         )
-        found[variant] = {d: evaluation_with(run_dir, d) for d in arguments.depths}
-        if "relevance" not in variant:
-            pools = json.loads((run_dir / "pools" / "summary.json").read_text())
+        depths = [1, 10] if variant in DEEP else [1]
+        found[variant] = {depth: evaluation_with(run_dir, depth) for depth in depths}
+        if variant in ("both", "dense both"):
+            pools[variant] = json.loads((run_dir / "pools" / "summary.json").read_text())
     text = report(arguments.name, found, pools)
     (RESULTS / f"openrag-{arguments.name}.md").write_text(text)
     print(text)
