@@ -11,7 +11,12 @@ from rlrag.config import BUILTIN_CORPUS, FewShotExample, GeneratorConfig, Prompt
 from rlrag.errors import GenerationError, SetupError
 from rlrag.generation.build import open_generator, resolve_config
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.vllm_backend import answer_logp, check_compiler, vllm_environment
+from rlrag.generation.vllm_backend import (
+    answer_logp,
+    check_compiler,
+    parts_within,
+    vllm_environment,
+)
 from rlrag.records import Prompt
 
 TOLERANCE_PER_TOKEN = 1e-2
@@ -142,6 +147,13 @@ def test_scores_agree_where_the_prompt_ends_at_a_block_of_the_prefix_cache(both,
     for _ in range(2):
         assert_agree(both, prompts, both.answers[:3])
         assert_agree(both, prompts[:1] * 3, both.answers[3:6])
+
+
+def test_what_is_scored_at_once_fits_into_the_cache():
+    places, lengths = [1, 2, 4, 5, 6], [100, 5, 5, 100, 1, 12, 9]
+    assert parts_within(places, lengths, capacity=11) == [[1, 2, 4], [5], [6]]
+    assert parts_within(places, lengths, capacity=10) == [[1, 2], [4], [5], [6]]
+    assert parts_within([], lengths, capacity=10) == []
 
 
 @pytest.mark.vllm

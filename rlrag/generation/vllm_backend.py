@@ -213,16 +213,27 @@ class VllmGenerator:
         """
         check_answers(prompts, answers)
         # The engine decodes one token after the answer, which is thrown away.
-        num_new = [len(answer) + 1 for answer in answers]
+        refused = self._refused(prompts, [len(answer) + 1 for answer in answers])
+        lengths = [len(p.token_ids) + len(a) for p, a in zip(prompts, answers, strict=True)]
+        cache = self._engine.llm_engine.vllm_config.cache_config
+        capacity = cache.num_gpu_blocks * cache.block_size // 2
         return answer_others(
             len(prompts),
-            self._refused(prompts, num_new),
-            lambda places: self._score([prompts[i] for i in places], [answers[i] for i in places]),
+            refused,
+            lambda places: [
+                score
+                for part in parts_within(places, lengths, capacity)
+                for score in self._score([prompts[i] for i in part], [answers[i] for i in part])
+            ],
         )
 
     def _score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
         sequences = [[*p.token_ids, *a] for p, a in zip(prompts, answers, strict=True)]
         starts = [len(p.token_ids) for p in prompts]
+        # The engine computes probabilities over the vocabulary for every token of a scored sequence
+        # that its cache does not hold, so the prompts go there first, each but its last token.
+        heads = {p.token_ids[:-1] for p in prompts if len(p.token_ids) > 1}
+        self._ask([list(head) for head in sorted(heads)], [_reading_params()] * len(heads))
         outputs = self._ask(sequences, [_score_params(read_cache=True)] * len(sequences))
         logps = [
             answer_logp(output.prompt_logprobs, output.num_cached_tokens, start, answer)
@@ -367,6 +378,24 @@ def answer_logp(
     return total
 
 
+def parts_within(places: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Split places into runs whose lengths sum to the capacity at most; a longer one stands alone.
+
+    Example:
+        >>> parts_within([0, 2, 3, 4], [3, 9, 2, 4, 6], capacity=6)
+        [[0, 2], [3], [4]]
+    """
+    parts: list[list[int]] = []
+    total = 0
+    for place in places:
+        total += lengths[place]
+        if not parts or total > capacity:
+            parts.append([])
+            total = lengths[place]
+        parts[-1].append(place)
+    return parts
+
+
 def _answer_params(prompt: Prompt, sampling: Sampling) -> Any:
     from vllm import SamplingParams
 
@@ -378,6 +407,12 @@ def _answer_params(prompt: Prompt, sampling: Sampling) -> Any:
         logprobs=0,
         seed=seed,
     )
+
+
+def _reading_params() -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
 
 
 def _score_params(read_cache: bool) -> Any:
