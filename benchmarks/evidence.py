@@ -15,7 +15,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ _PROGRAM = "python -m benchmarks.evidence"
 SETS = ("nq", "hotpotqa", "squad2", "musique")
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 160, 40, 200
 NUM_PASSAGES = 2
-TOKEN_BUDGET = 400_000
+TOKEN_BUDGET = 800_000
+_SHARES = (0.25, 0.5, 0.75)
 _PEER_MINUTES = 60.0
 _MINUTES_FILE = "minutes.txt"
 _COMMON = (
@@ -147,19 +148,18 @@ def compared(name: str, folder: Path, cache_dir: Path, sources: Path) -> dict[st
     folder.mkdir(parents=True, exist_ok=True)
     train, test = draw_questions(name, sources / "questions", folder)
     corpus = sources / "corpus" / f"{name}.jsonl.gz"
-    runs = []
+    run_dirs = {family: folder / recipe for family, (recipe, _) in FAMILIES.items()}
     for family, (recipe, own) in FAMILIES.items():
         with _minutes_in(folder):
             words = [*run_flags(corpus, train, test), *own]
-            finished_run(recipe, folder / recipe, 0, str(cache_dir), words)
-        runs.append(f"{family}={folder / recipe}")
+            finished_run(recipe, run_dirs[family], 0, str(cache_dir), words)
     recipe_of_peers, words = RECIPES["nq"](), run_flags(corpus, train, test)
     config = parse(RunConfig, recipe_of_peers, [*words, "--cache-dir", str(cache_dir)], _PROGRAM)
     arguments = PeersArguments(
         config,
         folder / "peers",
         summary,
-        runs=tuple(runs),
+        runs=tuple(f"{family}={run_dir}" for family, run_dir in run_dirs.items()),
         token_budget=TOKEN_BUDGET,
         minutes=_PEER_MINUTES,
     )
@@ -172,10 +172,37 @@ def compared(name: str, folder: Path, cache_dir: Path, sources: Path) -> dict[st
         "num_test": len(prepared.dev),
         "num_passages": len(prepared.library.corpus),
         "minutes": sum(minutes),
-        "lines": table_lines(rows),
+        "lines": [*table_lines(rows), "", *curve_lines(run_dirs)],
     }
     write_json(summary, found)
     return found
+
+
+def curve_lines(run_dirs: Mapping[str, Path]) -> list[str]:
+    """Quality against tokens: the best F1 on the validation questions within each share.
+
+    Args:
+        run_dirs: Of runs that have begun, by the name of a row.
+    """
+    lines = [
+        "The best F1 on the validation questions within a share of the budget, and in all:",
+        "",
+        f"| trained | {' | '.join(f'{share:.0%}' for share in _SHARES)} | all |",
+        "|---" * (2 + len(_SHARES)) + "|",
+    ]
+    for family, run_dir in run_dirs.items():
+        text = (run_dir / "metrics.jsonl").read_text()
+        records = [json.loads(line) for line in text.splitlines()]
+        cells = []
+        for limit in (*(share * TOKEN_BUDGET for share in _SHARES), float("inf")):
+            within = [
+                record["validation/f1"]
+                for record in records
+                if "validation/f1" in record and record["generator_tokens_total"] <= limit
+            ]
+            cells.append(f"{max(within):.3f}" if within else "-")
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return lines
 
 
 @contextmanager

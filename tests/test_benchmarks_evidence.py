@@ -78,3 +78,16 @@ def test_the_page_has_every_set():
     text = evidence.page(parts)
     assert "took 3.0 hours" in text
     assert "## nq: 9 test questions, 1,234 passages\n\n| x |\n\n## musique" in text
+
+
+def test_quality_within_a_share_of_the_budget_is_the_best_until_then(tmp_path):
+    records = [(0, 0.2), (200_000, 0.1), (300_000, 0.3), (900_000, 0.9)]
+    lines = [
+        json.dumps({"generator_tokens_total": tokens, "validation/f1": f1})
+        for tokens, f1 in records
+    ]
+    lines.insert(2, json.dumps({"generator_tokens_total": 250_000}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert evidence.TOKEN_BUDGET == 800_000
+    *_, row = evidence.curve_lines({"some": tmp_path})
+    assert row == "| some | 0.200 | 0.300 | 0.300 | 0.900 |"
