@@ -23,11 +23,16 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "online": ("openrag-online", ()),
     "both": ("openrag", ()),
     "kl": ("openrag", ("--openrag.loss", "kl")),
+    "both, else gold": ("openrag", ("--openrag.labels", "generator_else_gold")),
     "dense relevance": ("openrag-dense", ("--openrag.labels", "gold", *_OFFLINE)),
     "dense both": ("openrag-dense", ()),
+    "dense both, else gold": ("openrag-dense", ("--openrag.labels", "generator_else_gold")),
 }
 """Recipe and flags by the name of a row."""
-DEEP = ("relevance", "both", "dense relevance", "dense both")
+DEEP = (
+    *("relevance", "both", "both, else gold"),
+    *("dense relevance", "dense both", "dense both, else gold"),
+)
 """Those that are evaluated with ten passages too: what is compared with other retrievers."""
 
 
@@ -105,7 +110,9 @@ def main() -> None:
     pools: dict[str, dict[str, Any]] = {}
     for variant in arguments.variants:
         recipe, own_flags = VARIANTS[variant]
-        run_dir = arguments.folder / f"{arguments.name}-{variant.replace(' ', '-')}"
+        run_dir = (
+            arguments.folder / f"{arguments.name}-{variant.replace(',', '').replace(' ', '-')}"
+        )
         finished_run(
             f"{arguments.name}-{recipe}", run_dir, 0, arguments.cache_dir, [*own_flags, *flags]
         )

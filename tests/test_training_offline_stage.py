@@ -148,6 +148,24 @@ def test_a_score_that_does_not_predict_the_label_gives_one_warning(config, tmp_p
     assert json.loads((directory / "summary.json").read_text())["all"]["auc"] == 0.0
 
 
+def test_gold_passages_stand_in_where_the_generator_is_never_right(config, tmp_path):
+    candidates, said = make_table(6), []
+    questions = [
+        replace(q, golden_answers=("nothing",)) if n < 4 else q
+        for n, q in enumerate(candidates.questions)
+    ]
+    hopeless = replace(candidates, questions=tuple(questions))
+    named = [[p.id in q.gold_ids for p in hopeless.passages(n)] for n, q in enumerate(questions)]
+    else_gold = changed(config, openrag={"labels": "generator_else_gold"})
+    pools = run_stage(else_gold, hopeless, ReadingGenerator(), tmp_path / "pools", said)
+    assert "offline stage: 4 questions labelled by their gold passages" in said
+    assert pools.labels_QN.tolist() == [[int(is_gold) for is_gold in of] for of in named]
+    assert np.isnan(pools.logp_QN[:4]).all()
+    assert np.isfinite(pools.logp_QN[4:]).all()
+    with pytest.raises(CheckpointError, match="else gold passages and not from"):
+        run_stage(config, hopeless, ReadingGenerator(), tmp_path / "pools")
+
+
 @pytest.mark.parametrize("openrag", [{"labels": "gold"}, {"min_auc": 0.0}, {}])
 def test_without_a_reason_nobody_is_warned(config, tmp_path, caplog, openrag):
     generator = Contrary() if "min_auc" in openrag else ReadingGenerator()

@@ -22,6 +22,7 @@ from rlrag.training.passage_judge import Judgement
 from rlrag.training.pools import (
     FAILED,
     Pools,
+    filled_by_gold,
     gold_pools,
     judge_candidates,
     pools_source,
@@ -320,6 +321,30 @@ def test_gold_pools_never_lose_a_gold_passage():
         assert found.rows_QN[n].tolist()[: len(kept)] == kept  # in the retriever's order
         negatives = [row for row in rows[n] if row not in wanted]
         assert found.of_label(n, 0) == negatives[: 5 - len(wanted)]  # the hardest stay
+
+
+def test_gold_fills_the_pools_of_questions_without_a_positive_alone():
+    """Of four questions: one is answered, two are not, of which one names no gold passage."""
+    questions = (gold("p2"), gold("p9", n=1), gold(n=2), gold("p1", n=3))
+    candidates = table(questions, ROWS[[0, 0, 0, 0]])
+    rows_QN = candidates.rows_QN
+    labels_QN = np.zeros(rows_QN.shape, dtype=np.int8)
+    labels_QN[0, 0] = labels_QN[3, 1] = 1
+    labels_QN[1, 1] = FAILED
+    logp_QN = np.arange(labels_QN.size, dtype=float).reshape(labels_QN.shape)
+    pools = Pools(rows_QN, labels_QN, logp_QN, "s", num_tokens=7)
+    filled, num_filled = filled_by_gold(pools, candidates)
+    assert num_filled == 1
+    for kept in (0, 2, 3):
+        assert filled.rows_QN[kept].tolist() == rows_QN[kept].tolist()
+        assert filled.labels_QN[kept].tolist() == labels_QN[kept].tolist()
+        assert filled.logp_QN[kept].tolist() == logp_QN[kept].tolist()
+    assert filled.of_label(1, 1) == [9]
+    assert filled.of_label(1, 0) == rows_QN[1].tolist()[:-1]
+    assert filled.known_logp(1) == {}
+    assert (filled.num_tokens, filled.source) == (7, "s")
+    assert filled.auc_of(np.array([0, 3])) == pools.auc_of(np.array([0, 3]))
+    assert filled.usable.tolist() == [0, 1, 3]
 
 
 def test_gold_labels_need_questions_that_name_gold_passages():

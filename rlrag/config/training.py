@@ -101,9 +101,11 @@ class OpenRAGConfig(Section):
     stages: tuple[Literal["offline", "online"], ...] = ("offline", "online")
     """`offline` trains on the pools of the first retrieval, `online` on what the retriever in
     training finds; either alone is an ablation of the paper."""
-    labels: Literal["generator", "gold"] = "generator"
+    labels: Literal["generator", "gold", "generator_else_gold"] = "generator"
     """A passage is positive when the generator answers right with it; `gold` takes the passages
-    that the questions name, the relevance training that OpenRAG is compared with."""
+    that the questions name, the relevance training that OpenRAG is compared with;
+    `generator_else_gold` takes these where the generator is right with none, which a small
+    generator is for most questions."""
     num_offline: int = Field(default=100, ge=2)
     """Passages a question that are labelled before training (k)."""
     num_online: int = Field(default=20, ge=2)

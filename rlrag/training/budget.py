@@ -103,7 +103,7 @@ def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
         prompts.build(data.train.questions[row], [data.train.passages(int(row))[0]]) for row in rows
     )
     num_requests = 0
-    if openrag.labels == "generator":
+    if openrag.labels != "gold":
         num_requests = 2 * data.train.rows_QN.size
         if "online" in openrag.stages:
             per_question = openrag.num_online if openrag.loss == "kl" else openrag.online_epochs
@@ -115,7 +115,7 @@ def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     tokens += config.generator.max_new_tokens / 2
     return Budget(
         num_steps=num_steps,
-        num_rollouts=data.train.rows_QN.size if openrag.labels == "generator" else 0,
+        num_rollouts=data.train.rows_QN.size if openrag.labels != "gold" else 0,
         num_requests=num_requests,
         num_tokens=round(num_requests * tokens),
         sample_prompts=sample,

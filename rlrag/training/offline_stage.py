@@ -26,7 +26,14 @@ from rlrag.records import Question
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.training.experience_log import labels_from_experience
 from rlrag.training.passage_judge import PassageJudge
-from rlrag.training.pools import FAILED, Pools, gold_pools, judge_candidates, pools_source
+from rlrag.training.pools import (
+    FAILED,
+    Pools,
+    filled_by_gold,
+    gold_pools,
+    judge_candidates,
+    pools_source,
+)
 from rlrag.training.watchdog import Watchdog, under_way
 
 logger = logging.getLogger(__name__)
@@ -74,6 +81,9 @@ def run_offline_stage(
                 pools = judge_candidates(candidates, judge, source, max_failed, known, told)
             spent, saved = generator.tokens.spent - before[0], generator.tokens.saved - before[1]
             say(f"offline stage: {spent:,} generator tokens computed, {saved:,} cached")
+            if config.openrag.labels == "generator_else_gold":
+                pools, num_filled = filled_by_gold(pools, candidates)
+                say(f"offline stage: {num_filled:,} questions labelled by their gold passages")
             seconds = time.monotonic() - started
             pools = replace(pools, num_tokens=spent + saved, seconds=seconds)
         pools.save(directory, describe_pools(pools, candidates.questions))
@@ -100,15 +110,16 @@ def describe_pools(pools: Pools, questions: Sequence[Question]) -> dict[str, Any
 
 def _describe_group(pools: Pools, rows: np.ndarray) -> dict[str, float | int | None]:
     labels = pools.labels_QN[rows]
+    positive = labels == 1
     auc = pools.auc_of(rows)
     return {
         "num_questions": len(rows),
         "num_usable": int(np.isin(rows, pools.usable).sum()),
-        "num_without_positive": int((~(labels == 1).any(axis=1)).sum()),
+        "num_without_positive": int((~positive.any(axis=1)).sum()),
         "num_without_negative": int((~(labels == 0).any(axis=1)).sum()),
         "num_failed": int((labels == FAILED).sum()),
-        "positive_share": float((labels == 1).mean()),
-        "first_is_positive": float((labels[:, 0] == 1).mean()),
+        "positive_share": float(positive.mean()),
+        "first_is_positive": float(positive[:, 0].mean()),
         "best_score_is_positive": _share_of_best(pools, rows),
         "auc": None if math.isnan(auc) else auc,
     }

@@ -114,7 +114,7 @@ class OpenRAGTrainer:
             self._questions,
             library.corpus,
             pools,
-            judge if config.openrag.labels == "generator" else None,
+            judge if config.openrag.labels != "gold" else None,
             config.training.max_failed_share,
         )
 

@@ -98,7 +98,7 @@ def _retriever_steps(config: RunConfig) -> list[str]:
         f"  retriever   {config.retrieval.kind}, loss {openrag.loss}, "
         f"{openrag.micro_batch_texts} texts embedded at once",
     ]
-    if openrag.labels == "generator":
+    if openrag.labels != "gold":
         lines.append(f"  offline     judges {judged}, each answered and scored once")
     if "online" in openrag.stages:
         lines.append(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -170,19 +170,22 @@ def load_pools(
 
 def pools_source(config: RunConfig, candidates: CandidateTable, generator_identity: str) -> str:
     """What pools of these candidates are made from, as a text that changes when they would."""
-    by_gold = config.openrag.labels == "gold"
+    labels = config.openrag.labels
     digest = hashlib.sha256(np.ascontiguousarray(candidates.rows_QN).tobytes())
     digest.update(candidates.corpus.content_hash.encode())
     for question in candidates.questions:
-        right = question.gold_ids if by_gold else question.golden_answers
+        right = question.gold_ids if labels == "gold" else question.golden_answers
         choices = list(question.metadata.get("choices", ()))
-        digest.update(json.dumps([question.id, question.question, right, choices]).encode())
+        facts = [question.id, question.question, right, choices]
+        facts += [question.gold_ids] if labels == "generator_else_gold" else []
+        digest.update(json.dumps(facts).encode())
     found = f"candidates {digest.hexdigest()[:16]}, labelled by "
-    if by_gold:
+    if labels == "gold":
         return f"{found}gold passages"
     asked = [config.generator.prompt.model_dump(mode="json"), asdict(sampling_of(config))]
     prompt = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    return f"{found}{generator_identity} with prompt {prompt}"
+    found = f"{found}{generator_identity} with prompt {prompt}"
+    return found if labels == "generator" else f"{found}, else gold passages"
 
 
 def judge_candidates(
@@ -257,8 +260,8 @@ def gold_pools(candidates: CandidateTable, source: str) -> Pools:
     gold = [set(question.gold_ids) for question in candidates.questions]
     if not any(gold):
         raise DataError(
-            "openrag.labels 'gold' needs questions that name their gold passages "
-            "(metadata.gold_ids), and none does; use openrag.labels generator"
+            "openrag.labels 'gold' and 'generator_else_gold' need questions that name their gold "
+            "passages (metadata.gold_ids), and none does; use openrag.labels generator"
         )
     rows_QN = candidates.rows_QN.copy()
     labels_QN = np.zeros(rows_QN.shape, dtype=np.int8)
@@ -272,3 +275,26 @@ def gold_pools(candidates: CandidateTable, source: str) -> Pools:
         rows_QN[question] = kept + [row for row in wanted if row not in kept]
         labels_QN[question] = np.isin(rows_QN[question], wanted)
     return Pools(rows_QN, labels_QN, np.full(rows_QN.shape, np.nan), source)
+
+
+def filled_by_gold(pools: Pools, candidates: CandidateTable) -> tuple[Pools, int]:
+    """Pools by relevance for each question without a positive passage, and how many these are.
+
+    Such a question has no scores then: where the generator is right with nothing, they say little,
+    and gold labels would be held against them.
+
+    Raises:
+        DataError: when no question names gold passages.
+    """
+    gold = gold_pools(candidates, pools.source)
+    filled_Q = ~(pools.labels_QN == 1).any(axis=1) & (gold.labels_QN == 1).any(axis=1)
+    rows_QN, labels_QN, logp_QN = (
+        np.where(filled_Q[:, None], of_gold, of_generator)
+        for of_gold, of_generator in (
+            (gold.rows_QN, pools.rows_QN),
+            (gold.labels_QN, pools.labels_QN),
+            (gold.logp_QN, pools.logp_QN),
+        )
+    )
+    filled = replace(pools, rows_QN=rows_QN, labels_QN=labels_QN, logp_QN=logp_QN)
+    return filled, int(filled_Q.sum())
