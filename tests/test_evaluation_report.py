@@ -287,10 +287,10 @@ def test_an_iteration_shows_its_last_validation():
 
 
 def test_what_was_never_recorded_is_none_and_not_zero():
-    bare = run(metrics=[{"step": 0, "epoch": 0.0}])
+    bare = run(metrics=[{"step": 0, "epoch": 0.0, "failures": ["question 'q7': no answer"]}])
     assert set(bare.weight_statistics().values()) == {None}
     assert bare.iterations() == []
-    Page(render_report([bare]))
+    assert "question 'q7': no answer" in Page(render_report([bare])).text
 
 
 def test_the_page_of_one_run_is_whole_and_shows_its_numbers():
@@ -338,9 +338,8 @@ def test_a_retrievers_run_shows_its_own_figures_and_system():
     found["systems"] = {"original_retriever": found["systems"]["trained"]} | {
         "tuned_retriever": found["systems"]["trained"] | {"em": 0.875}
     }
-    tuned = run(metrics=records, evaluation=found, num_samples=8)
     tuned = replace(
-        tuned,
+        run(metrics=records, evaluation=found),
         config=RunConfig(
             recipe="retriever",
             retrieval=RetrievalConfig(kind="dense"),
@@ -354,6 +353,8 @@ def test_a_retrievers_run_shows_its_own_figures_and_system():
     titles = {attributes["aria-label"] for attributes in page.all("svg") if "role" in attributes}
     assert {"Retriever loss", "Validation accuracy (golden answer contained) by step"} <= titles
     assert "generator/loss" not in page.text
+    assert "Variance against the number" not in page.text
+    assert "Variance against the number" in render_report([tuned, run()])
 
 
 def test_the_page_loads_nothing_and_runs_nothing():

@@ -72,7 +72,7 @@ def _overview(runs: Sequence[RunRecord]) -> str:
             str(run.config.seed),
             " and ".join(run.config.training.parts),
             run.objective,
-            str(run.num_samples),
+            _count(run.num_samples),
             f"{run.config.environment.num_selected} of {run.config.retrieval.num_candidates}",
             f"{run.num_steps:,}",
             f"{run.epoch:.2f} of {run.num_epochs}",
@@ -89,9 +89,9 @@ def _alarms(runs: Sequence[RunRecord]) -> str:
     rows = [
         (run.name, str(alarm.step), alarm.name, alarm.text) for run in runs for alarm in run.alarms
     ]
-    if not rows:
-        return "<p>No alarm was raised.</p>\n"
-    raised = _table(("run", "step", "alarm", "what was seen and what to try"), rows, prose=True)
+    raised = "<p>No alarm was raised.</p>\n"
+    if rows:
+        raised = _table(("run", "step", "alarm", "what was seen and what to try"), rows, prose=True)
     failures = [
         (run.name, str(first), text) for run in runs for text, first in run.failures().items()
     ]
@@ -112,7 +112,7 @@ def _comparison(runs: Sequence[RunRecord]) -> str:
             (
                 run.name,
                 str(run.config.seed),
-                str(run.num_samples),
+                _count(run.num_samples),
                 _with_interval(trained, "em"),
                 _with_interval(trained, "f1"),
                 f"{sum(run.tokens().values()):,.0f}",
@@ -191,10 +191,14 @@ def _iteration_table(runs: Sequence[RunRecord]) -> str:
 
 
 def _samples_study(runs: Sequence[RunRecord]) -> str:
+    """What the weights were like, of the runs that weighed selections; nothing without these."""
+    runs = [run for run in runs if run.mean("ess") is not None]
+    if not runs:
+        return ""
     rows = []
     for run in runs:
         statistics = run.weight_statistics()
-        rows.append((run.name, str(run.num_samples), *map(_number, statistics.values())))
+        rows.append((run.name, _count(run.num_samples), *map(_number, statistics.values())))
     headings = ("run", "m", "ESS", "ESS / m", "weight entropy", "log-weight variance")
     table = _table(
         (*headings, "gradient norm", "its variance", "generator's gradient variance"),
@@ -203,10 +207,9 @@ def _samples_study(runs: Sequence[RunRecord]) -> str:
     )
     figures = report_figures.against_samples(runs)
     if not figures:
-        only = runs[0].num_samples
         return table + (
-            f"<p>All runs here draw m = {only} samples a question. Give runs that differ in "
-            "dro.num_samples to see how the weights vary with m.</p>\n"
+            f"<p>All runs here draw m = {_count(runs[0].num_samples)} samples a question. Give "
+            "runs that differ in dro.num_samples to see how the weights vary with m.</p>\n"
         )
     free = {"seed", "dro.num_samples", "cache_dir", "recipe"}
     others = [name for name in differing_fields(runs) if name not in free]
@@ -264,6 +267,10 @@ def _with_interval(summary: Mapping[str, Any] | None, measure: str) -> str:
         return "-"
     low, high = summary[f"{measure}_ci95"]
     return f"{summary[measure]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _number(value: float | None) -> str:

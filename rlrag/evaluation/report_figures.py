@@ -99,17 +99,18 @@ def against_samples(runs: Sequence[RunRecord]) -> str:
 
     One marked point a run; the line joins the means of the runs with the same m.
     """
-    if len({run.num_samples for run in runs}) < 2:
+    drawn = [(i, run, run.num_samples) for i, run in enumerate(runs) if run.num_samples]
+    if len({m for _, _, m in drawn}) < 2:
         return ""
     figures = []
     for name, title in AGAINST_SAMPLES:
         found: dict[int, list[float]] = {}
         points = []
-        for i, run in enumerate(runs):
+        for i, run, m in drawn:
             value = run.weight_statistics()[name]
             if value is not None:
-                found.setdefault(run.num_samples, []).append(value)
-                points.append(Series(run.name, [(float(run.num_samples), value)], i))
+                found.setdefault(m, []).append(value)
+                points.append(Series(run.name, [(float(m), value)], i))
         means = [(float(m), sum(values) / len(values)) for m, values in sorted(found.items())]
         if not points:
             continue

@@ -57,8 +57,13 @@ class RunRecord:
     questions: EvaluatedQuestions | None = None
 
     @property
-    def num_samples(self) -> int:
-        """Selections drawn a question (m); one under `sft`, the steps of a chain under `jsa`."""
+    def num_samples(self) -> int | None:
+        """Selections drawn a question (m); one under `sft`, the steps of a chain under `jsa`.
+
+        None where a retriever alone is trained by OpenRAG, which draws none.
+        """
+        if self.objective == "openrag":
+            return None
         drawn = {"sft": 1, "jsa": self.config.jsa.mis_steps}
         return drawn.get(self.config.training.objective, self.config.dro.num_samples)
 
@@ -159,10 +164,10 @@ class RunRecord:
 
     def weight_statistics(self) -> dict[str, float | None]:
         """What the weights and the gradient were like, over all steps."""
-        ess = self.mean("ess")
+        ess, num_samples = self.mean("ess"), self.num_samples
         return {
             "ess": ess,
-            "ess_share": None if ess is None else ess / self.num_samples,
+            "ess_share": None if ess is None or num_samples is None else ess / num_samples,
             "weight_entropy": self.mean("weight_entropy"),
             "log_weight_variance": self.mean("log_weight_variance"),
             "grad_norm": self.mean("grad_norm"),
