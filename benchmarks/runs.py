@@ -51,10 +51,16 @@ def finished_run(
 
 
 def evaluation_with(run_dir: Path, num_passages: int) -> dict[str, Any]:
-    """The comparison of a run's bundle with so many passages in context, made once."""
+    """The comparison of a run's bundle with so many passages in context, made once.
+
+    With as many as the run trained for it is the run's own.
+    """
+    config = json.loads((run_dir / "config.json").read_text())
     path = run_dir / f"evaluation-{num_passages}.json"
+    if num_passages == config["environment"]["num_selected"]:
+        path = run_dir / "evaluation.json"
     if not path.exists():
-        data = json.loads((run_dir / "config.json").read_text())["data"]
+        data = config["data"]
         command = [sys.executable, "-m", "jobs.evaluate", "--bundle", str(run_dir / "bundle")]
         command += ["--corpus", data["corpus"], "--questions", data["eval_questions"]]
         command += ["--docs-in-context", str(num_passages), "--output", str(path)]
