@@ -38,6 +38,7 @@ DEEP = (
 
 def report(
     name: str,
+    chosen: str,
     found: dict[str, dict[int, dict[str, Any]]],
     pools: dict[str, dict[str, Any]],
 ) -> str:
@@ -45,6 +46,7 @@ def report(
 
     Args:
         name: Of the data set.
+        chosen: The flag that named some of the variants, empty for all.
         found: Comparisons by variant and number of passages.
         pools: Summaries of the pools by variant, without those labelled by relevance.
     """
@@ -54,9 +56,9 @@ def report(
     lines = [
         f"# {name}: what the retriever is trained on",
         "",
-        f"`python -m benchmarks.openrag {name}`; seed 0, {first['num_questions']} questions; the "
-        "number behind @ is that of the passages in context. Rows of trained retrievers bear the "
-        "names of `VARIANTS` in the module.",
+        f"`python -m benchmarks.openrag {name}{chosen}`; seed 0, "
+        f"{first['num_questions']} questions; the number behind @ is that of the passages in "
+        "context. Rows of trained retrievers bear the names of `VARIANTS` in the module.",
         "",
         f"| retriever | {heading} |",
         "|---" * (1 + 3 * len(depths)) + "|",
@@ -120,7 +122,9 @@ def main() -> None:
         found[variant] = {depth: evaluation_with(run_dir, depth) for depth in depths}
         if variant in ("both", "dense both"):
             pools[variant] = json.loads((run_dir / "pools" / "summary.json").read_text())
-    text = report(arguments.name, found, pools)
+    given = [f'"{variant}"' if " " in variant else variant for variant in arguments.variants]
+    chosen = "" if len(given) == len(VARIANTS) else f" --variants {' '.join(given)}"
+    text = report(arguments.name, chosen, found, pools)
     (RESULTS / f"openrag-{arguments.name}.md").write_text(text)
     print(text)
 

@@ -333,7 +333,7 @@ def test_gold_fills_the_pools_of_questions_without_a_positive_alone():
     labels_QN[1, 1] = FAILED
     logp_QN = np.arange(labels_QN.size, dtype=float).reshape(labels_QN.shape)
     pools = Pools(rows_QN, labels_QN, logp_QN, "s", num_tokens=7)
-    filled, num_filled = filled_by_gold(pools, candidates)
+    filled, num_filled = filled_by_gold(pools, gold_pools(candidates, "s"))
     assert num_filled == 1
     for kept in (0, 2, 3):
         assert filled.rows_QN[kept].tolist() == rows_QN[kept].tolist()

@@ -66,8 +66,10 @@ def run_offline_stage(
     source = pools_source(config, candidates, generator.identity)
     pools = Pools.load(directory, source)
     if pools is None:
-        if config.openrag.labels == "gold":
-            pools = gold_pools(candidates, source)
+        # First, for questions may name no gold passages.
+        gold = None if config.openrag.labels == "generator" else gold_pools(candidates, source)
+        if gold is not None and config.openrag.labels == "gold":
+            pools = gold
         else:
             before, started = (generator.tokens.spent, generator.tokens.saved), time.monotonic()
             margin = config.openrag.contribution_margin
@@ -81,8 +83,8 @@ def run_offline_stage(
                 pools = judge_candidates(candidates, judge, source, max_failed, known, told)
             spent, saved = generator.tokens.spent - before[0], generator.tokens.saved - before[1]
             say(f"offline stage: {spent:,} generator tokens computed, {saved:,} cached")
-            if config.openrag.labels == "generator_else_gold":
-                pools, num_filled = filled_by_gold(pools, candidates)
+            if gold is not None:
+                pools, num_filled = filled_by_gold(pools, gold)
                 say(f"offline stage: {num_filled:,} questions labelled by their gold passages")
             seconds = time.monotonic() - started
             pools = replace(pools, num_tokens=spent + saved, seconds=seconds)

@@ -277,16 +277,12 @@ def gold_pools(candidates: CandidateTable, source: str) -> Pools:
     return Pools(rows_QN, labels_QN, np.full(rows_QN.shape, np.nan), source)
 
 
-def filled_by_gold(pools: Pools, candidates: CandidateTable) -> tuple[Pools, int]:
-    """Pools by relevance for each question without a positive passage, and how many these are.
+def filled_by_gold(pools: Pools, gold: Pools) -> tuple[Pools, int]:
+    """The gold pools of each question without a positive passage, and how many these are.
 
     Such a question has no scores then: where the generator is right with nothing, they say little,
     and gold labels would be held against them.
-
-    Raises:
-        DataError: when no question names gold passages.
     """
-    gold = gold_pools(candidates, pools.source)
     filled_Q = ~(pools.labels_QN == 1).any(axis=1) & (gold.labels_QN == 1).any(axis=1)
     rows_QN, labels_QN, logp_QN = (
         np.where(filled_Q[:, None], of_gold, of_generator)
