@@ -4,6 +4,9 @@ Run `RLRAG_DATA_DIR=... python -m benchmarks.openrag nq`. All runs share questio
 cache of judgements, so that only the first pays for the offline stage. Each bundle is evaluated
 with one passage in context, and those of `DEEP` with ten. A finished run in the folder is taken as
 it is.
+
+`--reader RUN` has the trained generator of another finished run answer, frozen too, in place of the
+untrained one: what a retriever learns depends on how well its passages are read.
 """
 
 from __future__ import annotations
@@ -36,9 +39,21 @@ DEEP = (
 """Those that are evaluated with ten passages too: what is compared with other retrievers."""
 
 
+def reader_facts(run_dir: Path) -> str:
+    """How the generator of a finished run was trained, for the table."""
+    config = json.loads((run_dir / "config.json").read_text())
+    data, training = config["data"], config["training"]
+    return (
+        f"The generator that answers, frozen, was trained by {training['objective']} on "
+        f"`{Path(data['train_questions']).name}` with {config['environment']['num_selected']} of "
+        f"{config['retrieval']['num_candidates']} candidates in the prompt."
+    )
+
+
 def report(
     name: str,
     chosen: str,
+    reader: str,
     found: dict[str, dict[int, dict[str, Any]]],
     pools: dict[str, dict[str, Any]],
 ) -> str:
@@ -46,7 +61,8 @@ def report(
 
     Args:
         name: Of the data set.
-        chosen: The flag that named some of the variants, empty for all.
+        chosen: The flags that named some of the variants and a reader, empty without.
+        reader: What the table says of the generator, empty for the untrained one.
         found: Comparisons by variant and number of passages.
         pools: Summaries of the pools by variant, without those labelled by relevance.
     """
@@ -58,7 +74,8 @@ def report(
         "",
         f"`python -m benchmarks.openrag {name}{chosen}`; seed 0, "
         f"{first['num_questions']} questions; the number behind @ is that of the passages in "
-        "context. Rows of trained retrievers bear the names of `VARIANTS` in the module.",
+        "context. Rows of trained retrievers bear the names of `VARIANTS` in the module."
+        + (f" {reader}" if reader else ""),
         "",
         f"| retriever | {heading} |",
         "|---" * (1 + 3 * len(depths)) + "|",
@@ -107,14 +124,23 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument("--cache-dir", default=None)
+    parser.add_argument("--reader", type=Path, help="finished run whose generator answers")
     arguments, flags = parser.parse_known_args()
+    prefix, reader = arguments.name, ""
+    if arguments.reader is not None:
+        if not (arguments.reader / "bundle" / "generator").is_dir():
+            parser.error(
+                f"{arguments.reader} holds no trained generator; name a run that trained one and "
+                "has finished, such as one of nq-sft"
+            )
+        reader = reader_facts(arguments.reader)
+        prefix += "-reader"
+        flags += ["--generator.model", str((arguments.reader / "bundle" / "generator").absolute())]
     found: dict[str, dict[int, dict[str, Any]]] = {}
     pools: dict[str, dict[str, Any]] = {}
     for variant in arguments.variants:
         recipe, own_flags = VARIANTS[variant]
-        run_dir = (
-            arguments.folder / f"{arguments.name}-{variant.replace(',', '').replace(' ', '-')}"
-        )
+        run_dir = arguments.folder / f"{prefix}-{variant.replace(',', '').replace(' ', '-')}"
         finished_run(
             f"{arguments.name}-{recipe}", run_dir, 0, arguments.cache_dir, [*own_flags, *flags]
         )
@@ -124,8 +150,9 @@ def main() -> None:
             pools[variant] = json.loads((run_dir / "pools" / "summary.json").read_text())
     given = [f'"{variant}"' if " " in variant else variant for variant in arguments.variants]
     chosen = "" if len(given) == len(VARIANTS) else f" --variants {' '.join(given)}"
-    text = report(arguments.name, chosen, found, pools)
-    (RESULTS / f"openrag-{arguments.name}.md").write_text(text)
+    chosen += " --reader RUN" if reader else ""
+    text = report(arguments.name, chosen, reader, found, pools)
+    (RESULTS / f"openrag-{prefix}.md").write_text(text)
     print(text)
 
 
