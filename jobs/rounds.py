@@ -41,11 +41,11 @@ class Trained:
 
 def run_rounds(config: RunConfig, run_dir: RunDirectory) -> None:
     """Take all turns, then bundle the last weights of every part and compare them."""
-    trained, tokens = Trained(), 0.0
+    trained, tokens, turns_left = Trained(), 0.0, 2 * config.training.rounds
     for number in range(1, config.training.rounds + 1):
         for turn in (RETRIEVER, OTHERS):
             directory = RunDirectory(run_dir.rounds / f"{number}-{turn}")
-            turn_config = config_of_turn(config, turn, trained, tokens)
+            turn_config = config_of_turn(config, turn, trained, tokens, turns_left)
             directory.claim(turn_config)
             if directory.bundle.is_dir():
                 say(f"round {number}, {turn}: done before")
@@ -54,12 +54,13 @@ def run_rounds(config: RunConfig, run_dir: RunDirectory) -> None:
                 run_once(turn_config, directory, evaluate=False, experience=trained.experience)
             trained = _after(turn, directory, trained)
             tokens += directory.read_metrics()[-1]["generator_tokens_total"]
+            turns_left -= 1
         _join_metrics(config, run_dir)
     _bundle_and_evaluate(config, run_dir, trained)
 
 
 def config_of_turn(
-    config: RunConfig, turn: str, trained: Trained, tokens: float = 0.0
+    config: RunConfig, turn: str, trained: Trained, tokens: float = 0.0, turns_left: int = 1
 ) -> RunConfig:
     """The run of one turn, which starts from what earlier turns left.
 
@@ -67,8 +68,9 @@ def config_of_turn(
         config: The whole run.
         turn: Which parts learn.
         trained: What earlier turns left.
-        tokens: What they asked of the generator; the turn may spend the rest of the run's budget,
-            and stops as soon as it can where nothing is left.
+        tokens: What they asked of the generator.
+        turns_left: This turn and those after it, which may spend equal shares of what earlier ones
+            left of the run's budget; where nothing is left, a turn stops as soon as it can.
     """
     values = config.model_dump()
     values["recipe"] = f"{config.recipe}/{turn}"
@@ -80,7 +82,7 @@ def config_of_turn(
     }
     if config.training.max_generator_tokens is not None:
         left = config.training.max_generator_tokens - int(tokens)
-        values["training"]["max_generator_tokens"] = max(1, left)
+        values["training"]["max_generator_tokens"] = max(1, left // turns_left)
     values["evaluation"]["systems"] = ("retriever_order",)  # a turn is not compared by itself
     if trained.retriever is not None:
         values["retrieval"] = tuned_retrieval(config.retrieval, trained.retriever).model_dump()

@@ -44,17 +44,17 @@ def test_later_turns_start_from_what_the_others_became():
     assert others.selector.weights == "selector"
 
 
-@pytest.mark.slow
-def test_a_turn_may_spend_what_earlier_ones_left_of_the_budget():
+def test_turns_share_what_earlier_ones_left_of_the_budget():
     limited = JOINT.model_copy(
         update={"training": JOINT.training.model_copy(update={"max_generator_tokens": 900})}
     )
-    spent = (0.0, 600.0, 2000.0)
-    turns = [config_of_turn(limited, OTHERS, AFTER, tokens) for tokens in spent]
-    assert [turn.training.max_generator_tokens for turn in turns] == [900, 300, 1]
-    assert config_of_turn(JOINT, OTHERS, AFTER, 600.0).training.max_generator_tokens is None
+    before = ((0.0, 4), (600.0, 2), (600.0, 1), (2000.0, 1))
+    turns = [config_of_turn(limited, OTHERS, AFTER, *each) for each in before]
+    assert [turn.training.max_generator_tokens for turn in turns] == [225, 150, 300, 1]
+    assert config_of_turn(JOINT, OTHERS, AFTER, 600.0, 2).training.max_generator_tokens is None
 
 
+@pytest.mark.slow
 def test_two_rounds_end_in_one_bundle_of_all_parts(openrag_files, tmp_path, capsys):
     systems = ["retriever_order", "original_retriever", "tuned_retriever", "trained"]
     flags = gold_flags(openrag_files, tmp_path)

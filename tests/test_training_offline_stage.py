@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from loop_runs import changed
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
@@ -17,8 +19,10 @@ from rlrag.config import OpenRAGConfig, RetrievalConfig, RunConfig, TrainingConf
 from rlrag.errors import CheckpointError, DataError, GenerationError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.records import Question, Score
+from rlrag.retrieval.candidates import CandidateTable
 from rlrag.training.offline_stage import describe_pools, run_offline_stage
-from rlrag.training.pools import load_pools
+from rlrag.training.pools import judging_order, load_pools
+from rlrag.training.schedule import openrag_schedule
 
 
 @pytest.fixture
@@ -181,7 +185,7 @@ def test_pools_that_are_all_empty_end_the_run_with_what_to_do(config, tmp_path):
     candidates = replace(made, questions=hopeless)
     with pytest.raises(
         DataError,
-        match=r"only 0 of 6 questions.*batch_size 4; use more questions, a larger "
+        match=r"only 0 of 6 questions.*too few to train on; use more questions, a larger "
         r"openrag.num_offline, a generator or prompt",
     ):
         run_stage(config, candidates, ReadingGenerator(), tmp_path / "pools")
@@ -189,13 +193,115 @@ def test_pools_that_are_all_empty_end_the_run_with_what_to_do(config, tmp_path):
     assert written["all"]["num_without_positive"] == 6
 
 
-def test_fewer_usable_questions_than_a_batch_are_refused(config, tmp_path):
+def with_answers_to(num: int) -> CandidateTable:
+    """Six questions of which the first `num` have an answer among their candidates."""
     made = make_table(6)
     questions = tuple(
-        q if n < 3 else Question(q.id, q.question, ("atlantis",))
+        q if n < num else replace(q, golden_answers=("atlantis",))
         for n, q in enumerate(made.questions)
     )
-    with pytest.raises(DataError, match="only 3 of 6 questions"):
-        run_stage(
-            config, replace(made, questions=questions), ReadingGenerator(), tmp_path / "pools"
-        )
+    return replace(made, questions=questions)
+
+
+def test_fewer_usable_questions_than_a_batch_make_smaller_steps_and_say_so(
+    config, tmp_path, caplog
+):
+    with caplog.at_level(logging.WARNING):
+        pools = run_stage(config, with_answers_to(3), ReadingGenerator(), tmp_path / "pools")
+    assert "only 3 of 6 questions have both" in caplog.text
+    assert "a step trains on 3 questions and not on training.batch_size 4" in caplog.text
+    assert len(openrag_schedule(config, len(pools.usable)).rows(0)) == 3
+
+
+def test_one_usable_question_is_too_few(config, tmp_path):
+    with pytest.raises(DataError, match="only 1 of 6 questions have both"):
+        run_stage(config, with_answers_to(1), ReadingGenerator(), tmp_path / "pools")
+
+
+def test_a_token_budget_leaves_questions_out_and_says_how_many(config, tmp_path):
+    """All questions cost the same, so that the limit buys its share of them."""
+    candidates, said = make_table(40), []
+    whole = run_stage(config, candidates, ReadingGenerator(), tmp_path / "whole")
+    limits = {"max_generator_tokens": whole.num_tokens}
+    limited = changed(config, training=limits, openrag={"offline_token_share": 0.6})
+    pools = run_stage(limited, candidates, ReadingGenerator(), tmp_path / "pools", said)
+    assert pools.num_tokens == pytest.approx(0.6 * whole.num_tokens, rel=0.02)
+    assert len(pools.judged) == 24
+    assert pools.judged.tolist() != list(range(24))  # drawn, and not the first ones
+    assert pools.usable.tolist() == pools.judged.tolist()
+    judged = whole.labels_QN[pools.judged]
+    assert pools.labels_QN[pools.judged].tolist() == judged.tolist()
+    spent = int(0.6 * whole.num_tokens)
+    assert any(
+        f"16 of 40 questions are left out, as judging them would take more than {spent:,} "
+        "generator tokens" in line
+        for line in said
+    )
+    assert any("24 of 24 questions have positives and negatives; 20.0%" in line for line in said)
+    summary = json.loads((tmp_path / "pools" / "summary.json").read_text())["all"]
+    assert (summary["num_questions"], summary["num_left_out"]) == (40, 16)
+    assert summary["positive_share"] == pytest.approx(0.2)
+    assert summary["num_failed"] == summary["num_without_positive"] == 0
+    again = run_stage(limited, candidates, ReadingGenerator(), tmp_path / "again")
+    assert again.labels_QN.tolist() == pools.labels_QN.tolist()
+
+
+def test_without_an_online_stage_judgements_may_take_the_whole_budget(config, tmp_path):
+    candidates = make_table(8)
+    whole = run_stage(config, candidates, ReadingGenerator(), tmp_path / "whole")
+    limited = changed(
+        config,
+        training={"max_generator_tokens": whole.num_tokens},
+        openrag={"stages": ("offline",)},
+    )
+    pools = run_stage(limited, candidates, ReadingGenerator(), tmp_path / "pools")
+    assert len(pools.judged) == 8
+
+
+def test_questions_left_out_are_not_labelled_by_their_gold_passages(config, tmp_path):
+    candidates = with_answers_to(0)
+    whole = run_stage(
+        changed(config, openrag={"labels": "generator_else_gold"}),
+        candidates,
+        ReadingGenerator(),
+        tmp_path / "whole",
+    )
+    limited = changed(
+        config,
+        training={"max_generator_tokens": whole.num_tokens // 2, "batch_size": 2},
+        openrag={"labels": "generator_else_gold", "offline_token_share": 1.0},
+    )
+    pools = run_stage(limited, candidates, ReadingGenerator(), tmp_path / "pools")
+    assert len(pools.judged) == 3
+    assert pools.usable.tolist() == pools.judged.tolist()
+
+
+@given(
+    costs=st.lists(st.integers(1, 100), min_size=1, max_size=60),
+    share=st.floats(0, 1.2),
+    seed=st.integers(0, 9),
+)
+def test_groups_of_questions_end_near_the_limit(costs, share, seed):
+    """No question comes twice, and none is left out that the mean cost leaves room for."""
+    limit, asked = int(share * sum(costs)), list[int]()
+
+    def spent_so_far() -> int:
+        return sum(costs[question] for question in asked)
+
+    for group in judging_order(len(costs), limit, seed, spent_so_far):
+        assert 1 <= len(group) <= 16
+        asked += group
+    assert len(asked) == len(set(asked))
+    spent = spent_so_far()
+    if len(asked) < len(costs):
+        assert (limit - spent) * len(asked) / spent <= 0.5
+    if len(asked) > 1 and len(set(costs)) == 1:
+        assert spent <= limit + costs[0] / 2
+
+
+def test_without_a_limit_questions_come_in_their_order():
+    assert list(judging_order(40)) == [
+        list(range(16)),
+        list(range(16, 32)),
+        list(range(32, 40)),
+    ]

@@ -366,14 +366,35 @@ def test_too_many_failures_online_end_the_run_with_their_reason(config, task, tm
 
 def test_the_token_budget_ends_the_run(config, task, tmp_path):
     finished(config, task, tmp_path / "whole")
-    total = int(series(tmp_path / "whole", "generator_tokens_total")[8])
-    limited = changed(config, training={"max_generator_tokens": total})
+    tokens = series(tmp_path / "whole", "generator_tokens_total")
+    limits = {
+        "training": {"max_generator_tokens": int(tokens[8])},
+        "openrag": {"offline_token_share": 1.0},
+    }
+    limited = changed(config, **limits)
     for name in ("first", "second"):
         finished(limited, task, tmp_path / name)
     first = steps_of(tmp_path / "first")
     assert first == steps_of(tmp_path / "second")
-    assert first[-1]["generator_tokens_total"] >= total
-    assert first[-2]["generator_tokens_total"] < total
+    assert first[-1]["step"] > NUM_OFFLINE
+    assert first[-1]["generator_tokens_total"] >= tokens[8]
+    assert first[-2]["generator_tokens_total"] < tokens[8]
+
+
+@pytest.mark.parametrize("stages", [("offline",), ("offline", "online")])
+def test_a_spent_budget_ends_no_step_that_asks_for_nothing(config, task, tmp_path, stages):
+    """Judgements take all of it: the offline stage trains to its end, and no step comes after."""
+    finished(config, task, tmp_path / "whole")
+    judged = int(series(tmp_path / "whole", "generator_tokens_total")[0])
+    limited = changed(
+        config,
+        training={"max_generator_tokens": judged},
+        openrag={"offline_token_share": 1.0, "stages": stages},
+    )
+    finished(limited, task, tmp_path / "run")
+    records = steps_of(tmp_path / "run")
+    assert records[0]["generator_tokens_total"] == judged
+    assert records[-1]["step"] == NUM_OFFLINE
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_the_description_by_question_type_by_hand(pools):
     assert list(found) == ["all", "even", "odd"]
     assert found["even"] == {
         "num_questions": 2,
+        "num_left_out": 0,
         "num_usable": 2,
         "num_without_positive": 0,
         "num_without_negative": 0,
@@ -119,6 +120,7 @@ def test_the_description_by_question_type_by_hand(pools):
     }
     assert found["odd"] == {
         "num_questions": 2,
+        "num_left_out": 0,
         "num_usable": 0,
         "num_without_positive": 1,
         "num_without_negative": 1,

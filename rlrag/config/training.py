@@ -125,6 +125,9 @@ class OpenRAGConfig(Section):
     """Passes over the questions in the offline stage."""
     online_epochs: int = Field(default=40, ge=1)
     """Passes over the questions in the online stage."""
+    offline_token_share: float = Field(default=0.8, gt=0, le=1)
+    """Where `training.max_generator_tokens` is set and the online stage follows, the share of them
+    that judgements before it may take; questions that they do not suffice for are left out."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak AdamW step size."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -299,7 +302,8 @@ class TrainingConfig(Section):
     """The run ends when a larger share of a batch's rewards could not be computed."""
     max_generator_tokens: int | None = Field(default=None, ge=1)
     """Training stops and evaluates once it asked for this many prompt and answer tokens, computed
-    or cached, so that a run and its repetition stop at the same step."""
+    or cached, so that a run and its repetition stop at the same step; steps that ask for none go
+    on. Of several turns each may take an equal share of what is left to it and those after it."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "prometheus"], ...] = ("tensorboard",)
     """Besides `metrics.jsonl`, which is always written. `prometheus` serves the newest metrics over
     HTTP while steps run."""

@@ -68,6 +68,10 @@ class DROTrainer:
         """Between two E-steps."""
         return step == self._schedule.num_steps or self._schedule.starts_estep(step)
 
+    def asks_generator(self, step: int) -> bool:
+        """Always: selections are rewarded by what it answers."""
+        return True
+
     def warm_start(self) -> None:
         """Bring a policy that starts anywhere to the retriever's order, where configured."""
         self.parts.warm_start()

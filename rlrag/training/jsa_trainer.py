@@ -100,6 +100,10 @@ class JSATrainer:
         """Always: chains begin anew with every step."""
         return True
 
+    def asks_generator(self, step: int) -> bool:
+        """Always: chains move by what it makes of passages."""
+        return True
+
     def warm_start(self) -> None:
         """Nothing: step 0 is the retriever as it came."""
 

@@ -85,6 +85,10 @@ class LoggedTrainer(SavesOptimizer):
         """Always: no step depends on what an earlier one left in flight."""
         return True
 
+    def asks_generator(self, step: int) -> bool:
+        """Never: the log has the rewards."""
+        return False
+
     def warm_start(self) -> None:
         """Nothing: step 0 is the policy as it came."""
 

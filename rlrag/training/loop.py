@@ -69,6 +69,10 @@ class Trainer(Protocol):
         """Whether a validation or a checkpoint may stand after so many steps."""
         ...
 
+    def asks_generator(self, step: int) -> bool:
+        """Whether the step of this number, from 0, spends tokens of the generator."""
+        ...
+
     def warm_start(self) -> None:
         """Bring the untrained weights to where step 0 stands."""
         ...
@@ -246,10 +250,10 @@ class TrainingLoop(Generic[AnyTrainer]):
         self.progress.generator_tokens += int(
             metrics["generator_tokens_spent"] + metrics["generator_tokens_saved"]
         )
-        limit = self._config.max_generator_tokens
-        spent_all = limit is not None and self.progress.generator_tokens >= limit
         self.progress.finished = self.progress.step == self.trainer.num_steps or (
-            spent_all and self.trainer.may_pause(self.progress.step)
+            self._spent_all()
+            and self.trainer.may_pause(self.progress.step)
+            and self.trainer.asks_generator(self.progress.step)
         )
         improved = self._due(self._config.validate_every) and self._validate(metrics)
         metrics |= {
@@ -263,6 +267,10 @@ class TrainingLoop(Generic[AnyTrainer]):
         if may_pause:
             self._last_pause = self.progress.step
         self._is_whole = may_pause and (pauses_after or not self._config.overlap)
+
+    def _spent_all(self) -> bool:
+        limit = self._config.max_generator_tokens
+        return limit is not None and self.progress.generator_tokens >= limit
 
     def _due(self, every: int) -> bool:
         """Whether something that comes every so many steps comes now."""

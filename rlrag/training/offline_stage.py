@@ -32,11 +32,16 @@ from rlrag.training.pools import (
     filled_by_gold,
     gold_pools,
     judge_candidates,
+    judging_order,
+    offline_token_limit,
     pools_source,
 )
+from rlrag.training.schedule import openrag_batch_size
 from rlrag.training.watchdog import Watchdog, under_way
 
 logger = logging.getLogger(__name__)
+
+_SMALLEST_BATCH = 2  # one question has no other's passages to tell its own from
 
 
 def run_offline_stage(
@@ -71,7 +76,7 @@ def run_offline_stage(
         if gold is not None and config.openrag.labels == "gold":
             pools = gold
         else:
-            before, started = (generator.tokens.spent, generator.tokens.saved), time.monotonic()
+            before, started = replace(generator.tokens), time.monotonic()
             margin = config.openrag.contribution_margin
             known = labels_from_experience(experience, margin) if experience else {}
             if known:
@@ -79,10 +84,19 @@ def run_offline_stage(
                 say(f"offline stage: {num_known:,} labels from selections that were rewarded")
             judge = PassageJudge(generator, prompts, sampling_of(config))
             max_failed, told = config.training.max_failed_share, partial(_tell, say)
+            limit = offline_token_limit(config)
+            order = judging_order(len(candidates), limit, config.seed, lambda: _asked(generator))
             with Watchdog(config.training.stall_report_s, "the offline stage"):
-                pools = judge_candidates(candidates, judge, source, max_failed, known, told)
-            spent, saved = generator.tokens.spent - before[0], generator.tokens.saved - before[1]
+                pools = judge_candidates(candidates, judge, source, max_failed, known, told, order)
+            after = generator.tokens
+            spent, saved = after.spent - before.spent, after.saved - before.saved
             say(f"offline stage: {spent:,} generator tokens computed, {saved:,} cached")
+            num_left_out = len(candidates) - len(pools.judged)
+            if num_left_out:
+                say(
+                    f"offline stage: {num_left_out:,} of {len(candidates):,} questions are left "
+                    f"out, as judging them would take more than {limit:,} generator tokens"
+                )
             if gold is not None:
                 pools, num_filled = filled_by_gold(pools, gold)
                 say(f"offline stage: {num_filled:,} questions labelled by their gold passages")
@@ -91,6 +105,10 @@ def run_offline_stage(
         pools.save(directory, describe_pools(pools, candidates.questions))
     _report(pools, config, say)
     return pools
+
+
+def _asked(generator: Generator) -> int:
+    return generator.tokens.spent + generator.tokens.saved
 
 
 def _tell(say: Callable[[str], None], done: int, of: int) -> None:
@@ -111,18 +129,20 @@ def describe_pools(pools: Pools, questions: Sequence[Question]) -> dict[str, Any
 
 
 def _describe_group(pools: Pools, rows: np.ndarray) -> dict[str, float | int | None]:
-    labels = pools.labels_QN[rows]
+    judged = rows[np.isin(rows, pools.judged)]
+    labels = pools.labels_QN[judged]
     positive = labels == 1
-    auc = pools.auc_of(rows)
+    auc = pools.auc_of(judged)
     return {
         "num_questions": len(rows),
-        "num_usable": int(np.isin(rows, pools.usable).sum()),
+        "num_left_out": len(rows) - len(judged),
+        "num_usable": int(np.isin(judged, pools.usable).sum()),
         "num_without_positive": int((~positive.any(axis=1)).sum()),
         "num_without_negative": int((~(labels == 0).any(axis=1)).sum()),
         "num_failed": int((labels == FAILED).sum()),
-        "positive_share": float(positive.mean()),
-        "first_is_positive": float(positive[:, 0].mean()),
-        "best_score_is_positive": _share_of_best(pools, rows),
+        "positive_share": float(positive.mean()) if len(judged) else None,
+        "first_is_positive": float(positive[:, 0].mean()) if len(judged) else None,
+        "best_score_is_positive": _share_of_best(pools, judged),
         "auc": None if math.isnan(auc) else auc,
     }
 
@@ -138,18 +158,29 @@ def _share_of_best(pools: Pools, rows: np.ndarray) -> float | None:
 
 
 def _report(pools: Pools, config: RunConfig, say: Callable[[str], None]) -> None:
-    num_questions, num_usable = len(pools.rows_QN), len(pools.usable)
-    if num_usable < config.training.batch_size:
+    num_judged, num_usable = len(pools.judged), len(pools.usable)
+    batch_size = openrag_batch_size(config, num_usable)
+    if batch_size < _SMALLEST_BATCH:
         raise DataError(
-            f"only {num_usable} of {num_questions} questions have both a passage that helps the "
-            f"generator and one that does not, fewer than training.batch_size "
-            f"{config.training.batch_size}; use more questions, a larger openrag.num_offline, a "
-            "generator or prompt that answers more, or a smaller batch"
+            f"only {num_usable} of {num_judged} questions have both a passage that helps the "
+            "generator and one that does not, too few to train on; use more questions, a larger "
+            "openrag.num_offline, a generator or prompt that answers more, or, if it is set, a "
+            "larger training.max_generator_tokens"
         )
-    auc = pools.auc_of(np.arange(num_questions))
+    if batch_size < config.training.batch_size:
+        logger.warning(
+            "only %d of %d questions have both a passage that helps the generator and one that "
+            "does not: a step trains on %d questions and not on training.batch_size %d",
+            num_usable,
+            num_judged,
+            batch_size,
+            config.training.batch_size,
+        )
+    judged = pools.labels_QN[pools.judged]
+    auc = pools.auc_of(pools.judged)
     say(
-        f"offline stage: {num_usable:,} of {num_questions:,} questions have positives and "
-        f"negatives; {(pools.labels_QN == 1).mean():.1%} of the passages are positive"
+        f"offline stage: {num_usable:,} of {num_judged:,} questions have positives and "
+        f"negatives; {(judged == 1).mean():.1%} of the passages are positive"
         + ("" if math.isnan(auc) else f"; score against label: AUC {auc:.3f}")
     )
     if auc < config.openrag.min_auc:

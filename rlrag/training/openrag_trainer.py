@@ -127,6 +127,10 @@ class OpenRAGTrainer:
         """Always: no step depends on what an earlier one left in flight."""
         return True
 
+    def asks_generator(self, step: int) -> bool:
+        """In the online stage, unless gold passages are the labels."""
+        return self._config.openrag.labels != "gold" and step >= self._offline_steps
+
     def warm_start(self) -> None:
         """Nothing: step 0 is the retriever as it came."""
 
@@ -135,7 +139,7 @@ class OpenRAGTrainer:
         started, before = time.monotonic(), self._tokens()
         if self._index is not None:
             self._index.before_step(step, self.encoder)
-        places = range(self._workers.rank, self._config.training.batch_size, self._workers.size)
+        places = range(self._workers.rank, self._schedule.batch_size, self._workers.size)
         rows = self._usable[self._schedule.rows(step)[places]]
         seeds = [self._schedule.sampling_seed(step, place) for place in places]
         is_online = step >= self._offline_steps

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +39,7 @@ from rlrag.training.passage_judge import PassageJudge
 logger = logging.getLogger(__name__)
 
 FAILED = -1
+LEFT_OUT = -2
 _CHUNK_QUESTIONS = 16
 
 
@@ -47,9 +48,10 @@ class Pools:
     """What was found out about the candidates of every question.
 
     `rows_QN` are rows of the corpus, best first for the retriever. `labels_QN` holds 1 for a
-    passage with which the generator is right, 0 for one with which it is wrong, and -1 where that
-    could not be found out. `logp_QN` is log P(y | q, d) in nats, NaN where unknown. `source` names
-    what they were made from.
+    passage with which the generator is right, 0 for one with which it is wrong, -1 where that could
+    not be found out, and -2 for all passages of a question that the tokens did not suffice for.
+    `logp_QN` is log P(y | q, d) in nats, NaN where unknown. `source` says what they were made
+    from.
     """
 
     rows_QN: np.ndarray
@@ -68,6 +70,11 @@ class Pools:
         """Questions with a positive and a negative passage, ascending."""
         has_both = (self.labels_QN == 1).any(axis=1) & (self.labels_QN == 0).any(axis=1)
         return np.flatnonzero(has_both)
+
+    @property
+    def judged(self) -> np.ndarray:
+        """Questions that the tokens sufficed for, ascending."""
+        return np.flatnonzero((self.labels_QN != LEFT_OUT).all(axis=1))
 
     def of_label(self, question: int, label: Label) -> list[int]:
         """Corpus rows of a question's positive (1) or negative (0) passages."""
@@ -94,7 +101,7 @@ class Pools:
         """How well scores tell right from wrong within these questions; NaN without scores."""
         labels_QN, logp_QN = self.labels_QN[questions], self.logp_QN[questions]
         judged = [
-            (labels != FAILED) & np.isfinite(logp)
+            (labels >= 0) & np.isfinite(logp)
             for labels, logp in zip(labels_QN, logp_QN, strict=True)
         ]
         return score_auc(
@@ -185,7 +192,52 @@ def pools_source(config: RunConfig, candidates: CandidateTable, generator_identi
     asked = [config.generator.prompt.model_dump(mode="json"), asdict(sampling_of(config))]
     prompt = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     found = f"{found}{generator_identity} with prompt {prompt}"
+    limit = offline_token_limit(config)
+    if limit is not None:
+        found = f"{found} for at most {limit} tokens in the order of seed {config.seed}"
     return found if labels == "generator" else f"{found}, else gold passages"
+
+
+def offline_token_limit(config: RunConfig) -> int | None:
+    """Generator tokens that judgements before training may take; None without a limit."""
+    limit = config.training.max_generator_tokens
+    if limit is None or "online" not in config.openrag.stages:
+        return limit
+    return int(limit * config.openrag.offline_token_share)
+
+
+def judging_order(
+    num_questions: int,
+    limit: int | None = None,
+    seed: int = 0,
+    spent: Callable[[], int] = lambda: 0,
+) -> Iterator[list[int]]:
+    """Questions that are judged together, one group after another, until the tokens are spent.
+
+    Without a limit they come in their order, with one in a random order, so that those left out are
+    no kind of their own. What a question costs is known from those before it, so that the first
+    comes alone and in the end the limit is met give or take a question.
+
+    Args:
+        num_questions: All of them.
+        limit: Tokens, if there is a limit.
+        seed: Of the random order.
+        spent: Tokens spent by now; asked when the questions before are judged.
+    """
+    numbers = np.arange(num_questions)
+    if limit is not None:
+        numbers = np.random.default_rng([seed, 2]).permutation(num_questions)
+    before, done = spent(), 0
+    while done < num_questions:
+        size = _CHUNK_QUESTIONS
+        if limit is not None:
+            used = spent() - before
+            affordable = round((limit - used) * done / max(1, used)) if done else 1
+            size = min(size, affordable)
+        if size < 1:
+            return
+        yield numbers[done : done + size].tolist()
+        done += size
 
 
 def judge_candidates(
@@ -195,6 +247,7 @@ def judge_candidates(
     max_failed_share: float,
     known: Mapping[str, Mapping[int, Label]] = MappingProxyType({}),
     progress: Callable[[int, int], None] = lambda done, of: None,
+    order: Iterable[list[int]] | None = None,
 ) -> Pools:
     """Let the generator answer every question with each of its candidates alone.
 
@@ -209,16 +262,18 @@ def judge_candidates(
         known: Labels by question id and corpus row of passages that need not be judged; they have
             no score.
         progress: Called with the questions done and their number.
+        order: What `judging_order` gives; all questions in their order if it is not given.
 
     Raises:
         GenerationError: when too many judgements failed, with the first reason.
     """
     shape = candidates.rows_QN.shape
-    labels_QN = np.full(shape, FAILED, dtype=np.int8)
+    labels_QN = np.full(shape, LEFT_OUT, dtype=np.int8)
     logp_QN = np.full(shape, np.nan)
     errors: list[RlragError] = []
-    for start in range(0, shape[0], _CHUNK_QUESTIONS):
-        chunk = range(start, min(start + _CHUNK_QUESTIONS, shape[0]))
+    num_done = 0
+    for chunk in judging_order(shape[0]) if order is None else order:
+        labels_QN[chunk] = FAILED
         open_places = []
         for question in chunk:
             labels = known.get(candidates.questions[question].id, {})
@@ -239,7 +294,8 @@ def judge_candidates(
                 continue
             labels_QN[place] = bool(judgement.is_right)
             logp_QN[place] = judgement.logp
-        progress(chunk.stop, shape[0])
+        num_done += len(chunk)
+        progress(num_done, shape[0])
         if len(errors) > max_failed_share * labels_QN.size:
             raise GenerationError(
                 f"{len(errors)} passages could not be judged, more than "
@@ -278,12 +334,13 @@ def gold_pools(candidates: CandidateTable, source: str) -> Pools:
 
 
 def filled_by_gold(pools: Pools, gold: Pools) -> tuple[Pools, int]:
-    """The gold pools of each question without a positive passage, and how many these are.
+    """The gold pools of each question judged without a positive passage, and how many these are.
 
     Such a question has no scores then: where the generator is right with nothing, they say little,
     and gold labels would be held against them.
     """
     filled_Q = ~(pools.labels_QN == 1).any(axis=1) & (gold.labels_QN == 1).any(axis=1)
+    filled_Q[np.setdiff1d(np.arange(len(filled_Q)), pools.judged)] = False
     rows_QN, labels_QN, logp_QN = (
         np.where(filled_Q[:, None], of_gold, of_generator)
         for of_gold, of_generator in (

@@ -33,7 +33,7 @@ class BatchSchedule:
     def __init__(
         self, config: TrainingConfig, dro: DROConfig, num_questions: int, seed: int
     ) -> None:
-        self._batch_size = config.batch_size
+        self.batch_size = config.batch_size
         self._num_questions = num_questions
         self._seed = seed
         self._passes = dro.passes
@@ -53,8 +53,8 @@ class BatchSchedule:
 
     def rows(self, step: int) -> np.ndarray:
         """Rows of the questions of a step, int64 of length batch_size."""
-        start = self._batch(step) * self._batch_size
-        places = np.arange(start, start + self._batch_size)
+        start = self._batch(step) * self.batch_size
+        places = np.arange(start, start + self.batch_size)
         passes, within = np.divmod(places, self._num_questions)
         orders = {p: self._order(p) for p in np.unique(passes)}
         return np.array([orders[p][i] for p, i in zip(passes, within, strict=True)])
@@ -62,12 +62,12 @@ class BatchSchedule:
     def epoch(self, step: int) -> float:
         """Passes over the questions whose samples were first seen before a step."""
         if step >= self.num_steps:
-            return self._num_batches * self._batch_size / self._num_questions
+            return self._num_batches * self.batch_size / self._num_questions
         first = self.estep(step) * self._refresh_every
         seen = first + min(
             step - first * self._passes, self._refresh_every, self._num_batches - first
         )
-        return seen * self._batch_size / self._num_questions
+        return seen * self.batch_size / self._num_questions
 
     def sampling_seed(self, step: int, place: int) -> list[int]:
         """Seed of the draws for the question at `place` of a step's batch."""
@@ -108,14 +108,23 @@ def openrag_schedule(config: RunConfig, num_questions: int) -> BatchSchedule:
     """The batches of OpenRAG's stages, one stream of shuffled passes over the usable questions."""
     epochs = {"offline": config.openrag.offline_epochs, "online": config.openrag.online_epochs}
     total = sum(epochs[stage] for stage in config.openrag.stages)
-    training = config.training.model_copy(update={"num_epochs": total})
+    values = {"num_epochs": total, "batch_size": openrag_batch_size(config, num_questions)}
+    training = config.training.model_copy(update=values)
     return BatchSchedule(training, DROConfig(), num_questions, config.seed)
+
+
+def openrag_batch_size(config: RunConfig, num_questions: int) -> int:
+    """Questions of a step: no more than are usable, and as many for each worker."""
+    training = config.training
+    num_workers = training.num_workers if training.launcher == "ray" else 1
+    return min(training.batch_size, num_questions - num_questions % num_workers)
 
 
 def num_offline_steps(config: RunConfig, num_questions: int) -> int:
     """Steps of OpenRAG before its online stage begins."""
     if "offline" not in config.openrag.stages:
         return 0
+    schedule = openrag_schedule(config, num_questions)
     if "online" not in config.openrag.stages:
-        return openrag_schedule(config, num_questions).num_steps
-    return config.openrag.offline_epochs * num_questions // config.training.batch_size
+        return schedule.num_steps
+    return config.openrag.offline_epochs * num_questions // schedule.batch_size
