@@ -148,7 +148,8 @@ def _prepare(
     from rlrag.training.schedule import openrag_schedule
 
     budget = estimate_budget(config, data, prompts)
-    say(budget.describe(measure_speed(generator.inner, budget.sample_prompts)))
+    speed = measure_speed(generator.inner, budget.sample_prompts)
+    say(budget.describe(speed, config.training.max_generator_tokens))
     if not config.trains_by_openrag:
         return budget.num_steps
     from rlrag.training.offline_stage import run_offline_stage

@@ -179,3 +179,9 @@ def test_people_read_one_line():
     assert line.startswith("306 steps, 78,336 rollouts, about 11,395 different prompts = 3.68 M")
     assert "at 1,336 tokens/s about 46 min" in line
     assert "\n" not in line
+
+
+def test_the_line_says_where_a_limit_ends_training():
+    budget = Budget(306, 78_336, 11_395, 3_680_000, ())
+    assert "training stops" not in budget.describe(1336.0)
+    assert budget.describe(1336.0, 800_000).endswith("training stops at 0.80 M tokens")

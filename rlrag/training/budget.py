@@ -34,14 +34,20 @@ class Budget:
     num_tokens: int
     sample_prompts: tuple[Prompt, ...]
 
-    def describe(self, tokens_per_s: float) -> str:
-        """One line for people."""
+    def describe(self, tokens_per_s: float, limit: int | None = None) -> str:
+        """One line for people.
+
+        Args:
+            tokens_per_s: What the generator does.
+            limit: Tokens after which training stops, if there is a limit.
+        """
         minutes = self.num_tokens / tokens_per_s / 60
         return (
             f"{self.num_steps} steps, {self.num_rollouts:,} rollouts, about "
             f"{self.num_requests:,} different prompts = {self.num_tokens / 1e6:.2f} M generator "
             f"tokens; at {tokens_per_s:,.0f} tokens/s about {minutes:.0f} min, less what the cache "
             "already holds"
+            + ("" if limit is None else f"; training stops at {limit / 1e6:.2f} M tokens")
         )
 
 
