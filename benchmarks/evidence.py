@@ -43,6 +43,7 @@ _MINUTES_FILE = "minutes.txt"
 _COMMON = (
     *("--environment.num-selected", str(NUM_PASSAGES), "--retrieval.num-candidates", "5"),
     *("--generator.prompt.max-prompt-tokens", "1024", "--training.batch-size", "16"),
+    *("--generator.prompt.passage-order", "best_last"),
     *("--training.max-generator-tokens", str(TOKEN_BUDGET)),
 )
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -225,7 +226,8 @@ def page(parts: Sequence[dict[str, Any]]) -> str:
         f"`python -m benchmarks.evidence`; {platform.machine()}, {os.cpu_count()} cores; all of it "
         f"took {hours:.1f} hours. For each data set {NUM_TRAIN} questions to train on, "
         f"{NUM_VALIDATION} to choose a checkpoint by and at most {NUM_TEST} to measure, drawn once "
-        f"from those with an answer; seed 0; {NUM_PASSAGES} passages in the prompt. Every system "
+        f"from those with an answer; seed 0; {NUM_PASSAGES} passages in the prompt, the first "
+        "picked one next to the question, where this generator reads it best. Every system "
         f"starts from the same dense encoder and generator and may spend {TOKEN_BUDGET:,} "
         "generator tokens, prompts and answers together, in training. A run of this project ends "
         "with the step that reaches them. Minutes are those of training alone.",

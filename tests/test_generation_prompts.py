@@ -57,6 +57,27 @@ def test_a_plain_prompt_reads_as_configured(tokenizer):
     assert (prompt.num_passages, prompt.num_cut_tokens) == (2, 0)
 
 
+def test_the_best_passage_may_stand_last(tokenizer):
+    """Numbers follow the text; the text is what the other order shows for reversed passages."""
+    best_last = PromptBuilder(config(passage_order="best_last"), tokenizer)
+    prompt = best_last.build(QUESTION, [PERU, CHILE])
+    assert prompt.text.endswith(
+        f"[1] Chile: {CHILE.text}\n[2] Peru: {PERU.text}\nQuestion: capital of Peru?\nAnswer:"
+    )
+    assert prompt == PromptBuilder(config(), tokenizer).build(QUESTION, [CHILE, PERU])
+
+
+def test_the_best_passage_stays_where_the_worst_has_no_room(tokenizer):
+    whole = PromptBuilder(config(), tokenizer).build(QUESTION, [])
+    limits = {"max_prompt_tokens": len(whole.token_ids) + 12}
+    prompt = PromptBuilder(config(passage_order="best_last", **limits), tokenizer).build(
+        QUESTION, [PERU, CHILE, CHILE]
+    )
+    assert "Peru: I" in prompt.text
+    assert "Chile" not in prompt.text
+    assert (prompt.num_passages, len(prompt.token_ids)) == (1, limits["max_prompt_tokens"])
+
+
 def test_a_chat_prompt_has_examples_as_turns(tokenizer):
     prompt = PromptBuilder(config(style="chat"), tokenizer).build(QUESTION, [CHILE])
     assert prompt.text == (

@@ -165,11 +165,11 @@ def measured_rows(
     peers: Mapping[str, Peer],
     finished: Mapping[str, Finished | str],
 ) -> list[Row]:
-    """The retriever's order and each peer; a ranking also with its best passage last."""
+    """The retriever's order and each peer; a ranking also the other way round in the prompt."""
     first = measurement.retriever_order()
     rows = [
         Row("retriever_order", summary(measurement.baseline, None)),
-        Row("retriever_order, best last", measurement.quality(_reversed(first))),
+        Row(f"retriever_order, {_other_way(prepared)}", measurement.quality(_reversed(first))),
     ]
     for name, found in finished.items():
         if isinstance(found, str):
@@ -197,8 +197,15 @@ def _peer_rows(
         selections = picked_passages(prepared, result["picks"])
     rows = [Row(name, measurement.quality(selections), cost)]
     if ranks:
-        rows.append(Row(f"{name}, best last", measurement.quality(_reversed(selections)), cost))
+        reversed_quality = measurement.quality(_reversed(selections))
+        rows.append(Row(f"{name}, {_other_way(prepared)}", reversed_quality, cost))
     return rows
+
+
+def _other_way(prepared: Prepared) -> str:
+    """Where a ranking's best passage stands in a prompt once its order is reversed."""
+    order = prepared.config.generator.prompt.passage_order
+    return "best first" if order == "best_last" else "best last"
 
 
 def _reversed(selections: Sequence[Sequence[Passage]]) -> list[list[Passage]]:

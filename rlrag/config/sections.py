@@ -192,6 +192,9 @@ class PromptConfig(Section):
     """Text before the examples; the system message of a chat."""
     passage_template: str = "[{number}] {title}: {text}\n"
     """One passage; fields: number, title, text."""
+    passage_order: Literal["as_picked", "best_last"] = "as_picked"
+    """`best_last` shows the passage picked first next to the question, where small models read it
+    best; whoever picks, ranks or trains is not concerned."""
     question_template: str = "Question: {question}\nAnswer:"
     """What follows the passages; field: question. The answer continues it after one space."""
     few_shot: tuple[FewShotExample, ...] = ()

@@ -3,6 +3,7 @@
 The measures, by name: `mirage`, `position`, `distractors`, `duplicates` and `contradictions` change
 what stands around a question's gold passages; `order` shuffles the picked passages; `attribution`,
 `abstention`, `calibration` and `cost` look at the answers from the passages as they were picked.
+Places of passages are in the order picked; `generator.prompt.passage_order` may show them reversed.
 An answer is right if it contains a golden answer (`answer_contained`, the accuracy of the
 evaluation table), except in `mirage`, which has a label of its own.
 

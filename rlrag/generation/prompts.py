@@ -73,10 +73,11 @@ class PromptBuilder:
         return self._prefix_ids
 
     def build(self, question: Question, passages: Sequence[Passage]) -> Prompt:
-        """Prompt for `question` with `passages` in the order given, numbered from 1.
+        """Prompt for `question` with `passages`, the best one first, numbered as they are shown.
 
         A prompt over `max_prompt_tokens` loses passage text from the ends, the longest passage
-        first; a passage left without text is not shown.
+        first; a passage left without text is not shown. `passage_order` says whether they are shown
+        in the order given or the other way round.
 
         Raises:
             PromptTooLongError: when instruction, examples and question alone are too long.
@@ -90,7 +91,13 @@ class PromptBuilder:
                 f"question {question.id!r}: instruction, examples and question take {num_fixed} "
                 f"tokens, but max_prompt_tokens is {limit}; raise it, or use fewer examples"
             )
-        shown, num_cut = self._fit(passages, limit - num_fixed)
+        numbers = list(range(1, len(passages) + 1))
+        best_last = self._config.passage_order == "best_last"
+        if best_last:
+            numbers.reverse()
+        shown, num_cut = self._fit(passages, numbers, limit - num_fixed)
+        if best_last:
+            shown.reverse()
         return Prompt(
             token_ids=(
                 *self._prefix_ids,
@@ -161,16 +168,20 @@ class PromptBuilder:
         return parts[0], parts[1]
 
     def _fit(
-        self, passages: Sequence[Passage], budget: int
+        self, passages: Sequence[Passage], numbers: Sequence[int], budget: int
     ) -> tuple[list[tuple[str, tuple[int, ...]]], int]:
-        """Text and ids of each passage shown within `budget` tokens, and the tokens cut away."""
-        whole = [self._passage(i, p.title, p.text) for i, p in enumerate(passages, start=1)]
+        """Text and ids of each passage shown within `budget` tokens, and the tokens cut away.
+
+        Where not all can be shown, those at the end of `passages` are not.
+        """
+        numbered = list(zip(numbers, passages, strict=True))
+        whole = [self._passage(number, p.title, p.text) for number, p in numbered]
         ids = [self._encode(text) for text in whole]
         num_all = sum(map(len, ids))
         if num_all <= budget:
             return list(zip(whole, ids, strict=True)), 0
         frames, texts, starts = [], [], []
-        for number, passage in enumerate(passages, start=1):
+        for number, passage in numbered:
             before = self._before_text.format(number=number, title=passage.title)
             after = self._after_text.format(number=number, title=passage.title)
             texts.append(
