@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.__main__ import PEERS, PeersArguments, compared_rows
+from benchmarks.peers.__main__ import PEERS, PeerName, PeersArguments, compared_rows
 from benchmarks.peers.environments import interpreter
 from benchmarks.peers.plan import write_json
+from benchmarks.peers.running import Peer
 from benchmarks.peers.table import table_lines
 from benchmarks.runs import finished_run
 from jobs.command_line import parse
@@ -133,7 +134,9 @@ def run_flags(corpus: Path, train: Path, test: Path) -> list[str]:
     return [*words, *_COMMON]
 
 
-def compared(name: str, folder: Path, cache_dir: Path, sources: Path) -> dict[str, Any]:
+def compared(
+    name: str, folder: Path, cache_dir: Path, sources: Path, peers: Sequence[PeerName]
+) -> dict[str, Any]:
     """Train and measure everything on one set, or take what is finished; its part of the page.
 
     Args:
@@ -141,11 +144,13 @@ def compared(name: str, folder: Path, cache_dir: Path, sources: Path) -> dict[st
         folder: Of this set.
         cache_dir: Of models, indexes and answers.
         sources: The folder that RLRAG_DATA_DIR names.
+        peers: Which of them.
     """
     summary = folder / "summary.json"
     if summary.is_file():
         found: dict[str, Any] = json.loads(summary.read_text())
-        return found
+        if found["peers"] == list(peers):
+            return found
     folder.mkdir(parents=True, exist_ok=True)
     train, test = draw_questions(name, sources / "questions", folder)
     corpus = sources / "corpus" / f"{name}.jsonl.gz"
@@ -166,10 +171,12 @@ def compared(name: str, folder: Path, cache_dir: Path, sources: Path) -> dict[st
     )
     open_python = partial(interpreter, folder=folder.parent / "environments")
     with _minutes_in(folder):
-        rows, prepared = compared_rows(arguments, PEERS, open_python)
+        chosen: dict[str, Peer] = {peer: PEERS[peer] for peer in peers}
+        rows, prepared = compared_rows(arguments, chosen, open_python)
     minutes = [float(line) for line in (folder / _MINUTES_FILE).read_text().split()]
     found = {
         "name": name,
+        "peers": list(peers),
         "num_test": len(prepared.dev),
         "num_passages": len(prepared.library.corpus),
         "minutes": sum(minutes),
@@ -247,6 +254,7 @@ def main() -> None:
     """Run what is missing and write the page of what is finished then."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--folder", type=Path, default=Path("runs") / "evidence")
     parser.add_argument("--cache-dir", type=Path, default=Path("runs") / "evidence" / "cache")
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
@@ -257,7 +265,7 @@ def main() -> None:
     folder, cache_dir = arguments.folder.absolute(), arguments.cache_dir.absolute()
     parts = []
     for name in arguments.sets:
-        parts.append(compared(name, folder / name, cache_dir, Path(sources)))
+        parts.append(compared(name, folder / name, cache_dir, Path(sources), arguments.peers))
         text = page(parts)
         arguments.output.write_text(text)
     print(text)
