@@ -227,6 +227,8 @@ def _minutes_in(folder: Path) -> Iterator[None]:
 def page(parts: Sequence[dict[str, Any]]) -> str:
     """All sets as Markdown."""
     hours = sum(part["minutes"] for part in parts) / 60
+    absent = [peer for peer in PEERS if any(peer not in part["peers"] for part in parts)]
+    without = f" Left out of some sets: {', '.join(absent)}." if absent else ""
     lines = [
         "# Every family of training, and peers",
         "",
@@ -237,7 +239,7 @@ def page(parts: Sequence[dict[str, Any]]) -> str:
         "picked one next to the question, where this generator reads it best. Every system "
         f"starts from the same dense encoder and generator and may spend {TOKEN_BUDGET:,} "
         "generator tokens, prompts and answers together, in training. A run of this project ends "
-        "with the step that reaches them. Minutes are those of training alone.",
+        f"with the step that reaches them. Minutes are those of training alone.{without}",
     ]
     for part in parts:
         lines += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,14 +71,22 @@ def test_every_family_has_a_valid_run_with_the_same_budget(family, tmp_path, mon
     assert {"trained", "tuned_retriever"} & set(config.evaluation.systems)
 
 
+def part(name: str, *peers: str) -> dict[str, Any]:
+    counts = {"num_test": 9, "num_passages": 1234, "minutes": 90.0}
+    return {"name": name, "peers": list(peers), "lines": ["| x |"], **counts}
+
+
 def test_the_page_has_every_set():
-    parts = [
-        {"name": name, "num_test": 9, "num_passages": 1234, "minutes": 90.0, "lines": ["| x |"]}
-        for name in ("nq", "musique")
-    ]
-    text = evidence.page(parts)
+    text = evidence.page([part("nq", *evidence.PEERS), part("musique", *evidence.PEERS)])
     assert "took 3.0 hours" in text
     assert "## nq: 9 test questions, 1,234 passages\n\n| x |\n\n## musique" in text
+    assert "Left out" not in text
+
+
+def test_the_page_names_peers_that_are_missing():
+    first, *others = evidence.PEERS
+    text = evidence.page([part("nq", *evidence.PEERS), part("musique", *others)])
+    assert f"Left out of some sets: {first}." in text
 
 
 def test_quality_within_a_share_of_the_budget_is_the_best_until_then(tmp_path):
