@@ -2,8 +2,8 @@
 
 Run `python train.py WORK OUTPUT` in an environment with `requirements.txt`. Episodes are rewarded
 by the real generator, as the configuration says. The stop is masked out, so that every system shows
-the same number of passages. Training ends when the generator's tokens reach the budget; requests
-that repeat are answered from memory and cost none, as in training by rlrag.
+the same number of passages. Training ends when the tokens asked of the generator reach the budget;
+requests that repeat are answered from memory and count all the same, as in training by rlrag.
 
 Hyper-parameters: `n_steps` 64 and `batch_size` 32 are those of rlrag's guide to the environment;
 gamma 1 because an episode has one reward, at its end; all else is MaskablePPO's default.
@@ -52,14 +52,19 @@ class WholeSelection(gymnasium.Wrapper):
 
 
 class EndAtBudget(BaseCallback):
-    """Ends training when the generator has read and written enough tokens."""
+    """Ends training when the generator was asked for enough tokens, of prompts and answers."""
 
     def __init__(self, generator: CachedGenerator, token_budget: int) -> None:
         super().__init__()
         self._generator, self._token_budget = generator, token_budget
 
     def _on_step(self) -> bool:
-        return self._generator.tokens.spent < self._token_budget
+        return tokens_asked(self._generator) < self._token_budget
+
+
+def tokens_asked(generator: CachedGenerator) -> int:
+    """Tokens of all requests, computed or answered from memory."""
+    return generator.tokens.spent + generator.tokens.saved
 
 
 def main() -> None:
@@ -98,7 +103,7 @@ def main() -> None:
     agent.learn(STEPS_AT_MOST, callback=EndAtBudget(generator, plan["token_budget"]))
     result = {
         "picks": picks(agent, make(dev), dev, plan["num_selected"]),
-        "generator_tokens": generator.tokens.spent,
+        "generator_tokens": tokens_asked(generator),
         "training_examples": len(env.question_ids),
     }
     generator.close()
