@@ -2,8 +2,8 @@
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.openrag nq`. All runs share questions, prompt and the
 cache of judgements, so that only the first pays for the offline stage. Each bundle is evaluated
-with one passage in context, and those of `DEEP` with ten. A finished run in the folder is taken as
-it is.
+with one passage in context, and those of `DEEP` with ten, unless `--depths` says otherwise. A
+finished run in the folder is taken as it is.
 
 `--reader RUN` has the trained generator of another finished run answer, frozen too, in place of the
 untrained one: what a retriever learns depends on how well its passages are read.
@@ -36,7 +36,7 @@ DEEP = (
     *("relevance", "both", "both, else gold"),
     *("dense relevance", "dense both", "dense both, else gold"),
 )
-"""Those that are evaluated with ten passages too: what is compared with other retrievers."""
+"""Those that are evaluated at all depths, the others at the first: what is compared with others."""
 
 
 def reader_facts(run_dir: Path) -> str:
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument("--cache-dir", default=None)
     parser.add_argument("--reader", type=Path, help="finished run whose generator answers")
+    parser.add_argument("--depths", nargs="+", type=int, default=[1, 10], help="passages shown")
     arguments, flags = parser.parse_known_args()
     prefix, reader = arguments.name, ""
     if arguments.reader is not None:
@@ -144,12 +145,14 @@ def main() -> None:
         finished_run(
             f"{arguments.name}-{recipe}", run_dir, 0, arguments.cache_dir, [*own_flags, *flags]
         )
-        depths = [1, 10] if variant in DEEP else [1]
+        depths = arguments.depths if variant in DEEP else arguments.depths[:1]
         found[variant] = {depth: evaluation_with(run_dir, depth) for depth in depths}
         if variant in ("both", "dense both"):
             pools[variant] = json.loads((run_dir / "pools" / "summary.json").read_text())
     given = [f'"{variant}"' if " " in variant else variant for variant in arguments.variants]
     chosen = "" if len(given) == len(VARIANTS) else f" --variants {' '.join(given)}"
+    if arguments.depths != parser.get_default("depths"):
+        chosen += f" --depths {' '.join(map(str, arguments.depths))}"
     chosen += " --reader RUN" if reader else ""
     text = report(arguments.name, chosen, reader, found, pools)
     (RESULTS / f"openrag-{prefix}.md").write_text(text)
