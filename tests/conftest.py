@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from stand_ins import NUM_CANDIDATES, make_table
 from tiny_models import save_tiny_encoder, save_tiny_llama
 
@@ -22,6 +23,10 @@ from rlrag.config import (
     TrainingConfig,
 )
 from rlrag.pipeline import TrainingData
+
+# A property holds however busy the machine is.
+settings.register_profile("rlrag", deadline=None)
+settings.load_profile("rlrag")
 
 
 @pytest.fixture

@@ -300,7 +300,7 @@ def ends_well(directory: Path) -> bool:
     return not said
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(FILES), st.sampled_from(["delete", "truncate", "alter"]), st.data())
 def test_any_harm_to_a_file_is_found(original, name, harm, data):
     with tempfile.TemporaryDirectory() as place:
@@ -326,7 +326,7 @@ def containers(value: Any) -> list[Any]:
     return [value, *(found for each in inner for found in containers(each))]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(DOCUMENTS), st.sampled_from(["delete", "set", "add"]), st.data())
 def test_any_other_content_is_read_or_named(original, name, change, data):
     """As by somebody who also wrote the manifest anew."""

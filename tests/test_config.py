@@ -59,7 +59,7 @@ def test_a_recipe_loads_back_to_an_equal_configuration(recipe):
     assert text.endswith("}\n")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     learning_rate=st.floats(min_value=1e-300, max_value=1e300),
     instruction=st.text(),

@@ -154,7 +154,7 @@ def plain(value):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_batch_of_n_equals_n_scalar_environments(data):
     num_envs = data.draw(st.integers(1, 4))
     num_selected = data.draw(st.integers(1, 4))

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -90,7 +90,6 @@ def test_an_interval_without_spread_has_no_width() -> None:
     assert bootstrap_ci([0.5, 0.5, 0.5]) == (0.5, 0.5)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([-1.0, -0.4, 0.0, 0.1, 0.3, 1.0]), min_size=1, max_size=8))
 def test_few_differences_are_enumerated_exactly(differences: list[float]) -> None:
     signs = itertools.product([1, -1], repeat=len(differences))

@@ -100,7 +100,7 @@ def test_no_question_has_no_hits(vectors_file: Path) -> None:
     assert found.rows_BK.shape == (0, 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 30), st.integers(1, 30), st.data())
 def test_parts_cover_every_passage_once(num_passages: int, num_shards: int, data: object) -> None:
     config = config_of(num_shards=num_shards)
@@ -115,7 +115,7 @@ def test_parts_cover_every_passage_once(num_passages: int, num_shards: int, data
     assert max(sizes) - min(sizes) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), max_size=6), min_size=1, max_size=5),
     st.integers(1, 6),

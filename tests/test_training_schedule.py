@@ -35,7 +35,7 @@ def test_the_number_of_steps(batch_size, num_epochs, num_questions, num_steps):
     assert schedule(batch_size, num_epochs, num_questions, passes=3).num_steps == 3 * num_steps
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     batch_size=st.integers(1, 12),
     num_questions=st.integers(1, 30),
@@ -129,7 +129,7 @@ def test_steps_belong_to_esteps(refresh_every, passes, esteps):
     assert batches.estep(batches.num_steps) == esteps[-1] + 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     batch_size=st.integers(1, 5),
     num_questions=st.integers(1, 20),
