@@ -13,7 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ import tyro
 from jobs.command_line import parse, run_program
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, DataError
+from rlrag.evaluation.paired_tests import between_runs
 from rlrag.evaluation.question_records import EvaluatedQuestions, read_questions
 from rlrag.evaluation.report import render_report
 from rlrag.evaluation.run_record import RunRecord, to_json
@@ -55,7 +56,8 @@ def main(argv: Sequence[str]) -> None:
     ]
     _write(arguments.output, render_report(runs))
     if arguments.json is not None:
-        _write(arguments.json, json.dumps(to_json(runs), indent=2, allow_nan=False) + "\n")
+        record = to_json(runs) | {"between_runs": [asdict(test) for test in between_runs(runs)]}
+        _write(arguments.json, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def _check_place(flag: str, path: Path) -> None:

@@ -27,6 +27,7 @@ from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.training.run_directory import RunDirectory
 
 RETRIEVER, OTHERS = "retriever", "selection"
+_ADDED = ("step", "epoch", "generator_tokens_total")
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,23 @@ def _after(turn: str, directory: RunDirectory, trained: Trained) -> Trained:
 
 
 def _join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
-    """The records of all turns so far as one run: steps and generator tokens add up."""
+    """The records of all turns so far as one run: steps, passes and generator tokens add up.
+
+    A later turn's step 0 is left out, as it is the last step of the turn before; the seconds of its
+    judging go to the next record.
+    """
     records: list[dict[str, Any]] = []
     for number in range(1, config.training.rounds + 1):
         for turn in (RETRIEVER, OTHERS):
             found = RunDirectory(run_dir.rounds / f"{number}-{turn}").read_metrics()
-            steps = records[-1]["step"] if records else 0
-            tokens = records[-1]["generator_tokens_total"] if records else 0.0
-            for record in found[1:] if records else found:
+            before = dict.fromkeys(_ADDED, 0) | (records[-1] if records else {})
+            if records:
+                first, *found = found
+                if found and "judge_s" in first:
+                    found[0]["judge_s"] = first["judge_s"]
+            for record in found:
+                record |= {name: record[name] + before[name] for name in _ADDED}
                 record |= {
-                    "step": record["step"] + steps,
-                    "generator_tokens_total": record["generator_tokens_total"] + tokens,
                     "round": number,
                     "trains_retriever": float(turn == RETRIEVER),
                 }

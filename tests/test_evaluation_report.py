@@ -304,7 +304,7 @@ def test_the_page_of_one_run_is_whole_and_shows_its_numbers():
         "0.688",
         "1,240 questions; the trained system is that of step 4",
         "trained minus retriever_order",
-        "EM +0.062 (95 % +0.010 to +0.110, p = 0.016)",
+        "+0.062 (+0.010 to +0.110) 0.016 0.031",
         "nothing to learn from",
         "1 min 00 s",
         "1,600",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from rlrag.errors import ConfigError, DataError
 from rlrag.evaluation import significance
 from rlrag.evaluation.significance import (
     bootstrap_ci,
+    holm_correction,
     paired_bootstrap_ci,
     paired_randomization_test,
 )
@@ -145,7 +147,22 @@ def test_p_values_under_the_null_are_spread_evenly() -> None:
     assert stats.kstest(p_values, "uniform").pvalue > 0.01
 
 
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holms_correction_is_closed_testing_with_bonferroni(p_values: list[float]) -> None:
+    """A hypothesis is rejected if every set of hypotheses that holds it is (Marcus et al. 1976)."""
+    places = range(len(p_values))
+    sets = [s for size in places for s in combinations(places, size + 1)]
+    expected = [
+        max(min(1.0, len(s) * min(p_values[j] for j in s)) for s in sets if place in s)
+        for place in places
+    ]
+    assert holm_correction(p_values).tolist() == pytest.approx(expected, abs=1e-12)
+
+
 def test_bad_values_are_refused() -> None:
+    for p_values in ([], [0.5, 1.5], [-0.1], [float("nan")]):
+        with pytest.raises(DataError, match="p_values"):
+            holm_correction(p_values)
     with pytest.raises(DataError, match=r"values\[1\] is nan \(2 of 3"):
         bootstrap_ci([0.0, math.nan, math.inf])
     with pytest.raises(DataError, match="shape"):

@@ -93,8 +93,19 @@ def test_two_rounds_end_in_one_bundle_of_all_parts(openrag_files, tmp_path, caps
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records]
     assert steps == list(range(len(steps)))
-    tokens = [record["generator_tokens_total"] for record in records]
-    assert tokens == sorted(tokens)
+    for added in ("generator_tokens_total", "epoch"):
+        values = [record[added] for record in records]
+        assert values == sorted(values)
+    of_turns = [
+        json.loads(line)
+        for turn in turns
+        for line in (run / "rounds" / turn / "metrics.jsonl").read_text().splitlines()
+    ]
+    judged, judged_in_turns = (
+        sum(record.get("judge_s", 0.0) for record in each) for each in (records, of_turns)
+    )
+    assert judged == pytest.approx(judged_in_turns)
+    assert judged > 0
     found = json.loads((run / "evaluation.json").read_text())
     assert list(found["systems"]) == systems
     # Stopped in the last turn: what is done stays as it is.

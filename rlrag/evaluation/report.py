@@ -15,6 +15,7 @@ from html import escape
 from typing import Any
 
 from rlrag.evaluation import report_figures
+from rlrag.evaluation.paired_tests import PairedTest, between_runs, within_run
 from rlrag.evaluation.question_browser import SCRIPT, question_browser
 from rlrag.evaluation.report_style import STYLE
 from rlrag.evaluation.run_record import RunRecord, differing_fields
@@ -70,7 +71,7 @@ def _overview(runs: Sequence[RunRecord]) -> str:
             run.name,
             run.config.recipe,
             str(run.config.seed),
-            " and ".join(run.config.training.parts),
+            ", ".join(run.config.training.parts),
             run.objective,
             _count(run.num_samples),
             f"{run.config.environment.num_selected} of {run.config.retrieval.num_candidates}",
@@ -82,7 +83,7 @@ def _overview(runs: Sequence[RunRecord]) -> str:
         )
         for run in runs
     ]
-    return _table((*headings, "time", "tokens", "state"), rows)
+    return _table((*headings, "time", "tokens", "state"), rows, prose=True)
 
 
 def _alarms(runs: Sequence[RunRecord]) -> str:
@@ -126,7 +127,9 @@ def _comparison(runs: Sequence[RunRecord]) -> str:
             '<p class="warning">These runs were evaluated on different questions: their figures '
             "do not compare.</p>\n"
         )
-    return table
+    return table + _paired(
+        between_runs(runs), "The trained systems of two runs on the same questions"
+    )
 
 
 def _results(runs: Sequence[RunRecord]) -> str:
@@ -156,24 +159,27 @@ def _result(run: RunRecord, evaluation: Mapping[str, Any]) -> str:
     if "bundle_step" in evaluation:
         caption += f"; the trained system is that of step {evaluation['bundle_step']:,}"
     headings = ("system", "EM (95 %)", "F1 (95 %)", "accuracy", *ranked)
-    tests = [_paired(name, pair) for name, pair in evaluation.get("paired", {}).items()]
     heading = f"<h3>{escape(run.name)}</h3>\n"
-    return heading + _table(headings, rows, caption) + "".join(tests)
+    tests = _paired(within_run(evaluation), "Differences on the same questions")
+    return heading + _table(headings, rows, caption) + tests
 
 
-def _paired(name: str, pair: Mapping[str, Any]) -> str:
-    parts = [
-        f"{measure} {pair[diff]:+.3f} (95 % {pair[interval][0]:+.3f} to {pair[interval][1]:+.3f}, "
-        f"p = {pair[p_value]:.2g})"
-        for measure, diff, interval, p_value in (
-            ("EM", "em_diff", "ci95", "p_value"),
-            ("F1", "f1_diff", "f1_ci95", "f1_p_value"),
-            ("accuracy", "accuracy_diff", "accuracy_ci95", "accuracy_p_value"),
+def _paired(tests: Sequence[PairedTest], caption: str) -> str:
+    """Differences on the same questions; nothing without any."""
+    if not tests:
+        return ""
+    rows = [
+        (
+            f"{test.ours} minus {test.theirs}",
+            test.measure,
+            f"{test.difference:+.3f} ({test.ci95[0]:+.3f} to {test.ci95[1]:+.3f})",
+            f"{test.p_value:.2g}",
+            f"{test.corrected_p_value:.2g}",
         )
-        if diff in pair
+        for test in tests
     ]
-    told = f"{name.replace('_vs_', ' minus ')}, paired on the same questions: {'; '.join(parts)}."
-    return f"<p>{escape(told)}</p>\n"
+    headings = ("systems", "measure", "difference (95 %)", "p", f"p, Holm over {len(tests)}")
+    return _table(headings, rows, caption)
 
 
 def _iteration_table(runs: Sequence[RunRecord]) -> str:
