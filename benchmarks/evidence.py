@@ -241,7 +241,9 @@ def page(parts: Sequence[dict[str, Any]]) -> str:
         "generator tokens, prompts and answers together, in training. A run of this project ends "
         f"with the step that reaches them. Minutes are those of training: of a peer from the start "
         "of its script to its end, of a run its judging, collecting, learning and validating. To "
-        f"encode the corpus for a new retriever is in neither.{without}",
+        "encode the corpus for a new retriever is in neither. Runs share a cache of answers: what "
+        "one asked counts as tokens of those below it too, and takes them no time, so that their "
+        f"minutes are fewer than alone.{without}",
     ]
     for part in parts:
         lines += [
