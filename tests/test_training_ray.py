@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from training_program import NUM_STEPS, tiny_flags, without_clocks
 
-from benchmarks.programs import TrainingProgram, read_metrics
+from benchmarks.programs import ROOT, TrainingProgram, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -29,7 +29,12 @@ CO_TRAINING = (
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
-    return tiny_flags(tmp_path_factory.mktemp("inputs"))
+    """With relative paths, as a user gives them: each process of Ray has a folder of its own."""
+    folder = tmp_path_factory.mktemp("inputs")
+    return [
+        os.path.relpath(word, ROOT) if word.startswith(str(folder)) else word
+        for word in tiny_flags(folder)
+    ]
 
 
 @pytest.fixture

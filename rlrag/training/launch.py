@@ -6,6 +6,7 @@ through its picklable client, and restarts them when one dies.
 
 from __future__ import annotations
 
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ class _WorkerTask:
 
     config: str
     run_dir: str
+    folder: str
     generator: CachedGenerator | None
     prompts: PromptBuilder | None
 
@@ -133,7 +135,7 @@ def train_on_ray(
     from ray.train.v2.api.config import FailureConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    task = _WorkerTask(config.to_json(), str(run_dir.path), generator, prompts)
+    task = _WorkerTask(config.to_json(), str(run_dir.path), os.getcwd(), generator, prompts)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"task": task},
@@ -203,6 +205,8 @@ def _resources(config: RunConfig) -> dict[str, float]:
 def _worker(settings: dict[Any, Any]) -> None:
     """One Ray Train worker."""
     task: _WorkerTask = settings["task"]
+    if os.path.isdir(task.folder):  # Ray Train has left it, and paths may be relative to it
+        os.chdir(task.folder)
     run_dir, workers = RunDirectory(Path(task.run_dir)), TorchWorkers()
     with worker_log(run_dir, workers.rank):
         _take_part(task, run_dir, workers)
