@@ -56,7 +56,7 @@ def run_rounds(config: RunConfig, run_dir: RunDirectory) -> None:
             trained = _after(turn, directory, trained)
             tokens += directory.read_metrics()[-1]["generator_tokens_total"]
             turns_left -= 1
-        _join_metrics(config, run_dir)
+        join_metrics(config, run_dir)
     _bundle_and_evaluate(config, run_dir, trained)
 
 
@@ -106,7 +106,7 @@ def _after(turn: str, directory: RunDirectory, trained: Trained) -> Trained:
     )
 
 
-def _join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
+def join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
     """The records of all turns so far as one run: steps, passes and generator tokens add up.
 
     A later turn's step 0 is left out, as it is the last step of the turn before; the seconds of its
@@ -117,7 +117,7 @@ def _join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
         for turn in (RETRIEVER, OTHERS):
             found = RunDirectory(run_dir.rounds / f"{number}-{turn}").read_metrics()
             before = dict.fromkeys(_ADDED, 0) | (records[-1] if records else {})
-            if records:
+            if records and found:  # a turn to come has none
                 first, *found = found
                 if found and "judge_s" in first:
                     found[0]["judge_s"] = first["judge_s"]
