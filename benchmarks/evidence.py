@@ -239,7 +239,7 @@ def page(parts: Sequence[dict[str, Any]]) -> str:
         "picked one next to the question, where this generator reads it best. Every system "
         f"starts from the same dense encoder and generator and may spend {TOKEN_BUDGET:,} "
         "generator tokens, prompts and answers together, in training. A run of this project ends "
-        f"with the step that reaches them. Minutes are those of training: of a peer from the start "
+        "with the step that reaches them. Minutes are those of training: of a peer from the start "
         "of its script to its end, of a run its judging, collecting, learning and validating. To "
         "encode the corpus for a new retriever is in neither. Runs share a cache of answers: what "
         "one asked counts as tokens of those below it too, and takes them no time, so that their "

@@ -161,7 +161,7 @@ def build_table(
     for pair in PAIRED_SYSTEMS:
         if all(name in systems for name in pair):
             ours, theirs = (systems[name] for name in pair)
-            paired["_vs_".join(pair)] = _compare(ours, theirs, num_resamples, seed)
+            paired["_vs_".join(pair)] = compare(ours, theirs, num_resamples, seed)
     return EvaluationTable(next(iter(lengths.values())), num_selected, summaries, paired, left_out)
 
 
@@ -235,9 +235,14 @@ def _known_mean(values_Q: np.ndarray | None) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def _compare(
-    ours: SystemMetrics, theirs: SystemMetrics, num_resamples: int, seed: int
+def compare(
+    ours: SystemMetrics, theirs: SystemMetrics, num_resamples: int = 10_000, seed: int = 0
 ) -> PairedComparison:
+    """Two systems on the same questions, ours minus theirs.
+
+    Raises:
+        DataError: unequal numbers of questions, none, or a value that is not finite.
+    """
     return PairedComparison(
         em_diff=float(np.mean(ours.em) - np.mean(theirs.em)),
         f1_diff=float(np.mean(ours.f1) - np.mean(theirs.f1)),
