@@ -144,12 +144,12 @@ def compared(
         folder: Of this set.
         cache_dir: Of models, indexes and answers.
         sources: The folder that RLRAG_DATA_DIR names.
-        peers: Which of them.
+        peers: Which of them; what was finished with more is taken whole.
     """
     summary = folder / "summary.json"
     if summary.is_file():
         found: dict[str, Any] = json.loads(summary.read_text())
-        if found["peers"] == list(peers):
+        if set(peers) <= set(found["peers"]):
             return found
     folder.mkdir(parents=True, exist_ok=True)
     train, test = draw_questions(name, sources / "questions", folder)

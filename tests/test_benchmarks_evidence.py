@@ -89,6 +89,23 @@ def test_the_page_names_peers_that_are_missing():
     assert f"Left out of some sets: {first}." in text
 
 
+def test_a_set_that_is_finished_with_at_least_these_peers_is_taken(tmp_path, monkeypatch):
+    first, second, third, *_ = evidence.PEERS
+    (tmp_path / "summary.json").write_text(json.dumps(part("nq", first, second)))
+
+    def drawn_again(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(evidence, "draw_questions", drawn_again)
+    taken = [
+        evidence.compared("nq", tmp_path, tmp_path, tmp_path, peers)
+        for peers in ([first], [second, first])
+    ]
+    assert [found["peers"] for found in taken] == [[first, second]] * 2
+    with pytest.raises(InterruptedError):
+        evidence.compared("nq", tmp_path, tmp_path, tmp_path, [first, third])
+
+
 def test_quality_within_a_share_of_the_budget_is_the_best_until_then(tmp_path):
     records = [(0, 0.2), (200_000, 0.1), (300_000, 0.3), (900_000, 0.9)]
     lines = [
