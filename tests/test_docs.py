@@ -165,6 +165,7 @@ def test_the_tutorial_works_from_its_first_block_to_its_last(folder, tmp_path_fa
         "data.max-eval-questions": 8,
         "retrieval.encoder": save_tiny_encoder(models / "encoder"),
         "generator.model": save_tiny_llama(models / "generator"),
+        "generator.backend": "transformers",
         "training.batch-size": 8,
         "training.num-epochs": 1,
     }
