@@ -13,14 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlrag.errors import ConfigError, DataError
-from rlrag.sqlite_files import use_write_ahead_log
-
-_BUSY_TIMEOUT_S = 60.0
-_KEYS_PER_QUERY = 500
+from rlrag.sqlite_files import KeyedTable
 
 
 class VerdictStore:
-    """Verdicts by key; safe for many processes at once. A connection lives for one call."""
+    """Verdicts by key; safe for many processes at once."""
 
     def __init__(self, path: Path) -> None:
         """Create the file when it is missing.
@@ -34,38 +31,23 @@ class VerdictStore:
             raise ConfigError(
                 f"the cache {self._path}: the directory {self._path.parent} does not exist"
             )
-        with self._connection() as connection:
-            use_write_ahead_log(connection, _BUSY_TIMEOUT_S)
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS verdicts (key BLOB PRIMARY KEY, verdict TEXT NOT NULL) "
-                "WITHOUT ROWID"
-            )
+        with self._explained():
+            self._table = KeyedTable(self._path, "verdicts", {"verdict": "TEXT"})
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """The stored verdicts among `keys`."""
-        found: dict[bytes, str] = {}
-        with self._connection() as connection:
-            for start in range(0, len(keys), _KEYS_PER_QUERY):
-                part = keys[start : start + _KEYS_PER_QUERY]
-                marks = ",".join("?" * len(part))
-                query = f"SELECT key, verdict FROM verdicts WHERE key IN ({marks})"
-                found |= {bytes(key): verdict for key, verdict in connection.execute(query, part)}
-        return found
+        with self._explained():
+            return {key: verdict for key, (verdict,) in self._table.get(keys).items()}
 
     def put(self, key: bytes, verdict: str) -> None:
         """Store one verdict; a key that is there already keeps its own."""
-        with self._connection() as connection, connection:
-            connection.execute("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", (key, verdict))
+        with self._explained():
+            self._table.put([(key, (verdict,))])
 
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
+    def _explained(self) -> Iterator[None]:
         try:
-            connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S)
-            try:
-                connection.execute("PRAGMA synchronous=NORMAL")
-                yield connection
-            finally:
-                connection.close()
+            yield
         except sqlite3.Error as error:
             raise DataError(
                 f"the cache {self._path} cannot be used: {error}; free space on its disk, or give "

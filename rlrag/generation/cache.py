@@ -27,14 +27,19 @@ from rlrag.generation.checks import check_answers
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
 from rlrag.generation.weight_protocols import FollowsWeights
 from rlrag.records import Generation, Prompt, Score
-from rlrag.sqlite_files import use_write_ahead_log
+from rlrag.sqlite_files import BUSY_TIMEOUT_S, KeyedTable
 
 if TYPE_CHECKING:
     from rlrag.generation.weights import GeneratorWeights
 
 _FILE_NAME = "generations.sqlite"
-_BUSY_TIMEOUT_S = 60.0
-_KEYS_PER_QUERY = 500
+_COLUMNS = {
+    "text": "TEXT",
+    "logp": "REAL",
+    "num_tokens": "INTEGER",
+    "num_prompt_tokens": "INTEGER",
+    "version": "INTEGER",
+}
 
 Result = TypeVar("Result", Generation, Score)
 Request = tuple[str, tuple[int, ...], object]  # kind, prompt, answer or sampling
@@ -42,11 +47,7 @@ Row = tuple[str, float, int, int, int]  # text, logp, num_tokens, num_prompt_tok
 
 
 class ResultStore:
-    """Results by key in one SQLite file; safe for many processes and threads at once.
-
-    A connection lives for one call: it costs a fraction of a millisecond, and the object has no
-    state that a fork or a pickle could break.
-    """
+    """Results by key in one SQLite file; safe for many processes and threads at once."""
 
     def __init__(self, path: Path) -> None:
         """Create the file when it is missing.
@@ -55,46 +56,24 @@ class ResultStore:
             GenerationError: when the file cannot be opened or is no SQLite file.
         """
         self._path = path
-        with self._connection() as connection:
-            use_write_ahead_log(connection, _BUSY_TIMEOUT_S)
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, text TEXT NOT NULL, "
-                "logp REAL NOT NULL, num_tokens INTEGER NOT NULL, "
-                "num_prompt_tokens INTEGER NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID"
-            )
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._table = KeyedTable(path, "results", _COLUMNS)
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
         """The stored results among `keys`."""
-        found: dict[bytes, Row] = {}
-        with self._connection() as connection:
-            for start in range(0, len(keys), _KEYS_PER_QUERY):
-                part = keys[start : start + _KEYS_PER_QUERY]
-                marks = ",".join("?" * len(part))
-                query = f"SELECT * FROM results WHERE key IN ({marks})"
-                for key, *row in connection.execute(query, part):
-                    found[bytes(key)] = tuple(row)
-        return found
+        with self._explained():
+            return self._table.get(keys)
 
     def put(self, rows: Sequence[tuple[bytes, Row]]) -> None:
         """Store all rows in one transaction; a key that is there already keeps its result."""
-        with self._connection() as connection, connection:
-            connection.executemany(
-                "INSERT OR IGNORE INTO results VALUES (?, ?, ?, ?, ?, ?)",
-                [(key, *row) for key, row in rows],
-            )
+        with self._explained():
+            self._table.put(rows)
 
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
+    def _explained(self) -> Iterator[None]:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S)
-            try:
-                # With a write-ahead log this survives a killed process; only a power cut can lose
-                # the last transactions, and never corrupts the file.
-                connection.execute("PRAGMA synchronous=NORMAL")
-                yield connection
-            finally:
-                connection.close()
+            yield
         except (sqlite3.Error, OSError) as error:
             raise GenerationError(
                 f"the generation cache {self._path} cannot be used: {error}; {_way_out(str(error))}"
@@ -282,7 +261,7 @@ def _way_out(message: str) -> str:
     if any(sign in message for sign in ("full", "No space", "disk I/O")):
         return "free space on its disk, then run the same command again: what is stored stays"
     if "locked" in message:
-        return f"another process held it for more than {_BUSY_TIMEOUT_S:.0f} s; try again"
+        return f"another process held it for more than {BUSY_TIMEOUT_S:.0f} s; try again"
     if "not a database" in message or "malformed" in message:
         return "the file is damaged; delete it and it will be filled anew"
     return "check that its folder exists and can be written"
