@@ -103,6 +103,14 @@ def data_dir() -> Path:
     return Path(os.environ["RLRAG_DATA_DIR"])
 
 
+def pytest_configure() -> None:
+    """One thread for what a test computes itself: its models are so small that a second thread
+    gains nothing, and beside a busy process waiting for it takes a hundred times as long."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs the data folder or a GPU where there is none; CI must have the folder."""
     import torch
