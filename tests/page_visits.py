@@ -16,6 +16,7 @@ from page_stand_in import StandIn, make_app, served
 CHROMIUM = shutil.which("chromium")
 QUESTION = "Which port lies at the mouth of the Rhine?"
 WIDE, NARROW = {"width": 1280, "height": 860}, {"width": 360, "height": 760}
+_TIMEOUT_MS = 20_000
 
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium is installed; on Debian: apt install chromium"
@@ -37,9 +38,14 @@ class Visit:
 
     def answered(self, count: int = 1) -> None:
         """Wait for whole answers."""
-        self.page.wait_for_function(
-            "n => document.querySelectorAll('.answer[aria-busy=false]').length === n", arg=count
-        )
+        self.expect(self.page.locator(".answer[aria-busy=false]")).to_have_count(count)
+
+    def expect(self, locator: Any) -> Any:
+        """Assertions that wait; `wait_for_function` evaluates text, which the page forbids."""
+        from playwright.sync_api import expect
+
+        expect.set_options(timeout=_TIMEOUT_MS)
+        return expect(locator)
 
     def focused(self) -> str:
         return self.page.evaluate("document.activeElement.id")
@@ -61,7 +67,7 @@ class Site:
 
         def open_one(path: str = "/", viewport: dict[str, int] = WIDE, **options: Any) -> Visit:
             page = self.browser.new_page(viewport=viewport, **options)
-            page.set_default_timeout(20_000)
+            page.set_default_timeout(_TIMEOUT_MS)
             visit = Visit(page, self.stand_in)
             visits.append(visit)
             page.on("request", lambda request: visit.hosts.add(re.split("[/:]+", request.url)[1]))

@@ -72,7 +72,7 @@ def test_the_answer_is_written_as_it_comes(open_page):
     visit = open_page()
     visit.stand_in.hangs = True
     visit.ask()
-    visit.page.wait_for_function("document.querySelector('.answer.writing')?.textContent === 'R'")
+    visit.expect(visit.page.locator(".answer.writing")).to_have_text("R")
     assert visit.page.locator(".passage").count() == 3
     assert visit.page.get_by_role("button", name="Stop").is_visible()
 
