@@ -7,6 +7,9 @@ the prompt and answer tokens of the generator reach the budget; TRL counts them 
 Hyper-parameters: adapter (rank 16, alpha 32) and step size (2e-4) are those with which rlrag trains
 the same generator; groups of 4 are its 4 selections a question; all else is TRL's default, GRPO
 with the DAPO loss, no KL term, temperature 1. Gradient checkpointing is off: it only saves memory.
+Without Triton TRL would compute the vocabulary's logits at every position of the prompts too, only
+to mask them; here it scores the answers' positions alone, as it does with Triton: the same loss in
+21 s a step, not 37.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -62,6 +66,7 @@ def main() -> None:
     records = json.loads((work / "train.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(plan["generator"], padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(plan["generator"], dtype="auto")
+    trl.trainer.utils._use_triton = lambda device: True  # asked there for which positions to score
 
     # An answer ends with its line; TRL ends it at every token that the model declares as an end.
     ends = model.generation_config.eos_token_id
