@@ -114,7 +114,7 @@ def draw_proposals(posterior_logp_BN: torch.Tensor, uniforms_BM: torch.Tensor) -
 
     Example:
         >>> q = torch.tensor([[0.25, 0.0, 0.75]]).log()
-        >>> draw_proposals(q, torch.tensor([[0.0, 0.2, 0.25, 0.99]]))
+        >>> draw_proposals(q, torch.tensor([[0.0, 0.2, 0.3, 0.99]]))
         tensor([[0, 0, 2, 2]])
     """
     cdf_BN = posterior_logp_BN.double().exp().cumsum(dim=1)
