@@ -39,7 +39,7 @@ NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 160, 40, 200
 NUM_PASSAGES = 2
 TOKEN_BUDGET = 800_000
 _SHARES = (0.25, 0.5, 0.75)
-_PEER_MINUTES = 60.0
+_PEER_MINUTES = 90.0
 _MINUTES_FILE = "minutes.txt"
 _COMMON = (
     *("--environment.num-selected", str(NUM_PASSAGES), "--retrieval.num-candidates", "5"),

@@ -37,12 +37,16 @@ if output.name == "failing":
     raise ValueError("no such model")
 if output.name == "slow":
     time.sleep(60)
+if output.name == "continued" and not (output / "checkpoint").exists():
+    (output / "checkpoint").touch()
+    raise SystemExit("stopped")
 picks = {r["id"]: [c["id"] for c in r["candidates"]][: plan["num_selected"]] for r in dev}
 found = {
     "picks": {"picks": {key: ids[::-1] for key, ids in picks.items()}},
     "wrong": {"picks": {key: ids[:1] for key, ids in picks.items()}},
     "encoder": {"encoder": plan["encoder"]},
     "generator": {"generator": plan["generator"]},
+    "continued": {"generator": plan["generator"], "seconds_before": 1000.0},
 }[output.name]
 found |= {"generator_tokens": 4321, "training_examples": 12}
 (output / "result.json").write_text(json.dumps(found))
@@ -170,6 +174,15 @@ def test_a_peer_that_takes_too_long_is_ended(trial):
         finished_peer("slow", trial.peers["picks"], trial.arguments.folder, this_python, 0.5)
 
 
+def test_a_peer_that_continues_keeps_its_checkpoints_and_the_time_they_took(trial):
+    peer, work = Peer(trial.peers["picks"].script, continues=True), trial.arguments.folder
+    with pytest.raises(SetupError, match="exit code 1: stopped"):
+        finished_peer("continued", peer, work, this_python, 30)
+    assert 1000 < finished_peer("continued", peer, work, this_python, 30).seconds < 1030
+    log = (work / "continued" / "output.log").read_text()
+    assert log.splitlines() == ["stopped"]
+
+
 def test_a_finished_run_stands_beside_the_peers(trial, tmp_path):
     """Its figures are those of its own evaluation, if that was of the same questions."""
     from benchmarks.peers.plan import prepare
@@ -223,16 +236,30 @@ def test_a_peer_is_pinned_and_short(name):
     assert {pinned.get(line.split("==")[0], line) for line in pins} == pins
 
 
-def test_the_reward_of_grpo_is_the_f1_of_rlrag():
-    """Its script cannot be imported without TRL; the two functions stand alone."""
+def functions_of_grpo(*names: str) -> dict:
+    """Its script cannot be imported without TRL; these functions stand alone."""
     tree = ast.parse(PEERS["trl_grpo"].script.read_text())
     functions = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name in ("normalized", "f1")
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names
     ]
-    restated: dict = {"Counter": Counter, "string": string}
-    exec(compile(ast.Module(functions, []), "train.py", "exec"), restated)
+    found: dict = {"Counter": Counter, "string": string, "Path": Path}
+    exec(compile(ast.Module(functions, []), "train.py", "exec"), found)
+    return found
+
+
+def test_grpo_goes_on_from_the_newest_whole_checkpoint(tmp_path):
+    newest_checkpoint = functions_of_grpo("newest_checkpoint")["newest_checkpoint"]
+    assert newest_checkpoint(tmp_path / "none") == (None, 0.0)
+    for step in (90, 100, 110):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert newest_checkpoint(tmp_path) == (None, 0.0)
+    for step in (90, 100):
+        (tmp_path / f"checkpoint-{step}" / "seconds.txt").write_text(f"{step}.5")
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-100", 100.5)
+
+
+def test_the_reward_of_grpo_is_the_f1_of_rlrag():
+    restated = functions_of_grpo("normalized", "f1")
     pairs = [
         (" the Eiffel Tower.", ["Eiffel tower"]),
         ("Emperor Napoleon", ["Napoleon of France", "an emperor"]),

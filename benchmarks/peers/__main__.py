@@ -42,7 +42,7 @@ PEERS: dict[PeerName, Peer] = {
     "st_hard_negatives": Peer(_HERE / "sentence_transformers" / "hard_negatives.py", ranks=True),
     "st_distillation": Peer(_HERE / "sentence_transformers" / "distillation.py", ranks=True),
     "maskable_ppo": Peer(_HERE / "maskable_ppo" / "train.py"),
-    "trl_grpo": Peer(_HERE / "trl_grpo" / "train.py"),
+    "trl_grpo": Peer(_HERE / "trl_grpo" / "train.py", continues=True),
 }
 """By name, the quickest first."""
 

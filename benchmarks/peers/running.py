@@ -25,18 +25,22 @@ class Peer:
     """One peer: its script, which lies beside the `requirements.txt` of its environment.
 
     `ranks` says that what it picks is a ranking, best first, so that the other order is measured
-    too: a generator may attend best to what stands last.
+    too: a generator may attend best to what stands last. `continues` says that the script goes on
+    from the checkpoints that it left where it was stopped; others start again.
     """
 
     script: Path
     ranks: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True)
 class Finished:
     """What a peer left in its output folder, and how long its script took.
 
-    `result` has `picks`, `generator` or `encoder`, and `generator_tokens`, `training_examples`.
+    `result` has `picks`, `generator` or `encoder`, and `generator_tokens`, `training_examples`. Of
+    a script that went on from a checkpoint it also has `seconds_before`, the time until that, which
+    `seconds` contains.
     """
 
     output: Path
@@ -66,17 +70,19 @@ def finished_peer(
     if (output / "finished.json").is_file():
         return _read(output)
     python = open_python(peer.script.parent / "requirements.txt")
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir()
+    if not peer.continues:
+        shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(exist_ok=True)
     started = time.monotonic()
-    with (output / "output.log").open("w") as log:
+    with (output / "output.log").open("a") as log:
         code = _run([str(python), str(peer.script), str(work), str(output)], log, timeout_s)
     seconds = time.monotonic() - started
     if code is None:
         raise SetupError(f"not finished in {timeout_s / 60:.0f} minutes; give more by --minutes")
     if code or not (output / "result.json").is_file():
         raise SetupError(f"exit code {code}: {_last_line(output / 'output.log')}")
-    write_json(output / "finished.json", {"seconds": seconds})
+    before = json.loads((output / "result.json").read_text()).get("seconds_before", 0.0)
+    write_json(output / "finished.json", {"seconds": before + seconds})
     return _read(output)
 
 

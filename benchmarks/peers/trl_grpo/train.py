@@ -2,7 +2,8 @@
 
 Run `python train.py WORK OUTPUT` in an environment with `requirements.txt`. The reward is the F1 of
 the answer, restated here from its definition so that nothing of rlrag is needed. Training ends when
-the prompt and answer tokens of the generator reach the budget; TRL counts them itself.
+the prompt and answer tokens of the generator reach the budget; TRL counts them itself. The same
+command goes on from the last checkpoint.
 
 Hyper-parameters: adapter (rank 16, alpha 32) and step size (2e-4) are those with which rlrag trains
 the same generator; groups of 4 are its 4 selections a question; all else is TRL's default, GRPO
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import string
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from trl import GRPOConfig, GRPOTrainer
 QUESTIONS_PER_STEP = 4
 ANSWERS_PER_QUESTION = 4
 STEPS_AT_MOST = 10_000
+STEPS_A_CHECKPOINT = 10
 
 
 def normalized(text: str) -> list[str]:
@@ -47,21 +50,37 @@ def f1(answer: str, golden_answers: list[str]) -> float:
     return best
 
 
-class EndAtBudget(TrainerCallback):
-    """Ends training when the generator has read and written enough tokens."""
+def newest_checkpoint(trainer_dir: Path) -> tuple[Path | None, float]:
+    """The newest whole checkpoint and the seconds that training took until it."""
+    whole = [file.parent for file in trainer_dir.glob("checkpoint-*/seconds.txt")]
+    if not whole:
+        return None, 0.0
+    newest = max(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]))
+    return newest, float((newest / "seconds.txt").read_text())
 
-    def __init__(self, token_budget: int) -> None:
-        self._token_budget = token_budget
+
+class EndAtBudget(TrainerCallback):
+    """Ends training when the generator has read and written enough tokens; notes the time."""
+
+    def __init__(self, token_budget: int, started: float) -> None:
+        self._token_budget, self._started = token_budget, started
 
     def on_step_end(self, args, state, control, **kwargs):
         """After each optimizer step."""
         control.should_training_stop = state.num_input_tokens_seen >= self._token_budget
         return control
 
+    def on_save(self, args, state, control, **kwargs):
+        """After each checkpoint; the file says that it is whole."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (checkpoint / "seconds.txt").write_text(str(time.monotonic() - self._started))
+
 
 def main() -> None:
     """Train, merge the adapter and save the whole generator."""
     work, output = Path(sys.argv[1]), Path(sys.argv[2])
+    checkpoint, seconds_before = newest_checkpoint(output / "trainer")
+    started = time.monotonic() - seconds_before
     plan = json.loads((work / "plan.json").read_text())
     records = json.loads((work / "train.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(plan["generator"], padding_side="left")
@@ -92,7 +111,7 @@ def main() -> None:
         train_dataset=Dataset.from_list(
             [{key: record[key] for key in ("prompt", "golden_answers")} for record in records]
         ),
-        callbacks=[EndAtBudget(plan["token_budget"])],
+        callbacks=[EndAtBudget(plan["token_budget"], started)],
         args=GRPOConfig(
             output_dir=str(output / "trainer"),
             seed=plan["seed"],
@@ -105,12 +124,14 @@ def main() -> None:
             lr_scheduler_type="constant",
             gradient_checkpointing=False,
             logging_steps=1,
-            save_strategy="no",
+            save_strategy="steps",
+            save_steps=STEPS_A_CHECKPOINT,
+            save_total_limit=2,
             report_to="none",
             disable_tqdm=True,
         ),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained = trainer.model.merge_and_unload()
     trained.generation_config.eos_token_id = ends
     trained.save_pretrained(output / "generator")
@@ -119,6 +140,7 @@ def main() -> None:
         "generator": "generator",
         "generator_tokens": int(trainer.state.num_input_tokens_seen),
         "training_examples": min(len(records), trainer.state.global_step * QUESTIONS_PER_STEP),
+        "seconds_before": seconds_before,
     }
     (output / "result.json").write_text(json.dumps(result, indent=1))
 
