@@ -44,8 +44,8 @@ setup: $(VENV)/.installed
 # vLLM compiles its sampler when it first runs, so a missing compiler is found here and not there.
 # pip's configuration may name a folder of wheels for the CPU build of torch; uv is told about it.
 $(VENV)/.installed: pyproject.toml constraints.txt overrides.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 4; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "error: Python 3.11 to 3.13 is needed; set PYTHON=/path/to/python3.11" >&2; exit 4; }
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		{ echo "error: a C++ compiler is needed (vLLM compiles its sampler); install g++ or clang++" >&2; exit 4; }
 	$(PYTHON) -m venv $(VENV)

@@ -332,7 +332,7 @@ def _report(
     lines = [
         "# The service on one machine",
         "",
-        "`python -m benchmarks.serve`; two cores, clients included, one replica of each part, an "
+        "`python -m benchmarks.serve --bundle BUNDLE`; two cores, clients included, one replica of each part, an "
         "engine of one thread, no caches. What is measured is described in the module.",
         "",
         "| measure | found | target |",

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [
             "# The service against evaluation",
             "",
-            f"`python -m benchmarks.served_answers`; {len(pairs)} test questions.",
+            f"`python -m benchmarks.served_answers --bundle BUNDLE`; {len(pairs)} test questions.",
             "",
             "| compared | result |",
             "|---|---|",

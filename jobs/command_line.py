@@ -1,7 +1,7 @@
 """Words of a command line in; a typed value, or one clear error and an exit code, out.
 
-Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 75 preempted (the same command
-continues), 1 anything else. The last line on stderr is then `error: ...`.
+Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 75 preempted and 130 interrupted
+by Ctrl-C (the same command continues), 1 anything else. The last line on stderr is then `error: ...`.
 """
 
 from __future__ import annotations

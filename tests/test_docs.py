@@ -23,6 +23,7 @@ import runpy
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from jobs import train
 from jobs.command_line import parse, pick_recipe
 from jobs.recipes import RECIPES
 from rlrag.bundle_files import read_bundle
+from rlrag.errors import ConfigError
 from serve.settings import parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +44,7 @@ PAGES = sorted(
 )
 TUTORIAL = "docs/tutorial.md"
 LANGUAGES = {"python", "bash", "text", "json", ""}
+TOP_LEVEL = ("rlrag", "envs", "jobs", "serve")
 FOREIGN = {"jq", "ls", "source"}
 ARGUMENTS = {
     "jobs.evaluate": "EvaluateArguments",
@@ -147,6 +150,26 @@ def check_program(module: str, words: Sequence[str]) -> None:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
 
 
+def accepts(recipe: str, flags: Sequence[str]) -> bool:
+    try:
+        check_program("jobs.train", [recipe, *flags])
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_flags_in_running_text_are_accepted_by_a_recipe(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
+    before: list[list[str]] = [[]]
+    for span in re.findall(r"`(--[a-z-]+\.[^`]+ [^`]+)`", text):
+        flags = ["8" if word == "N" else word for word in span.split()]
+        # Alone, or with what the page has named before.
+        choices = ([*earlier, *flags] for earlier in before)
+        assert any(accepts(recipe, words) for words in choices for recipe in RECIPES), span
+        before.append(flags)
+
+
 async def post(words: Sequence[str]) -> None:
     """Send a request to the application, which must take it."""
     served = Served()
@@ -245,6 +268,13 @@ def check_site(site: Path) -> None:
     assert "jobs.evaluate" in pages["reference/programs.html"]
     assert "importance_weights" in pages["reference/algorithms.html"]
     assert not (site / "hooks.py").exists()
+
+
+def test_the_architecture_names_every_module():
+    named = set(re.findall(r"[\w*]+\.py\b", (ROOT / "docs/architecture.md").read_text()))
+    modules = {path.name for top in TOP_LEVEL for path in (ROOT / top).rglob("*.py")}
+    missing = {name for name in modules if not any(fnmatch(name, pattern) for pattern in named)}
+    assert missing == {"__init__.py", "__main__.py"}
 
 
 def test_every_page_is_in_the_navigation():

@@ -289,7 +289,8 @@ class TrainingConfig(Section):
     max_failures: int = Field(default=3, ge=0)
     """Times that Ray Train restarts a broken worker group."""
     patience: int | None = Field(default=None, ge=1)
-    """Training ends early after this many validations in a row without a better F1."""
+    """Training ends early after this many validations in a row without a better score
+    (the one that chooses the best checkpoint)."""
     rounds: int = Field(default=1, ge=1)
     """Where the retriever and another part are trained: turns of training the retriever and then
     the others on what it finds."""
