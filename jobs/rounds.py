@@ -90,7 +90,12 @@ def config_of_turn(
     if trained.generator is not None:
         values["generator"]["model"] = str(trained.generator)
     if trained.selector is not None and turn == OTHERS:
-        values["selector"]["weights"] = str(trained.selector)
+        # What it became is where it goes on, and not the order that it imitated at first.
+        values["selector"] |= {
+            "weights": str(trained.selector),
+            "imitation_steps": 0,
+            "imitation_run": None,
+        }
     return RunConfig.model_validate(values)
 
 

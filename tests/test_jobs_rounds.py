@@ -12,7 +12,7 @@ from openrag_runs import gold_flags
 from jobs import train
 from jobs.rounds import OTHERS, RETRIEVER, Trained, config_of_turn, join_metrics
 from rlrag.bundle import load_bundle
-from rlrag.config import RetrievalConfig, RunConfig, TrainingConfig
+from rlrag.config import RetrievalConfig, RunConfig, SelectorConfig, TrainingConfig
 from rlrag.training.run_directory import RunDirectory
 
 JOINT = RunConfig(
@@ -43,6 +43,15 @@ def test_later_turns_start_from_what_the_others_became():
     others = config_of_turn(JOINT, OTHERS, AFTER)
     assert (others.retrieval.encoder, others.generator.model) == ("encoder", "generator")
     assert others.selector.weights == "selector"
+
+
+def test_a_selector_imitates_an_order_before_its_first_turn_alone():
+    selector = SelectorConfig(kind="listwise_lm", imitation_steps=20, imitation_run="order.trec")
+    joint = JOINT.model_copy(update={"selector": selector})
+    first = config_of_turn(joint, OTHERS, Trained(retriever=Path("encoder")))
+    assert (first.selector.imitation_steps, first.selector.imitation_run) == (20, "order.trec")
+    later = config_of_turn(joint, OTHERS, AFTER)
+    assert (later.selector.imitation_steps, later.selector.imitation_run) == (0, None)
 
 
 def test_turns_share_what_earlier_ones_left_of_the_budget():

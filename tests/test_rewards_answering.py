@@ -243,8 +243,9 @@ def test_answers_alone_for_evaluation() -> None:
     assert [answer.text for answer in answers] == ["Paris", "", "Paris"]
     assert generator.num_generated == [2]
     assert reward.answer([], []) == []
-    with pytest.raises(PromptTooLongError):
-        reward.answer([TOO_LONG], [[]])
+    answers = reward.answer([TOO_LONG, CAPITAL], [[], [FRANCE]])
+    assert isinstance(answers[0], PromptTooLongError)
+    assert answers[1].text == "Paris"
 
 
 def test_passage_reward_by_hand() -> None:

@@ -8,6 +8,7 @@ import pytest
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import GeneratorConfig, OpenRAGConfig, RunConfig, SelectorConfig
+from rlrag.errors import PromptTooLongError
 from rlrag.pipeline import TrainingData, open_reward
 from rlrag.training.budget import Budget, estimate_budget
 from rlrag.training.dro_trainer import DROTrainer
@@ -163,6 +164,29 @@ def test_longer_answers_cost_half_their_length_more(small_config, training_data)
         small_config.model_copy(update={"generator": longer}), training_data, WordPrompts()
     )
     assert long.num_tokens - short.num_tokens == pytest.approx(10 * short.num_requests, abs=1)
+
+
+class RoomForFew(WordPrompts):
+    """Refuses all questions but those whose number ends in a digit."""
+
+    def __init__(self, digit: str) -> None:
+        super().__init__()
+        self._digit = digit
+
+    def build(self, question, passages):
+        if not question.question.endswith(f"{self._digit}?"):
+            raise PromptTooLongError(f"question {question.id!r} leaves no room")
+        return super().build(question, passages)
+
+
+@pytest.mark.parametrize("parts", [("selector",), ("retriever",)])
+def test_questions_that_leave_no_room_are_left_out_of_the_sample(small_config, parts):
+    config = with_training(small_config, parts=parts)
+    data = TrainingData(make_table(40), None, {})
+    prompts = estimate_budget(config, data, RoomForFew("3")).sample_prompts
+    assert [prompt.text.split()[-1] for prompt in prompts] == ["3?", "13?", "23?", "33?"]
+    with pytest.raises(PromptTooLongError, match="leaves no room"):
+        estimate_budget(config, data, RoomForFew("x"))
 
 
 def test_the_sample_is_bounded_and_spread_over_the_questions(small_config):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +24,7 @@ from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, SetupError
 from rlrag.retrieval.build import open_retrievers
 from rlrag.retrieval.open_trainable import open_trainable_encoder, searched_index
+from rlrag.training import index_refresh
 from rlrag.training.index_refresh import (
     ProcessBuild,
     RefreshedIndex,
@@ -262,6 +265,41 @@ def test_a_checkpoint_names_its_version_and_older_ones_go(config, task, tmp_path
     assert again.propose(QUESTIONS, vectors, 5).tolist() == expected.tolist()
     with pytest.raises(CheckpointError, match=r"step-000002 that the checkpoint was trained with"):
         again.resume(2)
+
+
+def test_a_checkpoint_names_the_refresh_under_way_which_goes_on(config, task, tmp_path, caplog):
+    patient = changed(config, openrag={"refresh_waits": False})
+    encoder = moved_encoder(config)
+    index = make(patient, task, tmp_path, Elsewhere())
+    index.before_step(2, encoder)
+    assert (index.version_to_save(), index.under_way) == (0, 2)
+    elsewhere = Elsewhere()
+    again = make(patient, task, tmp_path, elsewhere)
+    again.resume(0, under_way=2)
+    assert [place.name for _, place in elsewhere.asked] == ["step-000002"]
+    again.before_step(4, moved_encoder(config))
+    assert (again.version, len(elsewhere.asked)) == (0, 1)
+    elsewhere.finish()
+    again.before_step(5, encoder)
+    assert (again.version, again.under_way) == (2, 0)
+    with caplog.at_level(logging.WARNING):
+        again.resume(2, under_way=8)
+    assert again.under_way == 0
+    assert "the refresh of step 8 cannot go on" in caplog.text
+
+
+def work_for_ever(config_json: str, place: Path) -> None:
+    """What a process of its own is asked in place of a corpus that takes hours."""
+    time.sleep(3600)
+
+
+@pytest.mark.slow
+def test_a_process_in_the_middle_of_its_work_does_not_hold_up_the_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(index_refresh, "encode_version", work_for_ever)
+    build = ProcessBuild()
+    future = build("{}", tmp_path)
+    build.close()
+    assert wait([future], 30).done
 
 
 @pytest.mark.slow

@@ -213,6 +213,18 @@ def test_fewer_usable_questions_than_a_batch_make_smaller_steps_and_say_so(
     assert len(openrag_schedule(config, len(pools.usable)).rows(0)) == 3
 
 
+def test_the_steps_do_not_depend_on_how_many_workers_share_them(config):
+    """A run may go on with another number of them: here 27 questions, in batches of up to 32."""
+    schedules = [
+        openrag_schedule(
+            changed(config, training={"launcher": "ray", "num_workers": n, "batch_size": 32}), 27
+        )
+        for n in (1, 4)
+    ]
+    assert [each.batch_size for each in schedules] == [27, 27]
+    assert schedules[0].num_steps == schedules[1].num_steps
+
+
 def test_one_usable_question_is_too_few(config, tmp_path):
     with pytest.raises(DataError, match="only 1 of 6 questions have both"):
         run_stage(config, with_answers_to(1), ReadingGenerator(), tmp_path / "pools")

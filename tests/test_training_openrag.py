@@ -145,6 +145,15 @@ class Fearful(ReadingGenerator):
         ]
 
 
+def test_likelihoods_that_the_pools_do_not_hold_are_asked_for_offline_too(config, task, tmp_path):
+    """A limit of tokens ends such steps; of those that ask for nothing it ends none."""
+    kl = changed(config, openrag={"loss": "kl"}, training={"max_failed_share": 0.9})
+    whole = start(kl, task, tmp_path / "whole").trainer
+    assert [whole.asks_generator(step) for step in (0, 5, 6)] == [False, False, True]
+    holes = start(kl, task, tmp_path / "holes", generator=Fearful()).trainer
+    assert holes.asks_generator(0)
+
+
 def test_what_the_offline_stage_left_out_is_named_in_the_first_record(config, task, tmp_path):
     careless = changed(config, training={"max_failed_share": 0.9})
     finished(careless, task, tmp_path / "run", generator=Fearful())

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rlrag.errors import ConfigError, DataError, GenerationError, RlragError
+from rlrag.errors import ConfigError, DataError, RlragError
 from rlrag.evaluation.attribution import abstention, attribution, is_unanswerable
 from rlrag.evaluation.calibration import brier, expected_calibration_error, reliability
 from rlrag.evaluation.contradiction import Contradiction, contradictions
@@ -104,7 +104,7 @@ class Probe:
     picked: Picked
     answering: AnsweringReward
     settings: ProbeSettings
-    errors: dict[int, GenerationError] = field(default_factory=dict)
+    errors: dict[int, RlragError] = field(default_factory=dict)
 
     @cached_property
     def answers(self) -> dict[int, Generation]:
@@ -123,7 +123,7 @@ class Probe:
         )
         found: dict[int, list[Generation]] = {row: [] for row in variants}
         for (row, _), answer in zip(asked, answers, strict=True):
-            if isinstance(answer, GenerationError):
+            if isinstance(answer, RlragError):
                 self.errors[row] = answer
                 found.pop(row, None)
             elif row in found:

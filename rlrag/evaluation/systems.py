@@ -22,7 +22,7 @@ from types import MappingProxyType
 import numpy as np
 
 from rlrag.config import RunConfig
-from rlrag.errors import ConfigError, GenerationError
+from rlrag.errors import ConfigError, RlragError
 from rlrag.evaluation.ranking import ndcg_at_k, recall_at_k
 from rlrag.evaluation.table import EvaluationTable, SystemMetrics, build_table
 from rlrag.records import Generation, Passage, Question
@@ -50,14 +50,14 @@ class Answered:
 
     questions: Sequence[Question]
     selections: Sequence[Sequence[Passage]]
-    answers: Sequence[Generation | GenerationError]
+    answers: Sequence[Generation | RlragError]
     candidates: CandidateTable | None = None
     retriever: str | None = None
 
     @property
     def texts(self) -> list[str | None]:
         """The answers' texts, None where there is none."""
-        return [None if isinstance(a, GenerationError) else a.text for a in self.answers]
+        return [None if isinstance(a, RlragError) else a.text for a in self.answers]
 
 
 def evaluate(
@@ -87,11 +87,11 @@ def evaluate(
 
     Raises:
         ConfigError: a system is asked for whose retriever this run has not.
-        GenerationError: when no question was answered under all systems.
+        RlragError: why, when no question was answered under all systems.
     """
     num_selected = config.environment.num_selected
     found: dict[str, SystemMetrics] = {}
-    errors: dict[int, GenerationError] = {}
+    errors: dict[int, RlragError] = {}
     asked = config.evaluation.systems
     missing = [name for name in asked if name in _RETRIEVERS and name not in retrievers]
     if missing:
@@ -119,7 +119,7 @@ def evaluate(
         if name != "no_retrieval":
             answered = replace(answered, candidates=table, retriever=retriever)
         keep(name, answered)
-        errors |= {q: a for q, a in enumerate(answered.answers) if isinstance(a, GenerationError)}
+        errors |= {q: a for q, a in enumerate(answered.answers) if isinstance(a, RlragError)}
     answered_Q = np.array([q not in errors for q in range(len(candidates))])
     if not answered_Q.any():
         raise next(iter(errors.values()))

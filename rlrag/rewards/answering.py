@@ -56,7 +56,8 @@ class AnsweringReward:
         rollouts, places = _distinct(questions, selections)
         results: dict[int, RewardResult | RlragError] = {}
         if self._rewards.needs_answer or self._rewards.needs_score:
-            prompts = self._build(rollouts, results)
+            prompts, too_long = self._build(rollouts)
+            results |= too_long
             if self._rewards.needs_score:
                 self._score(rollouts, prompts, results)
             if self._rewards.needs_answer:
@@ -74,34 +75,33 @@ class AnsweringReward:
 
     def answer(
         self, questions: Sequence[Question], selections: Sequence[Sequence[Passage]]
-    ) -> list[Generation | GenerationError]:
+    ) -> list[Generation | RlragError]:
         """Only the generator's answers, for evaluation; equal pairs are answered once.
 
-        An answer that the generator could not give is an error in its place.
-
-        Raises:
-            PromptTooLongError: a question leaves no room in the prompt.
+        An answer that the generator could not give is its `GenerationError` in that place, a
+        question that leaves no room in the prompt its `PromptTooLongError`.
         """
         rollouts, places = _distinct(questions, selections)
-        prompts = [self._prompts.build(rollout.question, rollout.passages) for rollout in rollouts]
-        answers = self._generate(prompts)
-        named = [
-            _about(rollout.question, answer) if isinstance(answer, GenerationError) else answer
-            for rollout, answer in zip(rollouts, answers, strict=True)
-        ]
-        return [named[place] for place in places]
+        prompts, too_long = self._build(rollouts)
+        found: dict[int, Generation | RlragError] = {**too_long}
+        for row, answer in zip(prompts, self._generate(list(prompts.values())), strict=True):
+            if isinstance(answer, GenerationError):
+                found[row] = _about(rollouts[row].question, answer)
+            else:
+                found[row] = answer
+        return [found[place] for place in places]
 
     def _build(
-        self, rollouts: Sequence[Rollout], results: dict[int, RewardResult | RlragError]
-    ) -> dict[int, Prompt]:
-        """Prompts by row; a row that has none gets its error as result."""
-        prompts = {}
+        self, rollouts: Sequence[Rollout]
+    ) -> tuple[dict[int, Prompt], dict[int, PromptTooLongError]]:
+        """Prompts by row, and why the other rows have none."""
+        prompts, too_long = {}, {}
         for row, rollout in enumerate(rollouts):
             try:
                 prompts[row] = self._prompts.build(rollout.question, rollout.passages)
             except PromptTooLongError as error:
-                results[row] = error
-        return prompts
+                too_long[row] = error
+        return prompts, too_long
 
     def _generate(self, prompts: Sequence[Prompt]) -> Sequence[Generation | GenerationError]:
         return self._generator.generate(prompts, self._sampling) if prompts else []

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rlrag.config import RunConfig
+from rlrag.errors import PromptTooLongError
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.pipeline import TrainingData, open_policy
-from rlrag.records import Prompt
+from rlrag.records import Passage, Prompt, Question
 from rlrag.training.schedule import (
     BatchSchedule,
     answerable_rows,
@@ -67,11 +69,12 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     num_draws = max(1, round(passes * config.dro.num_samples))
     drawn = policy.sample(data.train.batch(rows), num_draws, [[config.seed, int(r)] for r in rows])
     distinct = [np.unique(draws, axis=0) for draws in drawn.positions_BMK]
-    sample = tuple(
-        prompts.build(
-            data.train.questions[row], [data.train.passages(int(row))[i] for i in picks[0]]
-        )
-        for row, picks in zip(rows, distinct, strict=True)
+    sample = _sample_prompts(
+        prompts,
+        (
+            (data.train.questions[row], [data.train.passages(int(row))[i] for i in picks[0]])
+            for row, picks in zip(rows, distinct, strict=True)
+        ),
     )
     per_question = float(np.mean([len(picks) for picks in distinct]))
     num_validation = len(data.validation) if data.validation else 0
@@ -105,8 +108,8 @@ def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     openrag = config.openrag
     num_questions = len(data.train)
     rows = np.linspace(0, num_questions - 1, min(_SAMPLE, num_questions)).astype(int)
-    sample = tuple(
-        prompts.build(data.train.questions[row], [data.train.passages(int(row))[0]]) for row in rows
+    sample = _sample_prompts(
+        prompts, ((data.train.questions[row], data.train.passages(int(row))[:1]) for row in rows)
     )
     num_requests = 0
     if openrag.labels != "gold":
@@ -139,8 +142,8 @@ def _jsa_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -
     usable = answerable_rows(questions)
     num_steps = jsa_schedule(config, len(usable)).num_steps
     rows = usable[np.linspace(0, len(usable) - 1, min(_SAMPLE, len(usable))).astype(int)]
-    sample = tuple(
-        prompts.build(questions[row], [data.train.passages(int(row))[0]]) for row in rows
+    sample = _sample_prompts(
+        prompts, ((questions[row], data.train.passages(int(row))[:1]) for row in rows)
     )
     num_validation = len(data.validation) if data.validation else 0
     num_validations = 1 + num_steps // training.validate_every
@@ -157,3 +160,23 @@ def _jsa_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -
         num_tokens=round(num_requests * tokens),
         sample_prompts=sample,
     )
+
+
+def _sample_prompts(
+    prompts: PromptBuilder, asked: Iterable[tuple[Question, Sequence[Passage]]]
+) -> tuple[Prompt, ...]:
+    """Prompts of some questions, without those that leave no room for an answer.
+
+    Raises:
+        PromptTooLongError: when none does.
+    """
+    built: list[Prompt] = []
+    error: PromptTooLongError | None = None
+    for question, passages in asked:
+        try:
+            built.append(prompts.build(question, passages))
+        except PromptTooLongError as found:  # training counts it as failed
+            error = found
+    if error is not None and not built:
+        raise error
+    return tuple(built)

@@ -15,10 +15,15 @@ clock, and two runs of one seed may differ.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import shutil
+import signal
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -40,6 +45,11 @@ from rlrag.retrieval.trainable import TrainableEncoder
 from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.training.workers import Workers
 
+logger = logging.getLogger(__name__)
+
+_WAIT_S = 5.0
+_START_S = 60.0
+
 
 class Build(Protocol):
     """Has a corpus encoded elsewhere."""
@@ -49,7 +59,7 @@ class Build(Protocol):
         ...
 
     def close(self) -> None:
-        """Begin nothing more."""
+        """Begin nothing more, and end what is under way; it goes on where it was."""
         ...
 
 
@@ -118,14 +128,19 @@ class RefreshedIndex:
         if self._under_way is None:
             return
         number, future = self._under_way
-        wait = self._config.openrag.refresh_waits
-        if future is not None and wait:
-            self._result(future, self._config.openrag.refresh_timeout_s)
-        is_done = future is not None and future.done()
-        if self._workers.sum(torch.tensor(float(is_done))).item():
-            if future is not None:
-                self._result(future, 0.0)
-            self._take(number)
+        deadline = time.monotonic() + self._config.openrag.refresh_timeout_s
+        while not self._is_done(future):
+            if not self._config.openrag.refresh_waits:
+                return
+            if future is not None and time.monotonic() > deadline:
+                raise SetupError(
+                    "the passages were not encoded within openrag.refresh_timeout_s "
+                    f"{self._config.openrag.refresh_timeout_s:g}; raise it, refresh more seldom, "
+                    "or let training go on with refresh_waits False"
+                )
+        if future is not None:
+            self._check(future)
+        self._take(number)
 
     def version_to_save(self) -> int:
         """The version that a checkpoint must name; older ones than the last checkpoint's go."""
@@ -136,21 +151,41 @@ class RefreshedIndex:
         self._saved = self.version
         return self._saved
 
+    @property
+    def under_way(self) -> int:
+        """The step whose weights a refresh that goes on is made from; 0 where there is none."""
+        return self._under_way[0] if self._under_way else 0
+
     def close(self) -> None:
         """Begin no more refreshes."""
         self._build.close()
 
-    def resume(self, version: int) -> None:
-        """Search the version that a checkpoint names.
+    def resume(self, version: int, under_way: int = 0) -> None:
+        """Search the version that a checkpoint names, and go on with the refresh that it names.
+
+        Where that refresh has left nothing, on another machine, the next one begins in its turn.
 
         Raises:
-            CheckpointError: when it is gone.
+            CheckpointError: when the version is gone.
         """
         self._under_way = None
         if version == 0:
             self._current = self._first
         else:
             self._take(version)
+        if not under_way:
+            return
+        place = self._place(under_way)
+        is_there = self._workers.rank == 0 and (place / "encoder").is_dir()
+        if self._workers.sum(torch.tensor(float(is_there))).item():
+            self._under_way = under_way, self._start(place)
+        elif self._workers.rank == 0:
+            logger.warning(
+                "the refresh of step %d cannot go on, as %s is gone; the index stays as old as it "
+                "is until the next refresh",
+                under_way,
+                place / "encoder",
+            )
 
     def _begin(self, step: int, encoder: TrainableEncoder) -> Future[None] | None:
         if self._workers.rank:
@@ -161,16 +196,24 @@ class RefreshedIndex:
         shutil.rmtree(encoder_dir, ignore_errors=True)
         place.mkdir(parents=True, exist_ok=True)
         encoder.save_pretrained(encoder_dir)
-        return self._build(self._config.to_json(), place)
+        return self._start(place)
 
-    def _result(self, future: Future[None], timeout_s: float) -> None:
+    def _start(self, place: Path) -> Future[None] | None:
+        return None if self._workers.rank else self._build(self._config.to_json(), place)
+
+    def _is_done(self, future: Future[None] | None) -> bool:
+        """Whether the index is made, or cannot be; all workers ask together.
+
+        Where training waits, the first worker waits here, for less than the others may wait for it.
+        """
+        if future is not None and self._config.openrag.refresh_waits:
+            wait([future], min(_WAIT_S, self._config.openrag.refresh_timeout_s))
+        is_done = future is not None and future.done()
+        return bool(self._workers.sum(torch.tensor(float(is_done))).item())
+
+    def _check(self, future: Future[None]) -> None:
         try:
-            future.result(timeout_s)
-        except FutureTimeoutError as error:
-            raise SetupError(
-                f"the passages were not encoded within openrag.refresh_timeout_s {timeout_s:g}; "
-                "raise it, refresh more seldom, or let training go on with refresh_waits False"
-            ) from error
+            future.result(0.0)
         except BrokenProcessPool as error:
             raise SetupError(
                 "the process that encoded the passages died, perhaps for lack of memory; the same "
@@ -199,6 +242,13 @@ def encode_version(config_json: str, place: Path) -> None:
     (place / "done.json").write_text(json.dumps({"num_passages": len(corpus)}) + "\n")
 
 
+def _encode_from(folder: str, config_json: str, place: Path) -> None:
+    """`encode_version` in the folder that paths may be relative to."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    encode_version(config_json, place)
+
+
 def open_version(config: RunConfig, corpus: Corpus, place: Path) -> VectorSearch:
     """The index of the encoder in `place/encoder`, built where it is not whole."""
     retrieval = tuned_retrieval(config.retrieval, place / "encoder").model_copy(
@@ -217,18 +267,28 @@ class ProcessBuild:
 
     def __init__(self) -> None:
         self._processes: ProcessPoolExecutor | None = None
+        self._pid: Future[int] = Future()
 
     def __call__(self, config_json: str, place: Path) -> Future[None]:
         """Start to encode."""
         if self._processes is None:
             self._processes = ProcessPoolExecutor(1, get_context("spawn"))
+            self._pid = self._processes.submit(os.getpid)
         return self._processes.submit(encode_version, config_json, place)
 
     def close(self) -> None:
-        """End the process once it has finished what it is at."""
-        if self._processes is not None:
-            self._processes.shutdown(wait=False, cancel_futures=True)
-            self._processes = None
+        """End the process, also in the middle of its work: the program's end waits for it."""
+        if self._processes is None:
+            return
+        try:
+            pid = self._pid.result(_START_S)
+        except (BrokenProcessPool, FutureTimeoutError):  # it died, or never began
+            pid = None
+        self._processes.shutdown(wait=False, cancel_futures=True)
+        self._processes = None
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 class RayBuild:
@@ -238,8 +298,8 @@ class RayBuild:
         """Start to encode."""
         import ray
 
-        task = ray.remote(num_cpus=0, max_retries=3)(encode_version)
-        return task.remote(config_json, place).future()
+        task = ray.remote(num_cpus=0, max_retries=3)(_encode_from)
+        return task.remote(os.getcwd(), config_json, place).future()
 
     def close(self) -> None:
         """Tasks end with the cluster."""

@@ -142,8 +142,8 @@ class LoggedTrainer(SavesOptimizer):
     def validate(self, step: int) -> Metrics:
         """Off-policy estimates on the held-back selections, by `off_policy.snips`.
 
-        `validation/score` is the lower end of the interval, or the lowest reward where the
-        effective sample size is below `off_policy.min_ess`: such an interval is not to be trusted.
+        `validation/score` is the lower end of the interval, or minus infinity where the effective
+        sample size is below `off_policy.min_ess`: such an interval is not to be trusted.
         """
         part = self._held_back
         if part is None:
@@ -166,8 +166,7 @@ class LoggedTrainer(SavesOptimizer):
         trusted = metrics["validation/ess"] >= self._settings.min_ess
         if not trusted:
             self._warn(step, metrics["validation/ess"])
-        lowest = rewards_Q.min().item()
-        metrics["validation/score"] = metrics["validation/value_low"] if trusted else lowest
+        metrics["validation/score"] = metrics["validation/value_low"] if trusted else -math.inf
         return metrics
 
     def _check_overlap(self, part: LoggedPart) -> None:

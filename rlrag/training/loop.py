@@ -250,7 +250,7 @@ class TrainingLoop(Generic[AnyTrainer]):
         self.progress.generator_tokens += int(
             metrics["generator_tokens_spent"] + metrics["generator_tokens_saved"]
         )
-        self.progress.finished = self.progress.step == self.trainer.num_steps or (
+        self.progress.finished = self.progress.step >= self.trainer.num_steps or (
             self._spent_all()
             and self.trainer.may_pause(self.progress.step)
             and self.trainer.asks_generator(self.progress.step)

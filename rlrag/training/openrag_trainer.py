@@ -87,6 +87,8 @@ class OpenRAGTrainer:
         self._usable = pools.usable
         self._schedule = openrag_schedule(config, len(self._usable))
         self._offline_steps = num_offline_steps(config, len(self._usable))
+        unscored = bool(np.isnan(pools.logp_QN[self._usable]).any())
+        self._scores_offline = config.openrag.loss == "kl" and unscored
         self.encoder = open_trainable_encoder(config.retrieval, config.openrag, config.cache_path)
         self._learner = RetrieverLearner(
             self.encoder, config.training, config.openrag, self.num_steps, workers
@@ -128,8 +130,13 @@ class OpenRAGTrainer:
         return True
 
     def asks_generator(self, step: int) -> bool:
-        """In the online stage, unless gold passages are the labels."""
-        return self._config.openrag.labels != "gold" and step >= self._offline_steps
+        """In the online stage, and where likelihoods are distilled that the pools do not hold.
+
+        Never where gold passages are the labels.
+        """
+        if self._config.openrag.labels == "gold":
+            return False
+        return step >= self._offline_steps or self._scores_offline
 
     def warm_start(self) -> None:
         """Nothing: step 0 is the retriever as it came."""
@@ -218,7 +225,10 @@ class OpenRAGTrainer:
             "retriever_optimizer": self._learner.optimizer_tensors(),
         }
         if self._index is not None:
-            files["retriever_index"] = {"step": torch.tensor(self._index.version_to_save())}
+            files["retriever_index"] = {
+                "step": torch.tensor(self._index.version_to_save()),
+                "under_way": torch.tensor(self._index.under_way),
+            }
         return files
 
     def load(self, files: Files) -> None:
@@ -234,7 +244,8 @@ class OpenRAGTrainer:
         """
         self.load(files)
         if self._index is not None and "retriever_index" in files:
-            self._index.resume(int(files["retriever_index"]["step"].item()))
+            found = files["retriever_index"]
+            self._index.resume(int(found["step"].item()), int(found["under_way"].item()))
 
     def close(self) -> None:
         """Begin no more refreshes of the index; nothing else runs ahead."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rlrag.data.corpus import Corpus
-from rlrag.errors import GenerationError
+from rlrag.errors import RlragError
 from rlrag.evaluation.ranking import recall_at_k
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
@@ -32,11 +32,11 @@ def validate_retriever(
 ) -> dict[str, float]:
     """Accuracy, EM, F1 and words of answers from the first `num_shown` passages, and their recall.
 
-    A question that the generator could not answer does not count. Each worker answers a part of the
+    A question that could not be answered does not count. Each worker answers a part of the
     questions; all return the mean over all of them.
 
     Raises:
-        GenerationError: when no question could be answered.
+        RlragError: why, when no question could be answered.
     """
     mine = range(workers.rank, len(table), workers.size)
     questions = [table.questions[row] for row in mine]
@@ -45,7 +45,7 @@ def validate_retriever(
     answers = answering.answer(questions, selections)
     sums = np.zeros(len(_NAMES) + 3)
     for question, selection, answer in zip(questions, selections, answers, strict=True):
-        if isinstance(answer, GenerationError):
+        if isinstance(answer, RlragError):
             continue
         text, golden, gold_ids = answer.text, question.golden_answers, question.gold_ids
         ids = [passage.id for passage in selection]

@@ -114,10 +114,8 @@ def openrag_schedule(config: RunConfig, num_questions: int) -> BatchSchedule:
 
 
 def openrag_batch_size(config: RunConfig, num_questions: int) -> int:
-    """Questions of a step: no more than are usable, and as many for each worker."""
-    training = config.training
-    num_workers = training.num_workers if training.launcher == "ray" else 1
-    return min(training.batch_size, num_questions - num_questions % num_workers)
+    """Questions of a step: no more than are usable, however many workers share them."""
+    return min(config.training.batch_size, num_questions)
 
 
 def num_offline_steps(config: RunConfig, num_questions: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from rlrag.errors import GenerationError
+from rlrag.errors import GenerationError, RlragError
 from rlrag.evaluation.systems import greedy_picks
 from rlrag.records import Generation
 from rlrag.retrieval.candidates import CandidateTable
@@ -25,7 +25,8 @@ def validate(
 ) -> dict[str, float]:
     """EM, F1 and words an answer of greedy selections, and the share of changed selections.
 
-    A question that the generator could not answer does not count.
+    A question that could not be answered, by the generator or for lack of room in the prompt, does
+    not count.
 
     Each worker answers a part of the questions; all return the mean over all of them. Repeated
     validations cost little, as unchanged selections are answered from the cache.
@@ -43,7 +44,7 @@ def validate(
             1,
         )
         for question, answer in zip(questions, answers, strict=True)
-        if not isinstance(answer, GenerationError)
+        if not isinstance(answer, RlragError)
     ]
     *sums, num_answered = workers.sum(
         torch.tensor(np.array(scores, dtype=np.float64).reshape(-1, 4).sum(axis=0))
@@ -59,9 +60,9 @@ def validate(
     }
 
 
-def unanswered(answers: Iterable[Generation | GenerationError]) -> GenerationError:
+def unanswered(answers: Iterable[Generation | RlragError]) -> RlragError:
     """Why no question was answered on any worker; this one may have had none."""
     elsewhere = GenerationError(
         "no held-back question could be answered; see the logs of the other workers"
     )
-    return next((a for a in answers if isinstance(a, GenerationError)), elsewhere)
+    return next((a for a in answers if isinstance(a, RlragError)), elsewhere)
