@@ -170,6 +170,14 @@ def test_flags_in_running_text_are_accepted_by_a_recipe(page):
         before.append(flags)
 
 
+def test_commands_of_the_readme_are_accepted():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^(?:python -m|make|serve run) .*$", text, re.M)
+    assert len(commands) > 10
+    for command in commands:
+        check_command(shlex.split(command, comments=True))
+
+
 async def post(words: Sequence[str]) -> None:
     """Send a request to the application, which must take it."""
     served = Served()

@@ -28,6 +28,7 @@ from rlrag.training import index_refresh
 from rlrag.training.index_refresh import (
     ProcessBuild,
     RefreshedIndex,
+    encode_from,
     encode_version,
     open_version,
 )
@@ -286,6 +287,19 @@ def test_a_checkpoint_names_the_refresh_under_way_which_goes_on(config, task, tm
         again.resume(2, under_way=8)
     assert again.under_way == 0
     assert "the refresh of step 8 cannot go on" in caplog.text
+
+
+@pytest.mark.parametrize("config", ["dense"], indirect=True)
+def test_a_task_elsewhere_reads_paths_that_are_relative_to_the_run(
+    config, task, models, tmp_path, monkeypatch
+):
+    near = changed(config, data={"corpus": "corpus.jsonl"})
+    index = make(changed(near, openrag={"refresh_waits": False}), task, tmp_path, Elsewhere())
+    index.before_step(2, moved_encoder(config))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    encode_from(str(models), near.to_json(), tmp_path / "step-000002")
+    assert (tmp_path / "step-000002" / "done.json").is_file()
 
 
 def work_for_ever(config_json: str, place: Path) -> None:

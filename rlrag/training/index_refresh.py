@@ -242,7 +242,7 @@ def encode_version(config_json: str, place: Path) -> None:
     (place / "done.json").write_text(json.dumps({"num_passages": len(corpus)}) + "\n")
 
 
-def _encode_from(folder: str, config_json: str, place: Path) -> None:
+def encode_from(folder: str, config_json: str, place: Path) -> None:
     """`encode_version` in the folder that paths may be relative to."""
     if os.path.isdir(folder):
         os.chdir(folder)
@@ -298,7 +298,7 @@ class RayBuild:
         """Start to encode."""
         import ray
 
-        task = ray.remote(num_cpus=0, max_retries=3)(_encode_from)
+        task = ray.remote(num_cpus=0, max_retries=3)(encode_from)
         return task.remote(os.getcwd(), config_json, place).future()
 
     def close(self) -> None:
