@@ -199,6 +199,7 @@ class BareEngine:
 class _Bare:
     def __init__(self, bundle: str) -> None:
         from rlrag.bundle import load_bundle
+        from rlrag.bundle_files import read_bundle
         from rlrag.generation.build import open_engine, resolve_config
         from rlrag.generation.prompts import PromptBuilder, load_tokenizer
         from rlrag.models import resolve_model
@@ -219,8 +220,9 @@ class _Bare:
         # After the engine: vLLM (0.32) looks through all modules at its start, and those that BM25
         # brings do not let it.
         self._retriever, self._selector = RetrieverPart(), SelectorPart()
-        self._retriever.load("v", Path(bundle))
-        self._selector.load("v", Path(bundle))
+        self._version = read_bundle(Path(bundle)).version
+        self._retriever.load(self._version, Path(bundle))
+        self._selector.load(self._version, Path(bundle))
         self._sampling = sampling_of(self._bundle.config)
 
     def rate(self, questions: list[str]) -> float:
@@ -230,8 +232,9 @@ class _Bare:
 
         prompts = []
         for question in questions:
-            (found,) = self._retriever.retrieve("v", [Ask(question)])
-            (picked,) = self._selector.select("v", [Choice(question, found)])  # type: ignore[arg-type]
+            (found,) = self._retriever.retrieve(self._version, [Ask(question)])
+            choice = Choice(question, found)  # type: ignore[arg-type]
+            (picked,) = self._selector.select(self._version, [choice])
             passages = [found.passages[n] for n in picked.positions]  # type: ignore[union-attr]
             prompts.append(self._prompts.build(Question("asked", question, ()), passages))
         start = time.perf_counter()
@@ -332,8 +335,9 @@ def _report(
     lines = [
         "# The service on one machine",
         "",
-        "`python -m benchmarks.serve --bundle BUNDLE`; two cores, clients included, one replica of each part, an "
-        "engine of one thread, no caches. What is measured is described in the module.",
+        "`python -m benchmarks.serve --bundle BUNDLE`; two cores, clients included, one replica of "
+        "each part, an engine of one thread, no caches. What is measured is described in the "
+        "module.",
         "",
         "| measure | found | target |",
         "|---|---|---|",

@@ -32,7 +32,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors.torch import load_file
 
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError, GenerationError
+from rlrag.errors import CheckpointError, RlragError
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.licences import LICENCES_FILE, PartLicence
 from rlrag.records import Generation, Passage, Question
@@ -200,13 +200,13 @@ def parse_bundle(directory: Path, version: str = "") -> BundleFiles:
 def golden_sample(
     questions: Sequence[Question],
     selections: Sequence[Sequence[Passage]],
-    answers: Sequence[Generation | GenerationError],
+    answers: Sequence[Generation | RlragError],
 ) -> tuple[GoldenQuestion, ...]:
     """At most `NUM_GOLDEN` of those with answers, always the same of equal numbers, in order."""
     answered = [
         (question, selection, answer)
         for question, selection, answer in zip(questions, selections, answers, strict=True)
-        if not isinstance(answer, GenerationError)
+        if not isinstance(answer, RlragError)
     ]
     number = min(NUM_GOLDEN, len(answered))
     rows = np.sort(np.random.default_rng(0).choice(len(answered), number, replace=False))

@@ -131,12 +131,21 @@ _BUILTIN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
 def weights_hash(model_dir: Path) -> str:
     """First 16 hex digits of a SHA-256 over the weight, tokenizer and configuration files.
 
+    Those of its modules in folders, such as the pooling of a sentence encoder, count too.
+
     Raises:
         ModelNotFoundError: when the directory holds no safetensors weights.
     """
     files = sorted(
         path
-        for pattern in ("*.safetensors", "*.json", "*.jinja", "*.txt", "*/config.json")
+        for pattern in (
+            "*.safetensors",
+            "*.json",
+            "*.jinja",
+            "*.txt",
+            "*/config.json",
+            "*/*.safetensors",
+        )
         for path in model_dir.glob(pattern)
     )
     if not any(path.suffix == ".safetensors" for path in files):

@@ -57,7 +57,10 @@ def admin_routes(service: Service) -> APIRouter:
     )
     async def drop(role: Literal["canary", "shadow"]) -> Response:
         """End the canary or the shadow; the active version can only be replaced."""
-        await service.desk.drop(role)
+        try:
+            await service.desk.drop(role)
+        except CheckpointError as error:
+            raise RequestError(f"the {role} was not ended: {error}") from error
         return json_response(_versions(service))
 
     @router.get("/versions", response_model=VersionsWithPaths, responses=refusals(401, 403, 503))

@@ -79,30 +79,33 @@ class Director:
         Raises:
             RequestError: when the role or share is impossible, or another bundle is being loaded.
             CheckpointError: when the bundle is damaged, cannot be loaded everywhere, or answers its
-                golden questions otherwise than recorded. What served goes on serving.
+                golden questions otherwise than recorded, or its role cannot be kept on disk. What
+                served goes on serving.
         """
         _check_role(role, share)
         if self._changing.locked():
             raise RequestError("another bundle is being loaded; wait until it has its role")
         async with self._changing:
-            files = await asyncio.to_thread(read_bundle, Path(path))
+            place = await asyncio.to_thread(_place_of, path)
+            files = await asyncio.to_thread(read_bundle, place)
             version, routing = files.version, self._registry.routing
             if role != "active" and version == routing.active:
                 raise RequestError(f"version {version} is active already; it cannot be the {role}")
-            self._registry.propose(version, path)
+            self._registry.propose(version, str(place))
             try:
-                await self._loaded_everywhere(version, path)
+                await self._loaded_everywhere(version, str(place))
                 await self._check_golden(version, files.golden)
+                return self._registry.assign(version, role, share)
             except BaseException:
                 self._registry.abandon()
                 raise
-            return self._registry.assign(version, role, share)
 
     def drop(self, role: str) -> Routing:
         """End the canary or the shadow.
 
         Raises:
             RequestError: when it is another role.
+            CheckpointError: when its end cannot be kept on disk; it then goes on.
         """
         if role not in ("canary", "shadow"):
             raise RequestError(f"role {role!r} cannot be ended; it must be canary or shadow")
@@ -152,6 +155,21 @@ class Director:
         pieces = self._pipeline.generate(version, question, passages, Decoding())
         text = "".join([piece.text async for piece in pieces])
         return text.strip() == golden.answer
+
+
+def _place_of(path: str) -> Path:
+    """Where a bundle lies itself, so that a link which is moved later moves no version.
+
+    Raises:
+        CheckpointError: when the path cannot be followed.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"bundle {path!r} cannot be found ({error}); give the bundle directory of a finished "
+            "run"
+        ) from error
 
 
 def _check_role(role: str, share: float) -> None:

@@ -32,6 +32,7 @@ from rlrag.records import Passage, Prompt, Question
 from serve.engine_process import open_engine_process
 from serve.records import AnswerPiece, Decoding
 from serve.settings import ServeSettings
+from serve.versions import check_version
 
 # What two versions must have in common to be answered by one engine.
 _ENGINE_FIELDS = frozenset(
@@ -122,6 +123,7 @@ class GeneratorPart:
         """
         with self._loading:
             files = read_bundle(directory)
+            check_version(version, files.version, directory)
             config = engine_config(files.config.generator, self._settings)
             model_dir = files.generator_dir or resolve_model(config.model, files.config.cache_path)
             weights = weights_hash(model_dir)

@@ -1,12 +1,15 @@
 """Bundle versions and questions in; the candidates of each question out.
 
-What two versions have in common, corpus, indexes and encoder, is opened once.
+What two versions have in common, corpus, indexes and encoder, is opened once. Whether they have it
+in common is decided by content, since a path may hold something else by the time of the second.
+
+Shape letters: N candidates, C retriever scores, D vector length.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +20,14 @@ from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import load_corpus
 from rlrag.errors import OverloadedError, RequestError, RlragError
+from rlrag.models import resolve_model, weights_hash
 from rlrag.pipeline import retrievers_of
-from rlrag.records import Passage
 from rlrag.retrieval.build import RetrieverSet
+from rlrag.retrieval.role_directories import ROLES, role_directory
 from rlrag.retrieval.tables import retrieve
 from rlrag.retrieval.tuned import tuned_retrieval
 from serve.records import Filters, Retrieved
+from serve.versions import check_version
 
 _NO_FILTERS = Filters()
 _FIRST_DEPTH = 4  # times the candidates asked for, when filters leave some out
@@ -59,10 +64,12 @@ class RetrieverPart:
 
     Args:
         corpus: Takes the place of the corpus that a bundle's configuration names; unset keeps it.
+        max_filtered: Passages, best first, that a question with filters looks through.
     """
 
-    def __init__(self, corpus: str | None = None) -> None:
+    def __init__(self, corpus: str | None = None, max_filtered: int = 5_000) -> None:
         self._corpus = corpus
+        self._max_filtered = max_filtered
         self._loaded: dict[str, _Loaded] = {}
         self._loading = threading.Lock()
 
@@ -78,13 +85,12 @@ class RetrieverPart:
         """
         with self._loading:
             files = read_bundle(directory)
+            check_version(version, files.version, directory)
             config = _retrieval_of(files.config, files.retriever_dir, self._corpus)
-            key = f"{config.data.model_dump_json()}\n{config.retrieval.model_dump_json()}"
+            corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
+            key = _shelf_key(config, corpus)
             shelf = next((v.shelf for v in self._loaded.values() if v.shelf_key == key), None)
             if shelf is None:
-                corpus = load_corpus(
-                    config.data.corpus, config.cache_path, config.data.passage_words
-                )
                 retrievers = retrievers_of(
                     corpus, config.retrieval, config.cache_path, files.index_dir
                 )
@@ -121,7 +127,7 @@ class RetrieverPart:
             elif ask.filters == _NO_FILTERS:
                 together.setdefault(wanted, []).append(place)
             else:
-                found[place] = _filtered(loaded.shelf, ask, wanted)
+                found[place] = _filtered(loaded.shelf, ask, wanted, self._max_filtered)
         for wanted, places in together.items():
             texts = [asks[place].question for place in places]
             for place, retrieved in zip(places, _search(loaded.shelf, texts, wanted), strict=True):
@@ -138,6 +144,22 @@ def _retrieval_of(config: RunConfig, retriever_dir: Path | None, corpus: str | N
         data = config.data.model_copy(update={"corpus": corpus})
         config = config.model_copy(update={"data": data})
     return config
+
+
+def _shelf_key(config: RunConfig, corpus: Corpus) -> str:
+    """Equal for versions that search the same passages alike, with the same weights."""
+    retrieval = config.retrieval
+    names = [retrieval.encoder] if retrieval.encoder is not None else []
+    if retrieval.kind == "semi_parametric":
+        names.append(retrieval.vocabulary_encoder)
+    parameters = retrieval.model_dump_json(exclude={"encoder", "vocabulary_encoder"})
+    weights = [_encoder_weights(resolve_model(name, config.cache_path)) for name in names]
+    return repr((corpus.content_hash, parameters, weights))
+
+
+def _encoder_weights(model_dir: Path) -> tuple[str, ...]:
+    """Of the encoder of questions and that of passages."""
+    return tuple(weights_hash(role_directory(model_dir, role)) for role in ROLES)
 
 
 def _impossible(wanted: int, loaded: _Loaded) -> RequestError | None:
@@ -158,34 +180,71 @@ def _search(shelf: _Shelf, questions: Sequence[str], wanted: int) -> list[Retrie
     ]
 
 
-def _filtered(shelf: _Shelf, ask: Ask, wanted: int) -> Retrieved | RlragError:
+def _filtered(shelf: _Shelf, ask: Ask, wanted: int, most: int) -> Retrieved | RlragError:
+    """The best passages that pass, of those that are named or else of the best `most`."""
+    passes = _row_filter(shelf.corpus, ask.filters)
+    if ask.filters.ids:
+        return _best_named(shelf, ask, wanted, passes)
+    return _searched_deeper(shelf, ask, wanted, most, passes)
+
+
+def _best_named(
+    shelf: _Shelf, ask: Ask, wanted: int, passes: Callable[[int], bool]
+) -> Retrieved | RlragError:
+    """The best of the passages that `ids` names, whose rows are looked up.
+
+    Fusion scores alike what neither of its rankings reaches; the other scores then decide.
+    """
+    named = sorted(filter(passes, _rows_of(shelf.corpus, ask.filters.ids)))
+    if len(named) < wanted:
+        return _too_few(len(named), f"{len(shelf.corpus):,} passages", wanted)
+    rows_N = np.array(named, dtype=np.int64)
+    retrievers = shelf.retrievers
+    others = [retrievers.components[name] for name in retrievers.score_names[1:]]
+    columns = [one.scores([ask.question], rows_N[None])[0] for one in (retrievers.primary, *others)]
+    best = np.lexsort((rows_N, *(-column for column in reversed(columns))))[:wanted]
+    vectors_BD = retrievers.question_vectors([ask.question])
+    return _retrieved(shelf, rows_N[best], np.stack(columns, axis=-1)[best], vectors_BD[0])
+
+
+def _searched_deeper(
+    shelf: _Shelf, ask: Ask, wanted: int, most: int, passes: Callable[[int], bool]
+) -> Retrieved | RlragError:
     """The best passages that pass, found by searching deeper until there are enough."""
     num_passages = len(shelf.corpus)
-    depth = min(_FIRST_DEPTH * wanted, num_passages)
+    most = min(most, num_passages)
+    depth = min(_FIRST_DEPTH * wanted, most)
     while True:
         rows_BN, scores_BNC, vectors_BD = retrieve([ask.question], shelf.retrievers, depth)
-        kept = [
-            place
-            for place, row in enumerate(rows_BN[0].tolist())
-            if _passes(shelf.corpus[row], ask.filters)
-        ]
+        kept = [place for place, row in enumerate(rows_BN[0].tolist()) if passes(row)]
         if len(kept) >= wanted:
             kept = kept[:wanted]
             return _retrieved(shelf, rows_BN[0][kept], scores_BNC[0][kept], vectors_BD[0])
         if depth == num_passages:
-            return RequestError(
-                f"the filters leave {len(kept)} of {num_passages:,} passages, but num_candidates "
-                f"is {wanted}; widen the filters or ask for fewer candidates"
-            )
-        depth = min(_FIRST_DEPTH * depth, num_passages)
+            return _too_few(len(kept), f"{num_passages:,} passages", wanted)
+        if depth == most:
+            searched = f"the first {most:,} passages, the bound of limits.max_filtered"
+            return _too_few(len(kept), searched, wanted)
+        depth = min(_FIRST_DEPTH * depth, most)
 
 
-def _passes(passage: Passage, filters: Filters) -> bool:
-    if filters.ids and passage.id not in filters.ids:
-        return False
-    if passage.id in filters.exclude_ids:
-        return False
-    return filters.title_contains.casefold() in passage.title.casefold()
+def _row_filter(corpus: Corpus, filters: Filters) -> Callable[[int], bool]:
+    """Whether a row passes `exclude_ids` and `title_contains`; a passage is read for the latter."""
+    excluded = _rows_of(corpus, filters.exclude_ids)
+    part = filters.title_contains.casefold()
+    return lambda row: row not in excluded and (not part or part in corpus[row].title.casefold())
+
+
+def _rows_of(corpus: Corpus, ids: Sequence[str]) -> set[int]:
+    """Rows of those ids that the corpus has."""
+    return {row for one in ids if (row := corpus.row_of(one)) is not None}
+
+
+def _too_few(num_left: int, searched: str, wanted: int) -> RequestError:
+    return RequestError(
+        f"the filters leave {num_left} of {searched}, but num_candidates is {wanted}; widen the "
+        "filters or ask for fewer candidates"
+    )
 
 
 def _retrieved(

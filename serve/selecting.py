@@ -25,6 +25,7 @@ from rlrag.errors import OverloadedError, RequestError, RlragError
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.protocol import SelectionPolicy
 from serve.records import Picked, Retrieved
+from serve.versions import check_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,10 @@ class SelectorPart:
             RlragError: what is wrong with the bundle.
         """
         with self._loading:
-            policy = load_bundle(directory).policy
-            policy.eval()
-            self._policies = {**self._policies, version: policy}
+            bundle = load_bundle(directory)
+            check_version(version, bundle.version, directory)
+            bundle.policy.eval()
+            self._policies = {**self._policies, version: bundle.policy}
 
     def drop(self, version: str) -> None:
         """Forget a version."""

@@ -49,6 +49,9 @@ class LimitSettings(Section):
     """Queries of one request to `/retrieve`."""
     max_candidates: int = Field(default=100, ge=1)
     """Candidates of a question."""
+    max_filtered: int = Field(default=5_000, ge=1)
+    """Passages, best first, that a question with filters looks through for its candidates; those
+    that `filters.ids` names are found wherever they stand."""
     max_new_tokens: int = Field(default=1024, ge=1)
     """Length of an answer in tokens."""
     max_shadow_runs: int = Field(default=8, ge=0)

@@ -75,7 +75,7 @@ class VersionRegistry:
         clock: Seconds, monotonic.
 
     Raises:
-        CheckpointError: when the state file is damaged.
+        CheckpointError: when the state file is damaged or cannot be read.
     """
 
     def __init__(self, version: str, path: str, state: Path, clock: Callable[[], float]) -> None:
@@ -86,8 +86,7 @@ class VersionRegistry:
         self._routing = Routing(version)
         self._candidate: str | None = None
         self._proposal = ""
-        if state.exists():
-            self._restore()
+        self._restore()
 
     @property
     def routing(self) -> Routing:
@@ -148,6 +147,9 @@ class VersionRegistry:
         """Give the candidate its role; whoever had it is retired.
 
         A version that becomes active ends its canary or shadow.
+
+        Raises:
+            CheckpointError: when the state file cannot be written; all roles stay as they are.
         """
         old = self._routing
         if role == "active":
@@ -160,20 +162,28 @@ class VersionRegistry:
             routing = replace(old, canary=version, canary_share=share)
         else:
             routing = replace(old, shadow=version)
-        return self._follow(replace(routing, epoch=old.epoch + 1))
+        routing = replace(routing, epoch=old.epoch + 1)
+        self._save(routing)
+        self._candidate = None
+        return self._follow(routing)
 
     def drop(self, role: str) -> Routing:
-        """End the canary or the shadow."""
+        """End the canary or the shadow; a candidate stays one.
+
+        Raises:
+            CheckpointError: when the state file cannot be written; all roles stay as they are.
+        """
         old = self._routing
         if role == "canary":
             routing = replace(old, canary=None, canary_share=0.0)
         else:
             routing = replace(old, shadow=None)
-        return self._follow(replace(routing, epoch=old.epoch + 1))
+        routing = replace(routing, epoch=old.epoch + 1)
+        self._save(routing)
+        return self._follow(routing)
 
     def _follow(self, routing: Routing) -> Routing:
-        self._routing, self._candidate = routing, None
-        self._save()
+        self._routing = routing
         self._retire()
         return routing
 
@@ -193,7 +203,7 @@ class VersionRegistry:
 
     def _retire(self) -> None:
         """Give up versions that nobody needs."""
-        needed = {*self._in_role(), self._candidate}
+        needed = {*self._routing.versions, self._candidate}
         ingresses = [report for report in self._alive() if report.kind == "ingress"]
         for version in [v for v in self._bundles if v not in needed]:
             if all(
@@ -202,22 +212,35 @@ class VersionRegistry:
             ):
                 self._bundles = {v: path for v, path in self._bundles.items() if v != version}
 
-    def _in_role(self) -> set[str]:
-        routing = self._routing
-        return {v for v in (routing.active, routing.canary, routing.shadow) if v is not None}
-
-    def _save(self) -> None:
-        kept = {version: self._bundles[version] for version in self._in_role()}
-        self._state.parent.mkdir(parents=True, exist_ok=True)
+    def _save(self, routing: Routing) -> None:
+        kept = {version: self._bundles[version] for version in sorted(routing.versions)}
         staging = self._state.with_name(f".{self._state.name}.new")
-        staging.write_text(json.dumps({"routing": asdict(self._routing), "bundles": kept}) + "\n")
-        staging.replace(self._state)
+        try:
+            self._state.parent.mkdir(parents=True, exist_ok=True)
+            staging.write_text(json.dumps({"routing": asdict(routing), "bundles": kept}) + "\n")
+            staging.replace(self._state)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._state} cannot be written ({error.strerror or error}), so that a restart "
+                "would forget the change, and it is not made; free space, let the service write "
+                "there, or give it another state_dir"
+            ) from error
 
     def _restore(self) -> None:
         try:
-            known = json.loads(self._state.read_text())
+            content = self._state.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._state}, which says which bundles serve, cannot be read "
+                f"({error.strerror or error}); let the service read it, or give it another "
+                "state_dir to start with the configured bundle"
+            ) from error
+        try:
+            known = json.loads(content)
             routing, bundles = Routing(**known["routing"]), dict(known["bundles"])
-            if set(bundles) != {v for v in (routing.active, routing.canary, routing.shadow) if v}:
+            if set(bundles) != routing.versions:
                 raise ValueError("its roles and bundles differ")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
@@ -225,3 +248,17 @@ class VersionRegistry:
                 "with the configured bundle"
             ) from error
         self._routing, self._bundles = routing, bundles
+
+
+def check_version(version: str, found: str, directory: Path) -> None:
+    """Refuse content under the name of another version.
+
+    Raises:
+        CheckpointError: naming both versions.
+    """
+    if found != version:
+        raise CheckpointError(
+            f"{directory} now holds version {found}, not {version}; put {version} back there, or "
+            f"have the service load {directory} anew, and keep each version in a directory of its "
+            "own"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,8 +54,10 @@ def bundle_config(files: Path, cache_dir: Path) -> RunConfig:
     )
 
 
-def make_bundle(directory: Path, files: Path, cache_dir: Path, seed: int) -> Path:
-    """A bundle whose policy was drawn from `seed`."""
+def make_bundle(
+    directory: Path, files: Path, cache_dir: Path, seed: int, retriever: Path | None = None
+) -> Path:
+    """A bundle whose policy was drawn from `seed`; `retriever` is the encoder that it tuned."""
     config = bundle_config(files, cache_dir)
     candidates = open_evaluation_data(config, open_library(config))[0]
     policy = open_policy(config, candidates)
@@ -62,5 +66,6 @@ def make_bundle(directory: Path, files: Path, cache_dir: Path, seed: int) -> Pat
         for parameter in policy.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
     hashes = {"corpus": candidates.corpus.content_hash, "train_questions": "q"}
-    save_bundle(directory, config, policy, candidates, hashes, step=seed)
+    save_retriever = partial(shutil.copytree, retriever) if retriever else None
+    save_bundle(directory, config, policy, candidates, hashes, seed, save_retriever=save_retriever)
     return directory

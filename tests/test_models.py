@@ -138,10 +138,16 @@ def test_the_hash_follows_every_file_that_decides_the_results(tmp_path):
     (pooling / "1_Pooling").mkdir()
     (pooling / "1_Pooling" / "config.json").write_text("{}")
     found.add(weights_hash(pooling))
+    deep = write_model(tmp_path / "deep")
+    write_model(deep / "2_Dense", weight=3.0)
+    found.add(weights_hash(deep))
+    deeper = write_model(tmp_path / "deeper")
+    write_model(deeper / "2_Dense", weight=4.0)
+    found.add(weights_hash(deeper))
     renamed = write_model(tmp_path / "renamed")
     (renamed / "tokenizer.json").rename(renamed / "tokenizers.json")
     found.add(weights_hash(renamed))
-    assert len(found) == 8
+    assert len(found) == 10
     documented = write_model(tmp_path / "documented")
     (documented / "README.md").write_text("anything")
     assert weights_hash(documented) == first

@@ -121,6 +121,35 @@ def test_a_replica_that_cannot_load_refuses_the_bundle(bundles, tmp_path):
     assert list(wanted.bundles) == [read_bundle(bundles[0]).version]
 
 
+def test_a_link_is_followed_when_it_is_given_and_not_later(bundles, tmp_path):
+    found = director(bundles, tmp_path / "state")
+    link = tmp_path / "current"
+    link.symlink_to(bundles[1])
+    version = run(found, link).active
+    link.unlink()
+    link.symlink_to(bundles[0])
+    assert found.hear(Report("i1", "ingress", epoch=1)).bundles[version] == str(bundles[1])
+
+
+@pytest.mark.parametrize("path", ["a\0b", "~nobody-of-this-name/bundle"])
+def test_a_path_that_cannot_be_followed_is_refused(bundles, tmp_path, path):
+    with pytest.raises(CheckpointError, match="cannot be found"):
+        run(director(bundles, tmp_path), path)
+
+
+def test_a_role_that_cannot_be_kept_is_not_taken_and_the_next_change_goes_ahead(bundles, tmp_path):
+    state_dir = tmp_path / "state"
+    found = director(bundles, state_dir)
+    state_dir.write_text("not a folder")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        run(found, bundles[1])
+    wanted = found.hear(Report("i1", "ingress", epoch=0))
+    assert (wanted.routing.active, wanted.routing.epoch) == (read_bundle(bundles[0]).version, 0)
+    assert list(wanted.bundles) == [wanted.routing.active]
+    state_dir.unlink()
+    assert run(found, bundles[1]).active == read_bundle(bundles[1]).version
+
+
 def test_a_part_that_never_loads_is_named(bundles, tmp_path):
     found = director(bundles, tmp_path, start_timeout_s=0.3)
     with pytest.raises(CheckpointError, match="not loaded within 0 s by a retriever, a selector"):

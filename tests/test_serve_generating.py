@@ -12,7 +12,7 @@ from serve_bundles import bundle_config
 from stand_ins import make_table
 from tiny_models import save_tiny_llama
 
-from rlrag.bundle import save_bundle
+from rlrag.bundle import bundle_version, save_bundle
 from rlrag.config import GeneratorConfig, RetrievalConfig, RunConfig
 from rlrag.errors import (
     CheckpointError,
@@ -120,6 +120,13 @@ async def collect(part: GeneratorPart, version: str, decoding=None, question="ca
     return [piece async for piece in pieces]
 
 
+def load(part: GeneratorPart, directory: Path) -> str:
+    """Under its own version, which it returns."""
+    version = bundle_version(directory)
+    part.load(version, directory)
+    return version
+
+
 def ask(part: GeneratorPart, version: str, **decoding) -> list[AnswerPiece]:
     return asyncio.run(collect(part, version, Decoding(**decoding)))
 
@@ -127,11 +134,11 @@ def ask(part: GeneratorPart, version: str, **decoding) -> list[AnswerPiece]:
 def test_an_answer_is_asked_for_as_evaluation_does(
     part, recorders, generator_bundles, model_dir, tmp_path
 ):
-    part.load("v1", generator_bundles("plain"))
+    version = load(part, generator_bundles("plain"))
     (engine,) = recorders.opened
-    assert part.loaded() == ("v1",)
+    assert part.loaded() == (version,)
     assert engine.model_dir == model_dir
-    pieces = ask(part, "v1")
+    pieces = ask(part, version)
     ((prompt, sampling),) = engine.asked
     config = config_of(tmp_path, model_dir).generator
     builder = PromptBuilder(config.prompt, load_tokenizer(model_dir))
@@ -149,37 +156,37 @@ def test_an_answer_is_asked_for_as_evaluation_does(
 def test_versions_with_the_same_weights_share_an_engine_until_the_last_one_goes(
     part, recorders, generator_bundles
 ):
-    part.load("v1", generator_bundles("plain"))
-    part.load("v2", generator_bundles("longer", max_new_tokens=20))
+    first = load(part, generator_bundles("plain"))
+    second = load(part, generator_bundles("longer", max_new_tokens=20))
     (engine,) = recorders.opened
-    ask(part, "v2")
+    ask(part, second)
     assert engine.asked[0][1].max_new_tokens == 20
-    part.drop("v1")
-    assert part.loaded() == ("v2",)
+    part.drop(first)
+    assert part.loaded() == (second,)
     assert not engine.closed
-    with pytest.raises(OverloadedError, match="version v1 is being loaded here; try again"):
-        ask(part, "v1")
-    part.drop("v2")
+    with pytest.raises(OverloadedError, match=f"version {first} is being loaded here; try again"):
+        ask(part, first)
+    part.drop(second)
     assert engine.closed
-    part.drop("v2")
-    part.load("v3", generator_bundles("plain"))
+    part.drop(second)
+    load(part, generator_bundles("plain"))
     assert len(recorders.opened) == 2
 
 
 def test_other_weights_or_another_engine_setting_take_another_engine(
     part, recorders, generator_bundles, model_dir
 ):
-    part.load("v1", generator_bundles("plain"))
-    part.load("v2", generator_bundles("trained", trained=True))
-    part.load("v3", generator_bundles("shorter", max_model_len=240))
-    part.load("v4", generator_bundles("trained again", trained=True))
+    load(part, generator_bundles("plain"))
+    trained = load(part, generator_bundles("trained", trained=True))
+    load(part, generator_bundles("shorter", max_model_len=240))
+    again = load(part, generator_bundles("trained again", trained=True, max_new_tokens=20))
     first, second, third = recorders.opened
     assert second.model_dir == generator_bundles("trained").resolve() / "generator"
     assert weights_hash(second.model_dir) != weights_hash(model_dir)
     assert (first.config.max_model_len, third.config.max_model_len) == (256, 240)
-    ask(part, "v4")
+    ask(part, again)
     assert len(second.asked) == 1
-    part.drop("v2")
+    part.drop(trained)
     assert not second.closed
 
 
@@ -191,55 +198,55 @@ def test_a_prefix_that_an_engine_computes_apart_is_part_of_what_it_is(
     bundles = generator_bundles("plain"), generator_bundles("instructed", prompt=other)
     for backend, num_engines in (("transformers", 2), ("vllm", 3)):
         part = GeneratorPart(SETTINGS.model_copy(update={"generator_backend": backend}), recorders)
-        for version, bundle in zip(("v1", "v2"), bundles, strict=True):
-            part.load(version, bundle)
+        for bundle in bundles:
+            load(part, bundle)
         assert len(recorders.opened) == num_engines
 
 
 def test_closing_the_answer_closes_it_in_the_engine(part, recorders, generator_bundles):
-    part.load("v1", generator_bundles("plain"))
+    version = load(part, generator_bundles("plain"))
 
     async def leave() -> None:
-        pieces = part.generate("v1", "capital?", PASSAGES, Decoding())
+        pieces = part.generate(version, "capital?", PASSAGES, Decoding())
         await anext(pieces)
         await pieces.aclose()
 
     asyncio.run(leave())
     assert recorders.opened[0].num_left == 1
-    ask(part, "v1")
+    ask(part, version)
     assert recorders.opened[0].num_left == 1
 
 
 def test_a_failed_engine_makes_the_part_unhealthy(part, recorders, generator_bundles):
     part.check_health()
-    part.load("v1", generator_bundles("plain"))
+    version = load(part, generator_bundles("plain"))
     part.check_health()
     recorders.opened[0].trouble = "it burnt"
-    with pytest.raises(GenerationError, match="engine of version v1 has failed: it burnt"):
+    with pytest.raises(GenerationError, match=f"engine of version {version} has failed: it burnt"):
         part.check_health()
 
 
 def test_a_version_whose_engine_has_failed_is_loaded_again_with_another(
     part, recorders, generator_bundles
 ):
-    part.load("v1", generator_bundles("plain"))
-    part.load("v2", generator_bundles("longer", max_new_tokens=20))
+    first = load(part, generator_bundles("plain"))
+    second = load(part, generator_bundles("longer", max_new_tokens=20))
     (dead,) = recorders.opened
     dead.trouble = "it burnt"
     assert part.loaded() == ()
-    part.load("v2", generator_bundles("longer", max_new_tokens=20))
+    part.load(second, generator_bundles("longer", max_new_tokens=20))
     assert dead.closed
-    assert part.loaded() == ("v2",)
-    part.load("v1", generator_bundles("plain"))
+    assert part.loaded() == (second,)
+    part.load(first, generator_bundles("plain"))
     part.check_health()
-    assert sorted(part.loaded()) == ["v1", "v2"]
+    assert set(part.loaded()) == {first, second}
     _, living = recorders.opened
-    ask(part, "v1")
-    ask(part, "v2")
+    ask(part, first)
+    ask(part, second)
     assert (len(dead.asked), len(living.asked)) == (0, 2)
-    part.drop("v1")
+    part.drop(first)
     assert not living.closed
-    part.drop("v2")
+    part.drop(second)
     assert living.closed
 
 
@@ -250,11 +257,11 @@ def test_a_part_counts_as_healthy_while_it_opens_another_engine(generator_bundle
         return recorders(config, model_dir, prefix_ids)
 
     part = GeneratorPart(SETTINGS, open_and_look)
-    part.load("v1", generator_bundles("plain"))
+    load(part, generator_bundles("plain"))
     recorders.opened[0].trouble = "it burnt"
     with pytest.raises(GenerationError, match="it burnt"):
         part.check_health()
-    part.load("v1", generator_bundles("plain"))
+    load(part, generator_bundles("plain"))
     assert len(recorders.opened) == 2
     part.check_health()
 
@@ -266,11 +273,11 @@ def test_an_engine_that_does_not_start_leaves_what_was_loaded(generator_bundles,
         return recorders(config, model_dir, prefix_ids)
 
     part = GeneratorPart(SETTINGS, open_or_refuse)
-    part.load("v1", generator_bundles("plain"))
+    version = load(part, generator_bundles("plain"))
     with pytest.raises(SetupError, match="no compiler"):
-        part.load("v2", generator_bundles("trained", trained=True))
-    assert part.loaded() == ("v1",)
-    assert len(ask(part, "v1")) == 2
+        load(part, generator_bundles("trained", trained=True))
+    assert part.loaded() == (version,)
+    assert len(ask(part, version)) == 2
 
 
 def test_a_base_model_with_other_weights_is_refused(part, generator_bundles, tmp_path, model_dir):
@@ -278,13 +285,24 @@ def test_a_base_model_with_other_weights_is_refused(part, generator_bundles, tmp
     directory = generator_bundles("moved", model=str(model))
     save_tiny_llama(model, seed=1)
     with pytest.raises(CheckpointError, match=f"has weights {weights_hash(model)} here"):
-        part.load("v1", directory)
+        load(part, directory)
+
+
+def test_a_path_that_holds_another_version_by_now_is_refused(part, recorders, generator_bundles):
+    named = load(part, generator_bundles("plain"))
+    part.drop(named)
+    replaced = generator_bundles("longer", max_new_tokens=20)
+    message = f"longer now holds version {bundle_version(replaced)}, not {named}; put {named} back"
+    with pytest.raises(CheckpointError, match=message):
+        part.load(named, replaced)
+    assert part.loaded() == ()
+    assert len(recorders.opened) == 1
 
 
 def test_a_request_changes_what_it_sets_and_nothing_else(part, recorders, generator_bundles):
-    part.load("v1", generator_bundles("plain"))
-    ask(part, "v1", max_new_tokens=3)
-    ask(part, "v1", temperature=0.7, seed=5)
+    version = load(part, generator_bundles("plain"))
+    ask(part, version, max_new_tokens=3)
+    ask(part, version, temperature=0.7, seed=5)
     found = [sampling for _, sampling in recorders.opened[0].asked]
     base = Sampling(max_new_tokens=12, temperature=0.0, stop=("\n",), seed=0)
     assert found == [
@@ -294,9 +312,9 @@ def test_a_request_changes_what_it_sets_and_nothing_else(part, recorders, genera
 
 
 def test_an_engine_is_told_whether_the_answer_is_streamed(part, recorders, generator_bundles):
-    part.load("v1", generator_bundles("plain"))
-    ask(part, "v1")
-    ask(part, "v1", streamed=True)
+    version = load(part, generator_bundles("plain"))
+    ask(part, version)
+    ask(part, version, streamed=True)
     assert recorders.opened[0].streamed == [False, True]
 
 
@@ -325,19 +343,19 @@ def test_an_impossible_decoding_is_refused(decoding, message):
 
 
 def test_the_room_for_an_answer_is_what_prompt_and_model_leave(part, recorders, generator_bundles):
-    part.load("v1", generator_bundles("plain"))
-    num_prompt_tokens = ask(part, "v1")[0].num_prompt_tokens
+    version = load(part, generator_bundles("plain"))
+    num_prompt_tokens = ask(part, version)[0].num_prompt_tokens
     room = 256 - num_prompt_tokens
-    ask(part, "v1", max_new_tokens=room)
+    ask(part, version, max_new_tokens=room)
     with pytest.raises(RequestError, match=f"from 1 to {room} tokens"):
-        ask(part, "v1", max_new_tokens=room + 1)
+        ask(part, version, max_new_tokens=room + 1)
     assert len(recorders.opened[0].asked) == 2
 
 
 def test_a_question_without_room_is_refused(part, recorders, generator_bundles):
-    part.load("v1", generator_bundles("plain"))
+    version = load(part, generator_bundles("plain"))
     with pytest.raises(PromptTooLongError, match="max_prompt_tokens is 200"):
-        asyncio.run(collect(part, "v1", question="why " * 300))
+        asyncio.run(collect(part, version, question="why " * 300))
     assert recorders.opened[0].asked == []
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from serve_bundles import NUM_CANDIDATES, NUM_SELECTED, bundle_config, make_bundle
 
-from rlrag.bundle import load_bundle
+from rlrag.bundle import bundle_version, load_bundle
 from rlrag.errors import CheckpointError, OverloadedError, RequestError
 from rlrag.evaluation.systems import greedy_picks
 from rlrag.pipeline import open_evaluation_data, open_library
@@ -28,21 +28,26 @@ def bundle(openrag_files, cache_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def version(bundle) -> str:
+    return bundle_version(bundle)
+
+
+@pytest.fixture(scope="module")
 def table(openrag_files, cache_dir):
     config = bundle_config(openrag_files, cache_dir)
     return open_evaluation_data(config, open_library(config))[0]
 
 
 @pytest.fixture(scope="module")
-def retriever(bundle) -> RetrieverPart:
+def retriever(bundle, version) -> RetrieverPart:
     part = RetrieverPart()
-    part.load("v1", bundle)
+    part.load(version, bundle)
     return part
 
 
 @pytest.fixture(scope="module")
-def retrieved(retriever, table) -> list[Retrieved]:
-    found = retriever.retrieve("v1", [Ask(q.question) for q in table.questions])
+def retrieved(retriever, version, table) -> list[Retrieved]:
+    found = retriever.retrieve(version, [Ask(q.question) for q in table.questions])
     assert all(isinstance(one, Retrieved) for one in found)
     return found
 
@@ -63,54 +68,56 @@ def test_candidates_are_those_of_evaluation(table, retrieved):
         assert np.array_equal(found.passage_vectors_ND, table.passage_vectors_PD[rows_N])
 
 
-def test_picks_are_those_of_evaluation(bundle, table, retrieved):
+def test_picks_are_those_of_evaluation(bundle, version, table, retrieved):
     part = SelectorPart()
-    part.load("v1", bundle)
-    found = part.select("v1", choices(table, retrieved))
+    part.load(version, bundle)
+    found = part.select(version, choices(table, retrieved))
     expected = greedy_picks(load_bundle(bundle).policy, table)
     assert [list(picked.positions) for picked in found] == expected.tolist()
     assert {picked.propensity_logp for picked in found} == {0.0}
     assert not any(picked.explored for picked in found)
 
 
-def test_probabilities_are_those_of_each_pick_given_those_before(bundle, table, retrieved):
+def test_probabilities_are_those_of_each_pick_given_those_before(bundle, version, table, retrieved):
     part = SelectorPart()
-    part.load("v1", bundle)
+    part.load(version, bundle)
     policy = load_bundle(bundle).policy
-    for row, picked in enumerate(part.select("v1", choices(table, retrieved))[:4]):
+    for row, picked in enumerate(part.select(version, choices(table, retrieved))[:4]):
         whole = policy.log_prob(table.batch([row]), np.array([[picked.positions]])).item()
         first = policy.log_prob(table.batch([row]), np.array([[picked.positions[:1]]])).item()
         assert np.log(picked.probs) == pytest.approx([first, whole - first], abs=1e-5)
 
 
-def test_fewer_picks_are_the_first_of_more(bundle, table, retrieved):
+def test_fewer_picks_are_the_first_of_more(bundle, version, table, retrieved):
     part = SelectorPart()
-    part.load("v1", bundle)
-    both = part.select("v1", choices(table, retrieved))
-    one = part.select("v1", choices(table, retrieved, num_selected=1))
+    part.load(version, bundle)
+    both = part.select(version, choices(table, retrieved))
+    one = part.select(version, choices(table, retrieved, num_selected=1))
     assert [picked.positions for picked in one] == [picked.positions[:1] for picked in both]
 
 
-def test_an_impossible_number_of_picks_concerns_its_question_alone(bundle, table, retrieved):
+def test_an_impossible_number_of_picks_concerns_its_question_alone(
+    bundle, version, table, retrieved
+):
     part = SelectorPart()
-    part.load("v1", bundle)
+    part.load(version, bundle)
     question = table.questions[0].question
     good = Choice(question, retrieved[0])
-    found = part.select("v1", [good, Choice(question, retrieved[0], NUM_SELECTED + 1), good])
+    found = part.select(version, [good, Choice(question, retrieved[0], NUM_SELECTED + 1), good])
     assert isinstance(found[1], RequestError)
     assert f"trained to pick {NUM_SELECTED}" in str(found[1])
     assert [found[place].positions for place in (0, 2)] == [found[0].positions] * 2
-    zero = part.select("v1", [Choice(question, retrieved[0], 0)])
+    zero = part.select(version, [Choice(question, retrieved[0], 0)])
     assert isinstance(zero[0], RequestError)
 
 
-def test_exploration_draws_its_share_with_its_propensity(bundle, table, retrieved):
+def test_exploration_draws_its_share_with_its_propensity(bundle, version, table, retrieved):
     """Half of the picks are drawn; frequencies of selections are their propensities."""
     part = SelectorPart(explore_share=0.5)
-    part.load("v1", bundle)
+    part.load(version, bundle)
     question, found = table.questions[0].question, retrieved[0]
     picks = part.select(
-        "v1", [Choice(question, found, explore=seed % 2 == 0, seed=seed) for seed in range(3000)]
+        version, [Choice(question, found, explore=seed % 2 == 0, seed=seed) for seed in range(3000)]
     )
     assert sum(picked.explored for picked in picks) == 1500
     counts: dict[tuple[int, ...], list[Picked]] = {}
@@ -136,11 +143,11 @@ def test_propensities_of_all_selections_sum_to_one():
     assert propensity_logp(-1.0, is_greedy=False, explore_share=0.0) == -np.inf
 
 
-def test_filters_search_deeper_until_there_are_enough(retriever, table):
+def test_filters_search_deeper_until_there_are_enough(retriever, version, table):
     question = table.questions[0].question
-    everything = retriever.retrieve("v1", [Ask(question)])[0]
+    everything = retriever.retrieve(version, [Ask(question)])[0]
     banned = tuple(passage.id for passage in everything.passages[:3])
-    (found,) = retriever.retrieve("v1", [Ask(question, filters=Filters(exclude_ids=banned))])
+    (found,) = retriever.retrieve(version, [Ask(question, filters=Filters(exclude_ids=banned))])
     ids = [passage.id for passage in found.passages]
     assert len(ids) == NUM_CANDIDATES
     assert not set(ids) & set(banned)
@@ -148,25 +155,25 @@ def test_filters_search_deeper_until_there_are_enough(retriever, table):
     assert (np.diff(found.scores_NC[:, 0]) <= 0).all()
 
 
-def test_filters_by_title_and_by_id(retriever, table):
+def test_filters_by_title_and_by_id(retriever, version, table):
     question = table.questions[0].question
     asked = Ask(question, 3, Filters(title_contains="LAMP"))
-    (found,) = retriever.retrieve("v1", [asked])
+    (found,) = retriever.retrieve(version, [asked])
     assert {passage.title for passage in found.passages} == {"lamp"}
-    (one,) = retriever.retrieve("v1", [Ask(question, 1, Filters(ids=("river-ledger",)))])
+    (one,) = retriever.retrieve(version, [Ask(question, 1, Filters(ids=("river-ledger",)))])
     assert [passage.id for passage in one.passages] == ["river-ledger"]
 
 
-def test_filters_that_leave_too_little_say_how_much(retriever, table):
+def test_filters_that_leave_too_little_say_how_much(retriever, version, table):
     asked = Ask(table.questions[0].question, filters=Filters(title_contains="lamp"))
-    (found,) = retriever.retrieve("v1", [asked])
+    (found,) = retriever.retrieve(version, [asked])
     assert isinstance(found, RequestError)
     assert "leave 3 of 60 passages" in str(found)
 
 
 @pytest.mark.parametrize("wanted", [0, NUM_CANDIDATES + 1])
-def test_an_impossible_number_of_candidates_is_refused(retriever, table, wanted):
-    (found,) = retriever.retrieve("v1", [Ask(table.questions[0].question, wanted)])
+def test_an_impossible_number_of_candidates_is_refused(retriever, version, table, wanted):
+    (found,) = retriever.retrieve(version, [Ask(table.questions[0].question, wanted)])
     assert isinstance(found, RequestError)
     assert f"from 1 to {NUM_CANDIDATES}" in str(found)
 
@@ -178,20 +185,37 @@ def test_a_version_that_is_not_loaded_is_asked_for_again_later(retriever):
         SelectorPart().select("v9", [])
 
 
-def test_versions_share_what_is_equal_and_are_dropped(bundle, openrag_files, cache_dir, tmp_path):
+def test_versions_share_what_is_equal_and_are_dropped(
+    bundle, version, openrag_files, cache_dir, tmp_path
+):
     other = make_bundle(tmp_path / "other", openrag_files, cache_dir, seed=2)
+    versions = (version, bundle_version(other))
     part = RetrieverPart()
-    part.load("v1", bundle)
-    part.load("v2", other)
-    assert part.loaded() == ("v1", "v2")
-    first, second = (part.retrieve(v, [Ask("which thing")])[0] for v in ("v1", "v2"))
+    part.load(version, bundle)
+    part.load(versions[1], other)
+    assert part.loaded() == versions
+    first, second = (part.retrieve(v, [Ask("which thing")])[0] for v in versions)
     assert first.passages == second.passages
-    part.drop("v1")
-    assert part.loaded() == ("v2",)
+    part.drop(version)
+    assert part.loaded() == versions[1:]
 
 
-def test_a_damaged_bundle_is_refused(bundle, tmp_path):
+def test_a_damaged_bundle_is_refused(bundle, version, tmp_path):
     with pytest.raises(CheckpointError):
-        RetrieverPart().load("v1", tmp_path / "nowhere")
+        RetrieverPart().load(version, tmp_path / "nowhere")
     with pytest.raises(CheckpointError):
-        SelectorPart().load("v1", tmp_path / "nowhere")
+        SelectorPart().load(version, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", [RetrieverPart, SelectorPart])
+def test_a_path_that_holds_another_version_by_now_is_refused(
+    kind, openrag_files, cache_dir, tmp_path
+):
+    part = kind()
+    place = make_bundle(tmp_path / "current", openrag_files, cache_dir, seed=1)
+    named = bundle_version(place)
+    make_bundle(place, openrag_files, cache_dir, seed=2)
+    message = f"current now holds version {bundle_version(place)}, not {named}; put {named} back"
+    with pytest.raises(CheckpointError, match=message):
+        part.load(named, place)
+    assert part.loaded() == ()

@@ -11,6 +11,7 @@ import pytest
 from serve_stand_ins import Served
 
 from rlrag.data.feedback import FeedbackStore
+from rlrag.errors import CheckpointError
 from serve.records import Routing
 
 QUESTION = "what?"  # the ranking begins with passage 5
@@ -182,6 +183,23 @@ def test_operators_load_compare_and_drop_bundles(tmp_path: Path) -> None:
         report = (await client.get("/admin/compare")).json()
         assert (report["num_compared"], report["equal_selections"]) == (1, 1.0)
         assert report["differences"][0]["shadow_answer"].startswith("62 says")
+
+    asyncio.run(run())
+
+
+def test_an_operator_is_told_why_a_role_was_not_ended(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("k")
+
+    async def full(role: str) -> None:
+        raise CheckpointError("serving.json cannot be written")
+
+    async def run() -> None:
+        served = Served(access__admin_keys_file=str(keys))
+        served.desk.drop = full
+        reply = await served.client.delete("/admin/bundle/canary", headers={"X-API-Key": "k"})
+        assert reply.status_code == 422
+        assert "canary was not ended: serving.json cannot" in reply.json()["detail"]
 
     asyncio.run(run())
 

@@ -161,6 +161,17 @@ def test_canary_and_shadow_are_held_promoted_and_dropped(registry):
     assert set(registry.bundles) == {"b"}
 
 
+def test_a_candidate_outlives_the_end_of_another_version(registry):
+    """Somebody ends the shadow while a new bundle is being loaded."""
+    registry.propose("b", "/bundles/b")
+    registry.assign("b", "shadow", 0.0)
+    registry.propose("c", "/bundles/c")
+    registry.drop("shadow")
+    ingress(registry, 2)
+    assert set(registry.bundles) == {"a", "c"}
+    assert registry.assign("c", "active", 0.0).active == "c"
+
+
 def test_a_canary_gets_its_share_of_the_requests():
     routing = Routing("a", canary="b", canary_share=0.25)
     versions = [routing.version_of(f"request-{number}") for number in range(4000)]
@@ -183,6 +194,28 @@ def test_a_damaged_state_file_is_refused(tmp_path, clock, text):
     path.write_text(text)
     with pytest.raises(CheckpointError, match="delete it to start"):
         VersionRegistry("a", "/bundles/a", path, clock)
+
+
+def test_a_change_that_cannot_be_kept_is_not_made(registry, tmp_path, clock):
+    registry.propose("b", "/bundles/b")
+    kept = registry.assign("b", "shadow", 0.0)
+    (tmp_path / ".serving.json.new").mkdir()
+    message = r"serving\.json cannot be written \(Is a directory\).*another state_dir"
+    with pytest.raises(CheckpointError, match=message):
+        registry.drop("shadow")
+    assert registry.routing == kept
+    again = VersionRegistry("a", "/bundles/a", tmp_path / "serving.json", clock)
+    assert again.routing == kept
+    (tmp_path / ".serving.json.new").rmdir()
+    assert registry.drop("shadow").shadow is None
+
+
+def test_a_state_file_that_cannot_be_read_is_named(tmp_path, clock):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for state in (tmp_path / "folder", tmp_path / "file" / "serving.json"):
+        with pytest.raises(CheckpointError, match=f"{state}, .* cannot be read .*state_dir"):
+            VersionRegistry("a", "/bundles/a", state, clock)
 
 
 def test_the_state_file_holds_what_has_a_role(registry, tmp_path):
