@@ -1,7 +1,8 @@
 """Words of a command line in; a typed value, or one clear error and an exit code, out.
 
-Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 75 preempted and 130 interrupted
-by Ctrl-C (the same command continues), 1 anything else. The last line on stderr is then `error: ...`.
+Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 75 preempted and 130
+interrupted by Ctrl-C (the same command continues), 1 anything else. The last line on stderr is then
+`error: ...`.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def run_program(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except RlragError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(exit_code(error)) from None
     except KeyboardInterrupt:
         print("error: stopped; the same command continues", file=sys.stderr)

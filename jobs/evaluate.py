@@ -17,7 +17,7 @@ from typing import Literal
 from rich.console import Console
 
 from jobs.command_line import parse, run_program
-from jobs.opened_bundle import check_flags, on_other_data, opened_generator
+from jobs.opened_bundle import check_flags, on_other_data, opened_generator, write_whole
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
 
@@ -47,7 +47,7 @@ class EvaluateArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Load, answer, compare, write."""
+    """Load, answer, compare, show, write."""
     arguments = parse(EvaluateArguments, None, argv, "python -m jobs.evaluate")
     check_flags(arguments.limit, arguments.output)
     shown = arguments.docs_in_context
@@ -89,9 +89,9 @@ def main(argv: Sequence[str]) -> None:
         "bundle_step": bundle.facts.step,
         "generator": config.generator.model,
     }
-    recorder.write(questions_path(arguments.output), record)
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     Console().print(render(table))
+    recorder.write(questions_path(arguments.output), record)
+    write_whole(arguments.output, json.dumps(record, indent=2) + "\n")
 
 
 def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:

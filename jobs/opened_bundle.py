@@ -1,6 +1,7 @@
 """A bundle with other data in; its generator, opened for a program that asks it, out.
 
-What the programs that answer questions with a bundle have in common: `jobs.evaluate`, `jobs.probe`.
+What the programs that answer questions with a bundle have in common: `jobs.evaluate`, `jobs.probe`
+and, where results are written, the end of `jobs.train`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from jobs.cluster import cluster
 from rlrag.config import RunConfig
-from rlrag.errors import ConfigError
+from rlrag.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:  # they bring torch, which flags are checked without
     from rlrag.bundle import Bundle
@@ -66,12 +67,14 @@ def check_flags(limit: int | None, output: Path) -> None:
     """Refuse, before anything is loaded, what could only fail at the end.
 
     Raises:
-        ConfigError: no questions are to be asked, or the output has no directory.
+        ConfigError: no questions are to be asked, or the output has no directory or is one.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit is {limit}; give at least 1")
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: the directory {output.parent} does not exist")
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a directory; give the name of a file in it")
 
 
 def on_other_data(
@@ -84,3 +87,30 @@ def on_other_data(
     if questions is not None:
         data["eval_questions"] = questions
     return type(config).model_validate(config.model_dump() | {"data": data})
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is whole or absent at every moment; a pipe or a device is written to.
+
+    Raises:
+        CheckpointError: when it cannot be written; an older file then stays as it was.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text)
+        else:
+            _replace(path.resolve(), text)  # what a link leads to, and not the link
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; free space or make the place "
+            "writable, then run the same command again"
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.new")
+    try:
+        staging.write_text(text)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)

@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 
 from jobs.command_line import parse, run_program
-from jobs.opened_bundle import OpenedGenerator, check_flags, on_other_data, opened_generator
+from jobs.opened_bundle import (
+    OpenedGenerator,
+    check_flags,
+    on_other_data,
+    opened_generator,
+    write_whole,
+)
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
 
@@ -82,7 +88,7 @@ class Searched:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Load, ask, measure, write."""
+    """Load, ask, measure, show, write."""
     arguments = parse(ProbeArguments, None, argv, "python -m jobs.probe")
     check_flags(arguments.limit, arguments.output)
 
@@ -124,12 +130,12 @@ def main(argv: Sequence[str]) -> None:
         "hashes": {"corpus": own.library.corpus.content_hash, "questions": own.questions_hash},
         "bundle_step": bundle.facts.step,
     }
-    arguments.output.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     title = f"{len(own.candidates)} questions, {config.environment.num_selected} passages picked"
     console = Console()
     console.print(render(record, title))
     for line in _remarks(gold, errors, left_out):
         console.print(line, style="dim", markup=False, highlight=False)
+    write_whole(arguments.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def _measures(words: Sequence[str], known: Collection[str]) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from rlrag.config import RetrievalConfig
 from rlrag.errors import RetrievalError, RlragError
+from rlrag.generation.dispatch import ACTOR_ENDED
 from rlrag.retrieval.protocol import Hits
 from rlrag.retrieval.shards import ShardSource, VectorShard
 
@@ -88,7 +89,7 @@ class ShardActors:
             if isinstance(error.cause, RlragError):
                 raise error.cause from error
             raise RetrievalError(f"{self._name(number)} failed: {error.cause!r}") from error
-        except RayActorError as error:
+        except ACTOR_ENDED as error:
             raise RetrievalError(
                 f"{self._name(number)} has ended {self._config.shard_restarts + 1} times (memory "
                 f"is the usual cause); use more retrieval.num_shards, or look into Ray's logs: "

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError, OverloadedError, RlragError
 from rlrag.generation.build import open_engine, resolve_config
+from rlrag.generation.dispatch import ACTOR_ENDED
 from rlrag.generation.engine_loop import EngineLoop
 from rlrag.generation.protocol import Sampling
 from rlrag.generation.stepping import BatchStepper, Stepper, Update
@@ -174,7 +175,7 @@ class EngineClient:
         except TimeoutError as error:
             self._silence = f"its process sent nothing for {self._timeout_s:g} s"
             raise GeneratorTimeoutError(f"{self._name} does not answer: {self._silence}") from error
-        except RayActorError as error:
+        except ACTOR_ENDED as error:
             raise self._gone() from error
 
     def _gone(self) -> OverloadedError:
@@ -228,7 +229,7 @@ def open_engine_process(
             f"{config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs of the cluster; "
             "free them, or raise start_timeout_s"
         ) from error
-    except RayActorError as error:
+    except ACTOR_ENDED as error:
         raise GenerationError(
             f"the process of {name} ended while it loaded (memory is the usual cause); look for "
             f"its last words in Ray's logs: {error}"

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -20,11 +20,12 @@ from ray.serve.exceptions import (
 )
 
 from rlrag.errors import OverloadedError, RlragError
+from rlrag.generation.dispatch import ACTOR_ENDED
 from rlrag.records import Passage
 from serve.records import AnswerPiece, Decoding, Filters, Picked, Retrieved
 from serve.versions import Report, Wanted
 
-_GONE = (RayActorError, ReplicaUnavailableError, RequestCancelledError)
+_GONE = (*ACTOR_ENDED, ReplicaUnavailableError, RequestCancelledError)
 _FULL = (BackPressureError, DeploymentUnavailableError)
 _REGISTRY_TIMEOUT_S = 10.0
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.generation.protocol import Sampling, TokenCount
@@ -96,3 +99,16 @@ def make_table(num_questions: int, seed: int = 0) -> CandidateTable:
         question_vectors_QD=np.ones((num_questions, 8), dtype=np.float32),
         passage_vectors_PD=vectors,
     )
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    """From now on the disk is full in the middle of this file, or of what shall replace it."""
+    write_text = Path.write_text
+
+    def write(path: Path, text: str, *arguments: str | None) -> int:
+        if path.parent != place.parent or place.name not in path.name:
+            return write_text(path, text, *arguments)
+        write_text(path, text[: len(text) // 2], *arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write)

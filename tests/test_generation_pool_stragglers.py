@@ -7,7 +7,7 @@ import types
 from dataclasses import dataclass, field
 
 import pytest
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError
@@ -92,6 +92,7 @@ class Handle:
 
     def __init__(self, clock: Clock, slowdown: float) -> None:
         self.clock, self.slowdown, self.dies = clock, slowdown, False
+        self.last_word: RayError = ActorUnavailableError("restarting", None)
         self.free_at = clock.now
         self.kill_takes_s = 0.0
         self.ends_at = math.inf
@@ -111,7 +112,7 @@ class Handle:
         try:
             result = getattr(self._actor, method)(*args)
         except Died:
-            result = ActorUnavailableError("restarting", None)
+            result = self.last_word
             self._renew()
         except Exception as error:  # noqa: BLE001 - as Ray does
             result = RayTaskError(method, "", error)
@@ -169,7 +170,7 @@ class SimulatedRay:
         return ready, [ref for ref in refs if ref not in ready]
 
     def get(self, ref, timeout):
-        if isinstance(ref.result, RayTaskError | RayActorError):
+        if isinstance(ref.result, RayError):
             raise ref.result
         return ref.result
 
@@ -350,6 +351,19 @@ def test_a_prompt_that_ends_every_engine_is_given_up_all_the_same(open_pool, end
     pool.clock.sleep(1000)
     seconds, _ = pool.ask(prompts(30, first=100))
     assert seconds < 30
+
+
+def test_an_actor_that_ray_ended_for_its_memory_is_gone_as_any_other(open_pool, caplog):
+    pool = open_pool(1.0, 1.0)
+    for handle in pool.handles:
+        handle.last_word = OutOfMemoryError("the node runs low on memory")
+    pool.handles[1].dies = True
+    _, sizes = pool.ask(prompts(30))
+    assert sum(sizes[0]) == 30
+    assert "runs low on memory; the other actors go on without it" in caplog.text
+    pool.handles[0].dies = True
+    with pytest.raises(GenerationError, match=r"actor-0 died on .*max_restarts.*low on memory"):
+        pool.client.generate(prompts(30, first=100), Sampling())
 
 
 def test_an_actor_that_is_behind_is_restarted_at_its_deadline(open_pool, caplog):

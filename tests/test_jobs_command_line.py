@@ -292,6 +292,7 @@ def test_words_that_are_no_values_end_with_code_2(words, capsys):
         (["--docs-in-context", "0"], "--docs-in-context is 0; give at least 1"),
         (["--docs-in-context", "-3"], "--docs-in-context is -3; give at least 1"),
         (["--output", "/no/such/folder/out.json"], "directory /no/such/folder does not exist"),
+        (["--output", "/"], "--output / is a directory; give the name of a file in it"),
     ],
 )
 def test_evaluation_checks_its_flags_before_it_loads_anything(extra, message, tmp_path):
@@ -331,7 +332,7 @@ def own_errors() -> list[type[RlragError]]:
 @pytest.mark.parametrize("kind", own_errors(), ids=lambda kind: kind.__name__)
 def test_each_error_has_its_exit_code_and_one_line(kind, capsys):
     def fail(argv: Sequence[str]) -> None:
-        raise kind("what is wrong; what to do")
+        raise kind("what is wrong;\n  what to do")
 
     assert exit_code(kind("x")) == CODES.get(kind, 1)
     with pytest.raises(SystemExit) as caught:

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.repocard import metadata_load
-from stand_ins import make_table
+from stand_ins import fill_disk, make_table
 from tiny_models import save_tiny_llama
 
 from jobs import export, train
 from jobs.model_card import model_card
-from jobs.single_run import best_step
+from jobs.single_run import best_step, evaluate_bundle
 from rlrag.bundle import load_bundle, save_bundle
 from rlrag.bundle_files import bundle_version, parse_bundle, read_bundle
 from rlrag.config import BUILTIN_GENERATOR, GeneratorConfig, RunConfig, TrainingConfig
-from rlrag.errors import CheckpointError, ConfigError
+from rlrag.errors import CheckpointError, ConfigError, DataError
 from rlrag.evaluation.systems import greedy_picks
 from rlrag.generation.build import open_generator
 from rlrag.pipeline import open_evaluation_data, open_library, open_policy, open_reward
@@ -272,6 +272,28 @@ def test_an_unfinished_checkpoint_is_refused(run, tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint yet; train first"):
         export.main(export_words(tmp_path / "out", run_dir=copy.path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ['{"num_quest', "[]", '{"systems": {}}'])
+def test_a_damaged_evaluation_is_named(run, tmp_path, text):
+    copy = RunDirectory(tmp_path / "run")
+    shutil.copytree(run.path, copy.path)
+    copy.evaluation.write_text(text)
+    with pytest.raises(DataError, match=r"evaluation\.json is damaged: .*delete it and run"):
+        export.main(export_words(tmp_path / "out", run_dir=copy.path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_is_whole_where_the_disk_is_full(run, tmp_path, monkeypatch):
+    copy = RunDirectory(tmp_path / "run")
+    shutil.copytree(run.path, copy.path)
+    copy.evaluation.unlink()
+    config = RunConfig.from_json(copy.config.read_text())
+    library = open_library(config)
+    fill_disk(monkeypatch, copy.evaluation)
+    with pytest.raises(CheckpointError, match=r"cannot write .*evaluation\.json: No space left"):
+        evaluate_bundle(config, copy, library)
+    assert not list(copy.path.glob("*evaluation.json*"))
 
 
 def test_an_output_that_exists_is_kept(run, tmp_path):

@@ -28,7 +28,8 @@ from rlrag.evaluation.llm_judge import (
 )
 from rlrag.evaluation.verdict_store import VerdictStore
 
-CASES = [Case("which river", ("Rhine",), f"answer {number}") for number in range(6)]
+MANY = [Case("which river", ("Rhine",), f"answer {number}") for number in range(120)]
+CASES = MANY[:6]
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +128,31 @@ def test_a_judge_that_hangs_is_given_up_and_only_few_may_stay_without_a_reply(se
     assert judged.failed == {CASES[0]: "no reply within 2 s"}
     assert set(judged.verdicts) == set(CASES[1:])
     server.reply = lambda case, before: (500, {})
-    with pytest.raises(GenerationError, match=r"1 of 1 answers got no reply .*not now.*kept"):
+    with pytest.raises(GenerationError, match=r"1 of 6 answers got no reply .*not now.*kept"):
         judge_answers(CASES, settings(server, retries=0), None, store(tmp_path))
     assert server.asked["answer 1"] == 1
+
+
+def test_answers_that_are_always_refused_end_no_run_that_asks_for_them_alone(server, tmp_path):
+    refused = {case.answer for case in MANY[::20]}
+    server.reply = lambda case, before: (400, {}) if case["answer"] in refused else "correct"
+    first = judge_answers(MANY, settings(server), None, store(tmp_path))
+    assert {case.answer for case in first.failed} == refused
+    again = judge_answers(MANY, settings(server), None, store(tmp_path))
+    assert again.failed == first.failed
+    assert (again.verdicts, again.num_stored) == (first.verdicts, len(MANY) - len(refused))
+
+
+def test_a_judge_that_replies_to_nothing_is_given_up_early(server, tmp_path):
+    most = judge_answers(MANY[6:], settings(server), None, store(tmp_path)).verdicts
+    server.reply = lambda case, before: (500, {})
+    with pytest.raises(GenerationError, match=r"the first 5 answers got no reply .*not now.*kept"):
+        judge_answers(MANY, settings(server, retries=0), None, store(tmp_path))
+    assert len(server.bodies) <= len(most) + 6
+    refused = {case.answer for case in MANY[:4]}
+    server.reply = lambda case, before: (500, {}) if case["answer"] in refused else "correct"
+    judged = judge_answers(MANY, settings(server, retries=0), None, store(tmp_path))
+    assert {case.answer for case in judged.failed} == refused
 
 
 @pytest.mark.parametrize("value", [{}, {"choices": []}, [1], "text", None])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from openrag_runs import make_questions, write_files
+from stand_ins import fill_disk
 
 from jobs import evaluate, probe
+from jobs.opened_bundle import write_whole
 from rlrag.bundle import save_bundle
 from rlrag.config import (
     EnvironmentConfig,
@@ -19,7 +22,7 @@ from rlrag.config import (
     RunConfig,
     TrainingConfig,
 )
-from rlrag.errors import ConfigError, DataError
+from rlrag.errors import CheckpointError, ConfigError, DataError
 from rlrag.evaluation.mirage import SHARES
 from rlrag.evaluation.picked import first_picks, policy_picks
 from rlrag.evaluation.probe import MEASURES
@@ -145,12 +148,52 @@ def test_what_the_questions_do_not_allow_is_left_out_unless_it_is_asked_for(bund
         (["--limit", "0"], "--limit is 0; give at least 1"),
         (["--copies", "2", "1"], "copies is [2, 1]; give rising numbers"),
         (["--output", "/no/such/folder/out.json"], "directory /no/such/folder does not exist"),
+        (["--output", "/"], "--output / is a directory; give the name of a file in it"),
     ],
 )
 def test_flags_are_checked_before_anything_is_loaded(extra, message, tmp_path):
     with pytest.raises(ConfigError) as caught:
         probe.main(["--bundle", "b", "--output", str(tmp_path / "out.json"), *extra])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("main", "extra", "shown"),
+    [
+        (probe.main, ["--measures", "cost"], "cost"),
+        (evaluate.main, ["--corpus", "corpus.jsonl", "--questions", "questions.jsonl"], "trained"),
+    ],
+    ids=["probe", "evaluate"],
+)
+def test_a_full_disk_leaves_the_table_and_the_old_file(
+    main, extra, shown, bundle, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(bundle.parent)
+    output = tmp_path / "found.json"
+    output.write_text("old")
+    fill_disk(monkeypatch, output)
+    with pytest.raises(CheckpointError, match=r"cannot write .*found\.json: No space left.*again"):
+        main(["--bundle", str(bundle), "--output", str(output), *extra])
+    assert shown in capsys.readouterr().out
+    assert output.read_text() == "old"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_is_written_where_a_link_leads_and_a_pipe_stays_one(tmp_path):
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    file.write_text("old")
+    link.symlink_to(file)
+    write_whole(link, "new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "new")
+    assert os.read(end, 9) == b"new"
+    os.close(end)
+    assert pipe.is_fifo()
+    with pytest.raises(CheckpointError, match=r"cannot write .*no/f: No such file"):
+        write_whole(tmp_path / "no" / "f", "new")
 
 
 def test_picks_of_a_policy_carry_their_probabilities(bundle):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,6 +169,28 @@ def test_impossible_configurations_are_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match="which this program does not start"):
         open_retrievers(corpus, config_of(num_shards=2, num_candidates=1), tmp_path, FewVectors())
+
+
+def test_an_actor_that_ray_ended_for_its_memory_is_named(
+    vectors_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    from rlrag import shard_actors
+
+    def get(answer: object) -> Hits:
+        raise OutOfMemoryError("the node runs low on memory")
+
+    made = SimpleNamespace(search=SimpleNamespace(remote=lambda vectors, k: "answer"))
+    options = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda source: made))
+    ray = SimpleNamespace(
+        remote=lambda _: options, put=id, get=get, wait=lambda refs, **_: (refs, [])
+    )
+    monkeypatch.setattr(shard_actors, "ray", ray)
+    config = config_of(num_shards=2, shard_restarts=1)
+    sources = shard_sources(vectors_file, NUM_PASSAGES, config, vectors_file.parent, None)
+    with pytest.raises(RetrievalError, match=r"passages 0 to 101 has ended 2 times.*low on memory"):
+        shard_actors.ShardActors(sources, config).search(vectors(1, 1), 10)
 
 
 @pytest.mark.usefixtures("cluster")

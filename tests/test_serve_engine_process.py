@@ -6,9 +6,12 @@ import asyncio
 import os
 import signal
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, OverloadedError
@@ -17,6 +20,7 @@ from rlrag.generation.protocol import Sampling
 from rlrag.generation.stepping import Update
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.records import Prompt
+from serve import engine_process
 from serve.engine_process import EngineClient, EngineProcess, open_engine_process
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
@@ -67,6 +71,21 @@ class TypistProcess(EngineProcess):
 
     def _open(self) -> EngineLoop:
         return EngineLoop(Typist())
+
+
+class OutOfMemory:
+    """What an actor answers to anything once Ray has ended it for its node's memory."""
+
+    def remote(self, *arguments: object) -> OutOfMemory:
+        return self
+
+    def future(self) -> Future[None]:
+        answer: Future[None] = Future()
+        answer.set_exception(OutOfMemoryError("the node runs low on memory"))
+        return answer
+
+    async def __anext__(self) -> object:
+        raise OutOfMemoryError("the node runs low on memory")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +181,20 @@ def test_who_leaves_frees_the_engine(typist, streamed):
 
 def test_an_engine_that_cannot_start_says_why(cluster, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors weights"):
+        open_engine_process(CONFIG, tmp_path, ())
+
+
+def test_an_engine_that_ray_ended_for_its_memory_is_gone_as_any_other(tmp_path, monkeypatch):
+    answer = OutOfMemory()
+    actor = SimpleNamespace(start=answer, watch=answer, stream=answer)
+    options = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: actor))
+    ray = SimpleNamespace(remote=lambda _: options, cancel=lambda _: None)
+    monkeypatch.setattr(engine_process, "ray", ray)
+    client = EngineClient(actor, "the engine", CONFIG.request_timeout_s)
+    with pytest.raises(OverloadedError, match="is being replaced; try again"):
+        asyncio.run(read(client, PROMPTS[0], ENDLESS))
+    assert client.failure() == "its process has ended: the node runs low on memory"
+    with pytest.raises(GenerationError, match=r"ended while it loaded .*runs low on memory"):
         open_engine_process(CONFIG, tmp_path, ())
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from rlrag.errors import OverloadedError, RequestError
@@ -91,6 +91,14 @@ def died() -> ActorDiedError:
     return ActorDiedError()
 
 
+def out_of_memory() -> OutOfMemoryError:
+    return OutOfMemoryError("the node runs low on memory")
+
+
+ends = pytest.mark.parametrize("end", [died, out_of_memory])
+"""How a replica dies: of itself, or ended by Ray."""
+
+
 def retrieved(calls: Calls, down: tuple[str, ...] = ()) -> Any:
     async def ask() -> Any:
         asked = pipeline(Handle(retrieve=calls), down=down)
@@ -115,12 +123,13 @@ def test_an_answer_is_handed_on():
     assert retrieved(Calls("found")) == "found"
 
 
-def test_a_call_whose_replica_died_is_made_once_more():
-    calls = Calls(died(), "found")
+@ends
+def test_a_call_whose_replica_died_is_made_once_more(end: Callable[[], RayError]):
+    calls = Calls(end(), "found")
     assert retrieved(calls) == "found"
     assert calls.num_calls == 2
     with pytest.raises(OverloadedError, match="the retriever is restarting"):
-        retrieved(Calls(died(), died()))
+        retrieved(Calls(end(), end()))
 
 
 def test_a_full_part_is_not_asked_again():
@@ -172,15 +181,17 @@ def test_pieces_are_handed_on_and_the_stream_is_let_go():
     assert stream.cancelled
 
 
-def test_a_stream_that_dies_before_its_first_piece_is_begun_again():
-    first, second = Stream([died()]), Stream([piece("Paris", finished=True)])
+@ends
+def test_a_stream_that_dies_before_its_first_piece_is_begun_again(end: Callable[[], RayError]):
+    first, second = Stream([end()]), Stream([piece("Paris", finished=True)])
     assert [found.text for found in generated(first, second)] == ["Paris"]
     assert first.cancelled
 
 
-def test_a_stream_that_dies_in_the_middle_is_not_repeated():
+@ends
+def test_a_stream_that_dies_in_the_middle_is_not_repeated(end: Callable[[], RayError]):
     with pytest.raises(OverloadedError, match="the generator is restarting"):
-        generated(Stream([piece("Par"), died()]))
+        generated(Stream([piece("Par"), end()]))
 
 
 def test_an_error_among_the_pieces_is_raised():
@@ -202,8 +213,8 @@ def test_leaving_a_stream_lets_it_go():
 
 @pytest.mark.parametrize(
     "outcome",
-    [died, lambda: BackPressureError(num_queued_requests=1, max_queued_requests=1)],
-    ids=["died", "full"],
+    [died, out_of_memory, lambda: BackPressureError(num_queued_requests=1, max_queued_requests=1)],
+    ids=["died", "out_of_memory", "full"],
 )
 def test_a_registry_that_does_not_answer_is_asked_again_later(outcome: Callable[[], Exception]):
     async def tell() -> Wanted:

@@ -59,6 +59,10 @@ PROMPT_DIGEST = hashlib.sha256(
 """Changes when the prompt does; part of every stored verdict's key."""
 
 _MAX_PAUSE_S = 120.0  # the longest pause that a server can ask for, in openai 3
+_REFUSALS = (400, 413, 422)
+"""Statuses with which a judge that works refuses one request, as too long or against its rules."""
+_NUM_SILENT = 5
+"""Answers without a reply, at least, until a judge that has not replied to any counts as down."""
 _REPLY = re.compile(r"\W*(?:verdict\W+)?(correct|incorrect)\W*", re.IGNORECASE)
 
 
@@ -101,7 +105,8 @@ class JudgeSettings:
     max_tokens: int = 256
     """Longest reply."""
     max_failed_share: float = 0.05
-    """Share of the asked answers that may stay without a reply; more of them end the run."""
+    """Share of all answers, judged earlier or now, that may stay without a reply; more of them end
+    the run. So does a judge that replies to none of the first requests."""
 
     def check(self) -> None:
         """Refuse what cannot work.
@@ -178,7 +183,8 @@ def judge_answers(
 
     Raises:
         ConfigError: the judge refuses the key or does not know the model or the address.
-        GenerationError: nothing can be reached, or too many cases stay without a reply.
+        GenerationError: nothing can be reached, or the first cases or too many of all stay
+            without a reply.
         SetupError: the package openai is not installed.
     """
     keys = {case: key_of(case, settings) for case in cases}
@@ -216,6 +222,8 @@ class _Asking:
         self._missing = missing
         self.verdicts = verdicts
         self.failed: dict[Case, str] = {}
+        self._num_workers = min(settings.concurrency, len(missing))
+        self._has_replied = False
 
     async def ask_all(self) -> None:
         try:
@@ -232,8 +240,9 @@ class _Asking:
             timeout=settings.timeout_s,
             max_retries=settings.retries,
         ) as client:
-            num_workers = min(settings.concurrency, len(self._missing))
-            workers = [asyncio.create_task(self._work(client, waiting)) for _ in range(num_workers)]
+            workers = [
+                asyncio.create_task(self._work(client, waiting)) for _ in range(self._num_workers)
+            ]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -275,7 +284,9 @@ class _Asking:
                     temperature=TEMPERATURE,
                     max_tokens=self._settings.max_tokens,
                 )
-            return completion.choices[0].message.content or ""
+            reply = completion.choices[0].message.content or ""
+            self._has_replied = True
+            return reply
         except (
             openai.AuthenticationError,
             openai.PermissionDeniedError,
@@ -291,6 +302,7 @@ class _Asking:
                 "again: what was judged is kept"
             ) from None
         except (openai.APIError, ValueError) as error:
+            self._has_replied |= getattr(error, "status_code", None) in _REFUSALS
             self._fail(case, self._told(error))
         except (AttributeError, IndexError, TypeError):
             self._fail(case, "the reply is no chat completion; is this the address of an API?")
@@ -303,12 +315,17 @@ class _Asking:
 
     def _fail(self, case: Case, reason: str) -> None:
         self.failed[case] = reason
-        if len(self.failed) > self._settings.max_failed_share * len(self._missing):
-            raise GenerationError(
-                f"{len(self.failed)} of {len(self._missing)} answers got no reply from "
-                f"{self._settings.url}, the last because: {reason}. Mend the judge, then run the "
-                "same command again: what was judged is kept"
-            )
+        num_failed, num_answers = len(self.failed), len(self._keys)
+        if num_failed > self._settings.max_failed_share * num_answers:
+            failed = f"{num_failed} of {num_answers} answers"
+        elif not self._has_replied and num_failed >= max(_NUM_SILENT, self._num_workers):
+            failed = f"the first {num_failed} answers"
+        else:
+            return
+        raise GenerationError(
+            f"{failed} got no reply from {self._settings.url}, the last because: {reason}. Mend "
+            "the judge, then run the same command again: what was judged is kept"
+        )
 
     def _refused(self, error: Any) -> str:
         ways = {

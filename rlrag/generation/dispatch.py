@@ -31,7 +31,9 @@ import ray
 from ray.exceptions import (
     ActorUnavailableError,
     GetTimeoutError,
+    OutOfMemoryError,
     RayActorError,
+    RayError,
     RayTaskError,
 )
 
@@ -43,6 +45,10 @@ from rlrag.generation.losses import DIED, HUNG, RAISED, Losses
 from rlrag.generation.pool_calls import Flight, Work
 
 logger = logging.getLogger(__name__)
+
+ACTOR_ENDED = (RayActorError, OutOfMemoryError)
+"""What Ray raises for a call to an actor that has ended, the second where it ended the actor itself
+because the node ran out of memory."""
 
 _RETRY_PAUSE_S = 0.2
 _FETCH_TIMEOUT_S = 60.0
@@ -181,7 +187,7 @@ class Dispatcher:
                 f"the answer of {flight.member.name} to {work.asked(flight)} could not "
                 f"be fetched within {_FETCH_TIMEOUT_S:.0f} s; check the cluster's network"
             ) from error
-        except RayActorError as error:
+        except ACTOR_ENDED as error:
             self._gone(work, flight, error)
         else:
             self._landed(work, flight, result)
@@ -341,7 +347,7 @@ class Dispatcher:
                 ),
             )
 
-    def _gone(self, work: Work, flight: Flight, error: RayActorError) -> None:
+    def _gone(self, work: Work, flight: Flight, error: RayError) -> None:
         """Ray does not restart the actor any more."""
         name = flight.member.name
         self._started.discard(name)
