@@ -17,7 +17,7 @@ from typing import Literal
 from rich.console import Console
 
 from jobs.command_line import parse, run_program
-from jobs.opened_bundle import check_flags, on_other_data, opened_generator, write_whole
+from jobs.opened_bundle import check_flags, on_other_data, opened_generator, write_output
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     }
     Console().print(render(table))
     recorder.write(questions_path(arguments.output), record)
-    write_whole(arguments.output, json.dumps(record, indent=2) + "\n")
+    write_output(arguments.output, json.dumps(record, indent=2) + "\n")
 
 
 def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:

@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.command_line import parse, run_program
+from jobs.opened_bundle import write_output
 from rlrag.errors import ConfigError
 from rlrag.evaluation.question_records import EvaluatedQuestions, questions_path, read_questions
 
@@ -133,8 +134,8 @@ def main(argv: Sequence[str]) -> None:
     }
     if judged.failed:
         record["failures"] = sorted(set(judged.failed.values()))
-    output.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     Console().print(render(record, f"{len(questions)} questions, judged by {arguments.model}"))
+    write_output(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
     print(f"written to {output}", file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from jobs.cluster import cluster
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError
+from rlrag.text_files import write_whole
 
 if TYPE_CHECKING:  # they bring torch, which flags are checked without
     from rlrag.bundle import Bundle
@@ -89,8 +90,8 @@ def on_other_data(
     return type(config).model_validate(config.model_dump() | {"data": data})
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole or absent at every moment; a pipe or a device is written to.
+def write_output(path: Path, text: str) -> None:
+    """Write a file that holds the old text or the new one; a pipe or a device is written to.
 
     Raises:
         CheckpointError: when it cannot be written; an older file then stays as it was.
@@ -99,18 +100,9 @@ def write_whole(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():
             path.write_text(text)
         else:
-            _replace(path.resolve(), text)  # what a link leads to, and not the link
+            write_whole(path, text)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}; free space or make the place "
             "writable, then run the same command again"
         ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.new")
-    try:
-        staging.write_text(text)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)

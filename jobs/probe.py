@@ -28,7 +28,7 @@ from jobs.opened_bundle import (
     check_flags,
     on_other_data,
     opened_generator,
-    write_whole,
+    write_output,
 )
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
     console.print(render(record, title))
     for line in _remarks(gold, errors, left_out):
         console.print(line, style="dim", markup=False, highlight=False)
-    write_whole(arguments.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    write_output(arguments.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def _measures(words: Sequence[str], known: Collection[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from jobs.opened_bundle import write_whole
+from jobs.opened_bundle import write_output
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
 from rlrag.generation.build import measure_speed, open_generator, resolve_config
@@ -331,7 +331,7 @@ def _evaluate(
     }
     add_evaluation(run_dir.bundle, Evaluated(golden, record))
     recorder.write(run_dir.questions, record)
-    write_whole(run_dir.evaluation, json.dumps(record, indent=2) + "\n")
+    write_output(run_dir.evaluation, json.dumps(record, indent=2) + "\n")
     Console().print(render(table))
     say(f"written to {run_dir.evaluation}")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlrag.errors import CheckpointError, RequestError
+from rlrag.text_files import write_whole
 from serve.records import Routing
 
 PARTS = ("retriever", "selector", "generator")
@@ -214,11 +215,10 @@ class VersionRegistry:
 
     def _save(self, routing: Routing) -> None:
         kept = {version: self._bundles[version] for version in sorted(routing.versions)}
-        staging = self._state.with_name(f".{self._state.name}.new")
         try:
             self._state.parent.mkdir(parents=True, exist_ok=True)
-            staging.write_text(json.dumps({"routing": asdict(routing), "bundles": kept}) + "\n")
-            staging.replace(self._state)
+            text = json.dumps({"routing": asdict(routing), "bundles": kept}) + "\n"
+            write_whole(self._state, text)
         except OSError as error:
             raise CheckpointError(
                 f"{self._state} cannot be written ({error.strerror or error}), so that a restart "

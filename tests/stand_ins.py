@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,13 +102,14 @@ def make_table(num_questions: int, seed: int = 0) -> CandidateTable:
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    """From now on the disk is full in the middle of this file, or of what shall replace it."""
-    write_text = Path.write_text
+    """From now on the disk is full for this file, and for what shall replace it."""
+    open_path = Path.open
 
-    def write(path: Path, text: str, *arguments: str | None) -> int:
-        if path.parent != place.parent or place.name not in path.name:
-            return write_text(path, text, *arguments)
-        write_text(path, text[: len(text) // 2], *arguments)
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def opened(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+        is_meant = path.parent == place.parent and place.name in path.name
+        if is_meant and "r" not in mode:
+            path.touch()
+            path = Path("/dev/full")
+        return open_path(path, mode, *arguments, **named)
 
-    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(Path, "open", opened)

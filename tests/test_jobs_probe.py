@@ -12,7 +12,7 @@ from openrag_runs import make_questions, write_files
 from stand_ins import fill_disk
 
 from jobs import evaluate, probe
-from jobs.opened_bundle import write_whole
+from jobs.opened_bundle import write_output
 from rlrag.bundle import save_bundle
 from rlrag.config import (
     EnvironmentConfig,
@@ -183,17 +183,17 @@ def test_a_file_is_written_where_a_link_leads_and_a_pipe_stays_one(tmp_path):
     file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
     file.write_text("old")
     link.symlink_to(file)
-    write_whole(link, "new")
+    write_output(link, "new")
     assert link.is_symlink()
     assert file.read_text() == "new"
     os.mkfifo(pipe)
     end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_whole(pipe, "new")
+    write_output(pipe, "new")
     assert os.read(end, 9) == b"new"
     os.close(end)
     assert pipe.is_fifo()
     with pytest.raises(CheckpointError, match=r"cannot write .*no/f: No such file"):
-        write_whole(tmp_path / "no" / "f", "new")
+        write_output(tmp_path / "no" / "f", "new")
 
 
 def test_picks_of_a_policy_carry_their_probabilities(bundle):

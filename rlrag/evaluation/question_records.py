@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from rlrag.errors import CheckpointError, DataError
 from rlrag.records import Question
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
+from rlrag.text_files import whole_file
 
 if TYPE_CHECKING:  # it brings torch, which reading does without
     from rlrag.evaluation.systems import Answered
@@ -137,19 +138,15 @@ class QuestionRecorder:
         Raises:
             CheckpointError: when it cannot be written; an older file then stays.
         """
-        staging = path.with_name(f".{path.name}.new")
         try:
-            with staging.open("w", encoding="ascii") as stream:
+            with whole_file(path) as stream:
                 for record in self._records(evaluation):
                     stream.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
-            staging.replace(path)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {path}: {error.strerror or error}; free space, then run the same "
                 "command again"
             ) from error
-        finally:
-            staging.unlink(missing_ok=True)
 
     def _records(self, evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         facts = {name: evaluation[name] for name in _FACTS if name in evaluation}

@@ -20,6 +20,7 @@ import numpy as np
 from rlrag.algorithms.rag_labels import Label, marginal_contributions
 from rlrag.errors import CheckpointError, DataError
 from rlrag.retrieval.candidates import CandidateTable
+from rlrag.text_files import write_whole
 from rlrag.training.experience import Experience
 from rlrag.training.workers import Workers
 
@@ -70,9 +71,7 @@ class ExperienceLog:
         paths = sorted(self._path.parent.glob("worker-*.jsonl"))
         for path in paths[self._workers.rank :: self._workers.size]:
             kept = [line for line in _lines(path) if line["step"] < num_steps]
-            staging = path.with_name(f".{path.name}.new")
-            staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            staging.replace(path)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._workers.barrier()
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, RunDirectoryError
 from rlrag.evaluation.question_records import questions_path
+from rlrag.text_files import write_whole
 
 _PLACEMENT = frozenset(
     {
@@ -90,7 +91,7 @@ class RunDirectory:
         self.check(config)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            _replace_text(self.config, config.to_json())
+            write_whole(self.config, config.to_json())
         except OSError as error:
             raise RunDirectoryError(
                 f"cannot write to {self.path}: {error.strerror or error}; choose another --run-dir"
@@ -148,7 +149,7 @@ class RunDirectory:
             CheckpointError: when the disk is full; the records then stay as they were.
         """
         try:
-            _replace_text(self.metrics, "".join(json.dumps(line) + "\n" for line in records))
+            write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in records))
         except OSError as error:
             raise CheckpointError(self._cannot_write(error)) from error
 
@@ -176,16 +177,6 @@ class RunDirectory:
             return []
         lines = self.metrics.read_text().split("\n")
         return [json.loads(line) for line in lines[:-1]]
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a file that is whole at every moment, also when the disk is full."""
-    staging = path.with_name(f".{path.name}.new")
-    try:
-        staging.write_text(text)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def check_same_run(kept: RunConfig, given: RunConfig, place: str, flag: str) -> None:

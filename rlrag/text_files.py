@@ -1,0 +1,33 @@
+"""A path and a text in; a file that holds the old text or the new one, never half of one, out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """What is written in the block takes the file's place when the block ends without an error.
+
+    Where the path is a link, the file that it leads to is replaced.
+
+    Raises:
+        OSError: when it cannot be written, as on a full disk; an older file stays as it was.
+    """
+    target = path.resolve()
+    staging = target.with_name(f".{target.name}.new")
+    try:
+        with staging.open("w", encoding="utf-8") as stream:
+            yield stream
+        staging.replace(target)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text as `whole_file` does, and raise what it raises."""
+    with whole_file(path) as stream:
+        stream.write(text)

@@ -1,0 +1,36 @@
+"""A file holds the old text or the new one, never half of one."""
+
+from __future__ import annotations
+
+import pytest
+from stand_ins import fill_disk
+
+from rlrag.text_files import whole_file, write_whole
+
+
+def test_a_text_replaces_the_file(tmp_path):
+    place = tmp_path / "file.json"
+    for text in ("first", "second: ä"):
+        write_whole(place, text)
+        assert place.read_text(encoding="utf-8") == text
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_what_fails_leaves_the_old_text_and_nothing_else(tmp_path, monkeypatch):
+    place = tmp_path / "file.json"
+    place.write_text("old")
+    with pytest.raises(ZeroDivisionError), whole_file(place) as stream:
+        stream.write("new")
+        stream.write(str(1 / 0))
+    fill_disk(monkeypatch, place)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(place, "new")
+    assert place.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
