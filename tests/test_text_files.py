@@ -26,9 +26,8 @@ def test_a_link_stays_one(tmp_path):
 def test_what_fails_leaves_the_old_text_and_nothing_else(tmp_path, monkeypatch):
     place = tmp_path / "file.json"
     place.write_text("old")
-    with pytest.raises(ZeroDivisionError), whole_file(place) as stream:
-        stream.write("new")
-        stream.write(str(1 / 0))
+    with pytest.raises(UnicodeEncodeError), whole_file(place) as stream:
+        stream.writelines(["new", "\udcff"])
     fill_disk(monkeypatch, place)
     with pytest.raises(OSError, match="No space left"):
         write_whole(place, "new")
