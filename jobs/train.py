@@ -60,9 +60,10 @@ def main(argv: Sequence[str]) -> None:
         print(describe_plan(config))
         return
     check_log(config, run_dir)
-    run_dir.claim(config)
+    run_dir.check(config)
     try:
         with ended_by_sigterm() as listen_again:
+            run_dir.claim(config)
             _train(config, run_dir, listen_again)
     except RlragError:
         run_dir.release()
