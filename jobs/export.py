@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jobs.command_line import parse, run_program
 from jobs.single_run import best_step, bundle_checkpoint, data_of_log
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError, ConfigError, DataError
+from rlrag.errors import CheckpointError, ConfigError
 from rlrag.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # these bring torch, which a refused command line does without
@@ -213,27 +213,13 @@ def _evaluated(run_dir: RunDirectory, step: int) -> Evaluated | None:
     from rlrag.bundle_files import GOLDEN, Evaluated, read_bundle
     from rlrag.storage import find_whole
 
-    if not run_dir.evaluation.is_file():
-        return None
-    table = _read_table(run_dir.evaluation)
-    if table.get("bundle_step") != step:
+    table = run_dir.read_evaluation()
+    if table is None or table.get("bundle_step") != step:
         return None
     # A run of an earlier version has a bundle of an earlier format, without golden questions.
     if not (find_whole(run_dir.bundle) / GOLDEN).is_file():
         return Evaluated((), table)
     return Evaluated(read_bundle(run_dir.bundle).golden, table)
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        table: Any = json.loads(path.read_text())
-        if not isinstance(table, dict) or not {"systems", "num_questions"} <= table.keys():
-            raise ValueError("it holds no comparison of systems")
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is damaged: {error}; delete it and run jobs.train again, which only evaluates"
-        ) from error
-    return table
 
 
 def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: RunConfig) -> None:

@@ -96,21 +96,9 @@ def _read(run_dir: RunDirectory, name: str) -> RunRecord:
             f"--run-dir {run_dir.path} has no metrics yet; wait for the run's first step"
         )
     alarms = Alarms(config).replay(metrics)
-    evaluation = _read_evaluation(run_dir)
+    evaluation = run_dir.read_evaluation()
     questions = _read_questions(run_dir, evaluation)
     return RunRecord(name, config, metrics, alarms, evaluation, questions)
-
-
-def _read_evaluation(run_dir: RunDirectory) -> dict[str, Any] | None:
-    if not run_dir.evaluation.is_file():
-        return None
-    try:
-        found: Any = json.loads(run_dir.evaluation.read_text())
-    except (ValueError, RecursionError) as error:
-        raise DataError(_damaged(run_dir.evaluation, str(error))) from error
-    if not isinstance(found, dict) or not {"systems", "num_questions"} <= found.keys():
-        raise DataError(_damaged(run_dir.evaluation, "it holds no comparison of systems"))
-    return found
 
 
 def _read_questions(
@@ -121,10 +109,6 @@ def _read_questions(
         return None
     found = read_questions(run_dir.questions)
     return found if found.belongs_to(evaluation) else None
-
-
-def _damaged(path: Path, reason: str) -> str:
-    return f"{path} is damaged: {reason}; delete it and run jobs.train again, which only evaluates"
 
 
 def _write(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError, RunDirectoryError
+from rlrag.errors import CheckpointError, DataError, RunDirectoryError
 from rlrag.evaluation.question_records import questions_path
 from rlrag.text_files import write_whole
 
@@ -177,6 +177,25 @@ class RunDirectory:
             return []
         lines = self.metrics.read_text().split("\n")
         return [json.loads(line) for line in lines[:-1]]
+
+    def read_evaluation(self) -> dict[str, Any] | None:
+        """The final comparison; None before there is one.
+
+        Raises:
+            DataError: when the file is damaged.
+        """
+        if not self.evaluation.is_file():
+            return None
+        try:
+            found: Any = json.loads(self.evaluation.read_text())
+            if not isinstance(found, dict) or not {"systems", "num_questions"} <= found.keys():
+                raise ValueError("it holds no comparison of systems")
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{self.evaluation} is damaged: {error}; delete it and run jobs.train again, which "
+                "only evaluates"
+            ) from error
+        return found
 
 
 def check_same_run(kept: RunConfig, given: RunConfig, place: str, flag: str) -> None:
