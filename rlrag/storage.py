@@ -299,7 +299,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; delete its directory") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; check the path, or write or fetch the file anew"
+        ) from error
 
 
 def restore_weights(

@@ -124,6 +124,13 @@ def test_a_cache_is_used_where_it_is_one(config, bundle, tmp_path, there, is_use
     assert cache.exists() == (there is not None)
 
 
+def test_a_cache_that_cannot_be_looked_into_is_none(config, bundle):
+    named = config.model_copy(update={"cache_dir": "/" + "a" * 300})
+    (bundle / "config.json").write_text(named.to_json())
+    seal(bundle)
+    assert read_bundle(bundle).config.cache_dir == RunConfig().cache_dir
+
+
 def test_the_version_is_that_of_every_file(bundle):
     manifest = (bundle / "manifest.json").read_bytes()
     version = hashlib.sha256(manifest).hexdigest()[:12]

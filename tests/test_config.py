@@ -268,6 +268,15 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
             "turns; set it to 1",
         ),
         (
+            training_retriever(training={"parts": ["retriever"], "rounds": 3}),
+            "training.rounds is 3, but only a run that trains the retriever and another part takes "
+            "turns; set it to 1",
+        ),
+        (
+            training_retriever(training={"parts": ["retriever", "retriever"]}),
+            "training.parts is ['retriever', 'retriever']; name each part once",
+        ),
+        (
             training_retriever(training={"parts": ["retriever", "generator"], "objective": "sft"}),
             "training.objective 'sft' takes no turns with the retriever; use dro",
         ),
@@ -292,7 +301,22 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
         ),
         (saved(training={"metrics_port": 65536}), "training.metrics_port = 65536: Input should"),
         ("[1]", "the configuration = [1]"),
+        (
+            saved(data={"num_validation_questions": 0}, training={"patience": 2}),
+            "training.patience 2 counts validations, but data.num_validation_questions is 0, so",
+        ),
+        (
+            saved(
+                off_policy={"held_back_share": 0},
+                training={"experience": "log.sqlite", "patience": 2},
+            ),
+            "training.patience 2 counts validations, but off_policy.held_back_share is 0, so",
+        ),
+        (saved(mirror={"uri": "s3://[bucket"}), "mirror.uri is no address (Invalid IPv6 URL)"),
+        (saved(cache_dir=""), "cache_dir = '': String should have at least 1 character"),
+        (saved(data={"passage_words": 10**10}), "data.passage_words = 10000000000: Input should"),
         ('{"seed": 1', "is not JSON"),
+        ('{"seed": ' + "1" * 5000 + "}", "is not JSON"),
         ("", "is not JSON"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -15,7 +16,7 @@ import pytest
 
 import rlrag
 from rlrag.data import corpus as corpus_module
-from rlrag.data import corpus_writer
+from rlrag.data import corpus_writer, load
 from rlrag.data.checks import Finding, Tally
 from rlrag.data.corpus import Corpus, DiskCorpus, MemoryCorpus
 from rlrag.data.corpus_writer import write_disk_corpus
@@ -181,6 +182,12 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_whoever_may_read_the_cache_may_read_the_corpus(tmp_path: Path):
+    (tmp_path / "ordinary").mkdir()
+    mode = (tmp_path / "ordinary").stat().st_mode
+    assert write_disk_corpus(PASSAGES, tmp_path / "corpus").directory.stat().st_mode == mode
+
+
 def test_a_cache_that_is_a_file_is_named(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(SetupError, match="choose another cache_dir"):
@@ -256,6 +263,26 @@ def test_the_cache_is_used_until_the_source_changes(tmp_path: Path):
     assert shorter.directory != first.directory
     write_jsonl(path, 4)
     assert len(load_corpus(str(path), cache, 100)) == 4
+
+
+def test_a_damaged_cache_that_another_process_deletes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_jsonl(tmp_path / "corpus.jsonl", 3)
+    directory = load_corpus(str(path), tmp_path, 100).directory
+    (directory / "ids.bin").write_bytes(b"")
+    monkeypatch.setattr(load._logger, "warning", lambda *words: shutil.rmtree(directory))
+    assert len(load_corpus(str(path), tmp_path, 100)) == 3
+
+
+def test_a_cache_that_cannot_be_read_now_is_not_deleted(tmp_path: Path):
+    path = write_jsonl(tmp_path / "corpus.jsonl", 3)
+    directory = load_corpus(str(path), tmp_path, 100).directory
+    (directory / "meta.json").unlink()
+    (directory / "meta.json").symlink_to("meta.json")  # an error other than its absence
+    with pytest.raises(SetupError, match=r"meta\.json cannot be read: Too many levels"):
+        load_corpus(str(path), tmp_path, 100)
+    assert (directory / "ids.bin").is_file()
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -158,6 +158,9 @@ def test_every_wording_is_used(all_questions: tuple[Question, ...]):
         ("factbook-ja-population", "123,201,945"),
         ("factbook-np-highest_point", "Mount Everest"),
         ("factbook-ni-official_language", "English"),
+        ("factbook-ce-largest_city", "COLOMBO"),
+        ("factbook-bn-largest_city", "Abomey-Calavi"),
+        ("factbook-sa-largest_city", "RIYADH"),
     ],
 )
 def test_known_answers(all_questions: tuple[Question, ...], question_id: str, answer: str):

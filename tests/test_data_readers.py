@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,11 +170,24 @@ def test_a_missing_file_is_named(tmp_path: Path):
         load_questions("$RLRAG_DATA_DIR/questions/nq.jsonl", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "load", [lambda spec, cache: load_corpus(spec, cache, 100), load_questions]
+)
+def test_a_path_that_cannot_be_looked_at_is_named(
+    tmp_path: Path, load: Callable[[str, Path], object]
+):
+    for spec in (f"{tmp_path}/{'a' * 300}", f"{tmp_path}/{'a' * 300}:test"):
+        with pytest.raises(DataError, match=r"cannot be read: File name too long; expected"):
+            load(spec, tmp_path)
+    with pytest.raises(DataError, match=r"^~nobody-of-that-name/a\.jsonl does not exist"):
+        load("~nobody-of-that-name/a.jsonl", tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")])
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "empty.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"no passage with text.*empty\.jsonl"):
+    with pytest.raises(DataError, match=f"^no passage with text was found in {path}; check"):
         load_corpus(str(path), tmp_path, 100)
     with pytest.raises(DataError, match=r"empty\.jsonl has no questions"):
         load_questions(str(path), tmp_path)
@@ -308,6 +322,10 @@ def test_hub_data_sets_take_the_same_columns(tmp_path: Path, monkeypatch: pytest
         load_questions(f"hub:{tmp_path / 'nothing'}", tmp_path)
     with pytest.raises(DataError, match="names no data set"):
         load_questions("hub:", tmp_path)
+    for content, reason in (("", "StopIteration"), ('{"id": "a"}\n{broken', "ArrowInvalid")):
+        (tmp_path / "questions" / "train.jsonl").write_text(content)
+        with pytest.raises(DataError, match=rf"cannot be loaded \({reason}: .*its files"):
+            load_questions(f"hub:{tmp_path / 'questions'}", tmp_path)
 
 
 def test_without_the_datasets_library_the_extra_is_named(

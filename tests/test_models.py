@@ -36,7 +36,17 @@ def test_a_path_becomes_absolute(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "../model", "~/no-such-model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/nowhere/model",
+        "./model",
+        "../model",
+        "~/no-such-model",
+        "~no-such-user/model",
+        f"/{0:300}",
+    ],
+)
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name, tmp_path):
     with pytest.raises(ModelNotFoundError, match="does not exist; check the path") as caught:
         resolve_model(name, tmp_path)

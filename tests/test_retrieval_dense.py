@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 
 from rlrag.config import BUILTIN_ENCODER, RetrievalConfig
 from rlrag.data.corpus import MemoryCorpus
-from rlrag.errors import ConfigError, DataError, IndexMismatchError
+from rlrag.errors import ConfigError, DataError, IndexMismatchError, SetupError
 from rlrag.models import resolve_model
 from rlrag.records import Passage
+from rlrag.retrieval import vector_index as vector_index_module
 from rlrag.retrieval import vectors as vectors_module
 from rlrag.retrieval.chunked_build import PROGRESS_FILE
 from rlrag.retrieval.dense import DenseRetriever
@@ -171,6 +173,15 @@ def test_ivfpq_that_cannot_be_trained_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_index_for_which_the_disk_has_no_room_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vector_index_module, "INDEX_FILE", "/dev/full")
+    with pytest.raises(SetupError, match=r"cannot write .*No space left on device.*free space"):
+        open_built(unit_vectors(300, 16, 0), tmp_path, index="hnsw")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_index_of_other_vectors_is_refused(tmp_path: Path) -> None:
     open_built(unit_vectors(300, 16, 0), tmp_path, index="hnsw")
     config = RetrievalConfig(kind="dense", index="hnsw")
@@ -226,6 +237,21 @@ def test_encoding_resumed_after_a_stop_is_byte_identical(
         PROGRESS_FILE,
         "manifest.json",
     }
+
+
+def test_what_a_kill_leaves_of_the_progress_lies_beside_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, seen = os.fsync, set()
+
+    def flush_and_look(descriptor: int) -> None:
+        seen.update(path.name for path in (tmp_path / "v").glob("*"))
+        flush(descriptor)
+
+    monkeypatch.setattr("os.fsync", flush_and_look)
+    encoded(corpus_of(35), WordEncoder(), tmp_path / "v")
+    assert seen == {VECTORS_FILE, "manifest.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"num_encoded": 36}', '{"num_encoded": null}'])

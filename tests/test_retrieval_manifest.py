@@ -131,6 +131,13 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str | None) -> 
         check_manifest(tmp_path / "index", EXPECTED)
 
 
+def test_whoever_may_read_the_cache_may_read_what_is_built(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").mkdir()
+    mode = (tmp_path / "ordinary").stat().st_mode
+    found = opened(tmp_path, kind="hybrid", index="hnsw").index_dirs
+    assert [place.stat().st_mode for place in found] == [mode] * 3
+
+
 def test_a_directory_that_was_not_finished_does_not_appear(tmp_path: Path) -> None:
     def stop_in_the_middle() -> None:
         with staged_directory(tmp_path / "index", EXPECTED) as staging:

@@ -10,7 +10,7 @@ import pytest
 
 from rlrag.config import RetrievalConfig
 from rlrag.data.corpus import MemoryCorpus
-from rlrag.errors import ConfigError, DataError, IndexMismatchError
+from rlrag.errors import ConfigError, DataError, IndexMismatchError, SetupError
 from rlrag.records import Passage, Question
 from rlrag.retrieval import tables as tables_module
 from rlrag.retrieval.build import open_retrievers
@@ -154,6 +154,18 @@ def test_a_damaged_file_is_refused_with_a_way_out(tmp_path: Path) -> None:
         file.write_bytes(damage)
         with pytest.raises(IndexMismatchError, match=f"{file} is damaged.*delete it"):
             table(tmp_path)
+
+
+def test_whoever_may_read_the_cache_may_read_the_candidates(tmp_path: Path) -> None:
+    table(tmp_path)
+    (tmp_path / "ordinary").touch()
+    assert cached_files(tmp_path)[0].stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "candidates").touch()
+    with pytest.raises(SetupError, match=r"cannot write .*choose another cache"):
+        table(tmp_path)
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:

@@ -323,5 +323,5 @@ def test_weights_of_another_shape_name_or_format_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=r"w\.safetensors"):
         load_weights(torch.nn.Linear(5, 3), path)
-    with pytest.raises(CheckpointError, match=r"absent\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors; check the path"):
         load_weights(torch.nn.Linear(5, 3), tmp_path / "absent.safetensors")

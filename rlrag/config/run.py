@@ -38,8 +38,9 @@ class RunConfig(Section):
     recipe: str = "custom"
     """Name of the recipe that this came from."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """All randomness derives from it."""
-    cache_dir: str = "~/.cache/rlrag"
+    """All randomness of training derives from it; which questions are sampled or held back does
+    not."""
+    cache_dir: str = Field(default="~/.cache/rlrag", min_length=1)
     """Models, indexes, candidates and generations that runs share."""
     data: DataConfig = DataConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
@@ -74,7 +75,10 @@ class RunConfig(Section):
             raise ValueError(
                 "training.parts is empty; train 'retriever', 'selector', 'generator' or several"
             )
+        if len(set(self.training.parts)) < len(self.training.parts):
+            raise ValueError(f"training.parts is {list(self.training.parts)}; name each part once")
         self._check_systems()
+        self._check_patience()
         if self.generator_training.share_base:
             self._check_shared_base()
         if self.training.experience is not None:
@@ -85,7 +89,7 @@ class RunConfig(Section):
             self._check_jsa()
         elif self.trains_retriever:
             self._check_retriever_training()
-        elif self.training.rounds > 1:
+        if self.training.rounds > 1 and not self.trains_in_turns:
             raise ValueError(
                 f"training.rounds is {self.training.rounds}, but only a run that trains the "
                 "retriever and another part takes turns; set it to 1"
@@ -149,6 +153,18 @@ class RunConfig(Section):
                     f"evaluation.systems asks for {name}, but retrieval.encoder is unset; name one "
                     "or leave the system out"
                 )
+
+    def _check_patience(self) -> None:
+        held_back: tuple[str, float] = (
+            ("data.num_validation_questions", self.data.num_validation_questions)
+            if self.training.experience is None
+            else ("off_policy.held_back_share", self.off_policy.held_back_share)
+        )
+        if self.training.patience is not None and not held_back[1]:
+            raise ValueError(
+                f"training.patience {self.training.patience} counts validations, but "
+                f"{held_back[0]} is 0, so that there are none; hold some back, or unset it"
+            )
 
     def _check_experience(self) -> None:
         if self.training.parts != ("selector",):
@@ -312,10 +328,10 @@ class RunConfig(Section):
         """
         try:
             return cls.model_validate(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{source} is not JSON: {error}") from error
-        except ValidationError as error:
+        except ValidationError as error:  # a ValueError too
             raise ConfigError(f"{source}: {describe_validation_error(error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{source} is not JSON: {error}") from error
 
 
 def describe_validation_error(error: ValidationError) -> str:

@@ -32,14 +32,14 @@ class DataConfig(Section):
     train_questions: str = f"{BUILTIN_CORPUS}:train"
     """Questions to train on, in any of the same forms."""
     eval_questions: str = f"{BUILTIN_CORPUS}:test"
-    """Questions that the final table is measured on; never trained on."""
+    """Questions that the final table is measured on; give none that are trained on."""
     max_train_questions: int | None = Field(default=None, ge=1)
-    """Use a seeded sample of this many training questions; all when unset."""
+    """Use a sample of this many training questions, the same for every `seed`; all when unset."""
     max_eval_questions: int | None = Field(default=None, ge=1)
-    """Use a seeded sample of this many evaluation questions; all when unset."""
+    """Use a sample of this many evaluation questions, the same for every `seed`; all when unset."""
     num_validation_questions: int = Field(default=100, ge=0)
     """Training questions held back to choose the best checkpoint; 0 keeps the last one."""
-    passage_words: int = Field(default=100, ge=8)
+    passage_words: int = Field(default=100, ge=8, lt=2**31)
     """Words of a passage that are indexed and shown to the generator."""
 
 

@@ -363,7 +363,10 @@ class MirrorConfig(Section):
     def _uri_is_whole(cls, uri: str | None) -> str | None:
         if uri is None:
             return None
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+        except ValueError as error:
+            raise ValueError(f"mirror.uri is no address ({error}); correct it") from error
         if "@" in parts.netloc:
             raise ValueError(
                 "mirror.uri holds credentials, which would be saved with the run; leave them out "

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlrag.data.checks import DataReport
-from rlrag.errors import DataError
+from rlrag.errors import DataError, SetupError
 from rlrag.records import Passage
 
 DISK_FORMAT = 1
@@ -135,6 +135,7 @@ class DiskCorpus:
 
     Raises:
         DataError: when the directory is not a complete corpus of this format.
+        SetupError: when it cannot be read.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -166,10 +167,15 @@ class DiskCorpus:
         path = self._directory / META_FILE
         try:
             meta = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{self._directory} is not a corpus on disk: {path.name} cannot be read ({error}); "
                 "load the corpus again from its source"
+            ) from error
+        except OSError as error:  # which does not say that anything is wrong with the corpus
+            raise SetupError(
+                f"{path} cannot be read: {error.strerror}; let this user read it, or choose "
+                "another cache_dir"
             ) from error
         if not isinstance(meta, dict) or meta.get("format") != DISK_FORMAT:
             raise DataError(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -64,14 +64,16 @@ def write_disk_corpus(
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        # Not tempfile.mkdtemp, whose directories no other user may read: caches are shared.
+        staging = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+        staging.mkdir()
     except OSError as error:
         raise _write_error(directory, error) from error
     try:
         num_passages = _fill(staging, passages, source or {}, tally)
         if num_passages == 0:
             raise DataError(
-                f"no passage with text was found in {dict(source or {}) or 'the source'}; "
+                f"no passage with text was found in {(source or {}).get('spec', 'the source')}; "
                 "check that it is the right file"
             )
         return _publish(staging, directory)

@@ -226,14 +226,18 @@ def official_language(text: str) -> Answers:
 
 
 def largest_city(text: str) -> Answers:
-    """The first of at least two cities, which are ordered by size.
+    """The city with the most people, of at least two; a capital may stand before larger ones.
 
     Example:
-        >>> largest_city("15.946 million Lagos, 4.348 million Kano (2023)")
-        ('Lagos',)
+        >>> largest_city("231,000 YAMOUSSOUKRO (capital) (2018), 5.686 million ABIDJAN (2023)")
+        ('ABIDJAN',)
     """
-    cities = re.findall(rf"(?:^|, ){_NUMBER} (?:million )?([^\d,;()]+)", text)
-    return (cities[0].strip(),) if len(cities) > 1 else ()
+    sizes = {}
+    for number, unit, city in re.findall(rf"(?:^|[,;] )({_NUMBER}) (million )?([^\d,;()]+)", text):
+        size = float(number.replace(",", ""))
+        # "872,000 million" is a slip for 872,000.
+        sizes[city.strip()] = size * 1e6 if unit and size < 1000 else size
+    return (max(sizes, key=sizes.__getitem__),) if len(sizes) > 1 else ()
 
 
 def demonym(text: str) -> Answers:

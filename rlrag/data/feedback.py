@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -250,7 +250,11 @@ def copy_feedback(path: Path, target: Path) -> None:
     staging = target.with_name(f".{target.name}.new")
     try:
         staging.unlink(missing_ok=True)
-        with reading(path) as connection, closing(sqlite3.connect(staging)) as copy:
+        with (
+            reading(path) as connection,
+            explaining(target),
+            closing(sqlite3.connect(staging)) as copy,
+        ):
             connection.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
         staging.replace(target)
@@ -259,7 +263,8 @@ def copy_feedback(path: Path, target: Path) -> None:
             f"cannot write {target}: {error.strerror or error}; free space or choose another place"
         ) from error
     finally:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):  # it has become the target, or there is no such folder
+            staging.unlink()
 
 
 def _check_event(event: SelectionEvent) -> None:

@@ -23,10 +23,14 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def check_exists(path: Path) -> None:
-    """Raise DataError, with a way out, unless `path` is there."""
-    if path.exists():
+    """Raise DataError, with a way out, unless `path` is there and can be reached."""
+    try:
+        path.stat()
         return
-    message = f"{path} does not exist; check the path"
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a null character
+        message = f"{path} does not exist; check the path"
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if path.parts and path.parts[0].strip("${}") == DATA_DIR_VARIABLE:
         message += f", or set the environment variable {DATA_DIR_VARIABLE} to the data folder"
     raise DataError(message)
@@ -67,15 +71,17 @@ def _open(path: Path) -> Iterator[io.BufferedIOBase]:
     try:
         raw = open(path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}; expected a readable file"
-        ) from error
+        raise _unreadable(path, error) from error
     with raw:
         if raw.peek(2).startswith(_GZIP_MAGIC):
             with gzip.GzipFile(fileobj=raw) as unpacked:
                 yield unpacked
         else:
             yield raw
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror}; expected a readable file")
 
 
 def _next_line(file: io.BufferedIOBase, place: str) -> bytes:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,7 @@ from rlrag.data.readers import (
     read_passages,
     read_questions,
 )
-from rlrag.errors import DataError
+from rlrag.errors import DataError, SetupError
 from rlrag.records import Passage, Question
 
 __all__ = ["QuestionSet", "cut_words", "load_corpus", "load_questions"]
@@ -128,7 +130,7 @@ def _log_report(report: DataReport) -> None:
 
 
 def _open_cached(directory: Path, wanted: dict[str, Any]) -> DiskCorpus | None:
-    if not directory.exists():
+    if not os.path.exists(directory):  # where it cannot be looked into, writing it says why
         return None
     try:
         corpus = DiskCorpus(directory)
@@ -138,7 +140,18 @@ def _open_cached(directory: Path, wanted: dict[str, Any]) -> DiskCorpus | None:
     except DataError as error:
         reason = str(error)
     _logger.warning("making the corpus in %s again: %s", directory, reason)
-    shutil.rmtree(directory)
+    # It loses its name first, as other processes may find the same damage now.
+    doomed = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+    try:
+        directory.rename(doomed)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SetupError(
+            f"cannot replace the corpus in {directory}: {error.strerror}; delete it, or choose "
+            "another cache_dir"
+        ) from error
+    shutil.rmtree(doomed, ignore_errors=True)
     return None
 
 
@@ -157,7 +170,7 @@ def _passage_source(spec: str, cache_dir: Path) -> _PassageSource:
         return _PassageSource(
             {"kind": "hub", "hash": version}, lambda tally: parse_passages(records, tally)
         )
-    path = Path(spec).expanduser()
+    path = _path_of(spec)
     check_exists(path)
     return _PassageSource(_file_fingerprint(path), lambda tally: read_passages(path, tally))
 
@@ -181,14 +194,20 @@ def _questions_of(spec: str, cache_dir: Path, tally: Tally) -> Iterable[Question
     if spec.startswith(_HUB_PREFIX):
         _, records = read_hub(*_hub_parts(spec), cache_dir / "hub")
         return parse_questions(records, tally)
-    path, split = Path(spec).expanduser(), None
-    if not path.exists() and ":" in spec:
+    path, split = _path_of(spec), None
+    if not os.path.exists(path) and ":" in spec:
         folder, _, name = spec.rpartition(":")
-        if Path(folder).expanduser().is_dir():
-            path, split = Path(folder).expanduser(), name
+        if os.path.isdir(_path_of(folder)):
+            path, split = _path_of(folder), name
+    check_exists(path)
     if path.is_dir():
         return read_beir_questions(path, split, tally)
     return read_questions(path, tally)
+
+
+def _path_of(spec: str) -> Path:
+    # Unlike Path.expanduser, this leaves the `~` of an unknown user where it is.
+    return Path(os.path.expanduser(spec))
 
 
 def _hub_parts(spec: str) -> tuple[str, str | None, str | None]:

@@ -204,9 +204,11 @@ def read_hub(
     name = ":".join(part for part in ("hub", dataset_id, subset, split) if part)
     try:
         loaded = datasets.load_dataset(dataset_id, subset, cache_dir=str(cache_dir))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # StopIteration for an empty file, for one
+        reason = error.__cause__ or error
         raise DataError(
-            f"{name} cannot be loaded: {error}; check the id, the subset and the network"
+            f"{name} cannot be loaded ({type(reason).__name__}: {reason}); check the id, the "
+            "subset, its files and the network"
         ) from error
     if split is None and len(loaded) == 1:
         split = next(iter(loaded))

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -83,10 +84,14 @@ def _read_progress(directory: Path, num_passages: int) -> int:
 
 
 def _write_progress(directory: Path, num_done: int) -> None:
-    # One name a process: two builders of one directory must not write the same temporary file.
-    temporary = directory / f".{PROGRESS_FILE}-{os.getpid()}"
-    with temporary.open("w") as stream:
-        json.dump({"num_encoded": num_done}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(directory / PROGRESS_FILE)
+    # Two builders, which on two nodes may have one process id, must not write the same temporary
+    # file; and what a kill leaves of it must not lie in the directory, which bundles copy.
+    temporary = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w") as stream:
+            json.dump({"num_encoded": num_done}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(directory / PROGRESS_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)

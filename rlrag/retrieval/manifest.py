@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,7 +154,9 @@ def staged_directory(target: Path, manifest: Manifest) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        # Not tempfile.mkdtemp, whose directories no other user may read: caches are shared.
+        staging = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+        staging.mkdir()
     except OSError as error:
         raise cannot_write(target, error) from error
     try:

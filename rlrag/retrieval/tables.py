@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
+import uuid
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -113,12 +114,11 @@ def _compute(
 
 
 def _save(path: Path, arrays: tuple[np.ndarray, ...]) -> None:
-    temporary: Path | None = None
+    # Not tempfile.mkstemp, whose files no other user may read: caches are shared.
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as stream:
+        with temporary.open("wb") as stream:
             rows_QN, scores_QNC, question_vectors_QD = arrays
             np.savez(
                 stream,
@@ -132,8 +132,8 @@ def _save(path: Path, arrays: tuple[np.ndarray, ...]) -> None:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it has become the file, or its folder could not be made
+            temporary.unlink()
 
 
 def _load(path: Path) -> tuple[np.ndarray, ...]:

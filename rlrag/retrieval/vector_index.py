@@ -22,7 +22,13 @@ import numpy as np
 
 from rlrag.config import RetrievalConfig
 from rlrag.errors import ConfigError
-from rlrag.retrieval.manifest import Manifest, check_manifest, damaged, staged_directory
+from rlrag.retrieval.manifest import (
+    Manifest,
+    cannot_write,
+    check_manifest,
+    damaged,
+    staged_directory,
+)
 from rlrag.retrieval.protocol import Hits, best_rows, check_num_hits, in_order
 
 logger = logging.getLogger(__name__)
@@ -78,12 +84,17 @@ def open_index(
     Raises:
         ConfigError: when there are too few vectors for the lists of an IVF-PQ index.
         IndexMismatchError: when the directory belongs to something else or is damaged.
+        SetupError: when the disk has no room.
     """
     faiss = _library()
     if not directory.exists():
         check_index_fits(config, *vectors_PD.shape)
         with staged_directory(directory, manifest) as staging:
-            faiss.write_index(_build(vectors_PD, config), str(staging / INDEX_FILE))
+            built = _build(vectors_PD, config)
+            try:
+                faiss.write_index(built, str(staging / INDEX_FILE))
+            except RuntimeError as error:  # FAISS reports a full disk as its own
+                raise cannot_write(directory, OSError(str(error))) from error
     check_manifest(directory, manifest)
     try:
         index = faiss.read_index(str(directory / INDEX_FILE))
