@@ -84,7 +84,7 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
 
     ## Episode End
     - Termination: K passages are picked, or the stop is chosen, or an action is invalid.
-    - Truncation: never; an episode has at most K + 1 steps.
+    - Truncation: never; an episode has at most K steps.
 
     ## Information
     At every step and reset:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from envs import transitions
 from envs.sample_task import sample_candidates
 from envs.transitions import Episodes
 from rlrag.errors import ConfigError, DataError, RewardError, RlragError
-from rlrag.records import Passage, Question
+from rlrag.records import Passage, Question, RewardResult
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import PassageReward
 from rlrag.rewards.protocol import SelectionReward
@@ -161,7 +162,8 @@ class SelectionTask:
         """How these episodes ended: one call of the reward for all that ended validly, in order.
 
         Raises:
-            RewardError: when the reward does not give one result for each question.
+            RewardError: when the reward does not give one result for each question, or something
+                that is none.
         """
         picked = [
             tuple(text.passages[position] for position in selection)
@@ -180,10 +182,16 @@ class SelectionTask:
         for index, text in enumerate(texts):
             selection = tuple(passage.id for passage in picked[index])
             result = result_of.get(index)
-            if result is None:
+            if not valid[index]:
                 outcome = Outcome(self.invalid_reward, selection, False, None, {})
             elif isinstance(result, RlragError):
                 outcome = Outcome(math.nan, selection, True, None, {}, error=result)
+            elif not isinstance(result, RewardResult):
+                raise RewardError(
+                    f"the reward {self.reward!r} gave {reprlib.repr(result)} for question "
+                    f"{text.question.id!r}; it must return a RewardResult, or the RlragError that "
+                    "says why there is none"
+                )
             elif not math.isfinite(result.total):
                 error = RewardError(
                     f"the reward of question {text.question.id!r} is {result.total}; "

@@ -15,6 +15,7 @@ from pathlib import Path
 from rlrag.bundle import load_bundle
 from rlrag.data.checks import DataReport
 from rlrag.data.questions import QuestionSet
+from rlrag.errors import RlragError
 from rlrag.generation.build import open_generator, resolve_config
 from rlrag.pipeline import candidates_of, open_library, open_reward
 from rlrag.records import Passage, Question
@@ -53,6 +54,9 @@ def ask(bundle_dir: Path, texts: Sequence[str]) -> list[Answered]:
         answers = open_reward(config, generator, prompts).answer(questions, selections)
     finally:
         generator.close()
+    for answer in answers:
+        if isinstance(answer, RlragError):  # such as a question that leaves no room in the prompt
+            raise answer
     return [
         Answered(text, selection, answer.text)
         for text, selection, answer in zip(texts, selections, answers, strict=True)

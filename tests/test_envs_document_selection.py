@@ -325,6 +325,12 @@ def test_a_reward_that_forgets_a_question_is_refused():
         play(make_env(FixedReward()), [4])
 
 
+@pytest.mark.parametrize("result", [None, 1.0])
+def test_a_reward_that_gives_something_else_than_results_is_refused(result):
+    with pytest.raises(RewardError, match=f"gave {result} for question 'q1'.*a RewardResult"):
+        play(make_env(FixedReward(result)), [4], options={"question_row": 1})
+
+
 @pytest.mark.parametrize("num_selected", [0, 5])
 def test_more_picks_than_candidates_are_refused(num_selected):
     with pytest.raises(ConfigError, match=f"{num_selected} but a question has 4 candidates"):

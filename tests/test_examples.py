@@ -8,6 +8,7 @@ import pytest
 from serve_bundles import NUM_SELECTED, make_bundle
 
 from examples import ask_bundle, custom_reward, own_policy
+from rlrag.errors import PromptTooLongError
 
 QUESTION = "what does the lamp hold?"
 
@@ -27,6 +28,12 @@ def test_a_bundle_answers_in_one_process(openrag_files, tmp_path, capsys):
     assert said[0] == QUESTION
     assert answered.answer in said[1]
     assert said[2].strip().startswith(f"[1] {answered.passages[0].title}")
+
+
+def test_a_question_that_cannot_be_answered_says_why(openrag_files, tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", openrag_files, tmp_path / "cache", seed=1)
+    with pytest.raises(PromptTooLongError, match=r"'asked-1'.*max_prompt_tokens"):
+        ask_bundle.ask(bundle, [QUESTION, f"{QUESTION} " * 100])
 
 
 @pytest.mark.slow

@@ -97,6 +97,12 @@ def test_an_answer_follows_a_space_or_opens_a_turn(tokenizer):
     assert tokenizer.decode(chat) == "Lima"
 
 
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_white_space_around_an_answer_is_not_asked_of_the_model(tokenizer, style):
+    builder = PromptBuilder(config(style=style), tokenizer)
+    assert builder.encode_answer(" Lima\n") == builder.encode_answer("Lima")
+
+
 def test_without_passages_only_the_question_follows_the_examples(tokenizer):
     builder = PromptBuilder(config(), tokenizer)
     prompt = builder.build(QUESTION, [])
@@ -203,9 +209,13 @@ def test_cut_lengths_fill_the_budget_and_touch_the_longest_first(shapes, budget)
     [
         ({"passage_template": "[{number}] {title}"}, "passage_template"),
         ({"passage_template": "{author}: {text}"}, "passage_template"),
+        ({"passage_template": "{title.name}: {text}"}, "passage_template"),
+        ({"passage_template": "[{number[0]}] {text}"}, "passage_template"),
         ({"passage_template": "{text} {text}"}, "2 times"),
         ({"question_template": "Question:"}, "question_template"),
         ({"question_template": "{query}"}, "question_template"),
+        ({"question_template": "{question.text}"}, "question_template"),
+        ({"question_template": "{question[text]}"}, "question_template"),
     ],
 )
 def test_wrong_templates_are_refused(tokenizer, changes, named):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, ModelNotFoundError
+from rlrag.generation.build import open_engine
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.records import Prompt
@@ -252,9 +254,67 @@ def test_a_prompt_that_is_refused_gets_the_error_and_the_others_their_answers(
     assert generator.tokens.num_requests == before + 8
 
 
+@pytest.mark.parametrize(("max_model_len", "limit"), [(64, 64), (2048, 128)])
+def test_a_configured_length_bounds_prompt_and_answer_as_the_models_own_does(
+    model_dir, max_model_len, limit
+):
+    config = GeneratorConfig(
+        backend="transformers", dtype="float32", device="cpu", max_model_len=max_model_len
+    )
+    engine = open_engine(config, model_dir, PREFIX)
+    fits, too_long = prompt(*(1,) * (limit - 2)), prompt(*(1,) * (limit - 1))
+    for found in (
+        engine.generate([fits, too_long], Sampling(max_new_tokens=2)),
+        engine.score([fits, too_long], [(1, 1)] * 2),
+    ):
+        assert not isinstance(found[0], GenerationError)
+        assert f"take {limit + 1} tokens but the model reads at most {limit};" in str(found[1])
+
+
 def test_a_call_of_refused_prompts_alone_asks_the_model_nothing(generator):
     (found,) = generator.generate([prompt()], Sampling())
     assert isinstance(found, GenerationError)
+
+
+def other_model(directory: Path, tokenizer_dir: Path, model) -> Path:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(directory)
+    model.save_pretrained(directory)
+    return directory
+
+
+SMALL = {
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+
+
+def test_a_sliding_window_sees_the_shared_prefix_whatever_is_in_the_batch(model_dir, tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)).eval()
+    path = other_model(tmp_path, model_dir, model)
+    windowed = TransformersGenerator(path, "float32", "cpu", 8, PREFIX)
+    prompts, answers = prompts_of_many_lengths(8), answers_of_many_lengths(8)
+    expected = [plain_logp(model, p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]
+    found = [score.logp for score in windowed.score(prompts, answers)]
+    assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_model_whose_layers_keep_a_state_is_refused(model_dir, tmp_path):
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])
+    path = other_model(tmp_path, model_dir, Lfm2ForCausalLM(config))
+    with pytest.raises(GenerationError, match=r"state in place of keys.*generator\.backend vllm"):
+        TransformersGenerator(path, "float32", "cpu")
 
 
 def test_a_directory_without_weights_is_named(tmp_path):

@@ -370,6 +370,17 @@ def test_a_tied_embedding_goes_to_the_engine_under_both_names_once(first, tied):
     assert list(WeightLayout.of(first).pairs(own.items())) == list(own.items())
 
 
+def test_an_output_layer_of_another_name_is_not_the_embedding(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = {"embed_out.weight": torch.ones(5, 2), "x.embed_in.weight": torch.zeros(5, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
+    layout = WeightLayout.of(tmp_path)
+    assert layout.embedding is None
+    assert list(layout.pairs(tensors.items())) == list(tensors.items())
+
+
 def test_a_tied_model_without_a_known_embedding_is_refused(tmp_path):
     from safetensors.torch import save_file
 

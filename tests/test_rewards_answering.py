@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import gymnasium
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,6 +106,13 @@ def answering(*functions: str, generator: LastWordGenerator | None = None) -> An
 
 def test_the_stand_in_is_a_generator() -> None:
     assert isinstance(LastWordGenerator(), Generator)
+
+
+def test_an_environment_tells_its_spec_without_a_second_generator() -> None:
+    reward = answering("exact_match")
+    env = gymnasium.make("envs:rlrag/DocumentSelection-v1", reward=reward, num_selected=1)
+    assert env.spec is not None
+    assert env.spec.kwargs["reward"] is reward
 
 
 def test_answers_and_scores_by_hand() -> None:

@@ -54,9 +54,10 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "plugin_rewards.py").write_text(SOURCE)
     (tmp_path / "broken_rewards.py").write_text("raise ValueError('no licence')\n")
     (tmp_path / "hungry_rewards.py").write_text("import a_package_that_nobody_has\n")
+    (tmp_path / "leaving_rewards.py").write_text("raise SystemExit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    for name in ("plugin_rewards", "broken_rewards", "hungry_rewards"):
+    for name in ("plugin_rewards", "broken_rewards", "hungry_rewards", "leaving_rewards"):
         sys.modules.pop(name, None)
 
 
@@ -101,6 +102,7 @@ def test_a_function_of_ones_own(attribute: str, wants: set[str], is_async: bool)
         ("absent_package.module:f", "no module 'absent_package'"),
         ("plugin_rewards.deeper:f", "'plugin_rewards.deeper'"),
         ("broken_rewards:f", "failed with ValueError: no licence"),
+        ("leaving_rewards:f", "failed with SystemExit: 0"),
         ("hungry_rewards:f", "failed with ModuleNotFoundError.*a_package_that_nobody_has"),
     ],
 )

@@ -429,6 +429,8 @@ def test_evaluation_mode_stays(policy):
 
 
 def test_what_cannot_work_is_refused(policy, tmp_path):
+    from transformers import Lfm2Config
+
     encoder = save_tiny_encoder(tmp_path / "encoder")
     config = SelectorConfig(kind="listwise_lm", model=str(encoder))
     with pytest.raises(ConfigError, match=r"set selector\.model to a causal language model"):
@@ -436,6 +438,11 @@ def test_what_cannot_work_is_refused(policy, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"set selector\.model to a causal language model"):
         ListwiseLMPolicy(tmp_path / "empty", 1)
+    Lfm2Config(architectures=["Lfm2ForCausalLM"], layer_types=["conv"] * 32).save_pretrained(
+        tmp_path / "conv"
+    )
+    with pytest.raises(ConfigError, match=r"state in place of keys.*another selector\.model"):
+        ListwiseLMPolicy(tmp_path / "conv", 1)
     with pytest.raises(ConfigError, match="draws with replacement only"):
         policy.sample(make_batch(1, 4), 2, [0], replacement=False)
     with pytest.raises(PromptTooLongError, match=r"lower selector\.max_tokens"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlrag.errors import ConfigError
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection import plackett_luce
 from rlrag.selection.feature_scorer import FeatureScorer
@@ -241,6 +243,24 @@ def test_equal_logits_at_every_pick_are_the_classical_model():
     )
 
 
+class ShapedScorer(nn.Module):
+    """Logits of any shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, batch: CandidateBatch) -> torch.Tensor:
+        return torch.zeros(self.shape)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 1), (3, 1, 5), (3, 3, 5), (2, 5), (5,)])
+def test_a_scorer_whose_logits_have_another_shape_is_refused(shape):
+    policy = PlackettLucePolicy(ShapedScorer(*shape), num_selected=2)
+    with pytest.raises(ConfigError, match=r"ShapedScorer gave .*give \(3, 5\).* or \(3, 2, 5\)"):
+        policy.sample(make_batch(), 4, [0, 1, 2])
+
+
 def take(batch: CandidateBatch, rows: list[int]) -> CandidateBatch:
     return CandidateBatch(
         tuple(batch.question_texts[r] for r in rows),
@@ -348,3 +368,24 @@ def test_encoder_scorers_start_at_the_retrievers_order_and_learn(kind, tiny_enco
     assert policy.log_prob(batch, target).sum().item() > before
     alone = policy.logits(take(batch, [1]))
     assert torch.allclose(alone[0], policy.logits(batch)[1], atol=1e-4), "padding changes nothing"
+
+
+def test_a_question_longer_than_the_encoder_reads_leaves_half_of_it_to_the_passage(tiny_encoder):
+    from rlrag.selection.encoder_scorers import CrossEncoderScorer
+
+    scorer = CrossEncoderScorer(tiny_encoder, 32, num_selected=1, prior_scale=0.5)
+    nn.init.normal_(scorer.out.weight)
+    batch = make_batch()
+    asked = replace(batch, question_texts=("a b " * 40,) * len(batch))
+    logits_BKN = scorer(asked)
+    assert torch.isfinite(logits_BKN).all()
+    other = replace(asked, passage_texts=(batch.passage_texts[0][::-1],) * len(batch))
+    assert not torch.allclose(scorer(other), logits_BKN), "the passage is read too"
+
+
+@pytest.mark.parametrize("kind", ["BiEncoderScorer", "CrossEncoderScorer"])
+def test_an_encoder_that_reads_fewer_tokens_is_refused(kind, tiny_encoder):
+    from rlrag.selection import encoder_scorers
+
+    with pytest.raises(ConfigError, match=r"selector\.max_tokens is 513.*at most 512"):
+        getattr(encoder_scorers, kind)(tiny_encoder, 513, num_selected=1, prior_scale=0.5)

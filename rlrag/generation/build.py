@@ -115,7 +115,12 @@ def open_engine(
     from rlrag.generation.transformers_backend import TransformersGenerator
 
     return TransformersGenerator(
-        model_dir, config.dtype, config.device, config.batch_size, shared_prefix
+        model_dir,
+        config.dtype,
+        config.device,
+        config.batch_size,
+        shared_prefix,
+        config.max_model_len,
     )
 
 

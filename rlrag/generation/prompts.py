@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Private-use characters: no chat template and no text has them, none is trimmed as white space.
 _USER_SLOT = "\ue000user\ue000"
+_WRONG_FIELD = (AttributeError, LookupError, TypeError, ValueError)
+"""What a template raises that asks for another field, or for a part of one."""
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
@@ -112,7 +114,11 @@ class PromptBuilder:
         )
 
     def encode_answer(self, answer: str) -> tuple[int, ...]:
-        """Token ids of `answer` as it follows a prompt: after a space, or alone in a chat turn."""
+        """Token ids of `answer` as it follows a prompt: after a space, or alone in a chat turn.
+
+        White space at its ends is left out, as it is of what a generator answers.
+        """
+        answer = answer.strip()
         return self._encode(answer if self._config.style == "chat" else f" {answer}")
 
     def _encode(self, text: str, *, allow_control: bool = False) -> tuple[int, ...]:
@@ -253,7 +259,7 @@ def _split_passage_template(template: str) -> tuple[str, str]:
             raise ValueError(f"it has {{text}} {len(parts) - 1} times instead of once")
         for part in parts:
             part.format(number=1, title="")
-    except (LookupError, ValueError) as error:
+    except _WRONG_FIELD as error:
         raise ConfigError(
             f"prompt.passage_template {template!r} cannot be filled in ({error}); its fields are "
             "{number}, {title} and, exactly once, {text}"
@@ -265,7 +271,7 @@ def _check_question_template(template: str) -> None:
     probe = "\ue000"
     try:
         filled = template.format(question=probe)
-    except (LookupError, ValueError) as error:
+    except _WRONG_FIELD as error:
         raise ConfigError(
             f"prompt.question_template {template!r} cannot be filled in ({error}); its only field "
             "is {question}"

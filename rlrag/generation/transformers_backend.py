@@ -6,7 +6,8 @@ prefix, A answer tokens, V vocabulary.
 Prompts that start with the same prefix (instruction and examples) read its keys and values from a
 cache that is computed once. The rest of a batch is padded on the left, so that all rows end at the
 same column and one slice holds every position that is needed; position ids and the attention mask
-skip the padding.
+skip the padding. A sliding window would not: it counts columns, and the padding stands between
+prefix and rest. Models with one read every prompt whole.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class TransformersGenerator:
         device: str = "auto",
         batch_size: int = 16,
         shared_prefix: Sequence[int] = (),
+        max_model_len: int | None = None,
     ) -> None:
         """Load the model.
 
@@ -66,10 +68,13 @@ class TransformersGenerator:
             batch_size: Sequences in one forward pass.
             shared_prefix: Token ids that most prompts start with. Prompts that do not are computed
                 whole; what they give is the same up to rounding.
+            max_model_len: Prompt and answer tokens together; what the model reads at most where
+                that is less, or when unset.
 
         Raises:
             ModelNotFoundError: when `model_dir` holds no weights or no tokenizer.
-            GenerationError: when transformers cannot load the model.
+            GenerationError: when transformers cannot load the model, or it has layers with a state
+                in place of keys and values.
         """
         from transformers import AutoModelForCausalLM
 
@@ -89,10 +94,11 @@ class TransformersGenerator:
         self._model: Any = model.to(self._device).eval()
         self._weights: Any = ModelWeights(self._model, model_dir, number_format)
         self._batch_size = batch_size
-        self._prefix = tuple(shared_prefix)
+        self._prefix = () if _has_windows(self._model.config, model_dir) else tuple(shared_prefix)
         self._prefix_past: DynamicCache | None = None
         self._stop_ids = _stop_ids(self._model.generation_config, self._tokenizer)
-        self._max_len = getattr(self._model.config, "max_position_embeddings", None)
+        limits = (max_model_len, getattr(self._model.config, "max_position_embeddings", None))
+        self._max_len = min((limit for limit in limits if limit is not None), default=None)
         self._tokens = TokenCount()
 
     @property
@@ -388,6 +394,23 @@ def _choose(
         for probability_V, draw in zip(probability_BV, draws, strict=True)
     ]
     return torch.cat(drawn).to(logp_BV.device)
+
+
+def _has_windows(config: Any, model_dir: Path) -> bool:
+    """Whether some layer sees the last columns of its cache only.
+
+    Raises:
+        GenerationError: when some layer has a state in place of keys and values.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)
+    if any(hasattr(layer, "update_conv_state") for layer in cache.layers):
+        raise GenerationError(
+            f"the model in {model_dir} has layers with a state in place of keys and values, which "
+            "padding would enter; use generator.backend vllm, or another generator.model"
+        )
+    return any(cache.is_sliding)
 
 
 def _stop_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:

@@ -48,7 +48,8 @@ class WeightLayout:
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
                     files[name] = path
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-        if OUTPUT_LAYER in shapes and not config.get("tie_word_embeddings"):
+        # An output layer of its own may have another name, such as GPT-NeoX's `embed_out`.
+        if not config.get("tie_word_embeddings", OUTPUT_LAYER not in shapes):
             return cls(shapes, files, None)
         shapes.pop(OUTPUT_LAYER, None)
         found = [name for name in shapes if name.endswith(_EMBEDDINGS)]

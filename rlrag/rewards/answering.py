@@ -49,6 +49,13 @@ class AnsweringReward:
         self._rewards = rewards
         self._sampling = sampling
 
+    def __deepcopy__(self, memo: dict[int, object]) -> AnsweringReward:
+        """Itself: Gymnasium copies an environment's arguments to tell its `spec`.
+
+        A copy would hold the language model a second time.
+        """
+        return self
+
     def __call__(
         self, questions: Sequence[Question], selections: Sequence[Sequence[Passage]]
     ) -> list[RewardResult | RlragError]:

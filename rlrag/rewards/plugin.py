@@ -26,7 +26,7 @@ KEYWORDS: Mapping[str, str] = {
     "passages": "tuple of the picked passages (id, title, text), best first",
     "answer_logp": "log p(golden answer | prompt), summed over its tokens, in nats",
     "num_answer_tokens": "tokens of the golden answer that answer_logp belongs to",
-    "metadata": "whatever else the question file says of the question",
+    "metadata": "what the question file has under the question's `metadata`",
 }
 """What a reward function may ask for.
 
@@ -93,7 +93,7 @@ def _unknown_builtin(name: str) -> str:
 def _import(name: str, module_name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that runs and exits when it is imported
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise ConfigError(

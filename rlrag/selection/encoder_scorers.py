@@ -10,12 +10,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rlrag.errors import ConfigError
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.feature_scorer import retriever_prior
 
 
 class _TextEncoder(nn.Module):
-    """A Hugging Face encoder with mean pooling over the tokens that are not padding."""
+    """A Hugging Face encoder with mean pooling over the tokens that are not padding.
+
+    It reads `max_tokens` of a text; of a pair, whichever text is longer is cut until both fit.
+
+    Raises:
+        ConfigError: when the model reads fewer tokens.
+    """
 
     def __init__(self, model_dir: Path, max_tokens: int) -> None:
         from transformers import AutoModel, AutoTokenizer
@@ -25,6 +32,15 @@ class _TextEncoder(nn.Module):
         self.model.eval()  # dropout would make draws and gradients of one step disagree
         self.max_tokens = max_tokens
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        limit = min(
+            getattr(self.model.config, "max_position_embeddings", max_tokens),
+            self._tokenizer.model_max_length,
+        )
+        if max_tokens > limit:
+            raise ConfigError(
+                f"selector.max_tokens is {max_tokens}, but the encoder {model_dir} reads at most "
+                f"{limit} tokens; lower it"
+            )
 
     def forward(self, texts: list[str], pairs: list[str] | None = None) -> torch.Tensor:
         device = next(self.model.parameters()).device
@@ -32,7 +48,7 @@ class _TextEncoder(nn.Module):
             texts,
             pairs,
             padding=True,
-            truncation="only_second" if pairs else True,
+            truncation=True,
             max_length=self.max_tokens,
             return_tensors="pt",
         ).to(device)

@@ -36,7 +36,8 @@ def candidate_features(batch: CandidateBatch) -> np.ndarray:
     In order: each retriever score standardised over the candidates, and its distance from the best
     one in standard deviations; reciprocal rank and log rank; share of the question's content words
     in the text and in the title, log length, share of words with a digit; and one-hot what the
-    question asks for. Candidates with equal scores get zeros for the standardised ones.
+    question asks for. Candidates with equal scores get zeros for the standardised ones. A passage
+    without a title has a share of 0 in it.
     """
     parts = [_score_features(batch.scores_BNC), _rank_features(batch.scores_BNC.shape[:2])]
     parts.append(
@@ -54,6 +55,8 @@ def candidate_features(batch: CandidateBatch) -> np.ndarray:
 
 
 def _score_features(scores_BNC: np.ndarray) -> np.ndarray:
+    # In float64 the mean of equal scores is exact; in float32 its rounding would be their spread.
+    scores_BNC = scores_BNC.astype(np.float64)
     spread = scores_BNC.std(axis=1, keepdims=True)
     spread = np.where(spread > 0, spread, 1.0)
     standard = (scores_BNC - scores_BNC.mean(axis=1, keepdims=True)) / spread
@@ -68,7 +71,9 @@ def _rank_features(shape: tuple[int, int]) -> np.ndarray:
 
 
 def _text_features(question: str, passage: str) -> list[float]:
-    title, _, text = passage.partition("\n")
+    title, newline, text = passage.partition("\n")
+    if not newline:
+        title, text = "", passage
     asked = question.lower()
     wanted = set(_WORD.findall(asked)) - _FUNCTION_WORDS
     words = _WORD.findall(text.lower())

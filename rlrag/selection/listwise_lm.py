@@ -331,7 +331,12 @@ def _own_modules(base: Any, model_dir: Path) -> Any:
 
 
 def _check_causal(config: Any, model_dir: Path) -> None:
-    """Refuse an encoder: transformers loads it too, and it sees what is still to be written."""
+    """Refuse what cannot read the branches of a prompt side by side.
+
+    An encoder, which transformers loads too, sees what is still to be written; a layer with a state
+    in place of keys and values takes in all branches.
+    """
+    from transformers import DynamicCache
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -339,6 +344,11 @@ def _check_causal(config: Any, model_dir: Path) -> None:
         raise ConfigError(
             f"selector.kind 'listwise_lm': {model_dir} holds {config.architectures}, which is no "
             f"causal language model; {_ADVICE}"
+        )
+    if any(hasattr(layer, "update_conv_state") for layer in DynamicCache(config=config).layers):
+        raise ConfigError(
+            f"selector.kind 'listwise_lm': {model_dir} has layers with a state in place of keys "
+            "and values, which the branches of a prompt cannot share; name another selector.model"
         )
 
 

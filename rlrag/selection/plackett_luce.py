@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlrag.errors import ConfigError
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.gumbel_top_k import NextPick, sample_distinct
 from rlrag.selection.protocol import SampledSelections, Seed
@@ -140,8 +141,22 @@ class PlackettLucePolicy(nn.Module):
         self.num_selected = num_selected
 
     def logits(self, batch: CandidateBatch) -> torch.Tensor:
-        """What the scorer gives: logits of the candidates, at each pick or at all."""
-        return self.scorer(batch)
+        """What the scorer gives: logits of the candidates, at each pick or at all.
+
+        Raises:
+            ConfigError: when they have another shape.
+        """
+        logits = self.scorer(batch)
+        num_questions, num_candidates = batch.scores_BNC.shape[:2]
+        for_all = (num_questions, num_candidates)
+        for_each = (num_questions, self.num_selected, num_candidates)
+        if tuple(logits.shape) not in (for_all, for_each):
+            raise ConfigError(
+                f"{type(self.scorer).__name__} gave logits of shape {tuple(logits.shape)}; a "
+                f"scorer must give {for_all}, a logit for each candidate, or {for_each}, one for "
+                "each pick and candidate"
+            )
+        return logits
 
     def sample(
         self,
