@@ -226,7 +226,7 @@ def train(folder: Path, config: RunConfig, every: int) -> list[Sample]:
     prompts: Any = WordPrompts()
     workers = SingleWorker()
     reward = open_reward(config, generator, prompts)
-    log = ExperienceLog(run_dir.experience, 0, data.train)
+    log = ExperienceLog(run_dir.experience, workers, data.train)
     trainer = DROTrainer(config, data, generator, prompts, reward, workers, log)
     recorder = Recorder(run_dir, every)
     with ended_between_steps(run_dir):

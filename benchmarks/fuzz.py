@@ -303,6 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elsewhere = OpenedElsewhere([scratch])
         with _instrumented():
             made = targets(scratch / "made")
+        unknown = set(options.targets or ()) - {target.name for target in made}
+        if unknown:
+            names = ", ".join(target.name for target in made)
+            parser.error(f"--targets has {min(unknown)!r}, which is none; there are: {names}")
         for target in made:
             if options.targets and target.name not in options.targets:
                 continue

@@ -31,7 +31,16 @@ pid_file="$(mktemp)"
 srun ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
   env "RAY_ADDRESS=$address" bash -c 'echo $$ >"$0"; exec python -m jobs.train "$@"' "$pid_file" "$@" &
 cluster=$!
-trap 'kill -TERM "$(cat "$pid_file")"' TERM
+early=
+stop() {
+  if [ -s "$pid_file" ]; then
+    kill -TERM "$(cat "$pid_file")" || true  # it may just have ended by itself
+  else  # Ray is still starting: there is no run that could write a checkpoint
+    early=75
+    kill -TERM "$cluster" || true
+  fi
+}
+trap stop TERM
 
 code=0
 wait "$cluster" || code=$?
@@ -39,6 +48,7 @@ while kill -0 "$cluster" 2>/dev/null; do  # the signal ended the wait, not the r
   code=0
   wait "$cluster" || code=$?
 done
+code="${early:-$code}"
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

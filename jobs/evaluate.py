@@ -12,14 +12,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
 from jobs.command_line import parse, run_program
-from jobs.opened_bundle import check_flags, on_other_data, opened_generator, write_output
+from jobs.opened_bundle import (
+    check_flags,
+    is_stream,
+    on_other_data,
+    opened_generator,
+    write_output,
+)
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
+
+if TYPE_CHECKING:  # they bring torch, which --help does without
+    from rlrag.bundle import Bundle
+    from rlrag.retrieval.candidates import CandidateTable
+    from rlrag.selection.protocol import SelectionPolicy
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,8 @@ class EvaluateArguments:
     questions: str
     """Questions in any form that `data.eval_questions` takes."""
     output: Path
-    """JSON file to write; beside it, `NAME.questions.jsonl` gets every question with what each
-    system picked and answered."""
+    """JSON file to write; beside it, unless it is a pipe or a device, `NAME.questions.jsonl` gets
+    every question with what each system picked and answered."""
     limit: int | None = None
     """Evaluate a seeded sample of this many questions."""
     docs_in_context: int | None = None
@@ -61,7 +72,6 @@ def main(argv: Sequence[str]) -> None:
     from rlrag.pipeline import (
         open_evaluation_data,
         open_library,
-        open_policy,
         open_reward,
         other_retrievers,
     )
@@ -75,8 +85,7 @@ def main(argv: Sequence[str]) -> None:
         candidates, questions_hash = open_evaluation_data(config, library)
         table = evaluate(
             config,
-            # A run of the retriever alone has no selector that is bound to its number of picks.
-            bundle.policy if shown is None else open_policy(config, candidates),
+            _policy(bundle, config, candidates),
             candidates,
             open_reward(config, opened.generator, opened.prompts),
             progress=lambda name: print(name, file=sys.stderr, flush=True),
@@ -89,13 +98,34 @@ def main(argv: Sequence[str]) -> None:
         "bundle_step": bundle.facts.step,
         "generator": config.generator.model,
     }
-    Console().print(render(table))
-    recorder.write(questions_path(arguments.output), record)
-    write_output(arguments.output, json.dumps(record, indent=2) + "\n")
+    try:
+        Console().print(render(table))
+    finally:  # also where nobody reads the table any more
+        if not is_stream(arguments.output):
+            recorder.write(questions_path(arguments.output), record)
+        write_output(arguments.output, json.dumps(record, indent=2) + "\n")
+
+
+def _policy(bundle: Bundle, config: RunConfig, candidates: CandidateTable) -> SelectionPolicy:
+    """The bundle's; one that keeps the retriever's order where another number is to be picked.
+
+    That is allowed of a run of the retriever alone, which trained no selector.
+    """
+    from rlrag.pipeline import open_policy
+
+    picked = config.environment.num_selected
+    if picked == bundle.config.environment.num_selected:
+        return bundle.policy
+    return open_policy(config, candidates)
 
 
 def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
     """The bundle's configuration with other questions, generator and numbers of passages shown."""
+    if not config.evaluation.systems:
+        raise ConfigError(
+            f"--bundle {arguments.bundle} is of a run whose evaluation.systems is empty, so that "
+            "there is nothing to compare; train with systems to compare, or use jobs.probe"
+        )
     config = on_other_data(config, arguments.corpus, arguments.questions, arguments.limit)
     if arguments.generator is not None:
         if config.trains_generator:

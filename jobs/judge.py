@@ -134,8 +134,10 @@ def main(argv: Sequence[str]) -> None:
     }
     if judged.failed:
         record["failures"] = sorted(set(judged.failed.values()))
-    Console().print(render(record, f"{len(questions)} questions, judged by {arguments.model}"))
-    write_output(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    try:
+        Console().print(render(record, f"{len(questions)} questions, judged by {arguments.model}"))
+    finally:  # also where nobody reads the table any more
+        write_output(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
     print(f"written to {output}", file=sys.stderr)
 
 
@@ -162,7 +164,7 @@ def _systems(asked: Sequence[str], found: EvaluatedQuestions) -> list[str]:
 
 
 def _key(variable: str) -> str | None:
-    key = os.environ.get(variable)
+    key = os.environ.get(variable, "").strip()  # a file's line break is no part of a key
     if not key and variable != _DEFAULT_KEY:
         raise ConfigError(f"--api-key-env names {variable}, which is not set; set it to the key")
     return key or None

@@ -81,13 +81,23 @@ def check_flags(limit: int | None, output: Path) -> None:
 def on_other_data(
     config: RunConfig, corpus: str | None, questions: str | None, limit: int | None
 ) -> RunConfig:
-    """The configuration with another corpus and other evaluation questions; its own for None."""
-    data = config.data.model_dump() | {"max_eval_questions": limit}
+    """The configuration with another corpus and other evaluation questions; its own for None.
+
+    Of other questions all are asked unless a limit says how many, of its own as many as in the run.
+    """
+    data = config.data.model_dump()
     if corpus is not None:
         data["corpus"] = corpus
     if questions is not None:
-        data["eval_questions"] = questions
+        data |= {"eval_questions": questions, "max_eval_questions": None}
+    if limit is not None:
+        data["max_eval_questions"] = limit
     return type(config).model_validate(config.model_dump() | {"data": data})
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is a pipe or a device: written to as it is, with no place for files beside."""
+    return path.exists() and not path.is_file()
 
 
 def write_output(path: Path, text: str) -> None:
@@ -97,7 +107,7 @@ def write_output(path: Path, text: str) -> None:
         CheckpointError: when it cannot be written; an older file then stays as it was.
     """
     try:
-        if path.exists() and not path.is_file():
+        if is_stream(path):
             path.write_text(text)
         else:
             write_whole(path, text)

@@ -60,7 +60,8 @@ class ProbeArguments:
     questions: str | None = None
     """Questions in any form that `data.eval_questions` takes; those of the run when unset."""
     limit: int | None = None
-    """Ask a seeded sample of this many questions."""
+    """Ask a seeded sample of this many questions; when unset all of `questions`, or the sample that
+    the run was evaluated on."""
     baseline: bool = False
     """Measure the retriever's order with the untrained generator too, and compare."""
     num_distractors: int = 4
@@ -132,10 +133,12 @@ def main(argv: Sequence[str]) -> None:
     }
     title = f"{len(own.candidates)} questions, {config.environment.num_selected} passages picked"
     console = Console()
-    console.print(render(record, title))
-    for line in _remarks(gold, errors, left_out):
-        console.print(line, style="dim", markup=False, highlight=False)
-    write_output(arguments.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    try:
+        console.print(render(record, title))
+        for line in _remarks(gold, errors, left_out):
+            console.print(line, style="dim", markup=False, highlight=False)
+    finally:  # also where nobody reads the table any more
+        write_output(arguments.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def _measures(words: Sequence[str], known: Collection[str]) -> tuple[str, ...]:

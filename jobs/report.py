@@ -3,7 +3,8 @@
     python -m jobs.report --run-dir runs/nq --output report.html
     python -m jobs.report --run-dir runs/m2 --run-dir runs/m8 --output samples.html
 
-Several runs are overlaid and compared. A run that is not finished is shown as far as it went.
+Several runs are overlaid and compared. A run that is not finished is shown as far as it went, one
+that was not evaluated without a comparison.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def _read(run_dir: RunDirectory, name: str) -> RunRecord:
     alarms = Alarms(config).replay(metrics)
     evaluation = run_dir.read_evaluation()
     questions = _read_questions(run_dir, evaluation)
-    return RunRecord(name, config, metrics, alarms, evaluation, questions)
+    is_trained = run_dir.bundle.is_dir()
+    return RunRecord(name, config, metrics, alarms, evaluation, questions, is_trained)
 
 
 def _read_questions(

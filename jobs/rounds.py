@@ -115,7 +115,7 @@ def join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
     """The records of all turns so far as one run: steps, passes and generator tokens add up.
 
     A later turn's step 0 is left out, as it is the last step of the turn before; the seconds of its
-    judging go to the next record.
+    judging, and what failed in it, go to the next record.
     """
     records: list[dict[str, Any]] = []
     for number in range(1, config.training.rounds + 1):
@@ -126,6 +126,8 @@ def join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
                 first, *found = found
                 if found and "judge_s" in first:
                     found[0]["judge_s"] = first["judge_s"]
+                if found and "failures" in first:
+                    found[0]["failures"] = [*first["failures"], *found[0].get("failures", ())]
             for record in found:
                 record |= {name: record[name] + before[name] for name in _ADDED}
                 record |= {
@@ -156,5 +158,6 @@ def _bundle_and_evaluate(config: RunConfig, run_dir: RunDirectory, trained: Trai
         partial(shutil.copytree, trained.generator) if trained.generator else None,
         partial(shutil.copytree, trained.retriever) if trained.retriever else None,
     )
-    say(f"evaluating {run_dir.bundle}")
-    evaluate_bundle(config, run_dir, library)
+    if config.evaluation.systems:
+        say(f"evaluating {run_dir.bundle}")
+        evaluate_bundle(config, run_dir, library)

@@ -54,6 +54,7 @@ def test_of_equal_ones_the_seed_decides():
         (("Eiffel Tower",), ["the Eiffel Tower!", "Eiffel"]),  # right, and part of what is right
         (("Eiffel Tower",), ["Seine"]),  # stands in a gold passage
         (("Eiffel Tower",), ["  "]),
+        (("Eiffel Tower",), ["A"]),  # an article, of which normalisation leaves nothing
         (("Eiffel-Tower",), ["Big Ben"]),  # not as it is written
         (("Tow",), ["Big Ben"]),  # no whole word
         ((), ["Big Ben"]),

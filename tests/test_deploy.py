@@ -16,6 +16,8 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from jobs import train
+from jobs.doctor.packages import extras_of
+from jobs.recipes import RECIPES
 from serve.settings import parse_settings
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +85,21 @@ def test_the_image_copies_what_there_is_and_installs_extras_that_exist():
     assert set(re.findall(r"uv==(\S+)", text)) == {pinned[1]}
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_image_has_what_every_recipe_needs(target):
+    """Also those of the papers start from the built-in encoder, which is a package."""
+    stages = re.split(r"^FROM ", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE)
+    (stage,) = (text for text in stages if text.partition("\n")[0].endswith(f" AS {target}"))
+    (installed,) = re.findall(r'"\.\[([\w,-]+)\]"', stage)
+    on_gpu = {"device": "cuda", "gpus_per_actor": 1} if target == "cuda" else {}
+    for make in RECIPES.values():
+        recipe = make()
+        config = recipe.model_copy(update={"generator": recipe.generator.model_copy(update=on_gpu)})
+        if target == "cuda" or not config.generator.gpus_per_actor:
+            # Ray comes with either build of vLLM.
+            assert set(extras_of(config)) <= {"ray", *installed.split(",")}, config.recipe
+
+
 @pytest.fixture
 def allocation(tmp_path: Path) -> dict[str, str]:
     """A folder with programs of Slurm's and Ray's names that act on one machine."""
@@ -108,6 +125,7 @@ def allocation(tmp_path: Path) -> dict[str, str]:
 
 
 def run_on_slurm(folder: Path, environment: dict[str, str], does: str) -> subprocess.Popen:
+    """A job whose run does this; `started` says that the run, or what it waits for, has begun."""
     (folder / "what_it_does").write_text(does)
     return subprocess.Popen(
         [str(DEPLOY / "slurm.sh"), "nq", "--run-dir", "/shared/my run"],
@@ -124,16 +142,37 @@ def test_slurm_runs_the_command_and_passes_its_code_on(tmp_path, allocation):
     assert not (tmp_path / "asked").exists()
 
 
-def test_slurm_stops_a_run_in_time_and_queues_it_again(tmp_path, allocation):
-    waits = "trap 'exit 75' TERM; touch started; while :; do sleep 0.1; done"
-    job = run_on_slurm(tmp_path, allocation, waits)
+def stop_once_started(job: subprocess.Popen, folder: Path) -> int:
+    """The code that a job ends with after SIGTERM."""
     end = time.monotonic() + 60
-    while not (tmp_path / "started").exists():
+    while not (folder / "started").exists():
         assert time.monotonic() < end
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(60) == 75
+    return job.wait(60)
+
+
+def test_slurm_stops_a_run_in_time_and_queues_it_again(tmp_path, allocation):
+    waits = "trap 'exit 75' TERM; touch started; while :; do sleep 0.1; done"
+    assert stop_once_started(run_on_slurm(tmp_path, allocation, waits), tmp_path) == 75
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+def test_slurm_queues_a_job_again_that_is_stopped_before_its_run_begins(tmp_path, allocation):
+    ray = tmp_path / ".venv" / "bin" / "ray"
+    ray.write_text('#!/bin/sh\n[ "$1" != symmetric-run ] || { touch started; exec sleep 300; }\n')
+    assert stop_once_started(run_on_slurm(tmp_path, allocation, "exit 3"), tmp_path) == 75
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_slurm_passes_the_code_of_a_run_on_that_ended_before_the_signal(tmp_path, allocation):
+    """Ray is still being taken down: the process that the signal is for is gone."""
+    ray = tmp_path / ".venv" / "bin" / "ray"
+    down = "touch started; sleep 2; exit 0"
+    ray.write_text(ray.read_text().replace('"$@"', f'"$@"; {down}'))
+    assert stop_once_started(run_on_slurm(tmp_path, allocation, "exit 0"), tmp_path) == 0
+    assert not (tmp_path / "asked").exists()
 
 
 def test_slurm_wants_a_recipe(tmp_path, allocation):

@@ -20,6 +20,7 @@ from jobs.doctor import machine
 from jobs.doctor.accelerator import GpuFacts, check_gpus
 from jobs.doctor.files import check_storage
 from jobs.doctor.needs import GIB, Needs, needs_of
+from jobs.doctor.ray_cluster import check_cluster
 from rlrag.config import GeneratorConfig, RunConfig, TrainingConfig
 
 NEEDS = Needs(
@@ -162,3 +163,25 @@ def test_what_a_run_needs_follows_from_its_configuration():
     assert needs_of(config.model_copy(update={"generator": spread})).nodes == 3
     other = GeneratorConfig(model="/no/such/place")
     assert needs_of(config.model_copy(update={"generator": other})).unknown == ("/no/such/place",)
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("max 100000", 64)],
+)
+def test_a_container_has_the_cpus_that_it_may_use(limit, found, tmp_path, monkeypatch):
+    """Ray has no more either, and waits for what it lacks."""
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert machine.read_cpus() == found
+    wide = RunConfig(training=TrainingConfig(launcher="ray"))
+    answer = check_cluster(wide, replace(NEEDS, cpus=3), timeout_s=1)
+    assert answer.status == ("ok" if found > 3 else "failed")
+    assert f"this machine has {found} CPU" in answer.found
+
+
+def test_a_machine_that_limits_nothing_has_all_its_cpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    assert machine.read_cpus() == os.cpu_count()

@@ -214,6 +214,7 @@ def test_questions_that_the_generator_cannot_answer_are_left_out_and_named():
     assert values(of, "position")["accuracy@1"] == [None, 1, 0, None]
     assert values(of, "cost")["answer_tokens"] == [None, 1, 1, 1]
     assert values(of, "mirage")["overall"][0] is None
+    assert values(of, "order")["changes"] == [None, 1, 0, 0]
     assert list(of.errors) == [0]
     with pytest.raises(GenerationError):
         measure(["order"], probe_of(generator=Refusing("it")))

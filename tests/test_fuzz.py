@@ -31,13 +31,22 @@ def reading(elsewhere, tmp_path_factory):
     return make
 
 
-def test_no_reader_is_surprised(tmp_path):
+def fuzzer(*words: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, since the fuzzer changes how modules are imported."""
     pytest.importorskip("atheris", reason="atheris has no package for this platform")
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--inputs", str(_NUM_INPUTS)]
-    command += ["--seed", "1", "--output", str(tmp_path / "fuzz.md")]
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--inputs", str(_NUM_INPUTS), *words]
     root = Path(fuzz.__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=root)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=root)
+
+
+def test_a_name_that_is_no_target_is_refused():
+    done = fuzzer("--targets", "questions", "no such")
+    assert done.returncode == 2
+    assert "--targets has 'no such', which is none; there are: " in done.stderr
+
+
+def test_no_reader_is_surprised(tmp_path):
+    done = fuzzer("--seed", "1", "--output", str(tmp_path / "fuzz.md"))
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "fuzz.md").read_text().splitlines()[6:]
     assert len(rows) == 9

@@ -127,7 +127,8 @@ def test_a_missing_model_is_named(files):
     ended = program("jobs.train", "quickstart", *files.flags, "--generator.model", "/no/such/model")
     assert ended.code == 4
     assert ended.err.splitlines() == [
-        "error: model directory '/no/such/model' does not exist; check the path"
+        "error: model directory '/no/such/model' does not exist; check the path, and that you may "
+        "read it"
     ]
     assert not files.run_dir.config.exists()
 

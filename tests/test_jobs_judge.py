@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -278,7 +279,7 @@ def words(server: JudgeServer, run_dir: Path, *more: str) -> list[str]:
 
 
 def test_the_program_compares_systems_and_measures_by_hand(server, run_dir, capsys, monkeypatch):
-    monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\r\n")  # as a file that was read into it ends
     server.key = KEY
     server.reply = lambda case, before: "correct" if "Rhine" in case["answer"] else "incorrect"
     labels = [("q0", "trained", True), ("q1", "trained", False), ("q2", "retriever_order", False)]
@@ -317,6 +318,16 @@ def test_the_program_compares_systems_and_measures_by_hand(server, run_dir, caps
     judge.main(words(server, run_dir, "--api-key-env", "JUDGE_KEY"))
     again = json.loads((run_dir / "judge.json").read_text())
     assert again["num_from_cache"] == sum(server.asked.values()) == 5
+
+
+def test_a_table_that_nobody_reads_costs_no_result(server, run_dir, monkeypatch):
+    unread, terminal = os.pipe()
+    os.close(unread)
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        with pytest.raises(SystemExit):
+            judge.main(words(server, run_dir))
+    assert json.loads((run_dir / "judge.json").read_text())["num_questions"] == 3
 
 
 def test_unparsable_verdicts_count_for_nothing_but_themselves(server, run_dir, capsys):

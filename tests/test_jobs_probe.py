@@ -12,9 +12,10 @@ from openrag_runs import make_questions, write_files
 from stand_ins import fill_disk
 
 from jobs import evaluate, probe
-from jobs.opened_bundle import write_output
+from jobs.opened_bundle import on_other_data, write_output
 from rlrag.bundle import save_bundle
 from rlrag.config import (
+    DataConfig,
     EnvironmentConfig,
     EvaluationConfig,
     GeneratorConfig,
@@ -157,7 +158,7 @@ def test_flags_are_checked_before_anything_is_loaded(extra, message, tmp_path):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
+both_programs = pytest.mark.parametrize(
     ("main", "extra", "shown"),
     [
         (probe.main, ["--measures", "cost"], "cost"),
@@ -165,6 +166,35 @@ def test_flags_are_checked_before_anything_is_loaded(extra, message, tmp_path):
     ],
     ids=["probe", "evaluate"],
 )
+
+
+@both_programs
+def test_a_table_that_nobody_reads_costs_no_result(
+    main, extra, shown, bundle, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(bundle.parent)
+    unread, terminal = os.pipe()
+    os.close(unread)
+    output = tmp_path / "found.json"
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        with pytest.raises(SystemExit) as caught:
+            main(["--bundle", str(bundle), "--output", str(output), *extra])
+    assert caught.value.code == 1
+    assert shown in output.read_text()
+
+
+def test_the_runs_own_questions_are_the_sample_that_it_was_evaluated_on():
+    config = RunConfig(data=DataConfig(max_eval_questions=5))
+
+    def asked(questions: str | None, limit: int | None) -> int | None:
+        return on_other_data(config, None, questions, limit).data.max_eval_questions
+
+    assert (asked(None, None), asked(None, 9)) == (5, 9)
+    assert (asked("other.jsonl", None), asked("other.jsonl", 3)) == (None, 3)
+
+
+@both_programs
 def test_a_full_disk_leaves_the_table_and_the_old_file(
     main, extra, shown, bundle, tmp_path, monkeypatch, capsys
 ):

@@ -46,6 +46,15 @@ def test_a_run_becomes_a_page_and_json_with_its_alarms(tmp_path):
     assert one["metrics"]["reward"][-1] == [12, -12]
 
 
+def test_a_run_that_compares_nothing_is_not_called_unfinished(tmp_path):
+    """Such as one turn of a run in turns: it ends with its bundle."""
+    run_dir, page = make_run(tmp_path / "1-retriever"), tmp_path / "r.html"
+    run_dir.bundle.mkdir()
+    report.main(words(run_dir, output=page))
+    assert "Trained, but not evaluated: 1-retriever (at step 12)." in page.read_text()
+    assert "nfinished" not in page.read_text()
+
+
 def test_several_runs_are_compared_and_named_apart(tmp_path):
     runs = [make_run(tmp_path / "a" / "run", 8), make_run(tmp_path / "b" / "run", 2)]
     runs.append(make_run(tmp_path / "c", 4))

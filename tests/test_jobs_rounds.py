@@ -69,7 +69,10 @@ def test_turns_are_joined_as_one_run(tmp_path):
     taken = {
         "1-retriever": [(0, 0.0, 50, {"judge_s": 4.0}), (1, 0.5, 60, {}), (2, 1.0, 60, {})],
         "1-selection": [(0, 0.0, 0, {}), (1, 2.0, 30, {"judge_s": 1.0})],
-        "2-retriever": [(0, 0.0, 5, {"judge_s": 2.0}), (1, 0.5, 6, {})],
+        "2-retriever": [
+            (0, 0.0, 5, {"judge_s": 2.0, "failures": ["q7 ends engines"]}),
+            (1, 0.5, 6, {"failures": ["q9 took too long"]}),
+        ],
     }
     for turn, lines in taken.items():
         directory = run.rounds / turn
@@ -88,20 +91,34 @@ def test_turns_are_joined_as_one_run(tmp_path):
         (3, 3.0, 90, 1, 0.0, 1.0),
         (4, 3.5, 96, 2, 1.0, 2.0),
     ]
+    failures = [record.get("failures") for record in run.read_metrics()]
+    assert failures == [None] * 4 + [["q7 ends engines", "q9 took too long"]]
+
+
+def words_of(files: Path, directory: Path, rounds: int, *systems: str) -> list[str]:
+    """Of `jobs.train`, for a small run of all parts in turns."""
+    flags = gold_flags(files, directory)
+    place = flags.index("--training.parts")
+    flags[place : place + 2] = [
+        *("--training.parts", "retriever", "selector", "generator"),
+        *("--training.rounds", str(rounds), "--training.num-epochs", "1"),
+        *("--dro.num-samples", "2", "--generator-training.lora-rank", "2"),
+        *("--retrieval.num-candidates", "4"),
+    ]
+    return ["quickstart", *flags, "--evaluation.systems", *systems]
+
+
+@pytest.mark.slow
+def test_turns_that_are_compared_with_nothing_end_with_their_bundle(openrag_files, tmp_path):
+    train.main(words_of(openrag_files, tmp_path, 1))
+    assert load_bundle(tmp_path / "run" / "bundle").evaluation is None
+    assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
 @pytest.mark.slow
 def test_two_rounds_end_in_one_bundle_of_all_parts(openrag_files, tmp_path, capsys):
     systems = ["retriever_order", "original_retriever", "tuned_retriever", "trained"]
-    flags = gold_flags(openrag_files, tmp_path)
-    place = flags.index("--training.parts")
-    flags[place : place + 2] = [
-        *("--training.parts", "retriever", "selector", "generator"),
-        *("--training.rounds", "2", "--training.num-epochs", "1"),
-        *("--dro.num-samples", "2", "--generator-training.lora-rank", "2"),
-        *("--retrieval.num-candidates", "4"),
-    ]
-    words = ["quickstart", *flags, "--evaluation.systems", *systems]
+    words = words_of(openrag_files, tmp_path, 2, *systems)
     train.main(words)
     run = tmp_path / "run"
     turns = ["1-retriever", "1-selection", "2-retriever", "2-selection"]

@@ -98,6 +98,7 @@ def test_labels_that_are_none_are_refused(base, mixed, oracle, message):
         ("Lyon", ["Paris", "lyon"], 1),
         ("", ["Paris"], 0),
         ("Paris", [], 0),
+        ("New York", ["Paris", "", " "], 0),  # blank ones stand in everything
     ],
 )
 def test_the_label_is_a_substring_of_lower_case_text(answer, golden, expected):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 
 import numpy as np
@@ -165,6 +166,14 @@ def test_order_sensitivity_by_hand():
     assert found["f1_mean"].tolist() == pytest.approx([1, 0.3, 2 / 3])
     assert found["f1_spread"].tolist() == pytest.approx([statistics.pstdev(row) for row in f1])
     assert found["f1_range"].tolist() == pytest.approx([0, 0.6, 0.5])
+
+
+def test_a_question_that_was_not_asked_in_all_orders_says_nothing_of_their_order():
+    """Neither that its answer changes nor that it does not."""
+    asked = np.array([[1, 0], [math.nan, math.nan]])
+    found = order_sensitivity(asked, asked)
+    assert found["changes"][0] == 1
+    assert all(math.isnan(values[1]) for values in found.values())
 
 
 def test_the_order_of_orders_does_not_matter():

@@ -137,6 +137,16 @@ def read_memory() -> Memory:
     return Memory(min(found.total, limit), min(found.available, limit - used + _droppable_bytes()))
 
 
+def read_cpus() -> int:
+    """CPUs of this machine, or of the container where that may use fewer, as Ray counts them."""
+    all_there = os.cpu_count() or 1
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+    except OSError:  # as in `_cgroup`
+        return all_there
+    return min(all_there, max(1, int(quota) // int(period))) if quota.isdecimal() else all_there
+
+
 def _cgroup(name: str) -> int | None:
     """A number of this container's control group; None where there is none, or no limit."""
     try:

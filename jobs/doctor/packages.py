@@ -42,7 +42,7 @@ def check_python(version: str | None = None) -> Answer:
 def check_packages(config: RunConfig) -> Answer:
     """Whether each package that the configuration needs is installed in a version that fits."""
     missing, wrong, right = [], [], 0
-    extras = _extras(config)
+    extras = extras_of(config)
     for requirement in _requirements(extras):
         found = _installed(requirement)
         if found is None:
@@ -71,7 +71,7 @@ def _installed(requirement: Requirement) -> str | None:
     return None
 
 
-def _extras(config: RunConfig) -> list[str]:
+def extras_of(config: RunConfig) -> list[str]:
     """Names of the optional dependencies that a run of the configuration imports."""
     models = {config.generator.model, config.retrieval.vocabulary_encoder}
     models |= {config.retrieval.encoder or "", config.selector.model}

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from jobs.doctor import machine
 from jobs.doctor.checks import Answer, failed, ok
 from jobs.doctor.needs import Needs
 from rlrag.config import RunConfig
@@ -45,7 +46,7 @@ def check_cluster(config: RunConfig, needs: Needs, timeout_s: float) -> Answer:
         return ok("not needed: one process")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        return _compare("this machine", {"CPU": os.cpu_count() or 1}, 1, needs)
+        return _compare("this machine", {"CPU": machine.read_cpus()}, 1, needs)
     refusal = _connect(address)
     if refusal:
         return failed(f"cannot reach a Ray cluster at {address}: {refusal}", _ADVICE)

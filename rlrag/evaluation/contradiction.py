@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from rlrag.evaluation.robustness import GoldQuestions
 from rlrag.records import Passage, Question
-from rlrag.rewards.answer_match import answer_contained, passages_contain_answer
+from rlrag.rewards.answer_match import answer_contained, normalize_answer, passages_contain_answer
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _wrong_answer(
 
     def is_wrong(other: str) -> bool:
         return (
-            bool(other.strip())
+            bool(normalize_answer(other))
             and not answer_contained(other, golden)
             and not any(answer_contained(answer, [other]) for answer in golden)
             and not passages_contain_answer(list(gold), [other])

@@ -41,14 +41,15 @@ def loosely_right(answer: str, golden_answers: Sequence[str]) -> float:
     MIRAGE's own label (`calculate_EM_loose` of its released `LLM.py`). Unlike `answer_contained` it
     neither normalises nor asks for whole words.
 
-    Edges: no golden answers, 0.0; such a question has no place in MIRAGE.
+    Edges: no golden answers, 0.0; such a question has no place in MIRAGE. A blank one stands in
+    everything and does not count.
 
     Example:
         >>> loosely_right("It is Nigeria.", ["niger"]), loosely_right("the u.s.", ["US"])
         (1.0, 0.0)
     """
     said = answer.lower()
-    return float(any(golden.lower() in said for golden in golden_answers))
+    return float(any(golden.strip() and golden.lower() in said for golden in golden_answers))
 
 
 def mirage(base: ArrayLike, mixed: ArrayLike, oracle: ArrayLike) -> dict[str, np.ndarray]:

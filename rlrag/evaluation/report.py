@@ -79,7 +79,7 @@ def _overview(runs: Sequence[RunRecord]) -> str:
             f"{run.epoch:.2f} of {run.num_epochs}",
             _duration(sum(run.phases().values())),
             f"{sum(run.tokens().values()):,.0f}",
-            "unfinished" if run.evaluation is None else "finished",
+            run.state,
         )
         for run in runs
     ]
@@ -135,10 +135,14 @@ def _comparison(runs: Sequence[RunRecord]) -> str:
 def _results(runs: Sequence[RunRecord]) -> str:
     """The final table of every finished run, and which runs have none yet."""
     tables = [_result(run, run.evaluation) for run in runs if run.evaluation is not None]
-    open_runs = [f"{r.name} (at step {r.num_steps:,})" for r in runs if r.evaluation is None]
-    if open_runs:
-        told = f"Unfinished, without a final evaluation: {', '.join(open_runs)}."
-        tables.append(f"<p>{escape(told)}</p>\n")
+    for state, said in (
+        ("trained, not evaluated", "Trained, but not evaluated"),
+        ("unfinished", "Unfinished, without a final evaluation"),
+    ):
+        without = [f"{r.name} (at step {r.num_steps:,})" for r in runs if r.state == state]
+        if without:
+            told = f"{said}: {', '.join(without)}."
+            tables.append(f"<p>{escape(told)}</p>\n")
     return "".join(tables)
 
 
@@ -198,7 +202,7 @@ def _iteration_table(runs: Sequence[RunRecord]) -> str:
 
 def _samples_study(runs: Sequence[RunRecord]) -> str:
     """What the weights were like, of the runs that weighed selections; nothing without these."""
-    runs = [run for run in runs if run.mean("ess") is not None]
+    runs = [run for run in runs if run.num_samples and run.mean("ess") is not None]
     if not runs:
         return ""
     rows = []

@@ -162,7 +162,8 @@ def order_sensitivity(right: np.ndarray, f1: np.ndarray) -> dict[str, np.ndarray
 
     `changes` is 1 where the answer is right in some orders and wrong in others. `accuracy_mean` and
     `f1_mean` are means over the orders, `f1_spread` is the standard deviation over them (divided by
-    O, as these orders are all that was asked), `f1_range` the best less the worst.
+    O, as these orders are all that was asked), `f1_range` the best less the worst. NaN stays NaN:
+    such a question was not asked.
 
     Args:
         right: Whether the answer is right, 0 or 1, shape (Q, O).
@@ -183,7 +184,7 @@ def order_sensitivity(right: np.ndarray, f1: np.ndarray) -> dict[str, np.ndarray
         )
     share_Q = right.mean(axis=1)
     return {
-        "changes": ((share_Q > 0) & (share_Q < 1)).astype(float),
+        "changes": np.where(np.isnan(share_Q), np.nan, (share_Q > 0) & (share_Q < 1)),
         "accuracy_mean": share_Q,
         "f1_mean": f1.mean(axis=1),
         "f1_spread": f1.std(axis=1),

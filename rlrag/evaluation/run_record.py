@@ -45,8 +45,9 @@ class IterationQuality:
 class RunRecord:
     """One run: its configuration, the metrics of every step, its alarms and its final comparison.
 
-    `evaluation` is the content of `evaluation.json`, None while the run is unfinished; `questions`
-    is what that evaluation kept of each question, None where it kept nothing.
+    `evaluation` is the content of `evaluation.json`, None while the run is unfinished, and for a
+    turn or a run that compares no systems; `questions` is what that evaluation kept of each
+    question, None where it kept nothing. `is_trained` says whether the bundle is written.
     """
 
     name: str
@@ -55,14 +56,23 @@ class RunRecord:
     alarms: Sequence[Finding]
     evaluation: Mapping[str, Any] | None
     questions: EvaluatedQuestions | None = None
+    is_trained: bool = False
+
+    @property
+    def state(self) -> str:
+        """How far the run came."""
+        if self.evaluation is not None:
+            return "finished"
+        return "trained, not evaluated" if self.is_trained else "unfinished"
 
     @property
     def num_samples(self) -> int | None:
         """Selections drawn a question (m); one under `sft`, the steps of a chain under `jsa`.
 
-        None where a retriever alone is trained by OpenRAG, which draws none.
+        None where a retriever alone is trained by OpenRAG, or a selector on a service's log: these
+        draw none.
         """
-        if self.objective == "openrag":
+        if self.objective in ("openrag", "off-policy"):
             return None
         drawn = {"sft": 1, "jsa": self.config.jsa.mis_steps}
         return drawn.get(self.config.training.objective, self.config.dro.num_samples)
@@ -72,12 +82,16 @@ class RunRecord:
         """What the parts were trained by."""
         if self.config.trains_in_turns:
             return f"openrag and {self.config.training.objective}, in turns"
+        if self.config.training.experience is not None:
+            return "off-policy"
         return "openrag" if self.config.trains_by_openrag else self.config.training.objective
 
     @property
     def num_epochs(self) -> int:
         """Passes over the training questions that the configuration asks for."""
         openrag, training = self.config.openrag, self.config.training
+        if training.experience is not None:
+            return self.config.off_policy.num_epochs
         of_stage = {"offline": openrag.offline_epochs, "online": openrag.online_epochs}
         of_retriever = sum(of_stage[stage] for stage in openrag.stages)
         if self.config.trains_in_turns:

@@ -115,7 +115,7 @@ def evaluate(
             selections = _passages(table, picks)
             answers = answering.answer(table.questions, selections)
             answered = Answered(table.questions, selections, answers)
-            found[name] = _measure(answered, ranked=name != "no_retrieval")
+            found[name] = _measure(answered, 0 if name == "no_retrieval" else num_selected)
         if name != "no_retrieval":
             answered = replace(answered, candidates=table, retriever=retriever)
         keep(name, answered)
@@ -163,15 +163,16 @@ def _picks(
     return greedy_picks(policy, candidates)
 
 
-def _measure(answered: Answered, ranked: bool) -> SystemMetrics:
+def _measure(answered: Answered, depth: int) -> SystemMetrics:
+    """Measures of one system, with those of a ranking to this depth; none at a depth of 0."""
     metrics = _answer_metrics(answered.questions, answered.texts)
-    if not ranked:
+    if not depth:
         return SystemMetrics(**metrics)
     ids = [[passage.id for passage in selection] for selection in answered.selections]
     return SystemMetrics(
         **metrics,
-        recall=_ranking(recall_at_k, ids, answered.questions),
-        ndcg=_ranking(ndcg_at_k, ids, answered.questions),
+        recall=_ranking(recall_at_k, ids, answered.questions, depth),
+        ndcg=_ranking(ndcg_at_k, ids, answered.questions, depth),
     )
 
 
@@ -179,11 +180,12 @@ def _ranking(
     measure: Callable[[Sequence[str], Collection[str], int], float],
     ids: Sequence[Sequence[str]],
     questions: Sequence[Question],
+    depth: int,
 ) -> np.ndarray:
-    """A ranking measure of every question at the length of its selection; NaN without gold ids."""
+    """A ranking measure of every question at one depth; NaN without gold ids."""
     return np.array(
         [
-            measure(picked, question.gold_ids, len(picked)) if question.gold_ids else np.nan
+            measure(picked, question.gold_ids, depth) if question.gold_ids else np.nan
             for picked, question in zip(ids, questions, strict=True)
         ]
     )
