@@ -1,6 +1,6 @@
 """A SQLite file in; a table of rows by key that many processes share, out.
 
-`KeyedTable` is what caches stand on; `use_write_ahead_log` serves files of another shape too.
+`KeyedTable` is what caches stand on; `Journal` serves files of another shape too.
 """
 
 from __future__ import annotations
@@ -9,11 +9,80 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 BUSY_TIMEOUT_S = 60.0
 _KEYS_PER_QUERY = 500
+# FUSE stands for object stores and sshfs; where it is local after all, writing is merely slower.
+_NETWORKS = (
+    *(
+        "9p",
+        "afp",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "fuse",
+        "gfs",
+        "gluster",
+        "gpfs",
+        "lustre",
+        "ncp",
+    ),
+    *("nfs", "ocfs", "orangefs", "panfs", "pvfs", "smb", "vboxsf", "virtiofs", "wekafs"),
+)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """How a file outlives a killed process, and a power cut without being damaged.
+
+    With a write-ahead log many read while one writes, and a power cut can lose the last
+    transactions at most. The log needs memory that all processes share, which those on two machines
+    do not: on a network file system a rollback journal takes its place, which needs locks alone
+    (https://www.sqlite.org/wal.html).
+    """
+
+    mode: str
+    synchronous: str
+
+    @classmethod
+    def of(cls, path: Path) -> Journal:
+        """What suits the file system on which `path` lies."""
+        return cls("DELETE", "FULL") if on_network(path) else cls("WAL", "NORMAL")
+
+    def enter(self, connection: sqlite3.Connection, timeout_s: float) -> None:
+        """Of processes that do this to a new file at once, all but one are refused without a wait.
+
+        Raises:
+            sqlite3.OperationalError: when the file is still held after `timeout_s`.
+        """
+        ends = time.monotonic() + timeout_s
+        while True:
+            try:
+                connection.execute(f"PRAGMA journal_mode={self.mode}")
+                break
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                    raise
+                time.sleep(0.05)
+        self.rejoin(connection)
+
+    def rejoin(self, connection: sqlite3.Connection) -> None:
+        """Go on with a file that keeps this journal already."""
+        connection.execute(f"PRAGMA synchronous={self.synchronous}")
+
+
+def on_network(path: Path) -> bool:
+    """Whether `path`, which need not be there, lies on a network file system."""
+    place = path.absolute().resolve()
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    kind = next((mounts[at] for at in (place, *place.parents) if at in mounts), "")
+    return kind.lower().startswith(_NETWORKS)
 
 
 class KeyedTable:
@@ -34,9 +103,10 @@ class KeyedTable:
         self.path = path
         self._name = name
         self._columns = tuple(columns)
+        self._journal = Journal.of(path)
         types = ", ".join(f"{column} {kind} NOT NULL" for column, kind in columns.items())
         with self._connection() as connection:
-            use_write_ahead_log(connection, BUSY_TIMEOUT_S)
+            self._journal.enter(connection, BUSY_TIMEOUT_S)
             connection.execute(
                 f"CREATE TABLE IF NOT EXISTS {name} (key BLOB PRIMARY KEY, {types}) WITHOUT ROWID"
             )
@@ -67,26 +137,7 @@ class KeyedTable:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
         try:
-            # With a write-ahead log this survives a killed process; only a power cut can lose the
-            # last transactions, and never corrupts the file.
-            connection.execute("PRAGMA synchronous=NORMAL")
+            self._journal.rejoin(connection)
             yield connection
         finally:
             connection.close()
-
-
-def use_write_ahead_log(connection: sqlite3.Connection, timeout_s: float) -> None:
-    """Of processes that do this to a new file at once, all but one are refused without a wait.
-
-    Raises:
-        sqlite3.OperationalError: when the file is still held after `timeout_s`.
-    """
-    ends = time.monotonic() + timeout_s
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
-                raise
-            time.sleep(0.05)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from thread_workers import ThreadWorker, make_group, run_together
 from two_candidates import LIKELIER_FIRST, drawn
 
 from rlrag.config import DROConfig, TrainingConfig
@@ -22,7 +25,7 @@ FAILED = (RewardError("reward f for question 'q0': it raised"),)
 
 def described(
     experience: Experience,
-    workers: SingleWorker | None = None,
+    workers: SingleWorker | ThreadWorker | None = None,
     dro: DROConfig | None = None,
     **more,
 ) -> dict[str, float]:
@@ -85,10 +88,10 @@ def test_a_failed_reward_is_left_out_and_counted():
     assert found["duplicate_share"] == pytest.approx(1 / 3)
 
 
-def test_a_term_that_is_logged_alone_has_its_own_mean():
+def test_a_term_has_its_mean_over_the_selections_that_have_it():
     terms = {"b": np.array([[1.0, 0.0]]), "a": np.array([[3.0, NAN]])}
     metrics = described(replace(drawn(LIKELIER_FIRST), terms_BM=terms))
-    assert (metrics["reward/b"], metrics["reward/a"]) == (0.5, 1.5)
+    assert (metrics["reward/b"], metrics["reward/a"]) == (0.5, 3.0)
     assert "reward/answer_logp" not in metrics
 
 
@@ -113,20 +116,6 @@ def test_a_question_without_any_reward_has_no_weight():
     assert metrics["reward"] == pytest.approx((math.log(0.3) + math.log(0.1)) / 2)
 
 
-class OtherWorker(SingleWorker):
-    """One of two in a group whose other member sent `others`; keeps what this one sends."""
-
-    size = 2
-
-    def __init__(self, others: list[torch.Tensor]) -> None:
-        self.sent: list[torch.Tensor] = []
-        self._others = others
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.sent.append(tensor.clone())
-        return tensor + self._others[len(self.sent) - 1] if self._others else tensor.clone()
-
-
 REWARDS = [[-1.0, -3.0], [-0.5, NAN], [-2.0, -2.0], [-4.0, -0.1]]
 
 
@@ -145,19 +134,37 @@ def part(rows: slice) -> Experience:
     )
 
 
+def together(parts: Sequence[Experience], **settings) -> list[dict[str, float]]:
+    """What each worker of a group says of the batch that they share."""
+    group = make_group(len(parts))
+    tasks = [partial(described, own, at, **settings) for own, at in zip(parts, group, strict=True)]
+    return run_together(tasks)
+
+
 def test_two_workers_with_halves_describe_the_whole():
     settings = {"batch_size": 4, "max_failed_share": 0.2}
-    second = OtherWorker([])
-    described(part(slice(1, 4, 2)), second, **{**settings, "max_failed_share": 0.9})
-    found = described(part(slice(0, 4, 2)), OtherWorker(second.sent), **settings)
+    halves = [part(slice(0, 4, 2)), part(slice(1, 4, 2))]
+    first, second = together(halves, **settings)
     whole = described(part(slice(None)), **settings)
-    assert whole.pop("failures") == [str(FAILED[0])]  # the other worker's, which names it itself
-    assert found == pytest.approx(whole)
-    assert (found["num_rollouts"], found["num_failed"]) == (8.0, 1.0)
+    assert whole.pop("failures") == second.pop("failures") == [str(FAILED[0])]
+    assert first == second == pytest.approx(whole)
+    assert (first["num_rollouts"], first["num_failed"]) == (8.0, 1.0)
 
 
 def test_a_worker_without_failures_ends_with_the_others_too():
-    second = OtherWorker([])
-    described(part(slice(1, 4, 2)), second, batch_size=4, max_failed_share=0.9)
+    halves = [part(slice(0, 4, 2)), part(slice(1, 4, 2))]
     with pytest.raises(GenerationError, match=r"1 of 8 rewards.*see the other workers' logs"):
-        described(part(slice(0, 4, 2)), OtherWorker(second.sent), batch_size=4)
+        together(halves, batch_size=4)
+
+
+def test_workers_may_have_met_other_terms():
+    """Of a custom reward that says more of some selections than of others."""
+    mine, theirs = part(slice(0, 2)), part(slice(2, 4))
+    mine = replace(mine, terms_BM={"long": np.array([[1.0, NAN], [NAN, 3.0]])})
+    theirs = replace(theirs, terms_BM={"a": np.full((2, 2), 5.0), "näher": np.full((2, 2), 7.0)})
+    for found in together([mine, theirs], batch_size=4, max_failed_share=0.5):
+        terms = {name: value for name, value in found.items() if name.startswith("reward/")}
+        assert terms == {"reward/a": 5.0, "reward/long": 2.0, "reward/näher": 7.0}
+    nothing = replace(mine, terms_BM={})
+    for found in together([nothing, theirs], batch_size=4, max_failed_share=0.5):
+        assert found["reward/a"] == 5.0

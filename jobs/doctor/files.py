@@ -26,7 +26,7 @@ from rlrag.config import (
 )
 from rlrag.errors import ModelNotFoundError, RunDirectoryError
 from rlrag.models import resolve_model
-from rlrag.sqlite_files import use_write_ahead_log
+from rlrag.sqlite_files import Journal
 from rlrag.training.run_directory import RunDirectory
 
 _NUM_FIRST = 1000
@@ -233,6 +233,6 @@ def _exercise(staging: Path) -> None:
     (staging / "building").mkdir()
     (staging / "building").rename(staging / "whole")
     with closing(sqlite3.connect(staging / "cache.sqlite", timeout=_LOCK_TIMEOUT_S)) as database:
-        use_write_ahead_log(database, _LOCK_TIMEOUT_S)
+        Journal.of(staging).enter(database, _LOCK_TIMEOUT_S)
         with database:
             database.execute("CREATE TABLE found (number INTEGER)")

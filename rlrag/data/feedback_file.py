@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlrag.errors import DataError
-from rlrag.sqlite_files import use_write_ahead_log
+from rlrag.sqlite_files import Journal
 
 _FORMAT = 1
 _APPLICATION = 0x726C7266  # "rlrf"
@@ -62,10 +62,7 @@ def open_to_write(path: Path) -> OpenFile:
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
     try:
         _check_format(connection, path, may_be_empty=True)
-        use_write_ahead_log(connection, _BUSY_TIMEOUT_S)
-        # With a write-ahead log this survives a killed process; only a power cut can lose the
-        # last transactions, and never corrupts the file.
-        connection.execute("PRAGMA synchronous=NORMAL")
+        Journal.of(path).enter(connection, _BUSY_TIMEOUT_S)
         connection.execute("PRAGMA secure_delete=ON")
         _create_tables(connection, path)
     except BaseException:

@@ -6,8 +6,8 @@ token ids, and the answer's ids or the sampling parameters. The seed counts only
 drawn, so greedy answers serve every seed. The version of published weights does not count: equal
 weights serve every run, and a stored result comes back with the version that this run gave them.
 Each chunk is one transaction: a process that is killed loses at most the chunk in flight. Errors
-are not stored. The folder must be on a local disk (SQLite's write-ahead log does not work over a
-network file system).
+are not stored. A folder on a network file system, whose locks must work, serves all nodes of a
+cluster (`rlrag.sqlite_files.Journal`).
 """
 
 from __future__ import annotations

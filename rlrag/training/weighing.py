@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlrag.algorithms import dro
 from rlrag.config import DROConfig, TrainingConfig
 from rlrag.errors import GenerationError
 from rlrag.training.experience import Experience
-from rlrag.training.workers import Workers
+from rlrag.training.workers import Workers, names_of_all
 
 
 def importance_weights(experience: Experience, config: DROConfig) -> torch.Tensor:
@@ -33,7 +34,8 @@ def describe_experience(
 ) -> dict[str, Any]:
     """Means over the whole batch of all workers, which must call this together.
 
-    `failures`, where there are any, says why rewards of this worker could not be computed.
+    A term of the reward has its mean over the selections that have it. `failures`, where there are
+    any, says why rewards of this worker could not be computed.
 
     Raises:
         GenerationError: when more rewards failed than `max_failed_share` allows.
@@ -48,10 +50,17 @@ def describe_experience(
         "duplicate_share": found.duplicate_share.sum().item(),
         "reward": rewards_BM.nansum().item(),
     }
-    for name in sorted(experience.terms_BM):
-        totals[f"reward/{name}"] = torch.from_numpy(experience.terms_BM[name]).nansum().item()
-    counts = [float(len(experience.errors)), float(rewards_BM.numel())]
-    summed = workers.sum(torch.tensor([*totals.values(), *counts], dtype=torch.float64)).tolist()
+    # A custom reward may have other terms for other selections, and so on every worker.
+    terms = {
+        name: experience.terms_BM.get(name, np.empty(0))
+        for name in names_of_all(experience.terms_BM, workers)
+    }
+    counts = {name: float((~np.isnan(values)).sum()) for name, values in terms.items()}
+    totals |= {f"reward/{name}": float(np.nansum(values)) for name, values in terms.items()}
+    sizes = [float(len(experience.errors)), float(rewards_BM.numel())]
+    summed = workers.sum(
+        torch.tensor([*totals.values(), *counts.values(), *sizes], dtype=torch.float64)
+    ).tolist()
     num_failed, num_samples = summed[-2:]
     if num_failed > config.max_failed_share * num_samples:
         first = experience.errors[0] if experience.errors else "see the other workers' logs"
@@ -60,9 +69,15 @@ def describe_experience(
             f"more than training.max_failed_share {config.max_failed_share} allows; "
             f"the first: {first}"
         )
+    divisors = dict.fromkeys(totals, float(config.batch_size)) | {
+        "reward": num_samples - num_failed
+    }
+    found_counts = summed[len(totals) : -2]
+    divisors |= {f"reward/{name}": n for name, n in zip(counts, found_counts, strict=True)}
     metrics: dict[str, Any] = {
-        name: total / (num_samples - num_failed if name.startswith("reward") else config.batch_size)
+        name: total / divisors[name]
         for name, total in zip(totals, summed, strict=False)
+        if divisors[name]
     }
     metrics["num_rollouts"] = num_samples
     metrics["num_failed"] = num_failed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -59,3 +61,17 @@ class TorchWorkers:
     def barrier(self) -> None:
         """Wait for all workers; the group's own timeout bounds the wait."""
         torch.distributed.barrier()
+
+
+def names_of_all(names: Collection[str], workers: Workers) -> list[str]:
+    """The different names that the workers have, sorted; all of them must call this together."""
+    if workers.size == 1:
+        return sorted(names)
+    own = torch.tensor(list(json.dumps(sorted(names)).encode()), dtype=torch.int64)
+    lengths_W = torch.zeros(workers.size, dtype=torch.int64)
+    lengths_W[workers.rank] = len(own)
+    lengths_W = workers.sum(lengths_W)
+    texts_WL = torch.zeros(workers.size, int(lengths_W.max()), dtype=torch.int64)
+    texts_WL[workers.rank, : len(own)] = own
+    texts = zip(workers.sum(texts_WL).tolist(), lengths_W.tolist(), strict=True)
+    return sorted({name for text, length in texts for name in json.loads(bytes(text[:length]))})
