@@ -90,6 +90,14 @@ def test_a_chat_prompt_has_examples_as_turns(tokenizer):
     assert prompt.token_ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 5
 
 
+def test_a_template_with_a_switch_for_thinking_is_told_to_answer(tokenizer, monkeypatch):
+    """Qwen 3 thinks first unless told otherwise: its answer would be the opening mark."""
+    switch = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE + switch)
+    prompt = PromptBuilder(config(style="chat"), tokenizer).build(QUESTION, [CHILE])
+    assert prompt.text.endswith("<|im_start|>assistant\n<think></think>")
+
+
 def test_an_answer_follows_a_space_or_opens_a_turn(tokenizer):
     plain = PromptBuilder(config(), tokenizer).encode_answer("Lima")
     chat = PromptBuilder(config(style="chat"), tokenizer).encode_answer("Lima")

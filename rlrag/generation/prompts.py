@@ -157,8 +157,10 @@ class PromptBuilder:
             messages.append({"role": "assistant", "content": example.answer})
         messages.append({"role": "user", "content": _USER_SLOT})
         try:
+            # Templates of models that may think first, Qwen 3's for one, know the last; others
+            # have no use for it.
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
         except (ValueError, TemplateError) as error:
             raise ConfigError(

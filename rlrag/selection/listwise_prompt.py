@@ -224,7 +224,10 @@ class RankingPrompt:
         """Text of the chat before and after the user's message."""
         try:
             text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": _SLOT}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,  # where the template knows it
             )
         except (ValueError, TemplateError) as error:
             raise ConfigError(
