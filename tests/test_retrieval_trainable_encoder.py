@@ -46,17 +46,30 @@ def test_vectors_are_those_of_the_frozen_encoder(encoder, encoder_dir):
         assert np.allclose(found.vectors_BD.detach().numpy(), expected, atol=1e-5)
 
 
-def test_a_prompt_of_the_model_is_read_by_both(encoder_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("prompts", "default", "before_question", "before_passage"),
+    [
+        ({"query": "search: ", "document": "text: "}, None, "search: ", "text: "),
+        ({"query": "search: ", "passage": "text: "}, None, "search: ", "text: "),
+        ({"query": "search: "}, None, "search: ", ""),
+        ({"query": "search: "}, "query", "search: ", ""),
+        ({"any": "any: "}, "any", "any: ", "any: "),
+    ],
+)
+def test_prompts_of_the_roles_stand_before_the_texts(
+    encoder_dir, tmp_path, prompts, default, before_question, before_passage
+):
     from sentence_transformers import SentenceTransformer
 
-    prompted = SentenceTransformer(
-        str(encoder_dir), prompts={"passage": "passage: "}, default_prompt_name="passage"
-    )
+    prompted = SentenceTransformer(str(encoder_dir), prompts=prompts, default_prompt_name=default)
     prompted.save_pretrained(str(tmp_path / "prompted"), create_model_card=False)
+    frozen = TextEncoder(tmp_path / "prompted", "float32", MAX_TOKENS, batch_size=4)
     encoder = TrainableTextEncoder(tmp_path / "prompted", MAX_TOKENS)
-    expected = frozen_vectors(tmp_path / "prompted", TEXTS)
-    assert np.allclose(vectors_of(encoder), expected, atol=1e-5)
-    assert not np.allclose(frozen_vectors(encoder_dir, TEXTS), expected, atol=1e-2)
+    for role, before in (("question", before_question), ("passage", before_passage)):
+        expected = frozen_vectors(encoder_dir, [before + text for text in TEXTS])
+        assert np.allclose(frozen.encode(TEXTS, role), expected, atol=1e-5), role
+        found = encoder.embed(TEXTS, role).vectors_BD.detach().numpy()
+        assert np.allclose(found, expected, atol=1e-5), role
 
 
 def test_padding_changes_nothing(encoder):

@@ -5,7 +5,7 @@ Shape letters: B texts, D vector length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,27 @@ from rlrag.retrieval.trainable import Role
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+_PROMPTS: Mapping[Role, tuple[str, ...]] = {
+    "question": ("query",),
+    "passage": ("document", "passage", "corpus"),
+}
+
+
+def prompt_of(model: SentenceTransformer, role: Role) -> str:
+    """What a model asks to stand before the texts of a role.
+
+    That is one of its prompts by the names that sentence-transformers has for the roles. A model
+    with none for either role has its default prompt before both.
+    """
+    found = {
+        each: next((prompt for name in names if (prompt := model.prompts.get(name))), "")
+        for each, names in _PROMPTS.items()
+    }
+    if any(found.values()) or model.default_prompt_name is None:
+        return found[role]
+    return model.prompts[model.default_prompt_name] or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +77,8 @@ class TextEncoder:
     in float32. In bfloat16 a vector depends by some thousandths on the batch that it is padded and
     multiplied in, which moves passages of nearly equal scores: a service would find others than the
     evaluation that it is compared with.
+
+    What the model puts before the texts of a role is read with them, see `prompt_of`.
 
     The model is loaded by the first call that needs it, so that a run which finds all its vectors
     on disk never loads it. Texts are sorted by length before they are cut into batches.
@@ -137,7 +160,12 @@ class TextEncoder:
         if not texts:
             return np.zeros((0, self.size), dtype=np.float32)
         model = self._for_questions if role == "question" else self._for_passages
-        vectors_BD = model.encode(list(texts), batch_size=self._batch_size, show_progress_bar=False)
+        vectors_BD = model.encode(
+            list(texts),
+            prompt=prompt_of(model, role),
+            batch_size=self._batch_size,
+            show_progress_bar=False,
+        )
         # Lengths are taken after the conversion: in bfloat16 they would be off by up to 0.4 %.
         vectors_BD = np.asarray(vectors_BD, dtype=np.float32)
         lengths_B = np.linalg.norm(vectors_BD, axis=1, keepdims=True)

@@ -14,14 +14,15 @@ from torch import nn
 
 from rlrag.errors import ConfigError
 from rlrag.models import resolve_device
+from rlrag.retrieval.encoder import prompt_of
 from rlrag.retrieval.trainable import Embedded, Role
 
 
 class TrainableTextEncoder(nn.Module):
     """What `TextEncoder` loads, in float32 and with a gradient; implements `TrainableEncoder`.
 
-    Questions and passages share the weights, so that the role of a text is ignored. Dropout is off
-    also in training: the module never leaves evaluation mode.
+    Questions and passages share the weights; a text's role decides no more than what stands before
+    it. Dropout is off also in training: the module never leaves evaluation mode.
 
     Args:
         model_dir: Directory of the model, as `rlrag.models.resolve_model` gives it.
@@ -58,10 +59,7 @@ class TrainableTextEncoder(nn.Module):
 
     def embed(self, texts: Sequence[str], role: Role) -> Embedded:
         """Vectors of Euclidean length 1 of the texts, with gradient."""
-        name = self.model.default_prompt_name
-        features = self.model.preprocess(
-            list(texts), prompt=self.model.prompts[name] if name is not None else None
-        )
+        features = self.model.preprocess(list(texts), prompt=prompt_of(self.model, role))
         placed = {
             key: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
             for key, value in features.items()
