@@ -247,6 +247,17 @@ def test_a_hung_function_is_named_and_not_called_again(custom) -> None:
     assert "earlier call" in message(rewards([rollout("good")])[0])
 
 
+def test_a_function_that_was_slow_once_goes_on(custom) -> None:
+    rewards = model("hangs", timeout_s=0.2)
+    late = threading.Timer(0.3, custom.release.set)
+    late.start()
+    slow, after = rewards([rollout("hang"), rollout("good")])
+    late.join()
+    assert "ran past its limit of 0.2 s" in message(slow)
+    assert after.total == 1.0
+    assert rewards([rollout("good")])[0].total == 1.0
+
+
 def test_a_hung_function_does_not_keep_the_process_alive(custom, tmp_path: Path) -> None:
     script = (
         "from rlrag.config import RewardConfig\n"

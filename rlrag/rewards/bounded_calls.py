@@ -1,8 +1,9 @@
 """Calls of one custom function in, its values or why there are none out, in bounded time.
 
-A Python thread cannot be killed. A call that runs past its time therefore keeps its thread, the
-function counts as broken, and every later call fails at once instead of waiting again. All threads
-are daemons, so that a hung one does not keep the process from ending. A call that holds the
+A Python thread cannot be killed. A call that runs past its time therefore keeps its thread. The
+next call waits for it as long again: where it has ended by then it was merely slow, and its
+function goes on; otherwise the function counts as broken, and every later call fails at once. All
+threads are daemons, so that a hung one does not keep the process from ending. A call that holds the
 interpreter's lock (an endless loop inside a C extension) cannot be bounded from within the process.
 """
 
@@ -59,6 +60,7 @@ class ThreadCalls:
         self._timeout_s = timeout_s
         self._turn = threading.Lock()
         self._requests: queue.SimpleQueue[_Request | None] | None = None
+        self._late: concurrent.futures.Future[Any] | None = None
         self._is_broken = False
 
     def __call__(self, calls: Sequence[Keywords]) -> list[Any]:
@@ -66,7 +68,11 @@ class ThreadCalls:
         return [self._call(keywords) for keywords in calls]
 
     def _call(self, keywords: Keywords) -> Any:
-        with self._turn:  # held for at most the time limit
+        with self._turn:  # held for at most twice the time limit
+            if self._late is not None:
+                concurrent.futures.wait([self._late], timeout=self._timeout_s)
+                self._is_broken = not self._late.done()
+                self._late = None
             if self._is_broken:
                 return _still_running(self._timeout_s)
             if self._requests is None:
@@ -75,7 +81,7 @@ class ThreadCalls:
             self._requests.put((future, self._function, keywords))
             concurrent.futures.wait([future], timeout=self._timeout_s)
             if not future.done():
-                self._is_broken = True
+                self._late = future
                 return CallFailure(f"ran past its limit of {self._timeout_s:g} s")
         error = future.exception()
         return future.result() if error is None else CallFailure(describe_exception(error))
