@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> None:
     _check_place("--output", arguments.output)
     if arguments.json is not None:
         _check_place("--json", arguments.json)
+        if arguments.json.resolve() == arguments.output.resolve():
+            raise ConfigError(f"--output and --json both name {arguments.json}; give each a file")
     names = _names(arguments.run_dir)
     runs = [
         _read(RunDirectory(path), name) for path, name in zip(arguments.run_dir, names, strict=True)

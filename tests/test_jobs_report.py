@@ -97,6 +97,8 @@ def test_places_that_cannot_be_written_are_refused_before_anything_is_read(tmp_p
         report.main(words(nothing, output=tmp_path))
     with pytest.raises(ConfigError, match=r"--json .* does not exist"):
         report.main([*words(nothing, output=tmp_path / "r"), "--json", str(tmp_path / "x" / "y")])
+    with pytest.raises(ConfigError, match=r"--output and --json both name"):
+        report.main([*words(nothing, output=tmp_path / "r"), "--json", str(tmp_path / "r")])
 
 
 def test_questions_are_shown_where_they_are_of_the_same_evaluation(tmp_path):
