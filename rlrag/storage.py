@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -32,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlrag.errors import CheckpointError, RlragError
+from rlrag.text_files import hidden_beside
 
 MANIFEST = "manifest.json"
 _HIDDEN_NAME = re.compile(r"\.(.+)-[0-9a-f]{32}")
@@ -53,7 +53,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _settle(target)
         # Not tempfile.mkdtemp, whose directories no other user may read: bundles are served.
-        staging = _hidden(target)
+        staging = hidden_beside(target)
         staging.mkdir()
     except OSError as error:
         raise CheckpointError(_cannot_write(target, error)) from error
@@ -117,10 +117,6 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
 
-def _hidden(target: Path) -> Path:
-    return target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-
-
 def _replace(target: Path, staging: Path) -> None:
     try:
         if target.exists():
@@ -143,7 +139,7 @@ def _settle(target: Path) -> None:
 
 def _discard(target: Path, place: Path) -> None:
     """Delete a version; it loses its name first, so that nobody reads half of it."""
-    hidden = _hidden(target)
+    hidden = hidden_beside(target)
     place.rename(hidden)
     _remove(hidden)
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+
+def hidden_beside(target: Path) -> Path:
+    """A new name in the same folder, for what is not yet or no longer `target`.
+
+    What is made under it has the user's usual permissions. `tempfile` would keep other users from
+    reading what is then renamed, and caches and bundles are shared.
+    """
+    return target.with_name(f".{target.name}-{uuid.uuid4().hex}")
 
 
 @contextmanager

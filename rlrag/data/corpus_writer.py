@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +33,7 @@ from rlrag.data.corpus import (
 )
 from rlrag.errors import DataError, RlragError, SetupError
 from rlrag.records import Passage
+from rlrag.text_files import hidden_beside
 
 SCAN_ROWS = 1024
 """Records looked at together when the id table is scanned."""
@@ -64,8 +64,7 @@ def write_disk_corpus(
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        # Not tempfile.mkdtemp, whose directories no other user may read: caches are shared.
-        staging = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+        staging = hidden_beside(directory)
         staging.mkdir()
     except OSError as error:
         raise _write_error(directory, error) from error

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from rlrag.data.readers import (
 )
 from rlrag.errors import DataError, SetupError
 from rlrag.records import Passage, Question
+from rlrag.text_files import hidden_beside
 
 __all__ = ["QuestionSet", "cut_words", "load_corpus", "load_questions"]
 
@@ -141,7 +141,7 @@ def _open_cached(directory: Path, wanted: dict[str, Any]) -> DiskCorpus | None:
         reason = str(error)
     _logger.warning("making the corpus in %s again: %s", directory, reason)
     # It loses its name first, as other processes may find the same damage now.
-    doomed = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+    doomed = hidden_beside(directory)
     try:
         directory.rename(doomed)
     except FileNotFoundError:

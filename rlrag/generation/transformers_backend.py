@@ -28,7 +28,7 @@ from rlrag.generation.identity import generator_identity, pushed_identity
 from rlrag.generation.model_weights import ModelWeights
 from rlrag.generation.prompts import load_tokenizer
 from rlrag.generation.protocol import Sampling, TokenCount
-from rlrag.models import resolve_device, resolve_dtype
+from rlrag.models import keeps_states, resolve_device, resolve_dtype
 from rlrag.records import Generation, Prompt, Score
 
 if TYPE_CHECKING:
@@ -404,13 +404,12 @@ def _has_windows(config: Any, model_dir: Path) -> bool:
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=config)
-    if any(hasattr(layer, "update_conv_state") for layer in cache.layers):
+    if keeps_states(config):
         raise GenerationError(
             f"the model in {model_dir} has layers with a state in place of keys and values, which "
             "padding would enter; use generator.backend vllm, or another generator.model"
         )
-    return any(cache.is_sliding)
+    return any(DynamicCache(config=config).is_sliding)
 
 
 def _stop_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:

@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from rlrag.retrieval.manifest import cannot_write, damaged
+from rlrag.text_files import hidden_beside
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _read_progress(directory: Path, num_passages: int) -> int:
 def _write_progress(directory: Path, num_done: int) -> None:
     # Two builders, which on two nodes may have one process id, must not write the same temporary
     # file; and what a kill leaves of it must not lie in the directory, which bundles copy.
-    temporary = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+    temporary = hidden_beside(directory)
     try:
         with temporary.open("w") as stream:
             json.dump({"num_encoded": num_done}, stream)

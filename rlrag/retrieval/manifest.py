@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 from rlrag.errors import IndexMismatchError, RlragError, SetupError
 from rlrag.retrieval.encoder import EncoderIdentity
+from rlrag.text_files import hidden_beside
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -154,8 +154,7 @@ def staged_directory(target: Path, manifest: Manifest) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Not tempfile.mkdtemp, whose directories no other user may read: caches are shared.
-        staging = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+        staging = hidden_beside(target)
         staging.mkdir()
     except OSError as error:
         raise cannot_write(target, error) from error

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import uuid
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,6 +26,7 @@ from rlrag.records import Question
 from rlrag.retrieval.build import RetrieverSet
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.manifest import cannot_write, digest
+from rlrag.text_files import hidden_beside
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,7 @@ def _compute(
 
 
 def _save(path: Path, arrays: tuple[np.ndarray, ...]) -> None:
-    # Not tempfile.mkstemp, whose files no other user may read: caches are shared.
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
+    temporary = hidden_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:

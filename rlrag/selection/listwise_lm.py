@@ -28,7 +28,7 @@ from torch import nn
 
 from rlrag.adapters import add_adapter, copy_around_frozen
 from rlrag.errors import ConfigError, PromptTooLongError
-from rlrag.models import resolve_dtype
+from rlrag.models import keeps_states, resolve_dtype
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.branches import ReadPrompts, read_branches, read_prompts
 from rlrag.selection.listwise_prompt import Draft, RankingPrompt, Rankings
@@ -336,7 +336,6 @@ def _check_causal(config: Any, model_dir: Path) -> None:
     An encoder, which transformers loads too, sees what is still to be written; a layer with a state
     in place of keys and values takes in all branches.
     """
-    from transformers import DynamicCache
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -345,7 +344,7 @@ def _check_causal(config: Any, model_dir: Path) -> None:
             f"selector.kind 'listwise_lm': {model_dir} holds {config.architectures}, which is no "
             f"causal language model; {_ADVICE}"
         )
-    if any(hasattr(layer, "update_conv_state") for layer in DynamicCache(config=config).layers):
+    if keeps_states(config):
         raise ConfigError(
             f"selector.kind 'listwise_lm': {model_dir} has layers with a state in place of keys "
             "and values, which the branches of a prompt cannot share; name another selector.model"

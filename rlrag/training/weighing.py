@@ -42,26 +42,22 @@ def describe_experience(
     """
     rewards_BM = torch.from_numpy(experience.rewards_BM)
     found = dro.diagnostics(weights_BM, rewards_BM, torch.from_numpy(experience.positions_BMK))
-    totals = {
-        "ess": found.ess.sum().item(),
-        "weight_entropy": found.entropy.sum().item(),
-        "log_weight_variance": found.log_weight_variance.sum().item(),
-        "zero_signal_share": found.zero_signal.sum().item(),
-        "duplicate_share": found.duplicate_share.sum().item(),
-        "reward": rewards_BM.nansum().item(),
+    # Sums over this worker's share, and of how many values.
+    measures = {
+        "ess": (found.ess.sum().item(), len(found.ess)),
+        "weight_entropy": (found.entropy.sum().item(), len(found.entropy)),
+        "log_weight_variance": (found.log_weight_variance.sum().item(), len(found.ess)),
+        "zero_signal_share": (found.zero_signal.sum().item(), len(found.zero_signal)),
+        "duplicate_share": (found.duplicate_share.sum().item(), len(found.duplicate_share)),
+        "reward": _of_those_known(experience.rewards_BM),
     }
     # A custom reward may have other terms for other selections, and so on every worker.
-    terms = {
-        name: experience.terms_BM.get(name, np.empty(0))
-        for name in names_of_all(experience.terms_BM, workers)
-    }
-    counts = {name: float((~np.isnan(values)).sum()) for name, values in terms.items()}
-    totals |= {f"reward/{name}": float(np.nansum(values)) for name, values in terms.items()}
-    sizes = [float(len(experience.errors)), float(rewards_BM.numel())]
-    summed = workers.sum(
-        torch.tensor([*totals.values(), *counts.values(), *sizes], dtype=torch.float64)
-    ).tolist()
-    num_failed, num_samples = summed[-2:]
+    for name in names_of_all(experience.terms_BM, workers):
+        values = experience.terms_BM.get(name, np.empty(0))
+        measures[f"reward/{name}"] = _of_those_known(values)
+    sizes = (len(experience.errors), rewards_BM.numel())
+    summed = workers.sum(torch.tensor([*measures.values(), sizes], dtype=torch.float64)).tolist()
+    num_failed, num_samples = summed.pop()
     if num_failed > config.max_failed_share * num_samples:
         first = experience.errors[0] if experience.errors else "see the other workers' logs"
         raise GenerationError(
@@ -69,18 +65,16 @@ def describe_experience(
             f"more than training.max_failed_share {config.max_failed_share} allows; "
             f"the first: {first}"
         )
-    divisors = dict.fromkeys(totals, float(config.batch_size)) | {
-        "reward": num_samples - num_failed
-    }
-    found_counts = summed[len(totals) : -2]
-    divisors |= {f"reward/{name}": n for name, n in zip(counts, found_counts, strict=True)}
     metrics: dict[str, Any] = {
-        name: total / divisors[name]
-        for name, total in zip(totals, summed, strict=False)
-        if divisors[name]
+        name: total / count for name, (total, count) in zip(measures, summed, strict=True) if count
     }
     metrics["num_rollouts"] = num_samples
     metrics["num_failed"] = num_failed
     if experience.errors:
         metrics["failures"] = sorted({str(error) for error in experience.errors})
     return metrics
+
+
+def _of_those_known(values: np.ndarray) -> tuple[float, int]:
+    """The sum of the values that are not NaN, and their number."""
+    return float(np.nansum(values)), int((~np.isnan(values)).sum())
