@@ -215,7 +215,7 @@ class _Bare:
         model_dir = self._bundle.generator_dir or resolve_model(
             config.model, self._bundle.config.cache_path
         )
-        self._prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir))
+        self._prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
         self._engine = open_engine(config, model_dir, self._prompts.prefix_ids)
         # After the engine: vLLM (0.32) looks through all modules at its start, and those that BM25
         # brings do not let it.

@@ -132,7 +132,7 @@ class GeneratorPart:
                     f"the model {config.model!r} has weights {weights} here, but bundle "
                     f"{directory} was trained with {files.facts.generator_weights}; provide those"
                 )
-            prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir))
+            prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
             key = _engine_key(config, weights, prompts.prefix_ids)
             engine = self._running(key) or self._open_engine(config, model_dir, prompts.prefix_ids)
             max_len = _max_len(config, model_dir)

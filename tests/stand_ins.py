@@ -28,6 +28,11 @@ class WordPrompts:
     def encode_answer(self, answer: str) -> tuple[int, ...]:
         return tuple(answer.encode())
 
+    encode_scored = encode_answer
+
+    def encode_target(self, answer: str) -> tuple[int, ...]:
+        return self.encode_answer(f"{answer}\n")
+
 
 class ReadingGenerator:
     """Answers with the last word of the first passage that names the question's subject.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlrag.config import FewShotExample, PromptConfig
+from rlrag.config import BUILTIN_GENERATOR, FewShotExample, PromptConfig, RunConfig
 from rlrag.errors import ConfigError, ModelNotFoundError, PromptTooLongError
+from rlrag.generation.decoding import cut_at_stop
 from rlrag.generation.prompts import PromptBuilder, cut_lengths, load_tokenizer
+from rlrag.models import resolve_model
 from rlrag.records import Passage, Question
 
 EXAMPLE = FewShotExample(title="Sky", text="It is blue.", question="colour?", answer="blue")
@@ -109,6 +112,130 @@ def test_an_answer_follows_a_space_or_opens_a_turn(tokenizer):
 def test_white_space_around_an_answer_is_not_asked_of_the_model(tokenizer, style):
     builder = PromptBuilder(config(style=style), tokenizer)
     assert builder.encode_answer(" Lima\n") == builder.encode_answer("Lima")
+
+
+@pytest.fixture(scope="module")
+def joining_tokenizer():
+    """Joins punctuation to the line breaks behind it, as those of Llama 3 and Qwen do."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(
+        Regex(r" ?\w+| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), behavior="isolated"
+    )
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    raw.train_from_iterator(["Answer: U.S.\n\n[1] A: B.\n\n[2] the U.S.\n\n"] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def decoded(tokenizer, ids, stop, end_ids) -> tuple[str, int]:
+    """The answer that decoding these ids gives, and how many it takes until it stops."""
+    for length in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+        text, stopped = cut_at_stop(text, stop)
+        if stopped or ids[length - 1] in end_ids:
+            return text.strip(), length
+    raise AssertionError(f"{tokenizer.decode(ids)!r} never stops")
+
+
+ANSWERS = ("Lima", "the U.S.", "9.5 % of GDP (2020)", "São Tomé", "a (b).", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("style", "stop", "end"),
+    [
+        ("plain", ("\n",), "\n"),
+        ("plain", ("\n\n",), "\n\n"),
+        ("plain", ("Question:",), "<|end|>"),
+        ("plain", (), "<|end|>"),
+        ("chat", ("\n",), "<|im_end|>"),
+        ("chat", (), "<|im_end|>"),
+    ],
+)
+def test_decoding_a_target_stops_at_its_last_token_and_gives_the_answer(
+    tokenizer, style, stop, end
+):
+    builder = PromptBuilder(config(style=style), tokenizer, stop)
+    end_ids = tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"])
+    for answer in ANSWERS:
+        ids = builder.encode_target(f" {answer}\n")
+        shown = answer if "<|" not in answer else tokenizer.decode(builder.encode_answer(answer))
+        assert decoded(tokenizer, ids, stop, end_ids) == (shown.strip(), len(ids))
+        assert tokenizer.decode(ids).endswith(end)
+        size = len(builder.encode_answer(answer))
+        assert ids[:size] == builder.encode_answer(answer)
+
+
+def test_the_end_of_a_target_has_the_tokens_of_the_worked_examples(tokenizer, joining_tokenizer):
+    """Alone, a blank line is one token here and a full stop another; in the text they are not."""
+    full_stop = FewShotExample(title="Land", text="Big.", question="where?", answer="the U.S.")
+    for each, answer in ((tokenizer, "blue"), (joining_tokenizer, "the U.S.")):
+        shown = PromptConfig(instruction="", few_shot=(full_stop, EXAMPLE, full_stop))
+        builder = PromptBuilder(shown, each)
+        target, prefix = builder.encode_target(answer), builder.prefix_ids
+        starts = range(len(prefix) - len(target))
+        assert any(prefix[i : i + len(target)] == target for i in starts)
+        assert decoded(each, target, ("\n",), ()) == (answer, len(target))
+    assert joining_tokenizer.decode(target[-1:]) == ".\n\n"
+
+
+def test_a_turn_may_end_in_text_before_its_control_token(tokenizer, monkeypatch):
+    """Llama 2 has a space there; other templates have no control token, but a line break."""
+    spaced = CHAT_TEMPLATE.replace("{{ m.content }}<|im_end|>", "{{ m.content }} <|im_end|>")
+    monkeypatch.setattr(tokenizer, "chat_template", spaced)
+    target = PromptBuilder(config(style="chat"), tokenizer).encode_target("Lima")
+    assert tokenizer.decode(target) == "Lima <|im_end|>"
+    bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", bare)
+    chat = config(style="chat")
+    assert tokenizer.decode(PromptBuilder(chat, tokenizer).encode_target("Lima")) == "Lima\n"
+    ended = PromptBuilder(chat, tokenizer, ()).encode_target("Lima")
+    assert tokenizer.decode(ended) == "Lima\n<|end|>"
+
+
+def test_an_answer_that_nothing_ends_is_refused(tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    builder = PromptBuilder(config(), endless, stop=("Question:",))
+    with pytest.raises(ConfigError, match=r"nothing ends an answer.*Question:.*line break"):
+        builder.encode_target("Lima")
+
+
+def test_an_answer_is_scored_without_its_end_unless_asked(tokenizer):
+    usual = PromptBuilder(config(), tokenizer)
+    assert usual.encode_scored("Lima") == usual.encode_answer("Lima")
+    ended = PromptBuilder(config(score_end_of_answer=True), tokenizer)
+    assert ended.encode_scored("Lima") == usual.encode_target("Lima") != usual.encode_answer("Lima")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_the_built_in_generator_emits_the_targets_of_the_factbook(style):
+    from transformers import GenerationConfig
+
+    from rlrag.data.load import load_questions
+
+    cache = RunConfig().cache_path
+    model_dir = resolve_model(BUILTIN_GENERATOR, cache)
+    tokenizer = load_tokenizer(model_dir)
+    builder = PromptBuilder(config(style=style), tokenizer)
+    end_ids = (GenerationConfig.from_pretrained(model_dir).eos_token_id,)
+    last = "\n" if style == "plain" else "<|im_end|>"
+    for question in load_questions("factbook:test", cache).questions[::20]:
+        for answer in question.golden_answers:
+            ids = builder.encode_target(answer)
+            assert decoded(tokenizer, ids, ("\n",), end_ids) == (answer, len(ids))
+            assert tokenizer.decode(ids[-1:]) == last
 
 
 def test_without_passages_only_the_question_follows_the_examples(tokenizer):

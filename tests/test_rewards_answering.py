@@ -37,7 +37,7 @@ class CharacterPrompts:
             raise PromptTooLongError(f"question {question.id!r} is too long")
         return Prompt(tuple(map(ord, text)), text, num_passages=len(passages))
 
-    def encode_answer(self, answer: str) -> tuple[int, ...]:
+    def encode_scored(self, answer: str) -> tuple[int, ...]:
         return tuple(map(ord, answer))
 
 

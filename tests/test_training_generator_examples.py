@@ -1,4 +1,4 @@
-"""The generator trains on the first golden answer behind the prompts that were rewarded."""
+"""The generator trains on the first golden answer, to its end, behind the rewarded prompts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_each_selection_of_weight_above_zero_is_an_example_with_its_weight():
         passages = [table.passages(row)[n] for n in positions]
         text = " | ".join([*(p.contents for p in passages), f"what is value {row}?"])
         assert bytes(example.prompt_ids).decode() == text
-        assert bytes(example.answer_ids).decode() == f"answer{row}"
+        assert bytes(example.answer_ids).decode() == f"answer{row}\n"
 
 
 def test_prompts_are_those_that_the_reward_scored():
@@ -74,13 +74,13 @@ def test_prompts_are_those_that_the_reward_scored():
 def test_the_target_is_the_first_golden_answer_that_is_not_blank():
     table = renamed(make_table(6), {4: (" ", "", "second", "third"), 1: ("one", "two")})
     targets = [bytes(example.answer_ids).decode() for example in examples(table)]
-    assert targets == ["second", "second", "one", "one"]
+    assert targets == ["second\n", "second\n", "one\n", "one\n"]
 
 
 @pytest.mark.parametrize("golden", [(), ("",), (" ", "\n")])
 def test_a_question_without_a_golden_answer_gives_no_example(golden):
     found = examples(renamed(make_table(6), {4: golden}))
-    assert [bytes(example.answer_ids).decode() for example in found] == ["answer1", "answer1"]
+    assert [bytes(example.answer_ids).decode() for example in found] == ["answer1\n", "answer1\n"]
 
 
 def test_a_selection_whose_prompt_cannot_be_built_gives_no_example():

@@ -216,7 +216,7 @@ def test_the_generator_learns_beside_the_retriever(config, task, model_dir, tmp_
 def test_the_mean_likelihood_weighs_the_generators_loss_by_the_tokens_too(
     config, task, model_dir, tmp_path
 ):
-    """A chain of one step visits the same passages under both; every answer has 8 bytes."""
+    """A chain of one step visits the same passages under both; all targets have 9 tokens."""
     losses = []
     for likelihood in ("product", "mean"):
         joint = joint_config(config, model_dir, jsa={"likelihood": likelihood, "mis_steps": 1})
@@ -225,7 +225,7 @@ def test_the_mean_likelihood_weighs_the_generators_loss_by_the_tokens_too(
         record = steps_of(tmp_path / likelihood)[1]
         assert "jsa/acceptance" not in record
         losses.append(record["generator/loss"])
-    assert losses[0] == pytest.approx(8 * losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(9 * losses[1], rel=1e-4)
 
 
 class Failing(ReadingGenerator):

@@ -55,7 +55,11 @@ def prepare(config: RunConfig, folder: Path, token_budget: int) -> Prepared:
         _check_same(folder, config, plan)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        prompts = PromptBuilder(config.generator.prompt, load_tokenizer(Path(plan["generator"])))
+        prompts = PromptBuilder(
+            config.generator.prompt,
+            load_tokenizer(Path(plan["generator"])),
+            config.generator.stop,
+        )
         train = open_training_data(config, library).train
         write_json(folder / "train.json", training_records(train, prompts, plan["num_selected"]))
         write_json(folder / "dev.json", dev_records(dev))

@@ -201,6 +201,9 @@ class PromptConfig(Section):
     """Worked examples in front of the question."""
     max_prompt_tokens: int = Field(default=1024, ge=16)
     """Passages are cut, the longest first, until the prompt fits; the question never is."""
+    score_end_of_answer: bool = False
+    """Score golden answers together with what ends them: the stop string, or the end of a chat
+    turn. What a generator learns always has that end."""
 
 
 class GeneratorConfig(Section):

@@ -37,7 +37,7 @@ def open_generator(
     """
     config = resolve_config(config, launcher)
     model_dir = resolve_model(config.model, cache_dir)
-    prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir))
+    prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
     engine = partial(open_engine, config, model_dir, prompts.prefix_ids)
     if launcher == "local":
         return CachedGenerator(engine(), cache_dir), prompts

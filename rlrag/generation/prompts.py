@@ -12,6 +12,7 @@ the characters that it is made of.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # Private-use characters: no chat template and no text has them, none is trimmed as white space.
 _USER_SLOT = "\ue000user\ue000"
+_ANSWER_SLOT = "\ue000answer\ue000"
+_AFTER_EXAMPLE = "\n\n"
+"""What the plain layout has between an answer and the next example."""
 _WRONG_FIELD = (AttributeError, LookupError, TypeError, ValueError)
 """What a template raises that asks for another field, or for a part of one."""
 
@@ -50,14 +54,25 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 class PromptBuilder:
     """Builds prompts of one style for one tokenizer; keeps no state between calls."""
 
-    def __init__(self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        config: PromptConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = ("\n",),
+    ) -> None:
         """Check the templates and tokenise the shared prefix.
+
+        Args:
+            config: The layout.
+            tokenizer: The generator's.
+            stop: Strings that decoding stops at (`generator.stop`), for `encode_target`.
 
         Raises:
             ConfigError: when a template has a wrong field, or the tokenizer no chat template.
         """
         self._config = config
         self._tokenizer = tokenizer
+        self._stop = tuple(mark for mark in stop if mark)
         self._before_text, self._after_text = _split_passage_template(config.passage_template)
         _check_question_template(config.question_template)
         if config.style == "chat":
@@ -118,8 +133,55 @@ class PromptBuilder:
 
         White space at its ends is left out, as it is of what a generator answers.
         """
+        return self._encode(self._answer_text(answer))
+
+    def encode_target(self, answer: str) -> tuple[int, ...]:
+        """Token ids of `answer` and of what ends it, for a generator to learn when to stop.
+
+        They are the ids that the generator would emit: the first at which decoding stops is the
+        last one. In the plain layout that is the stop string in the blank line behind an answer,
+        tokenised together with what stands around it, or the end-of-text token where the blank line
+        holds no stop string; in a chat the control token that ends a turn, or a stop string before
+        it.
+
+        Raises:
+            ConfigError: when nothing ends an answer, or the chat template shows it more than once.
+        """
+        text, chat = self._answer_text(answer), self._config.style == "chat"
+        after, last_id = self._turn_end if chat else (_AFTER_EXAMPLE, self._tokenizer.eos_token_id)
+        ends = [
+            start + len(mark)
+            for mark in self._stop
+            if (start := (text + after).find(mark, max(0, len(text) - len(mark) + 1))) >= 0
+        ]
+        if ends:
+            # A tokenizer may join a line break to what is before or behind it.
+            behind = "" if chat else self._passage(1, "A", "A")
+            encoded = self._tokenizer(
+                text + after + behind,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_offsets_mapping=True,
+            )
+            starts = [start for start, _ in encoded["offset_mapping"]]
+            return tuple(encoded["input_ids"][: sum(start < min(ends) for start in starts)])
+        if last_id is None:
+            raise ConfigError(
+                f"nothing ends an answer: generator.stop {list(self._stop)} holds nothing that "
+                f"follows one, and the tokenizer of {self._tokenizer.name_or_path!r} has no "
+                "end-of-text token; add a line break to generator.stop"
+            )
+        return (*self._encode(text + after if chat else text), last_id)
+
+    def encode_scored(self, answer: str) -> tuple[int, ...]:
+        """What of `answer` is scored: itself, or with its end by `score_end_of_answer`."""
+        if self._config.score_end_of_answer:
+            return self.encode_target(answer)
+        return self.encode_answer(answer)
+
+    def _answer_text(self, answer: str) -> str:
         answer = answer.strip()
-        return self._encode(answer if self._config.style == "chat" else f" {answer}")
+        return answer if self._config.style == "chat" else f" {answer}"
 
     def _encode(self, text: str, *, allow_control: bool = False) -> tuple[int, ...]:
         if not text:
@@ -144,33 +206,59 @@ class PromptBuilder:
         return self._passage(1, example.title, example.text) + asked
 
     def _plain_prefix(self) -> str:
-        examples = (f"{self._example_question(e)} {e.answer}\n\n" for e in self._config.few_shot)
+        examples = (
+            f"{self._example_question(e)} {e.answer}{_AFTER_EXAMPLE}" for e in self._config.few_shot
+        )
         return self._config.instruction + "".join(examples)
 
     def _chat_frame(self) -> tuple[str, str]:
         """Text of the chat before and after the user's last message."""
+        return self._around(_USER_SLOT, "the user's message", self._messages(), prompting=True)
+
+    @cached_property
+    def _turn_end(self) -> tuple[str, int | None]:
+        """Text between an answer and the control token that ends its turn, and that token."""
+        answered = [*self._messages(), {"role": "assistant", "content": _ANSWER_SLOT}]
+        _, after = self._around(_ANSWER_SLOT, "the answer", answered, prompting=False)
+        tokenizer = self._tokenizer
+        found = [
+            (after.index(token.content), token_id)
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content in after
+        ]
+        if not found:
+            return after, tokenizer.eos_token_id
+        start, token_id = min(found)
+        return after[:start], token_id
+
+    def _messages(self) -> list[dict[str, str]]:
         messages = []
         if self._config.instruction.strip():
             messages.append({"role": "system", "content": self._config.instruction.strip()})
         for example in self._config.few_shot:
             messages.append({"role": "user", "content": self._example_question(example)})
             messages.append({"role": "assistant", "content": example.answer})
-        messages.append({"role": "user", "content": _USER_SLOT})
+        return [*messages, {"role": "user", "content": _USER_SLOT}]
+
+    def _around(
+        self, slot: str, name: str, messages: list[dict[str, str]], *, prompting: bool
+    ) -> tuple[str, str]:
+        """Text of the chat before and after the slot, which holds what `name` says."""
         try:
             # Templates of models that may think first, Qwen 3's for one, know the last; others
             # have no use for it.
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                messages, tokenize=False, add_generation_prompt=prompting, enable_thinking=False
             )
         except (ValueError, TemplateError) as error:
             raise ConfigError(
                 f"the tokenizer of {self._tokenizer.name_or_path!r} cannot write this chat "
                 f"({error}); use prompt.style plain"
             ) from error
-        parts = str(text).split(_USER_SLOT)
+        parts = str(text).split(slot)
         if len(parts) != 2:
             raise ConfigError(
-                f"the chat template of {self._tokenizer.name_or_path!r} shows the user's message "
+                f"the chat template of {self._tokenizer.name_or_path!r} shows {name} "
                 f"{len(parts) - 1} times instead of once; use prompt.style plain"
             )
         return parts[0], parts[1]

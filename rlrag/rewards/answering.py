@@ -126,7 +126,7 @@ class AnsweringReward:
             if not golden:
                 results[row] = _unscorable(rollouts[row].question)
                 continue
-            for tokens in dict.fromkeys(map(self._prompts.encode_answer, golden)):
+            for tokens in dict.fromkeys(map(self._prompts.encode_scored, golden)):
                 rows.append(row)
                 answers.append(tokens)
         if not rows:

@@ -26,9 +26,9 @@ def weighted_examples(
 ) -> list[WeightedExample]:
     """One example for each selection of weight above 0.
 
-    The target is a question's first golden answer, behind the same prompt that the selection was
-    rewarded with. A question without one gives no example, nor does a selection whose prompt cannot
-    be built: its reward failed and was counted.
+    The target is a question's first golden answer and what ends it, behind the same prompt that the
+    selection was rewarded with. A question without one gives no example, nor does a selection whose
+    prompt cannot be built: its reward failed and was counted.
     """
     examples = []
     for row, positions_MK, weights_M in zip(
@@ -39,7 +39,7 @@ def weighted_examples(
         if not answers:
             continue
         passages = candidates.passages(int(row))
-        answer_ids = prompts.encode_answer(answers[0])
+        answer_ids = prompts.encode_target(answers[0])
         for positions_K, weight in zip(positions_MK, weights_M, strict=True):
             if weight == 0:
                 continue

@@ -30,7 +30,7 @@ from rlrag.training.workers import Workers
 
 @dataclass(frozen=True, slots=True)
 class WeightedExample:
-    """A prompt with the answer to train on. `weight` multiplies its log-probability."""
+    """A prompt with the answer to train on, its end included; `weight` multiplies its log p."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -82,9 +82,9 @@ class GeneratorLearner(SavesOptimizer):
 
         Returns:
             Metrics over the whole batch, named `generator/...`. `mean_answer_logp` is the mean
-            over the sequences in nats, before the step. `grad_variance`, under LoRA, is the mean
-            squared distance of the passes' gradients, each scaled to the whole batch, from the
-            batch's gradient; 0 for a single pass.
+            over the sequences in nats, each with its end, before the step. `grad_variance`, under
+            LoRA, is the mean squared distance of the passes' gradients, each scaled to the whole
+            batch, from the batch's gradient; 0 for a single pass.
 
         Raises:
             NonFiniteLossError: when the gradient is not finite; nothing was changed.

@@ -109,7 +109,7 @@ class JSAGenerator:
     def _examples(
         self, question: Question, rows_N: np.ndarray, weights_N: np.ndarray
     ) -> list[WeightedExample]:
-        answer_ids = self._prompts.encode_answer(target_answer(question))
+        answer_ids = self._prompts.encode_target(target_answer(question))
         scale = len(answer_ids) if self._config.jsa.likelihood == "mean" else 1
         examples = []
         for n in np.flatnonzero(weights_N):
