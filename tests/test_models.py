@@ -70,7 +70,7 @@ def test_a_name_that_nothing_answers_to_is_refused_with_the_ways_out(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "model 'nobody/nothing' is not a local directory and could not be fetched" in done.stdout
-    assert "give a local path, or a built-in name: all-minilm-l6-v2, smollm2-135m" in done.stdout
+    assert "give a local path, or a built-in name: all-minilm-l6-v2, gemma-3-" in done.stdout
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from loop_runs import changed
 from tiny_models import save_tiny_encoder, save_tiny_llama
 
 from jobs.recipes import RECIPES
-from rlrag.config import BUILTIN_GENERATOR, RunConfig
+from rlrag.config import BETTER_GENERATOR, BUILTIN_GENERATOR, RunConfig
 from rlrag.errors import ConfigError
 from rlrag.training.plan import describe_plan, num_parameters
 
@@ -96,6 +96,7 @@ def test_the_steps_are_counted_where_the_questions_are(tmp_path):
         ("Qwen/Qwen2.5-0.5B", 5e8),
         ("HuggingFaceTB/SmolLM2-360M-Instruct", 3.6e8),
         (BUILTIN_GENERATOR, 1.35e8),
+        (BETTER_GENERATOR, 2.7e8),
         ("somebody/model-7b", 7e9),
     ],
 )

@@ -17,13 +17,7 @@ from pathlib import Path
 
 from jobs.doctor.checks import Answer, failed, ok
 from jobs.doctor.machine import existing
-from rlrag.config import (
-    BUILTIN_CORPUS,
-    BUILTIN_ENCODER,
-    BUILTIN_GENERATOR,
-    BUILTIN_VOCABULARY_ENCODER,
-    RunConfig,
-)
+from rlrag.config import BUILTIN_CORPUS, BUILTIN_MODELS, RunConfig
 from rlrag.errors import ModelNotFoundError, RunDirectoryError
 from rlrag.models import resolve_model
 from rlrag.sqlite_files import Journal
@@ -33,7 +27,6 @@ _NUM_FIRST = 1000
 _HUB_TIMEOUT_S = 10.0
 _LOCK_TIMEOUT_S = 10.0
 _HUB_PREFIX = "hub:"
-_BUILTIN_MODELS = (BUILTIN_GENERATOR, BUILTIN_ENCODER, BUILTIN_VOCABULARY_ENCODER)
 
 
 def check_corpus(spec: str) -> Answer:
@@ -131,8 +124,8 @@ def check_model(name: str, cache_dir: Path) -> Answer:
     Raises:
         ModelNotFoundError: when it is neither.
     """
-    if name in _BUILTIN_MODELS:
-        return ok(f"{name}: built in, from a package of the extra 'demo'")
+    if name in BUILTIN_MODELS:
+        return ok(f"{name}: built in, from a package of the extra {BUILTIN_MODELS[name]!r}")
     path = Path(name).expanduser()
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")):
@@ -159,7 +152,7 @@ def _hub_model(name: str) -> Answer:
             raise ModelNotFoundError(
                 f"model {name!r} is neither on this machine nor reachable on the hub "
                 f"({reason[:200]}); give a local path, or a built-in name: "
-                f"{', '.join(_BUILTIN_MODELS)}"
+                f"{', '.join(BUILTIN_MODELS)}"
             ) from error
         return ok(f"{name}: is fetched from the hub when the run starts")
     return ok(f"{name}: was fetched before")

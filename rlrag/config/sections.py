@@ -9,6 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 BUILTIN_GENERATOR = "smollm2-135m-instruct"
 BUILTIN_ENCODER = "all-minilm-l6-v2"
 BUILTIN_VOCABULARY_ENCODER = "splade-tiny"
+BETTER_GENERATOR = "gemma-3-270m"
+BUILTIN_MODELS = {
+    BUILTIN_GENERATOR: "demo",
+    BUILTIN_ENCODER: "demo",
+    BUILTIN_VOCABULARY_ENCODER: "demo",
+    BETTER_GENERATOR: "gemma",
+}
+"""Each built-in model, and the extra whose packages bring it."""
 BUILTIN_CORPUS = "factbook"
 
 

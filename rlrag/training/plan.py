@@ -8,12 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rlrag.config import (
-    BUILTIN_ENCODER,
-    BUILTIN_GENERATOR,
-    BUILTIN_VOCABULARY_ENCODER,
-    RunConfig,
-)
+from rlrag.config import BUILTIN_ENCODER, BUILTIN_MODELS, RunConfig
 from rlrag.errors import ConfigError
 
 GIB = 2**30
@@ -70,8 +65,7 @@ def _on_this_machine(name: str, cache_dir: Path) -> Path:
 
     from rlrag.models import resolve_model
 
-    builtin = (BUILTIN_GENERATOR, BUILTIN_ENCODER, BUILTIN_VOCABULARY_ENCODER)
-    if name in builtin or Path(name).expanduser().is_dir():
+    if name in BUILTIN_MODELS or Path(name).expanduser().is_dir():
         return resolve_model(name, cache_dir)
     try:
         return Path(snapshot_download(name, local_files_only=True))
