@@ -208,16 +208,22 @@ def endurance_config(folder: Path, num_steps: int) -> RunConfig:
 
 def train(folder: Path, config: RunConfig, every: int) -> list[Sample]:
     """Run the loop to its end, from the last checkpoint in the folder."""
+    from rlrag.training.run_directory import RunDirectory
+
+    run_dir = RunDirectory(folder / "run")
+    with run_dir.in_use(print):
+        return _train(run_dir, config, every)
+
+
+def _train(run_dir: RunDirectory, config: RunConfig, every: int) -> list[Sample]:
     from rlrag.generation.cache import CachedGenerator
     from rlrag.pipeline import TrainingData, open_reward
     from rlrag.training.dro_trainer import DROTrainer
     from rlrag.training.experience_log import ExperienceLog
     from rlrag.training.loop import TrainingLoop
     from rlrag.training.preemption import ended_between_steps
-    from rlrag.training.run_directory import RunDirectory
     from rlrag.training.workers import SingleWorker
 
-    run_dir = RunDirectory(folder / "run")
     run_dir.claim(config)
     data = TrainingData(
         made_up_table(_NUM_QUESTIONS, seed=0), made_up_table(_NUM_VALIDATION, seed=1), {}

@@ -24,6 +24,7 @@ from rlrag.config import RunConfig, describe_validation_error
 from rlrag.errors import (
     ConfigError,
     DataError,
+    InUseError,
     ModelNotFoundError,
     PreemptedError,
     RlragError,
@@ -36,7 +37,7 @@ Arguments = TypeVar("Arguments")
 _EXIT_CODES = (
     ((ConfigError, RunDirectoryError), 2),
     ((DataError,), 3),
-    ((SetupError, ModelNotFoundError), 4),
+    ((SetupError, ModelNotFoundError, InUseError), 4),
     ((PreemptedError,), 75),
 )
 _FRAME = re.compile("[│╭╮╰╯]")

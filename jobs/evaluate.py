@@ -21,6 +21,7 @@ from jobs.opened_bundle import (
     check_flags,
     is_stream,
     on_other_data,
+    only_writer,
     opened_generator,
     write_output,
 )
@@ -64,7 +65,11 @@ def main(argv: Sequence[str]) -> None:
     shown = arguments.docs_in_context
     if shown is not None and shown < 1:
         raise ConfigError(f"--docs-in-context is {shown}; give at least 1")
+    with only_writer(arguments.output):
+        _evaluate(arguments)
 
+
+def _evaluate(arguments: EvaluateArguments) -> None:
     from rlrag.bundle import load_bundle
     from rlrag.evaluation.question_records import QuestionRecorder, questions_path
     from rlrag.evaluation.systems import evaluate

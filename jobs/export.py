@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.command_line import parse, run_program
+from jobs.opened_bundle import only_writer
 from jobs.single_run import best_step, bundle_checkpoint, data_of_log
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError
@@ -69,10 +70,11 @@ def main(argv: Sequence[str]) -> None:
         )
     config = RunConfig.from_json(run_dir.config.read_text(), str(run_dir.config))
     _check_adapter(config, arguments)
-    if config.trains_in_turns:
-        _export_rounds(config, run_dir, arguments)
-    else:
-        _export_checkpoint(config, run_dir, step, arguments)
+    with only_writer(arguments.output):
+        if config.trains_in_turns:
+            _export_rounds(config, run_dir, arguments)
+        else:
+            _export_checkpoint(config, run_dir, step, arguments)
     print(f"written to {arguments.output}")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.command_line import parse, run_program
-from jobs.opened_bundle import write_output
+from jobs.opened_bundle import only_writer, write_output
 from rlrag.errors import ConfigError
 from rlrag.evaluation.question_records import EvaluatedQuestions, questions_path, read_questions
 
@@ -74,7 +74,15 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse(JudgeArguments, None, argv, "python -m jobs.judge")
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit is {arguments.limit}; give at least 1")
+    path = _questions(arguments.evaluation)
+    output = arguments.output or path.with_name("judge.json")
+    if not output.parent.is_dir() or output.is_dir():
+        raise ConfigError(f"--output {output}: give the name of a file in a directory that exists")
+    with only_writer(output):
+        _judge(arguments, path, output)
 
+
+def _judge(arguments: JudgeArguments, path: Path, output: Path) -> None:
     from rlrag.evaluation.judge_table import (
         JudgeTable,
         answered_by_all,
@@ -101,10 +109,6 @@ def main(argv: Sequence[str]) -> None:
         arguments.max_failed_share,
     )
     settings.check()
-    path = _questions(arguments.evaluation)
-    output = arguments.output or path.with_name("judge.json")
-    if not output.parent.is_dir() or output.is_dir():
-        raise ConfigError(f"--output {output}: give the name of a file in a directory that exists")
     found = read_questions(path)
     systems = _systems(arguments.systems, found)
     labels = {} if arguments.human is None else read_labels(arguments.human, found)

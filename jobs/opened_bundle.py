@@ -6,16 +6,18 @@ and, where results are written, the end of `jobs.train`.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.cluster import cluster
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError, ConfigError
+from rlrag.errors import CheckpointError, ConfigError, InUseError
+from rlrag.path_lock import held
 from rlrag.text_files import write_whole
 
 if TYPE_CHECKING:  # they bring torch, which flags are checked without
@@ -78,6 +80,36 @@ def check_flags(limit: int | None, output: Path) -> None:
         raise ConfigError(f"--output {output} is a directory; give the name of a file in it")
 
 
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Keep other programs from writing the same output, a file or a directory, during the block.
+
+    A pipe or a device is left to whoever reads it.
+
+    Raises:
+        InUseError: when another process is about to write it.
+        CheckpointError: when nothing can be written beside it.
+    """
+    if is_stream(output):
+        yield
+        return
+    lock = output.with_name(f".{output.name}.in-use")
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(lock, str(output), say))
+        except InUseError:
+            raise
+        except OSError as error:
+            raise _unwritable(output, error) from error
+        yield
+
+
+def say(text: str) -> None:
+    """One line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def on_other_data(
     config: RunConfig, corpus: str | None, questions: str | None, limit: int | None
 ) -> RunConfig:
@@ -97,7 +129,7 @@ def on_other_data(
 
 def is_stream(path: Path) -> bool:
     """Whether a path is a pipe or a device: written to as it is, with no place for files beside."""
-    return path.exists() and not path.is_file()
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write_output(path: Path, text: str) -> None:
@@ -112,7 +144,11 @@ def write_output(path: Path, text: str) -> None:
         else:
             write_whole(path, text)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; free space or make the place "
-            "writable, then run the same command again"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror or error}; free space or make the place writable, "
+        "then run the same command again"
+    )

@@ -27,6 +27,7 @@ from jobs.opened_bundle import (
     OpenedGenerator,
     check_flags,
     on_other_data,
+    only_writer,
     opened_generator,
     write_output,
 )
@@ -92,7 +93,11 @@ def main(argv: Sequence[str]) -> None:
     """Load, ask, measure, show, write."""
     arguments = parse(ProbeArguments, None, argv, "python -m jobs.probe")
     check_flags(arguments.limit, arguments.output)
+    with only_writer(arguments.output):
+        _probe(arguments)
 
+
+def _probe(arguments: ProbeArguments) -> None:
     from rlrag.bundle import load_bundle
     from rlrag.evaluation.probe import MEASURES, ProbeSettings
     from rlrag.evaluation.probe_table import ProbeTable, render

@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.single_run import evaluate_bundle, run_once, say
+from jobs.opened_bundle import say
+from jobs.single_run import evaluate_bundle, run_once
 from rlrag.config import RunConfig
 from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.training.run_directory import RunDirectory

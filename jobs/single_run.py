@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from jobs.opened_bundle import write_output
+from jobs.opened_bundle import say, write_output
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
 from rlrag.generation.build import measure_speed, open_generator, resolve_config
@@ -345,8 +344,3 @@ def _golden_system(config: RunConfig) -> str | None:
         # Other untrained selectors keep the retriever's order.
         return None if config.selector.kind == "listwise_lm" else "tuned_retriever"
     return "trained"
-
-
-def say(text: str) -> None:
-    """One line of progress on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -22,9 +22,10 @@ from pydantic import ValidationError
 
 from jobs.cluster import cluster
 from jobs.command_line import parse, pick_recipe, run_program
+from jobs.opened_bundle import say
 from jobs.recipes import RECIPES
 from jobs.rounds import run_rounds
-from jobs.single_run import run_once, say
+from jobs.single_run import run_once
 from rlrag.config import RunConfig, describe_validation_error
 from rlrag.data.feedback import count_selections
 from rlrag.errors import ConfigError, RlragError
@@ -61,13 +62,14 @@ def main(argv: Sequence[str]) -> None:
         return
     check_log(config, run_dir)
     run_dir.check(config)
-    try:
-        with ended_by_sigterm() as listen_again:
-            run_dir.claim(config)
-            _train(config, run_dir, listen_again)
-    except RlragError:
-        run_dir.release()
-        raise
+    with run_dir.in_use(say):
+        try:
+            with ended_by_sigterm() as listen_again:
+                run_dir.claim(config)
+                _train(config, run_dir, listen_again)
+        except RlragError:
+            run_dir.release()
+            raise
 
 
 def _train(config: RunConfig, run_dir: RunDirectory, when_connected: Callable[[], None]) -> None:

@@ -62,6 +62,10 @@ class RunDirectoryError(RlragError, FileExistsError):
     """A run directory already belongs to another configuration."""
 
 
+class InUseError(RlragError, BlockingIOError):
+    """Another process writes to the same place."""
+
+
 class SetupError(RlragError, EnvironmentError):
     """Something the machine must provide is missing: a compiler, a package, disk space."""
 

@@ -10,7 +10,7 @@ Beside a directory `NAME` a writer makes hidden ones:
 
 A writer renames NAME to `.NAME.replaced`, the new version to NAME, and deletes the old one. A kill
 between the first two leaves the old version alone: readers find it (`find_whole`) and the next
-writer puts it back. A directory has one writer at a time.
+writer puts it back. A directory has one writer at a time, which `rlrag.path_lock` sees to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from rlrag.errors import CheckpointError, RlragError
 from rlrag.text_files import hidden_beside
 
 MANIFEST = "manifest.json"
-_HIDDEN_NAME = re.compile(r"\.(.+)-[0-9a-f]{32}")
 _ASIDE_NAME = re.compile(r"\.(.+)\.replaced")
 
 
@@ -97,20 +96,6 @@ def delete(target: Path) -> None:
     for place in (_aside(target), target):
         if place.exists():
             _discard(target, place)
-
-
-def delete_rubbish(directory: Path, names: re.Pattern[str]) -> None:
-    """Delete what killed writers left half-built or half-deleted of the names that match whole.
-
-    Only for the one who alone writes those names: the staging directory of a writer at work looks
-    the same. The old version of an unfinished replacement is no rubbish and stays.
-    """
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        rubbish = _HIDDEN_NAME.fullmatch(path.name)
-        if rubbish and names.fullmatch(rubbish[1]):
-            _remove(path)
 
 
 def _aside(target: Path) -> Path:

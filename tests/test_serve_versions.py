@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from stand_ins import fill_disk
 
 from rlrag.errors import CheckpointError, RequestError
 from serve.records import Routing
@@ -196,17 +197,17 @@ def test_a_damaged_state_file_is_refused(tmp_path, clock, text):
         VersionRegistry("a", "/bundles/a", path, clock)
 
 
-def test_a_change_that_cannot_be_kept_is_not_made(registry, tmp_path, clock):
+def test_a_change_that_cannot_be_kept_is_not_made(registry, tmp_path, clock, monkeypatch):
     registry.propose("b", "/bundles/b")
     kept = registry.assign("b", "shadow", 0.0)
-    (tmp_path / ".serving.json.new").mkdir()
-    message = r"serving\.json cannot be written \(Is a directory\).*another state_dir"
-    with pytest.raises(CheckpointError, match=message):
-        registry.drop("shadow")
+    message = r"serving\.json cannot be written \(No space left.*\).*another state_dir"
+    with monkeypatch.context() as full:
+        fill_disk(full, tmp_path / "serving.json")
+        with pytest.raises(CheckpointError, match=message):
+            registry.drop("shadow")
     assert registry.routing == kept
     again = VersionRegistry("a", "/bundles/a", tmp_path / "serving.json", clock)
     assert again.routing == kept
-    (tmp_path / ".serving.json.new").rmdir()
     assert registry.drop("shadow").shadow is None
 
 

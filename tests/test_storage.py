@@ -16,13 +16,13 @@ from rlrag.storage import (
     check_whole,
     contiguous,
     delete,
-    delete_rubbish,
     find_whole,
     load_weights,
     names_in,
     save_weights,
     whole_directory,
 )
+from rlrag.text_files import delete_rubbish
 
 
 def write(target: Path, text: str = "first") -> Path:

@@ -33,3 +33,13 @@ def test_what_fails_leaves_the_old_text_and_nothing_else(tmp_path, monkeypatch):
         write_whole(place, "new")
     assert place.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_of_two_who_write_at_once_each_writes_a_whole_file(tmp_path):
+    place = tmp_path / "file.json"
+    with whole_file(place) as slow:
+        slow.write("slow" * 10_000)
+        write_whole(place, "quick")
+        assert place.read_text() == "quick"
+    assert place.read_text() == "slow" * 10_000
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlrag.config import DROConfig, RunConfig
-from rlrag.errors import ConfigError, RunDirectoryError
+from rlrag.errors import ConfigError, InUseError, RunDirectoryError
+from rlrag.text_files import hidden_beside
 from rlrag.training.run_directory import RunDirectory
 
 CONFIG = RunConfig(recipe="small")
@@ -119,6 +120,48 @@ def test_a_run_that_failed_before_its_first_record_gives_the_directory_back(tmp_
         run_dir.claim(CONFIG)
 
 
+def test_a_process_that_fails_leaves_what_another_one_made(tmp_path):
+    first = claimed(tmp_path / "run")
+    first.feedback.write_text("log")
+    second = claimed(tmp_path / "run")
+    second.release()
+    assert first.config.is_file()
+    assert first.feedback.is_file()
+    first.release()
+    assert not first.config.exists()
+
+
+def test_a_directory_in_use_is_refused_and_left_as_it_is(tmp_path):
+    run_dir = RunDirectory(tmp_path / "run")
+    said: list[str] = []
+    with run_dir.in_use(said.append):
+        RunDirectory(tmp_path / "run").check(CONFIG)  # nobody has claimed it yet
+        with (
+            pytest.raises(InUseError, match=rf"{run_dir.path} is in use by process "),
+            RunDirectory(tmp_path / "run").in_use(said.append),
+        ):
+            raise AssertionError
+        run_dir.claim(CONFIG)
+    assert sorted(path.name for path in run_dir.path.iterdir()) == ["config.json", "logs"]
+    assert said == []
+
+
+def test_whoever_takes_the_directory_clears_what_killed_writers_left(tmp_path):
+    run_dir = claimed(tmp_path / "run")
+    run_dir.experience.mkdir()
+    for place in (run_dir.metrics, run_dir.config, run_dir.experience / "worker-0.jsonl"):
+        hidden_beside(place).write_text("half of")
+    with run_dir.in_use(print):
+        assert not list(run_dir.path.rglob(".*"))
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    place = RunDirectory(tmp_path / "file" / "run")
+    with pytest.raises(RunDirectoryError, match=r"cannot write to .*file/run"), place.in_use(print):
+        raise AssertionError
+
+
 def test_records_are_read_back_in_order(tmp_path):
     run_dir = claimed(tmp_path)
     assert run_dir.read_metrics() == []
@@ -157,6 +200,7 @@ import resource, sys
 from pathlib import Path
 from rlrag.config import RunConfig
 from rlrag.errors import RlragError
+from rlrag.text_files import hidden_beside
 from rlrag.training.run_directory import RunDirectory
 
 run_dir = RunDirectory(Path(sys.argv[1]))

@@ -27,12 +27,12 @@ from rlrag.storage import (
     check_whole,
     contiguous,
     delete,
-    delete_rubbish,
     find_whole,
     load_tensors,
     names_in,
     whole_directory,
 )
+from rlrag.text_files import delete_rubbish
 
 _NAME = re.compile(r"step-(\d{6,})")
 

@@ -14,19 +14,24 @@ DIR/evaluation.questions.jsonl   its questions, with what every system picked an
 DIR/logs/             what was said, as lines of JSON, and TensorBoard's files
 DIR/profile/          where they are asked for, traces of chosen steps
 DIR/may-run           there while steps run; they end when it is emptied
+DIR/in-use            there while a process works in the directory, and names it
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError, DataError, RunDirectoryError
+from rlrag.errors import CheckpointError, DataError, InUseError, RunDirectoryError
 from rlrag.evaluation.question_records import questions_path
-from rlrag.text_files import write_whole
+from rlrag.path_lock import held
+from rlrag.text_files import delete_rubbish, write_whole
 
 _PLACEMENT = frozenset(
     {
@@ -59,6 +64,8 @@ class RunDirectory:
         self.questions = questions_path(self.evaluation)
         self.logs = self.path / "logs"
         self._may_run = self.path / "may-run"
+        self._lock = self.path / "in-use"
+        self._made: list[Path] = []
 
     def check(self, config: RunConfig) -> None:
         """Check that a run of this configuration may use the directory; nothing is written.
@@ -72,7 +79,8 @@ class RunDirectory:
         if self.config.is_file():
             kept = RunConfig.from_json(self.config.read_text(), str(self.config))
             check_same_run(kept, config, str(self.path), "--run-dir")
-        elif self.path.exists() and not set(self.path.iterdir()) <= {
+        elif self.path.exists() and not set(self._visible()) <= {
+            self._lock,
             self.logs,
             self.pools,  # these say themselves what they were made from
             self.rounds,
@@ -82,6 +90,34 @@ class RunDirectory:
                 "--run-dir"
             )
 
+    def _visible(self) -> list[Path]:
+        return [path for path in self.path.iterdir() if not path.name.startswith(".")]
+
+    @contextmanager
+    def in_use(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Keep other processes out of the directory during the block.
+
+        The process that launches a run does this; its workers write on its behalf.
+
+        Args:
+            say: Tells people from whom the directory was taken over.
+
+        Raises:
+            InUseError: when another process works there.
+            RunDirectoryError: when the directory cannot be written.
+        """
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(self._lock, str(self.path), say))
+                for directory in (self.path, self.experience):
+                    delete_rubbish(directory, re.compile(r".*\.jsonl?"))
+            except InUseError:
+                raise
+            except OSError as error:
+                raise self._unwritable(error) from error
+            yield
+
     def claim(self, config: RunConfig) -> None:
         """Create the directory, or check that it belongs to this configuration.
 
@@ -89,22 +125,27 @@ class RunDirectory:
             RunDirectoryError: as `check`, or when the directory cannot be written.
         """
         self.check(config)
+        self._made += [p for p in (self.config, self.feedback) if not p.exists()]
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             write_whole(self.config, config.to_json())
         except OSError as error:
-            raise RunDirectoryError(
-                f"cannot write to {self.path}: {error.strerror or error}; choose another --run-dir"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"cannot write to {self.path}: {error.strerror or error}; choose another --run-dir"
+        )
 
     def release(self) -> None:
         """Give up the claim of a run that failed before its first record.
 
-        The directory then takes a corrected configuration; a run that has records keeps its own.
+        What this process made is deleted, so that the directory takes a corrected configuration. A
+        run that has records keeps its own.
         """
         if not self.metrics.exists():
-            self.feedback.unlink(missing_ok=True)
-            self.config.unlink(missing_ok=True)
+            for path in self._made:
+                path.unlink(missing_ok=True)
 
     def allow_to_run(self) -> None:
         """Begin without the wish to end; what an earlier process was asked is over.
