@@ -12,17 +12,15 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny_llama
 
-from jobs import evaluate, export, judge, probe, report, train
+from jobs import evaluate, export, report, train
 from jobs.command_line import exit_code, parse, pick_recipe, run_program
 from jobs.doctor.program import main as program_of_doctor
-from jobs.opened_bundle import only_writer
 from jobs.recipes import RECIPES
 from rlrag import errors
 from rlrag.config import RunConfig, TrainingConfig
 from rlrag.errors import (
     ConfigError,
     DataError,
-    InUseError,
     ModelNotFoundError,
     PreemptedError,
     RlragError,
@@ -173,35 +171,6 @@ def test_a_run_directory_of_another_configuration_is_refused(files):
     assert RunConfig.from_json(files.run_dir.config.read_text()) == RunConfig()
 
 
-def test_a_run_directory_in_use_is_refused_and_its_run_kept(files):
-    """Also where the other process has not recorded a step yet."""
-    with files.run_dir.in_use(print):
-        with pytest.raises(InUseError, match=rf"{files.run_dir.path} is in use by process \d+ on"):
-            train.main(["quickstart", *files.flags])
-        assert not files.run_dir.config.exists()
-        claimed = RunConfig(recipe="quickstart")
-        files.run_dir.claim(claimed)
-        with pytest.raises(RunDirectoryError):
-            train.main(["quickstart", *files.flags])
-        assert files.run_dir.config.read_text() == claimed.to_json()
-
-
-@pytest.mark.parametrize("job", [evaluate, probe, judge, export])
-def test_an_output_that_another_program_is_about_to_write_is_refused(job, tmp_path):
-    output = tmp_path / "output"
-    (tmp_path / "evaluation.questions.jsonl").write_text("")
-    RunDirectory(tmp_path / "run").claim(RunConfig())
-    flags = {
-        evaluate: ["--bundle", "b", "--corpus", "c", "--questions", "q"],
-        probe: ["--bundle", "b"],
-        judge: ["--evaluation", str(tmp_path / "evaluation.json"), "--url", "u", "--model", "m"],
-        export: ["--run-dir", str(tmp_path / "run")],
-    }
-    with only_writer(output), pytest.raises(InUseError, match=f"{output} is in use by process"):
-        job.main([*flags[job], "--output", str(output)])
-    assert not list(tmp_path.glob(".*"))
-
-
 def test_without_the_data_folder_the_message_says_what_to_set(files, monkeypatch):
     monkeypatch.delenv("RLRAG_DATA_DIR", raising=False)
     kept = {"--run-dir", "--cache-dir", "--generator.model", "--training.launcher"}
@@ -349,7 +318,7 @@ CODES = {
     DataError: 3,
     errors.SetupError: 4,
     ModelNotFoundError: 4,
-    InUseError: 4,
+    errors.InUseError: 4,
     PreemptedError: 75,
 }
 
