@@ -5,6 +5,8 @@ catch either. No class has an `__init__` of its own: an exception with one messa
 a Ray actor boundary unchanged.
 """
 
+from typing import Self
+
 
 class RlragError(Exception):
     """Root of all errors of this package; its message says what is wrong and what to do."""
@@ -71,7 +73,26 @@ class SetupError(RlragError, EnvironmentError):
 
 
 class RequestError(RlragError, ValueError):
-    """A request to a served pipeline cannot be answered as it was asked."""
+    """A request to a served pipeline cannot be answered as it was asked.
+
+    Attributes:
+        field: The field that the message begins with, where one field is wrong.
+    """
+
+    field: str | None = None
+
+    @classmethod
+    def about(cls, field: str, what: str) -> Self:
+        """An error whose message is `FIELD WHAT`.
+
+        Example:
+            >>> error = RequestError.about("num_candidates", "is 0; give 1 or more")
+            >>> str(error), error.field
+            ('num_candidates is 0; give 1 or more', 'num_candidates')
+        """
+        error = cls(f"{field} {what}")
+        error.field = field
+        return error
 
 
 class OverloadedError(RlragError, RuntimeError):

@@ -7,17 +7,18 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from rlrag.errors import OverloadedError
+from rlrag.errors import OverloadedError, RequestError
 from rlrag.records import Passage
 from serve.answering import Answered
 from serve.json_routes import JsonRoute, event_stream, refusals
 from serve.problems import problem_of
-from serve.questions import Ask, check_bounds, decoding_of, holds_words
+from serve.questions import Ask, check_length, check_numbers, decoding_of, holds_words
 from serve.replies import (
     Answer,
     AnswerOrProblem,
     Answers,
     Candidates,
+    QueryProblem,
     ScoredDocument,
     SearchDocument,
     SearchResults,
@@ -42,6 +43,8 @@ from serve.service import Service, check_number, filters_of, note_outcome, work_
 from serve.stages import Chosen
 from serve.traffic import RequestRecord, record_of
 
+_MAX_FOUND = 65_536
+"""Passages of one response, some tens of megabytes."""
 _REFUSALS = refusals(400, 401, 415, 422, 503, 504)
 _EVENTS = (
     'event: passages\ndata: {"request_id": "9f1c", "bundle_version": "3fa9", "passages": []}\n\n'
@@ -120,28 +123,44 @@ def search_routes(service: Service) -> APIRouter:
     async def search(request: Request, body: SearchRequest) -> Response:
         """Find passages for several queries, in Search-R1's format.
 
-        A query without a letter or digit finds nothing; so a policy in training that writes one
-        loses no other query of its batch.
+        A query that is too long finds nothing, and `problems` says so; one without a letter or
+        digit finds nothing either. So a policy in training that writes one loses no other query of
+        its batch.
         """
         check_number("queries", len(body.queries), limits.max_queries)
         record = record_of(request.scope)
+        record.field_names = {"num_candidates": "topk"}
         version = service.answering.version_for(record.request_id, None)
         deadline = service.answering.deadline_of(None)
+        # Also where there are no queries, or such as nothing is looked up for.
+        check_numbers(Ask("", deadline, num_candidates=body.topk), limits)
         asks = [
             Ask(query, deadline, num_candidates=body.topk or None, assigned=version)
             for query in body.queries
         ]
-        # Also where there are no queries, or such as nothing is looked up for.
-        for ask in (*asks, Ask("", deadline, num_candidates=body.topk)):
-            check_bounds(ask, limits)
+        problems: list[QueryProblem] = []
+        num_found = 0
 
         async def work(
             number: int, ask: Ask, patient: bool
         ) -> list[ScoredDocument] | list[SearchDocument]:
+            nonlocal num_found
             if not holds_words(ask.question):
+                return list[SearchDocument]()
+            try:
+                check_length(ask.question, limits)
+            except RequestError as error:
+                problems.append(QueryProblem(query=number, detail=str(error)))
                 return list[SearchDocument]()
             found = await service.answering.retrieve(ask, f"{record.request_id}.{number}", patient)
             passages, scores = found.retrieved.passages, found.retrieved.scores_NC[:, 0]
+            num_found += len(passages)
+            if num_found > _MAX_FOUND:
+                raise RequestError.about(
+                    "queries",
+                    f"find more than {_MAX_FOUND:,} passages together; send fewer, or a smaller "
+                    "topk",
+                )
             if not body.return_scores:
                 return [_document(passage) for passage in passages]
             return [
@@ -152,7 +171,8 @@ def search_routes(service: Service) -> APIRouter:
         async with service.answering.holding(version):
             result = await work_on_all(asks, work)
         record.version = version
-        return json_response(SearchResults(result=result))
+        problems.sort(key=lambda problem: problem.query)
+        return json_response(SearchResults(result=result, problems=problems or None))
 
     return router
 

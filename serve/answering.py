@@ -128,8 +128,8 @@ class Answering:
         if wanted is None:
             return routing.version_of(request_id)
         if wanted not in routing.versions:
-            raise RequestError(
-                f"version {wanted!r} is not in use; /v1/versions lists those that are"
+            raise RequestError.about(
+                "version", f"{wanted!r} is not in use; /v1/versions lists those that are"
             )
         return wanted
 

@@ -32,7 +32,7 @@ from serve.records import Pipeline, VersionDesk
 from serve.service import Service
 from serve.settings import ServeSettings
 from serve.status_routes import add_page, health_routes, status_routes
-from serve.traffic import Traffic, record_of, route_path
+from serve.traffic import Traffic, record_of
 
 _RECENT_REQUESTS = 200
 _DESCRIPTION = """\
@@ -40,7 +40,8 @@ Answers questions from a corpus: passages are retrieved, a trained selector pick
 order, and a generator answers from these.
 
 Every response bears `X-Request-Id`: that of the request if it is one of at most 64 letters, digits,
-`.`, `_` and `-`, else a new one. Errors are problem documents (RFC 9457). Where the service asks
+`.`, `_` and `-`, else a new one. Errors are problem documents (RFC 9457), with an `error` object as
+OpenAI's clients read it. Where the service asks
 for keys, send one as `Authorization: Bearer KEY` or as `X-API-Key: KEY`; `/healthz`, `/readyz`,
 `/metrics`, this document and the page are open, and `/admin` takes keys of its own.
 """
@@ -108,7 +109,8 @@ def create_api(
             CORSMiddleware,
             allow_origins=access.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
+            # Clients send headers of their own, such as `X-Stainless-*`; the origin is what counts.
+            allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     return app
@@ -128,7 +130,8 @@ def _service(
 
 def _answer_errors(app: FastAPI, retry_after_s: int) -> None:
     async def answer(request: Request, error: Exception) -> Response:
-        problem = problem_of(error, record_of(request.scope).request_id, route_path(request.scope))
+        record = record_of(request.scope)
+        problem = problem_of(error, record.request_id, record.field_names)
         headers = error.headers if isinstance(error, HTTPException) else None
         return problem_response(problem, retry_after_s, headers)
 

@@ -40,6 +40,8 @@ _ID_HEADER = "x-request-id"
 class Recording:
     """Gives each request an id and a record; the id stands in the response's `X-Request-Id`.
 
+    `HEAD` is answered as `GET` is, without the body.
+
     Args:
         app: The next layer.
         traffic: Logs and keeps the records.
@@ -63,6 +65,9 @@ class Recording:
         given = Headers(scope=scope).get(_ID_HEADER)
         record = RequestRecord(choose_request_id(given), scope["method"])
         scope[RECORD_KEY] = record
+        head_alone = scope["method"] == "HEAD"
+        if head_alone:
+            scope["method"] = "GET"
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -70,12 +75,14 @@ class Recording:
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
                 headers[_ID_HEADER] = record.request_id
                 headers["x-content-type-options"] = "nosniff"
+            elif head_alone:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:  # noqa: BLE001 - the last layer: nothing may reach the server
-            problem = problem_of(error, record.request_id, route_path(scope))
+            problem = problem_of(error, record.request_id, record.field_names)
             if not record.status:
                 response = problem_response(problem, self._retry_after_s)
                 await response(scope, receive, send_with_id)
@@ -248,7 +255,7 @@ async def _watch(
 async def _refuse(
     refusal: HTTPException, retry_after_s: int, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    problem = problem_of(refusal, record_of(scope).request_id, route_path(scope))
+    problem = problem_of(refusal, record_of(scope).request_id)
     await problem_response(problem, retry_after_s)(scope, receive, send)
 
 

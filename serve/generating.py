@@ -242,12 +242,13 @@ def decoded_so(sampling: Sampling, decoding: Decoding, room: int) -> Sampling:
         temperature=sampling.temperature if heat is None else heat,
     )
     if not 1 <= wanted.max_new_tokens <= room:
-        raise RequestError(
-            f"max_new_tokens is {wanted.max_new_tokens}; after this question's prompt the model "
-            f"can write from 1 to {room} tokens"
+        raise RequestError.about(
+            "max_new_tokens",
+            f"is {wanted.max_new_tokens}; after this question's prompt the model can write from 1 "
+            f"to {room} tokens",
         )
     if not (math.isfinite(wanted.temperature) and wanted.temperature >= 0):
-        raise RequestError(f"temperature is {wanted.temperature}; give 0 (greedy) or more")
+        raise RequestError.about("temperature", f"is {wanted.temperature}; give 0 (greedy) or more")
     if wanted.temperature == 0:
         return replace(wanted, seed=0)
     return replace(wanted, seed=decoding.seed or wanted.seed)

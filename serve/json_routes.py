@@ -70,12 +70,7 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def event_stream(description: str, example: str) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of a route that may answer with server-sent events."""
-    item = {
-        "type": "object",
-        "required": ["data"],
-        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
-    }
-    content = {"text/event-stream": {"itemSchema": item, "example": example}}
+    content = {"text/event-stream": {"schema": {"type": "string"}, "example": example}}
     return {200: {"description": description, "content": content}}
 
 
@@ -108,7 +103,6 @@ def _write_bounds(schemas: dict[str, Any], limits: LimitSettings) -> None:
                 field["items"]["maxLength"] = limits.max_question_chars
             elif name == "queries":
                 field["maxItems"] = limits.max_queries
-                field["items"]["maxLength"] = limits.max_question_chars
             elif name in ("num_selected", "num_candidates", "topk"):
                 _number(field)["maximum"] = limits.max_candidates
             elif name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):

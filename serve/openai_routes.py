@@ -6,8 +6,9 @@ ends the answer.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -21,12 +22,13 @@ from serve.openai_schemas import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
+    ChatMessage,
     ChatRequest,
     Model,
     ModelList,
     Usage,
 )
-from serve.problems import UnknownNameError, problem_of
+from serve.problems import UnknownNameError, UnsupportedParameterError, problem_of
 from serve.questions import Ask, decoding_of
 from serve.responses import EventStream, event, json_response, picked_passages
 from serve.service import Service, filters_of, note_outcome
@@ -37,21 +39,7 @@ _REFUSALS = refusals(400, 401, 404, 415, 422, 503, 504)
 _STREAM = event_stream(
     "The answer, or with `stream` its chunks as server-sent events.", "data: [DONE]\n\n"
 )
-
-# For each parameter that the service cannot follow, the values that ask for nothing.
-_HARMLESS: dict[str, Callable[[Any], bool]] = {
-    "n": lambda n: n in (None, 1),
-    "tools": lambda tools: not tools,
-    "functions": lambda functions: not functions,
-    "stop": lambda stop: not stop,
-    "logprobs": lambda logprobs: not logprobs,
-    "top_logprobs": lambda number: not number,
-    "logit_bias": lambda bias: not bias,
-    "presence_penalty": lambda penalty: not penalty,
-    "frequency_penalty": lambda penalty: not penalty,
-    "response_format": lambda form: not form or form == {"type": "text"},
-    "modalities": lambda kinds: not kinds or kinds == ["text"],
-}
+_MAX_SHOWN = 100
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -62,10 +50,10 @@ def openai_routes(service: Service) -> APIRouter:
         "/v1/chat/completions", response_model=ChatCompletion, responses=_REFUSALS | _STREAM
     )
     async def complete(request: Request, body: ChatRequest) -> Response:
-        """Answer the last user message of a chat; earlier messages are not read."""
+        """Answer the question that a chat holds."""
         record = record_of(request.scope)
         _check_parameters(body)
-        ask = _ask(service, body)
+        ask = _ask(service, body, record)
         service.traffic.note_question(record, ask.question)
         if body.stream:
             steps = service.answering.stream(ask, record.request_id)
@@ -96,7 +84,9 @@ def _names(service: Service) -> list[str]:
 def _known(service: Service, name: str) -> str:
     names = _names(service)
     if name not in names:
-        raise UnknownNameError(f"there is no model {name!r}; the models are {', '.join(names)}")
+        raise UnknownNameError.about(
+            "model", f"{name[:_MAX_SHOWN]!r} is unknown; the models are {', '.join(names)}"
+        )
     return name
 
 
@@ -105,45 +95,64 @@ def _model(name: str) -> Model:
 
 
 def _check_parameters(body: ChatRequest) -> None:
-    harmful = [name for name, harmless in _HARMLESS.items() if not harmless(getattr(body, name))]
-    if body.temperature and body.top_p not in (None, 1):
-        harmful.append("top_p")
-    if harmful:
-        raise RequestError(
-            f"the service cannot follow {', '.join(harmful)} as given; leave them out"
+    for name, value in body.unfollowed().items():
+        raise UnsupportedParameterError.about(
+            name[:_MAX_SHOWN],
+            f"is {json.dumps(value)[:_MAX_SHOWN]}, which the service does not follow; leave it out",
         )
 
 
-def _ask(service: Service, body: ChatRequest) -> Ask:
+def _ask(service: Service, body: ChatRequest, record: RequestRecord) -> Ask:
     name = _known(service, body.model)
-    longest = body.max_completion_tokens or body.max_tokens
+    record.field_names = {
+        "question": "messages",
+        "version": "model",
+        "max_new_tokens": "max_completion_tokens" if body.max_completion_tokens else "max_tokens",
+    }
     seed = None if body.seed is None else body.seed % 2**63
     return Ask(
-        _question(body),
+        _question(body.messages),
         service.answering.deadline_of(None),
         body.num_selected,
         body.num_candidates,
         filters_of(body.filters),
-        decoding_of(longest, body.temperature, seed),
+        decoding_of(_longest(body), body.temperature, seed),
         None if name == PIPELINE_MODEL else name,
     )
 
 
-def _question(body: ChatRequest) -> str:
-    asked = [message.content for message in body.messages if message.role == "user"]
-    if not asked:
-        raise RequestError("messages has none of role 'user', which would be the question")
-    content = asked[-1]
-    if isinstance(content, list):
-        unread = {part.type for part in content} - {"text"}
-        if unread:
-            raise RequestError(f"the last user message has parts other than text: {sorted(unread)}")
-        content = "\n".join(part.text or "" for part in content)
-    return content or ""
+def _question(messages: Sequence[ChatMessage]) -> str:
+    """The text of the one message that says something, which must be the user's."""
+    said = [(n, text) for n, message in enumerate(messages) if (text := _text(n, message)).strip()]
+    for place, text in said:
+        if place == said[-1][0] and messages[place].role == "user":
+            return text
+        raise UnsupportedParameterError.about(
+            f"messages.{place}",
+            f"has the role {messages[place].role!r}, but this service reads one question and "
+            "neither an instruction nor earlier turns; send the question alone, as role 'user'",
+        )
+    raise RequestError.about("messages", "has no text of role 'user', which would be the question")
+
+
+def _text(place: int, message: ChatMessage) -> str:
+    if not isinstance(message.content, list):
+        return message.content or ""
+    unread = sorted({part.type for part in message.content} - {"text"})
+    if unread:
+        raise UnsupportedParameterError.about(
+            f"messages.{place}.content",
+            f"has parts of type {', '.join(unread)[:_MAX_SHOWN]}; only text can be read",
+        )
+    return "\n".join(part.text or "" for part in message.content)
+
+
+def _longest(body: ChatRequest) -> int | None:
+    return body.max_completion_tokens or body.max_tokens
 
 
 def _finish(answered: Answered, body: ChatRequest) -> str:
-    longest = body.max_completion_tokens or body.max_tokens
+    longest = _longest(body)
     cut = longest is not None and answered.computed.num_tokens >= longest
     return "length" if cut else "stop"
 
@@ -205,7 +214,7 @@ async def _chunks(
                     yield event(None, {**head, "choices": [], "usage": _usage(step).model_dump()})
         yield event(None, "[DONE]")
     except Exception as error:  # noqa: BLE001 - the status has been sent; the client is told here
-        problem = problem_of(error, record.request_id, "/v1/chat/completions")
-        yield event(None, {"error": problem.error})
+        problem = problem_of(error, record.request_id, record.field_names)
+        yield event(None, {"error": problem.error.model_dump()})
     finally:
         await steps.aclose()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from serve.replies import PickedPassage, Reply
-from serve.schemas import EXAMPLE_QUESTION, Count, CountOrZero, PassageFilter, whole
+from serve.schemas import EXAMPLE_QUESTION, Count, PassageFilter, whole
 
 PIPELINE_MODEL = "rlrag"
 """The model's name for whichever version the service routes to."""
@@ -16,9 +16,59 @@ AnySeed = Annotated[int, BeforeValidator(whole)]
 
 
 class _ChatPart(BaseModel):
-    """Clients send fields of their own here; those that are not named below are ignored."""
+    """A part of a chat; fields that are not named below are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+# What the service does not follow, and the values of it that ask for nothing; nor does null.
+_UNFOLLOWED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": ([], ["text"]),
+    "moderation": (),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "stop": ([], ""),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+# Of no consequence here, whatever they are: who asks, how a bill or a cache is kept, what tools
+# that are not there may do, what the client expects.
+_HARMLESS = (
+    "metadata",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "user",
+)
+
+
+def _describe_unfollowed(schema: dict[str, Any]) -> None:
+    schema["additionalProperties"] = False
+    for name, values in sorted((_UNFOLLOWED | dict.fromkeys(_HARMLESS, ())).items()):
+        followed = name in _HARMLESS
+        told = "Of no consequence here." if followed else "Not followed: other values are refused."
+        schema["properties"][name] = {"description": told} | (
+            {} if followed else {"enum": [None, *values]}
+        )
+    schema["examples"] = [
+        {"model": PIPELINE_MODEL, "messages": [{"role": "user", "content": EXAMPLE_QUESTION}]}
+    ]
 
 
 class ContentPart(_ChatPart):
@@ -29,7 +79,7 @@ class ContentPart(_ChatPart):
 
 
 class ChatMessage(_ChatPart):
-    """A message; only the last one of the user is read."""
+    """A message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
@@ -43,22 +93,14 @@ class StreamOptions(_ChatPart):
 
 
 class ChatRequest(_ChatPart):
-    """A chat whose last user message is the question.
+    """A chat that holds one question.
 
-    `num_selected`, `num_candidates` and `filters` are those of `/v1/answer`. Parameters that would
-    change the answer and that the service cannot follow are refused; others are ignored.
+    The question is the one user message; an instruction or earlier turns are refused, since a
+    bundle's prompt has no place for them. `num_selected`, `num_candidates` and `filters` are those
+    of `/v1/answer`. A parameter that the service does not follow is refused by name.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": PIPELINE_MODEL,
-                    "messages": [{"role": "user", "content": EXAMPLE_QUESTION}],
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(extra="allow", json_schema_extra=_describe_unfollowed)
 
     model: str
     """`rlrag`, or a bundle version in use."""
@@ -66,36 +108,27 @@ class ChatRequest(_ChatPart):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    """Only 1, unless `temperature` is 0."""
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     seed: AnySeed | None = None
     num_selected: Count | None = None
     num_candidates: Count | None = None
     filters: PassageFilter | None = None
-    n: Count | None = None
-    """Only 1."""
-    top_p: float | None = Field(default=None, ge=0, le=1)
-    """Only 1, unless decoding is greedy."""
-    stop: str | list[str] | None = None
-    """Only empty."""
-    tools: list[Any] | None = None
-    """Only empty."""
-    functions: list[Any] | None = None
-    """Only empty."""
-    logprobs: bool | None = None
-    """Only false."""
-    top_logprobs: CountOrZero | None = None
-    """Only 0."""
-    logit_bias: dict[str, Any] | None = None
-    """Only empty."""
-    presence_penalty: float | None = None
-    """Only 0."""
-    frequency_penalty: float | None = None
-    """Only 0."""
-    response_format: dict[str, Any] | None = None
-    """Only `{"type": "text"}`."""
-    modalities: list[str] | None = None
-    """Only `["text"]`."""
+
+    def unfollowed(self) -> dict[str, Any]:
+        """The parameters that ask for what the service does not do, with their values."""
+        found = {
+            name: value
+            for name, value in (self.model_extra or {}).items()
+            if name not in _HARMLESS
+            and value is not None
+            and value not in _UNFOLLOWED.get(name, ())
+        }
+        if self.top_p not in (None, 1) and self.temperature != 0:
+            found["top_p"] = self.top_p
+        return found
 
 
 class Usage(Reply):

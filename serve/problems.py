@@ -18,13 +18,13 @@ from rlrag.errors import (
     RequestError,
     RlragError,
 )
-from serve.replies import FieldError, Problem
+from serve.replies import FieldError, OpenAIError, Problem
 
 MEDIA_TYPE = "application/problem+json"
 _MAX_FIELD_ERRORS = 20
 _MAX_DETAIL_CHARS = 2000
 _MAX_NAME_CHARS = 100
-_OPENAI_ROUTES = ("/v1/chat/", "/v1/models")
+_OWN_NAMES: Mapping[str, str] = {}
 _LOG = logging.getLogger("rlrag.serve")
 
 
@@ -32,8 +32,12 @@ class DeadlineError(RlragError, TimeoutError):
     """A request was not answered within its time."""
 
 
-class UnknownNameError(RlragError, LookupError):
+class UnknownNameError(RequestError, LookupError):
     """A request names something that the service does not have."""
+
+
+class UnsupportedParameterError(RequestError):
+    """A request sets a parameter that the service does not follow."""
 
 
 class FeedbackOffError(RlragError, LookupError):
@@ -48,12 +52,16 @@ class _Kind:
 
 
 _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
+    (UnknownNameError, _Kind(404, "unknown-name", "No such thing here")),
+    (
+        UnsupportedParameterError,
+        _Kind(400, "unsupported-parameter", "The service does not follow a parameter"),
+    ),
     (PromptTooLongError, _Kind(422, "prompt-too-long", "The question does not fit the prompt")),
     (RequestError, _Kind(422, "unanswerable", "The request cannot be answered as asked")),
     (OverloadedError, _Kind(503, "overloaded", "The service has no room now")),
     (DeadlineError, _Kind(504, "too-late", "The answer took too long")),
     (GeneratorTimeoutError, _Kind(504, "too-late", "The answer took too long")),
-    (UnknownNameError, _Kind(404, "unknown-name", "No such thing here")),
     (FeedbackOffError, _Kind(404, "feedback-off", "Feedback is off")),
 )
 _OF_STATUS = {
@@ -76,7 +84,9 @@ _DETAILS = {
 }
 
 
-def problem_of(error: BaseException, request_id: str, path: str = "") -> Problem:
+def problem_of(
+    error: BaseException, request_id: str, names: Mapping[str, str] = _OWN_NAMES
+) -> Problem:
     """What a client is told about an error.
 
     An error that no client can act on is logged with its traceback under the request's id, and the
@@ -85,24 +95,27 @@ def problem_of(error: BaseException, request_id: str, path: str = "") -> Problem
     Args:
         error: What was raised.
         request_id: The request that it ended.
-        path: The request's path; clients of the OpenAI routes find the text in `error` as well.
+        names: What the client calls a field that this service calls otherwise.
     """
     kind, detail, errors = _describe(error)
+    field = _field_of(error, errors)
+    if field in names:
+        detail = names[field] + detail.removeprefix(field)
+        field = names[field]
     if kind is _INTERNAL:
         _LOG.error("request %s failed", request_id, exc_info=error)
         detail = f"the service could not answer; its log says why under {request_id}"
     detail = detail[:_MAX_DETAIL_CHARS]
-    problem = Problem(
+    code = kind.slug.replace("-", "_")
+    return Problem(
         type=f"urn:rlrag:{kind.slug}",
         title=kind.title,
         status=kind.status,
         detail=detail,
         request_id=request_id,
         errors=errors,
+        error=OpenAIError(message=detail, type=code, param=field, code=code),
     )
-    if path.startswith(_OPENAI_ROUTES):
-        problem.error = {"message": detail, "type": kind.slug, "param": None, "code": kind.slug}
-    return problem
 
 
 def problem_response(
@@ -131,6 +144,15 @@ def _describe(error: BaseException) -> tuple[_Kind, str, list[FieldError] | None
         if isinstance(error, known):
             return kind, str(error), None
     return _INTERNAL, "", None
+
+
+def _field_of(error: BaseException, errors: list[FieldError] | None) -> str | None:
+    """The one field, or the first, that is wrong, by this service's name."""
+    if errors:
+        return errors[0].field
+    if isinstance(error, PromptTooLongError):
+        return "question"
+    return error.field if isinstance(error, RequestError) else None
 
 
 def _phrase(status: int) -> str:

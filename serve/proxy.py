@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlrag.errors import OverloadedError
 from serve.problems import problem_of, problem_response
-from serve.traffic import choose_request_id, route_path
+from serve.traffic import choose_request_id
 
 PROXY_VARIABLES = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:layers",
@@ -73,7 +73,7 @@ class ProxyProblems:
         if problem is not None:
             # The proxy gives an id to each request without one.
             request_id = choose_request_id(Headers(scope=scope).get(_ID_HEADER.decode()))
-            said = problem_of(OverloadedError(problem), request_id, route_path(scope))
+            said = problem_of(OverloadedError(problem), request_id)
             response = problem_response(said, _RETRY_AFTER_S, {_ID_HEADER.decode(): request_id})
             await response(scope, receive, send)
 

@@ -68,21 +68,33 @@ def check_ask(ask: Ask, limits: LimitSettings) -> None:
         RequestError: naming the field and the bound.
     """
     if not holds_words(ask.question):
-        raise RequestError("question has no letter and no digit, so there is nothing to look up")
-    check_bounds(ask, limits)
+        raise RequestError.about(
+            "question", "has no letter and no digit, so there is nothing to look up"
+        )
+    check_length(ask.question, limits)
+    check_numbers(ask, limits)
 
 
-def check_bounds(ask: Ask, limits: LimitSettings) -> None:
-    """Check a question's length and numbers.
+def check_length(question: str, limits: LimitSettings) -> None:
+    """Check a question's length.
+
+    Raises:
+        RequestError: naming the bound.
+    """
+    if len(question) > limits.max_question_chars:
+        raise RequestError.about(
+            "question",
+            f"has {len(question)} characters, more than the {limits.max_question_chars} that the "
+            "service takes",
+        )
+
+
+def check_numbers(ask: Ask, limits: LimitSettings) -> None:
+    """Check the numbers of a request.
 
     Raises:
         RequestError: naming the field and the bound.
     """
-    if len(ask.question) > limits.max_question_chars:
-        raise RequestError(
-            f"question has {len(ask.question)} characters, more than the "
-            f"{limits.max_question_chars} that the service takes"
-        )
     bounds = {
         "num_selected": (ask.num_selected, limits.max_candidates),
         "num_candidates": (ask.num_candidates, limits.max_candidates),
@@ -90,4 +102,6 @@ def check_bounds(ask: Ask, limits: LimitSettings) -> None:
     }
     for name, (value, bound) in bounds.items():
         if value is not None and value > bound:
-            raise RequestError(f"{name} is {value}, more than the {bound} that the service allows")
+            raise RequestError.about(
+                name, f"is {value}, more than the {bound} that the service allows"
+            )

@@ -100,6 +100,16 @@ class FieldError(Reply):
     message: str
 
 
+class OpenAIError(Reply):
+    """A problem as clients of OpenAI's API read it."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field of the request that is wrong."""
+    code: str
+
+
 class Problem(Reply):
     """What went wrong, as RFC 9457 (problem details) has it."""
 
@@ -112,6 +122,12 @@ class Problem(Reply):
                     "status": 503,
                     "detail": "64 requests are under way and 64 wait; try again in a moment",
                     "request_id": EXAMPLE_ID,
+                    "error": {
+                        "message": "64 requests are under way and 64 wait; try again in a moment",
+                        "type": "overloaded",
+                        "param": None,
+                        "code": "overloaded",
+                    },
                 }
             ]
         }
@@ -125,8 +141,8 @@ class Problem(Reply):
     request_id: str
     errors: Absent[list[FieldError]] = None
     """Fields of the request that are wrong."""
-    error: Absent[dict[str, Any]] = None
-    """The same in the form that clients of `/v1/chat/completions` expect."""
+    error: OpenAIError
+    """The same in OpenAI's form."""
 
 
 class AnswerOrProblem(Reply):
@@ -190,6 +206,14 @@ class ScoredDocument(Reply):
     score: float
 
 
+class QueryProblem(Reply):
+    """Why a query of several found nothing."""
+
+    query: int
+    """Its place among the queries, from 0."""
+    detail: str
+
+
 class SearchResults(Reply):
     """For each query its documents, wrapped with scores where they were asked for."""
 
@@ -214,6 +238,8 @@ class SearchResults(Reply):
     )
 
     result: list[list[ScoredDocument] | list[SearchDocument]]
+    problems: Absent[list[QueryProblem]] = None
+    """Queries that could not be looked up; left out where there are none."""
 
 
 class Versions(Reply):

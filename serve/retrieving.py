@@ -166,9 +166,10 @@ def _impossible(wanted: int, loaded: _Loaded) -> RequestError | None:
     most = min(loaded.num_candidates, len(loaded.shelf.corpus))
     if 1 <= wanted <= most:
         return None
-    return RequestError(
-        f"num_candidates is {wanted}; this bundle was trained to choose among "
-        f"{loaded.num_candidates} candidates, so give a number from 1 to {most}"
+    return RequestError.about(
+        "num_candidates",
+        f"is {wanted}; this bundle was trained to choose among "
+        f"{loaded.num_candidates} candidates, so give a number from 1 to {most}",
     )
 
 

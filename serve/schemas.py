@@ -30,6 +30,11 @@ RequestId = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z
 GoldenAnswers = Annotated[list[Annotated[Text, Field(max_length=2000)]], Field(max_length=64)]
 
 
+def _without_halves(value: Any) -> Any:
+    """Text that has a form in UTF-8, so that one query of many cannot refuse them all."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
 def _drop_default(schema: dict[str, Any]) -> None:
     """A field that may be left out, but not be null, has no default to show."""
     schema.pop("default", None)
@@ -121,7 +126,7 @@ class RetrieveRequest(RetrieveOptions):
 
 
 class SearchRequest(BaseModel):
-    """Search-R1's request. A query without a word in it finds nothing."""
+    """Search-R1's request. A query without a word in it, or too long a one, finds nothing."""
 
     model_config = ConfigDict(
         strict=True,
@@ -131,7 +136,8 @@ class SearchRequest(BaseModel):
         },
     )
 
-    queries: list[str]
+    queries: list[Annotated[str, BeforeValidator(_without_halves)]]
+    """Half of a surrogate pair is read as `?`."""
     topk: CountOrZero | None = None
     """Passages a query; the bundle's number when unset or 0."""
     return_scores: bool = False

@@ -156,9 +156,10 @@ def _impossible(wanted: int, trained: int, num_candidates: int) -> RequestError:
             f"the question has {num_candidates} candidates, but this bundle's selector picks "
             f"{trained}; ask for at least {trained} candidates"
         )
-    return RequestError(
-        f"num_selected is {wanted}, but this bundle's selector was trained to pick {trained}; "
-        f"give a number from 1 to {trained}"
+    return RequestError.about(
+        "num_selected",
+        f"is {wanted}, but this bundle's selector was trained to pick {trained}; give a number "
+        f"from 1 to {trained}",
     )
 
 

@@ -63,7 +63,7 @@ def check_number(name: str, number: int, most: int) -> None:
         RequestError: naming the bound.
     """
     if number > most:
-        raise RequestError(f"{name} has {number} entries, more than the {most} of one request")
+        raise RequestError.about(name, f"has {number} entries, more than the {most} of one request")
 
 
 async def work_on_all(

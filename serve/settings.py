@@ -39,13 +39,13 @@ class LimitSettings(Section):
     """What `Retry-After` says."""
     timeout_s: float = Field(default=60, gt=0)
     """Longest time of a request; one may ask for less."""
-    max_body_bytes: int = Field(default=1_048_576, ge=1024)
+    max_body_bytes: int = Field(default=4_194_304, ge=1024)
     """Size of a request body."""
     max_question_chars: int = Field(default=4000, ge=1)
     """Length of a question."""
     max_questions: int = Field(default=64, ge=1)
     """Questions of one batch request."""
-    max_queries: int = Field(default=1024, ge=1)
+    max_queries: int = Field(default=4096, ge=1)
     """Queries of one request to `/retrieve`."""
     max_candidates: int = Field(default=100, ge=1)
     """Candidates of a question."""

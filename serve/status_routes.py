@@ -98,7 +98,9 @@ def status_routes(service: Service) -> APIRouter:
             body.request_id, given.get("reward"), given.get("golden_answers"), given.get("thumbs")
         )
         if not known:
-            raise UnknownNameError(f"no answer with the request id {body.request_id} is on record")
+            raise UnknownNameError.about(
+                "request_id", f"{body.request_id} is that of no answer on record"
+            )
         service.metrics.fed_back(kind)
         return json_response(Accepted(request_id=body.request_id), 202)
 

@@ -31,6 +31,8 @@ class RequestRecord:
     version: str | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     question: str | None = None
+    field_names: dict[str, str] = field(default_factory=dict)
+    """What this client calls a field that the service calls otherwise."""
     time_s: float = field(default_factory=time.time)
     started: float = field(default_factory=time.perf_counter)
 

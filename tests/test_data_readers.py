@@ -43,6 +43,10 @@ def test_flashrag_contents_are_split_into_title_and_text(tmp_path: Path):
             {"id": "p3", "contents": "Only text."},
             {"id": "p4", "contents": '"Toys ""R"" Us"\nA shop.'},
             {"id": 5, "contents": "Number\nAn integer id."},
+            {"id": "p6", "title": "Rome", "contents": "A city.\nIts river is the Tiber."},
+            {"id": "p7", "title": "Rome", "contents": '"Rome"\nA city.'},
+            {"id": "p8", "title": '"Rome"', "text": "ignored", "contents": "Rome\nA city."},
+            {"id": "p9", "title": None, "contents": "Rome\nA city."},
         ],
     )
     assert passages_of(path) == [
@@ -51,6 +55,10 @@ def test_flashrag_contents_are_split_into_title_and_text(tmp_path: Path):
         Passage("p3", "", "Only text."),
         Passage("p4", 'Toys "R" Us', "A shop."),
         Passage("5", "Number", "An integer id."),
+        Passage("p6", "Rome", "A city.\nIts river is the Tiber."),
+        Passage("p7", "Rome", "A city."),
+        Passage("p8", "Rome", "A city."),
+        Passage("p9", "Rome", "A city."),
     ]
 
 

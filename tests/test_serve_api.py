@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 from typing import Any
 
 import pytest
 from serve_stand_ins import Served
 
-from rlrag.errors import GenerationError, OverloadedError
+from rlrag.errors import GenerationError, OverloadedError, RequestError
+from serve import answer_routes
 from serve.records import Routing
 
 QUESTION = "what?"  # the ranking begins with passage 5
@@ -188,13 +190,34 @@ def test_search_r1_clients_read_the_answers() -> None:
         assert (await served.client.post("/retrieve", json={"queries": []})).json() == {
             "result": []
         }
-        for refused in (
-            {"queries": ["x" * 5000]},
-            {"queries": ["?" * 5000]},
-            {"queries": [], "topk": 65_193},
-            {"queries": ["?"], "topk": 101},
-        ):
-            assert (await served.client.post("/retrieve", json=refused)).status_code == 422
+        for refused in ({"queries": [], "topk": 65_193}, {"queries": ["?"], "topk": 101}):
+            reply = await served.client.post("/retrieve", json=refused)
+            assert reply.status_code == 422
+            assert reply.json()["detail"].startswith("topk is ")
+            assert reply.json()["error"]["param"] == "topk"
+
+    asyncio.run(run())
+
+
+def test_a_bad_query_of_search_r1_loses_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        served = Served()
+        bad = ["x" * 5000, "half \ud800", "?" * 5000]
+        queries = [f"query {n % 7}" for n in range(2557)]  # 2,560 in one call, as it sends
+        content = json.dumps({"queries": queries[:9] + bad + queries[9:], "topk": 3}).encode()
+        reply = await served.client.post(
+            "/retrieve", content=content, headers={"Content-Type": "application/json"}
+        )
+        assert reply.status_code == 200, reply.text
+        found = reply.json()
+        assert [len(one) for one in found["result"]] == [3] * 9 + [0, 3, 0] + [3] * 2548
+        [problem] = found["problems"]
+        assert problem["query"] == 9
+        assert problem["detail"].startswith("question has 5000 characters, more than the 4000")
+        monkeypatch.setattr(answer_routes, "_MAX_FOUND", 7)
+        reply = await served.client.post("/retrieve", json={"queries": ["a", "b"], "topk": 4})
+        assert reply.status_code == 422
+        assert "more than 7 passages" in reply.json()["detail"]
 
     asyncio.run(run())
 
@@ -276,6 +299,41 @@ def test_a_late_answer_is_a_504() -> None:
     asyncio.run(run())
 
 
+def test_what_can_be_got_has_a_head() -> None:
+    async def run() -> None:
+        served = Served()
+        for path in ("/healthz", "/readyz", "/metrics", "/v1/models", "/", "/page/page.js"):
+            reply = await served.client.head(path)
+            assert (reply.status_code, reply.content) == (200, b""), path
+        assert (await served.client.head("/v1/answer")).headers["allow"] == "POST"
+        assert (await served.client.head("/nothing")).status_code == 404
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"question": "q", "num_selected": 500}, "num_selected"),
+        ({"question": "q", "num_selected": "2"}, "num_selected"),
+        ({"question": "x" * 400}, "question"),  # the prompt has no room for it
+        ({"question": "q", "version": "v9"}, "version"),
+        ({"question": "q", "filters": {"ids": [7]}}, "filters.ids.0"),
+    ],
+)
+def test_a_problem_names_the_field_that_is_wrong(fields: dict[str, Any], param: str) -> None:
+    async def run() -> None:
+        reply = await Served().ask(**fields)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (422, param)
+
+    asyncio.run(run())
+
+
+def test_an_error_keeps_its_field_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(RequestError.about("num_selected", "is 9")))
+    assert (str(error), error.field) == ("num_selected is 9", "num_selected")
+
+
 def test_unknown_paths_and_methods_are_problems_too() -> None:
     async def run() -> None:
         served = Served()
@@ -289,6 +347,12 @@ def test_unknown_paths_and_methods_are_problems_too() -> None:
             reply = await served.client.request(method, path)
             assert reply.status_code == status
             assert reply.headers["content-type"] == PROBLEM
+            error = reply.json()["error"]
+            assert error["message"] == reply.json()["detail"]
+            assert (error["param"], error["code"]) == (
+                None,
+                {404: "not_found"}.get(status, "method"),
+            )
         assert reply.headers["allow"] == "GET"
 
     asyncio.run(run())

@@ -185,7 +185,7 @@ def test_other_origins_are_let_in_only_by_the_settings() -> None:
         asked = {
             "Origin": "https://a.example",
             "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization,content-type",
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
         }
         off, on = Served(), Served(access__cors_origins=("https://a.example",))
         assert (await off.client.options("/v1/answer", headers=asked)).status_code == 405

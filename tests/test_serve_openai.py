@@ -36,9 +36,7 @@ def test_the_openai_client_is_answered() -> None:
         done = await client.chat.completions.create(
             model="rlrag",
             messages=[
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "before"},
-                {"role": "assistant", "content": "yes"},
+                {"role": "system", "content": ""},
                 {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
             ],
             temperature=0,
@@ -118,16 +116,24 @@ def test_an_openai_stream_ends_with_done_and_tells_of_failures() -> None:
         {"presence_penalty": 0.5},
         {"logit_bias": {"1": 1}},
         {"temperature": 1, "top_p": 0.5},
+        {"top_p": 0.5},
+        {"reasoning_effort": "high"},
+        {"tool_choice": "required"},
+        {"verbosity": "low"},
+        {"store": True},
+        {"extra_body": {"repetition_penalty": 1.1}},
     ],
 )
 def test_parameters_that_would_change_the_answer_are_refused_by_name(
     refused: dict[str, Any],
 ) -> None:
     async def run() -> None:
-        with pytest.raises(openai.UnprocessableEntityError, match=list(refused)[-1]):
+        name = list(refused.get("extra_body", refused))[-1]
+        with pytest.raises(openai.BadRequestError, match=f"{name} is ") as caught:
             await openai_client(Served()).chat.completions.create(
                 model="rlrag", messages=[{"role": "user", "content": QUESTION}], **refused
             )
+        assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
 
     asyncio.run(run())
 
@@ -137,8 +143,58 @@ def test_parameters_that_ask_for_nothing_are_accepted() -> None:
         done = await openai_client(Served()).chat.completions.create(
             model="rlrag", messages=[{"role": "user", "content": QUESTION}], n=1, tools=[],
             logprobs=False, presence_penalty=0, response_format={"type": "text"}, stop=[],
+            tool_choice="auto", reasoning_effort="none", store=False, top_p=1, user="me",
+            metadata={"a": "b"}, service_tier="auto", parallel_tool_calls=True,
         )  # fmt: skip
         assert done.choices[0].message.content
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([("system", "Answer in French."), ("user", QUESTION)], "messages.0"),
+        ([("developer", "Answer in French."), ("user", QUESTION)], "messages.0"),
+        ([("user", "before"), ("assistant", "yes"), ("user", QUESTION)], "messages.0"),
+        ([("system", ""), ("user", QUESTION), ("assistant", "The capital is")], "messages.1"),
+        ([("user", QUESTION), ("tool", "42")], "messages.0"),
+        ([("assistant", QUESTION)], "messages.0"),
+    ],
+)
+def test_instructions_and_earlier_turns_are_refused_and_not_dropped(
+    messages: list[tuple[str, str]], param: str
+) -> None:
+    async def run() -> None:
+        served = Served()
+        asked = [{"role": role, "content": content} for role, content in messages]
+        with pytest.raises(openai.BadRequestError, match="neither an instruction nor") as caught:
+            await openai_client(served).chat.completions.create(
+                model="rlrag",
+                messages=asked,  # type: ignore[arg-type]
+            )
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", param)
+        assert not served.pipeline.calls
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("sent", "param"),
+    [
+        ({"max_tokens": 5000}, "max_tokens"),
+        ({"max_completion_tokens": 5000}, "max_completion_tokens"),
+        ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 400}]}, "messages"),
+    ],
+)
+def test_problems_name_fields_as_the_client_does(sent: dict[str, Any], param: str) -> None:
+    async def run() -> None:
+        asked = {"model": "rlrag", "messages": [{"role": "user", "content": QUESTION}]} | sent
+        with pytest.raises(openai.UnprocessableEntityError) as caught:
+            await openai_client(Served()).chat.completions.create(**asked)
+        assert caught.value.param == param
+        assert "max_new_tokens" not in caught.value.message
 
     asyncio.run(run())
 
@@ -147,11 +203,11 @@ def test_chats_without_a_question_or_with_an_unknown_model_are_refused() -> None
     async def run() -> None:
         client = openai_client(Served())
         ask = client.chat.completions.create
-        with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9'"):
+        with pytest.raises(openai.NotFoundError, match="model 'gpt-9' is unknown"):
             await ask(model="gpt-9", messages=[{"role": "user", "content": QUESTION}])
-        with pytest.raises(openai.UnprocessableEntityError, match="none of role 'user'"):
-            await ask(model="rlrag", messages=[{"role": "system", "content": "hi"}])
-        with pytest.raises(openai.UnprocessableEntityError, match="parts other than text"):
+        with pytest.raises(openai.UnprocessableEntityError, match="no text of role 'user'"):
+            await ask(model="rlrag", messages=[{"role": "system", "content": " "}])
+        with pytest.raises(openai.BadRequestError, match="parts of type image_url"):
             await ask(
                 model="rlrag",
                 messages=[
@@ -163,6 +219,8 @@ def test_chats_without_a_question_or_with_an_unknown_model_are_refused() -> None
             )
         with pytest.raises(openai.NotFoundError) as caught:
             await client.models.retrieve("v9")
-        assert caught.value.code == "unknown-name"
+        assert (caught.value.code, caught.value.param) == ("unknown_name", "model")
+        with pytest.raises(openai.NotFoundError, match="no resource has this path"):
+            await client.embeddings.create(model="rlrag", input="text")
 
     asyncio.run(run())

@@ -6,10 +6,13 @@ import json
 import math
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 from pydantic import ValidationError
+from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 from serve_stand_ins import Served, settings_of
 
 from serve.openai_schemas import ChatRequest
@@ -98,16 +101,15 @@ def test_a_batch_has_a_question_and_a_role_is_known() -> None:
         BundleRequest.model_validate({"path": "b", "role": "canary", "share": 1.1})
 
 
-def test_chats_may_hold_fields_that_the_service_does_not_know() -> None:
+def test_every_parameter_of_the_openai_client_is_followed_of_no_consequence_or_refused() -> None:
+    schema = ChatRequest.model_json_schema()
+    known = CompletionCreateParamsNonStreaming.__annotations__
+    assert set(known) <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
     body = ChatRequest.model_validate(
-        {
-            "model": "rlrag",
-            "messages": [{"role": "user", "content": "q", "name": "me"}],
-            "user": "me",
-            "store": False,
-        }
+        {"model": "rlrag", "messages": [{"role": "user", "content": "q"}], "top_k": 5}
     )
-    assert body.messages[0].content == "q"
+    assert body.unfollowed() == {"top_k": 5}
 
 
 @given(st.lists(st.text(min_size=1), max_size=4))
@@ -176,6 +178,16 @@ def test_the_document_is_complete_and_closed() -> None:
         "/healthz", "/readyz", "/metrics", "/admin/bundle", "/admin/bundle/{role}",
         "/admin/versions", "/admin/compare",
     }  # fmt: skip
+
+
+def test_the_document_is_valid_under_the_version_that_it_declares() -> None:
+    found = document()
+    assert found["openapi"].startswith("3.1.")
+    OPENAPI_31_VALIDATOR.validate(found)
+    with_a_later_keyword = found["paths"]["/healthz"]["get"]["responses"]["200"]["content"]
+    with_a_later_keyword["application/json"]["itemSchema"] = {"type": "object"}
+    with pytest.raises(jsonschema_rs.ValidationError):
+        OPENAPI_31_VALIDATOR.validate(found)
 
 
 def test_settings_name_the_bounds() -> None:

@@ -86,6 +86,7 @@ def test_feedback_reaches_the_store(tmp_path: Path) -> None:
         )
         assert reply.status_code == 404
         assert reply.json()["type"] == "urn:rlrag:unknown-name"
+        assert reply.json()["error"]["param"] == "request_id"
         reply = await served.client.post("/v1/feedback", json={"request_id": asked})
         assert reply.status_code == 422
         assert "exactly one" in reply.json()["detail"]

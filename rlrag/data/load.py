@@ -41,6 +41,8 @@ from rlrag.text_files import hidden_beside
 __all__ = ["QuestionSet", "cut_words", "load_corpus", "load_questions"]
 
 _HUB_PREFIX = "hub:"
+_READING = 2
+"""Counts the changes of what is read from equal files, so that older copies are made again."""
 _logger = logging.getLogger(__name__)
 
 
@@ -69,6 +71,7 @@ def load_corpus(spec: str, cache_dir: Path, passage_words: int) -> Corpus:
         "spec": spec,
         "passage_words": passage_words,
         "format": DISK_FORMAT,
+        "reading": _READING,
         "fingerprint": source.fingerprint,
     }
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]

@@ -42,14 +42,34 @@ def split_contents(contents: str) -> tuple[str, str]:
     title, newline, text = contents.partition("\n")
     if not newline:
         return "", contents.strip()
+    return _unquoted(title), text.strip()
+
+
+def _unquoted(title: str) -> str:
     title = title.strip()
     if len(title) >= 2 and title[0] == title[-1] == '"':
         title = title[1:-1].replace('""', '"').strip()
-    return title, text.strip()
+    return title
+
+
+def _titled(title: str, contents: str) -> tuple[str, str]:
+    r"""Title and text where both are given: `contents` may begin with the title, or be the text.
+
+    Example:
+        >>> _titled("Rome", '"Rome"\nA city.'), _titled("Rome", "A city.\nIts river is the Tiber.")
+        (('Rome', 'A city.'), ('Rome', 'A city.\nIts river is the Tiber.'))
+    """
+    title = _unquoted(title)
+    first, text = split_contents(contents)
+    if not title or (text and first.casefold() == title.casefold()):
+        return first, text
+    return title, contents.strip()
 
 
 def parse_passages(records: PlacedRecords, tally: Tally) -> Iterator[Passage]:
     """Passages of records with `id` and `contents`, or with `id` (`_id`), `title` and `text`.
+
+    Where a record has a title beside its contents, that is the title.
 
     Args:
         records: Pairs (place for messages, record).
@@ -61,11 +81,11 @@ def parse_passages(records: PlacedRecords, tally: Tally) -> Iterator[Passage]:
     for place, record in records:
         tally.num_read += 1
         passage_id = take_id(record, ID_KEYS, place)
+        has_title = record.get("title") is not None
+        title = take_text(record, ("title",), place).strip() if has_title else ""
         if "contents" in record or "text" not in record:
-            title, text = split_contents(take_text(record, ("contents",), place))
+            title, text = _titled(title, take_text(record, ("contents",), place))
         else:
-            has_title = record.get("title") is not None
-            title = take_text(record, ("title",), place).strip() if has_title else ""
             text = take_text(record, ("text",), place).strip()
         if text:
             yield Passage(id=passage_id, title=title, text=text)
