@@ -1,4 +1,4 @@
-"""Log records of one process in; lines of JSON in a file out.
+"""Logs as lines of JSON.
 
 Each line is one object:
 
@@ -10,12 +10,16 @@ Each line is one object:
     actor       `driver`, `worker-RANK` or `generator-NUMBER`
     message     what was said
     exception   the traceback that came with it, or null
+
+Records with an attribute `fields`, a mapping, have what it holds besides. In a service `run` is
+`serve`, and `actor` is its part with the name of the replica.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -49,6 +53,7 @@ class JsonLines(logging.Formatter):
                 "actor": self._actor,
                 "message": record.getMessage(),
                 "exception": "\n".join(parts) or None,
+                **getattr(record, "fields", {}),
             }
         )
 
@@ -59,6 +64,19 @@ def log_file(path: Path, run: str, actor: str, step: int | None = None) -> loggi
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(JsonLines(run, actor, step))
     return handler
+
+
+def log_to_stderr(run: str, actor: str) -> None:
+    """Let what this package says, from INFO on, go to the process's standard error for good.
+
+    To the one that the process began with: a program that runs this one may have put another in
+    its place, with a format of its own.
+    """
+    handler = logging.StreamHandler(sys.__stderr__)
+    handler.setFormatter(JsonLines(run, actor))
+    ours = logging.getLogger("rlrag")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO)
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from rlrag.errors import (
@@ -22,8 +23,9 @@ from serve.replies import ComparisonReport, LoadedBundle, VersionsWithPaths
 from serve.responses import json_response
 from serve.schemas import BundleRequest
 from serve.service import Service
+from serve.traffic import record_of
 
-_LOG = logging.getLogger("rlrag.serve")
+_LOG = logging.getLogger("rlrag.serve.admin")
 _BAD_BUNDLE = (CheckpointError, ConfigError, DataError, IndexMismatchError, ModelNotFoundError)
 
 
@@ -37,17 +39,18 @@ def admin_routes(service: Service) -> APIRouter:
         response_model=LoadedBundle,
         responses=refusals(400, 401, 403, 415, 422, 503, 504),
     )
-    async def load(body: BundleRequest) -> Response:
+    async def load(request: Request, body: BundleRequest) -> Response:
         """Load a bundle beside those in use, check it, and give it a role.
 
         A bundle that is damaged, or answers its golden questions otherwise than recorded, is
         refused, and what served before goes on. Loading goes on when the client leaves;
         `/admin/versions` tells how it ended.
         """
+        key = record_of(request.scope).key
         task = asyncio.ensure_future(_load(service, body))
         loads.add(task)
         task.add_done_callback(loads.discard)
-        task.add_done_callback(_log_outcome)
+        task.add_done_callback(partial(_log_load, key, body))
         return json_response(LoadedBundle(version=await asyncio.shield(task), role=body.role))
 
     @router.delete(
@@ -55,12 +58,13 @@ def admin_routes(service: Service) -> APIRouter:
         response_model=VersionsWithPaths,
         responses=refusals(401, 403, 422, 503),
     )
-    async def drop(role: Literal["canary", "shadow"]) -> Response:
+    async def drop(request: Request, role: Literal["canary", "shadow"]) -> Response:
         """End the canary or the shadow; the active version can only be replaced."""
         try:
             await service.desk.drop(role)
         except CheckpointError as error:
             raise RequestError(f"the {role} was not ended: {error}") from error
+        _audit(record_of(request.scope).key, f"ended the {role}")
         return json_response(_versions(service))
 
     @router.get("/versions", response_model=VersionsWithPaths, responses=refusals(401, 403, 503))
@@ -87,13 +91,18 @@ async def _load(service: Service, body: BundleRequest) -> str:
         raise RequestError(f"the bundle was refused: {error}") from error
 
 
-def _log_outcome(task: asyncio.Task[str]) -> None:
+def _log_load(key: str | None, body: BundleRequest, task: asyncio.Task[str]) -> None:
     if task.cancelled():
-        _LOG.warning("loading a bundle was cancelled")
+        outcome = "was cancelled"
     elif (error := task.exception()) is not None:
-        _LOG.warning("a bundle was not loaded: %s", error)
+        outcome = f"failed: {error}"
     else:
-        _LOG.info("bundle version %s was loaded", task.result())
+        outcome = f"gave version {task.result()} this role"
+    _audit(key, f"loading {body.path} as {body.role} {outcome}")
+
+
+def _audit(key: str | None, done: str) -> None:
+    _LOG.info("admin key %s: %s", key, done, extra={"fields": {"key": key}})
 
 
 def _versions(service: Service) -> VersionsWithPaths:

@@ -79,6 +79,7 @@ def answer_routes(service: Service) -> APIRouter:
         The request is refused as a whole where there is no room for its first question.
         """
         check_number("questions", len(body.questions), limits.max_questions)
+        service.answering.check_room(batch=True)
         record = record_of(request.scope)
         service.traffic.note_question(record, " | ".join(body.questions))
         version = service.answering.version_for(record.request_id, body.version)
@@ -130,6 +131,7 @@ def search_routes(service: Service) -> APIRouter:
         check_number("queries", len(body.queries), limits.max_queries)
         record = record_of(request.scope)
         record.field_names = {"num_candidates": "topk"}
+        service.answering.check_room(batch=True)
         version = service.answering.version_for(record.request_id, None)
         deadline = service.answering.deadline_of(None)
         # Also where there are no queries, or such as nothing is looked up for.

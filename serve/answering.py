@@ -85,10 +85,10 @@ class Answering:
         self._feedback = feedback
         self._room = Admission(limits.max_in_flight, limits.max_waiting, metrics)
         self._candidates: CallCache[Retrieved] = CallCache(
-            sizes.candidates, lambda hit: metrics.lookup("candidates", hit)
+            sizes.candidates, sizes.max_mib * 2**20, lambda hit: metrics.lookup("candidates", hit)
         )
         self._answers: CallCache[Computed] = CallCache(
-            sizes.answers, lambda hit: metrics.lookup("answers", hit)
+            sizes.answers, sizes.max_mib * 2**20, lambda hit: metrics.lookup("answers", hit)
         )
         self._epoch = -1
         self.shadow = ShadowRuns(
@@ -107,6 +107,10 @@ class Answering:
             raise OverloadedError(
                 f"no {' and no '.join(missing)} holds version {version} yet; try again in a moment"
             )
+
+    def check_room(self, batch: bool = False) -> None:
+        """See `Admission.check`."""
+        self._room.check(batch)
 
     def routing(self) -> Routing:
         """The newest routing; entries of versions that it no longer names leave the caches."""

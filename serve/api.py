@@ -21,10 +21,10 @@ from rlrag.errors import RlragError
 from serve.admin_routes import admin_routes
 from serve.answer_routes import answer_routes, search_routes
 from serve.answering import Answering
-from serve.door import BodyBound, KeyCheck, Recording
+from serve.door import BodyBound, HostCheck, KeyCheck, Recording, RoomCheck
 from serve.feedback_log import FeedbackLog
 from serve.json_routes import describe_api
-from serve.limits import read_keys
+from serve.limits import Hosts, open_keys
 from serve.metrics import Metrics
 from serve.openai_routes import openai_routes
 from serve.problems import problem_of, problem_response
@@ -35,15 +35,18 @@ from serve.status_routes import add_page, health_routes, status_routes
 from serve.traffic import Traffic, record_of
 
 _RECENT_REQUESTS = 200
+_MAX_OTHER_VALUES = 10_000
+"""Values of a body besides the questions of a batch; filters have the most, 2,000 ids."""
 _DESCRIPTION = """\
 Answers questions from a corpus: passages are retrieved, a trained selector picks some of them in
 order, and a generator answers from these.
 
-Every response bears `X-Request-Id`: that of the request if it is one of at most 64 letters, digits,
-`.`, `_` and `-`, else a new one. Errors are problem documents (RFC 9457), with an `error` object as
-OpenAI's clients read it. Where the service asks
-for keys, send one as `Authorization: Bearer KEY` or as `X-API-Key: KEY`; `/healthz`, `/readyz`,
-`/metrics`, this document and the page are open, and `/admin` takes keys of its own.
+Every response bears `X-Request-Id`, a new one each time. A request may bear a name of its own in
+`X-Client-Request-Id` (or `X-Request-Id`), at most 64 letters, digits, `.`, `_` and `-`; it is
+logged beside that id and sent back in `X-Client-Request-Id`. Errors are problem documents
+(RFC 9457), with an `error` object as OpenAI's clients read it. Where the service asks for keys,
+send one as `Authorization: Bearer KEY` or as `X-API-Key: KEY`; `/healthz`, `/readyz`, `/metrics`,
+this document and the page are open, and `/admin` takes keys of its own.
 """
 
 
@@ -65,8 +68,8 @@ def create_api(
         ConfigError: when a key file or variable that the settings name gives no key.
     """
     access, limits = settings.access, settings.limits
-    keys = read_keys(access.keys_file, access.keys_variable)
-    admin_keys = read_keys(access.admin_keys_file, access.admin_keys_variable)
+    keys = open_keys(access.keys_file, access.keys_variable)
+    admin_keys = open_keys(access.admin_keys_file, access.admin_keys_variable)
     service = _service(pipeline, desk, settings, feedback)
 
     @asynccontextmanager
@@ -97,10 +100,13 @@ def create_api(
     app.add_middleware(
         BodyBound,
         max_bytes=limits.max_body_bytes,
+        max_values=_MAX_OTHER_VALUES + limits.max_queries + limits.max_questions,
         timeout_s=limits.timeout_s,
         retry_after_s=retry,
     )
+    app.add_middleware(RoomCheck, check_room=service.answering.check_room, retry_after_s=retry)
     app.add_middleware(KeyCheck, keys=keys, admin_keys=admin_keys, retry_after_s=retry)
+    app.add_middleware(HostCheck, hosts=Hosts(access.hosts), retry_after_s=retry)
     app.add_middleware(
         Recording, traffic=service.traffic, metrics=service.metrics, retry_after_s=retry
     )
@@ -111,7 +117,7 @@ def create_api(
             allow_methods=["GET", "POST", "DELETE"],
             # Clients send headers of their own, such as `X-Stainless-*`; the origin is what counts.
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "X-Client-Request-Id", "Retry-After"],
         )
     return app
 

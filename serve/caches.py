@@ -1,12 +1,15 @@
-"""Equal calls in; one computation of them, kept for the next ones, out."""
+"""A cache of computed values that also shares computations under way."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Hashable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Generic, TypeVar
+
+import numpy as np
 
 V = TypeVar("V")
 Key = tuple[str, Hashable]
@@ -22,15 +25,19 @@ class _Flight(Generic[V]):
 
 
 class CallCache(Generic[V]):
-    """The values used last, at most `max_entries`; equal calls at one time are computed once.
+    """The values used last; equal calls at one time are computed once.
 
     Args:
         max_entries: Entries kept; 0 keeps none and shares no computation.
+        max_bytes: What keys and values may hold together, see `held_bytes`.
         count: Told for each lookup whether it was a hit, be it of a value or of a computation.
     """
 
-    def __init__(self, max_entries: int, count: Callable[[bool], None]) -> None:
+    def __init__(self, max_entries: int, max_bytes: int, count: Callable[[bool], None]) -> None:
         self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._sizes: dict[Key, int] = {}
         self._count = count
         self._values: OrderedDict[Key, V] = OrderedDict()
         self._flights: dict[Key, _Flight[V]] = {}
@@ -46,18 +53,26 @@ class CallCache(Generic[V]):
         return value
 
     def put(self, key: Key, value: V) -> None:
-        """Keep a value, and drop the one that was not used for longest where there is no room."""
+        """Keep a value, and drop those that were not used for longest where there is no room."""
         if not self._max_entries:
             return
-        self._values[key] = value
-        self._values.move_to_end(key)
-        if len(self._values) > self._max_entries:
-            self._values.popitem(last=False)
+        self._drop(key)
+        size = held_bytes(key) + held_bytes(value)
+        if size > self._max_bytes:
+            return
+        self._values[key], self._sizes[key] = value, size
+        self._num_bytes += size
+        while len(self._values) > self._max_entries or self._num_bytes > self._max_bytes:
+            self._drop(next(iter(self._values)))
 
     def keep_versions(self, versions: Collection[str]) -> None:
         """Drop what belongs to any other version."""
         for key in [key for key in self._values if key[0] not in versions]:
-            del self._values[key]
+            self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        if self._values.pop(key, None) is not None:
+            self._num_bytes -= self._sizes.pop(key)
 
     async def get(self, key: Key, compute: Callable[[], Awaitable[V]]) -> tuple[V, bool]:
         """The value, and whether another call has computed it or is computing it.
@@ -101,6 +116,25 @@ class CallCache(Generic[V]):
             del self._flights[key]
         if not task.cancelled() and task.exception() is None:
             self.put(key, task.result())
+
+
+def held_bytes(value: object) -> int:
+    """About what a value holds in memory, with all that it is made of.
+
+    Example:
+        >>> held_bytes(("a" * 1000, np.zeros(1000))) > 9000
+        True
+    """
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes) + sys.getsizeof(value)
+    parts: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        parts = (*value.keys(), *value.values())
+    elif isinstance(value, (tuple, list)):
+        parts = value
+    elif is_dataclass(value):
+        parts = [getattr(value, field.name) for field in fields(value)]
+    return sys.getsizeof(value) + sum(map(held_bytes, parts))
 
 
 async def _run(compute: Callable[[], Awaitable[V]]) -> V:

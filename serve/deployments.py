@@ -21,6 +21,7 @@ from ray import serve as ray_serve
 
 from rlrag.data.feedback import FeedbackStore
 from rlrag.errors import RlragError
+from rlrag.json_logs import log_to_stderr
 from rlrag.records import Passage
 from serve.director import Bounds, Director
 from serve.generating import GeneratorPart
@@ -44,6 +45,7 @@ class _Replica:
     _kind: Kind
 
     async def _begin(self, part: Part) -> None:
+        _log_lines(self._kind)
         self._reporter = PartReporter(self._kind, _replica_name(), part, _tell())
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=self._kind)
         await self._reporter.start()
@@ -148,6 +150,7 @@ class RegistryReplica:
     """Says which bundle versions the replicas hold and which one answers."""
 
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
+        _log_lines("registry")
         self._director = Director(
             settings.bundle,
             Path(settings.state_dir).expanduser()
@@ -203,6 +206,7 @@ class IngressReplica:
     async def __init__(  # type: ignore[misc]
         self, settings: ServeSettings, registry: Any, retriever: Any, selector: Any, generator: Any
     ) -> None:
+        _log_lines("ingress")
         self._settings = settings
         self._desk = RayDesk(registry)
         self._pipeline = RayPipeline(retriever, selector, generator, self._desk.reporter.down)
@@ -273,6 +277,11 @@ def _raised(answer: Any) -> Any:
     if isinstance(answer, RlragError):
         raise answer
     return answer
+
+
+def _log_lines(part: str) -> None:
+    """Let what this replica says come out; Ray Serve looks after its own log alone."""
+    log_to_stderr("serve", f"{part}-{_replica_name()}")
 
 
 def _replica_name() -> str:

@@ -27,6 +27,7 @@ _WHY = {
     408: "The body took too long to arrive.",
     413: "The body is too large.",
     415: "The body is not declared as `application/json`.",
+    421: "The service has no such name; see the setting `access.hosts`.",
     422: "A field is wrong, or the request cannot be answered as asked.",
     500: "The service failed; its log says why under the request's id.",
     503: "There is no room now; `Retry-After` says when to try again.",
@@ -53,10 +54,10 @@ class JsonRoute(APIRoute):
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of a route's refusals; all routes may answer 408, 413 and 500."""
+    """What OpenAPI says of a route's refusals; all routes may answer 408, 413, 421 and 500."""
     schema = {"$ref": "#/components/schemas/Problem"}
     found: dict[int | str, dict[str, Any]] = {}
-    for status in sorted({*statuses, 408, 413, 500}):
+    for status in sorted({*statuses, 408, 413, 421, 500}):
         found[status] = {
             "description": _WHY[status],
             "content": {MEDIA_TYPE: {"schema": schema}},

@@ -73,6 +73,7 @@ _OF_STATUS = {
     408: _Kind(408, "slow-request", "The request took too long to arrive"),
     413: _Kind(413, "too-large", "The request is too large"),
     415: _Kind(415, "media-type", "The request must be JSON"),
+    421: _Kind(421, "unknown-host", "The service has another name"),
 }
 _INVALID = _Kind(422, "invalid", "A field of the request is wrong")
 _INTERNAL = _Kind(500, "internal", "The service failed")

@@ -13,8 +13,9 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlrag.errors import OverloadedError
+from serve.connections import bound_connections
 from serve.problems import problem_of, problem_response
-from serve.traffic import choose_request_id
+from serve.traffic import new_request_id, sane_id
 
 PROXY_VARIABLES = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:layers",
@@ -37,7 +38,8 @@ _ENDED = "the HTTP replica that worked on this request has ended; send the reque
 
 
 def layers() -> list[Middleware]:
-    """What the proxy puts around its own application."""
+    """What the proxy puts around its own application; asked for before its server starts."""
+    bound_connections()
     return [Middleware(ProxyProblems)]
 
 
@@ -71,10 +73,13 @@ class ProxyProblems:
 
         await self._app(scope, receive, send_service)
         if problem is not None:
-            # The proxy gives an id to each request without one.
-            request_id = choose_request_id(Headers(scope=scope).get(_ID_HEADER.decode()))
+            request_id = new_request_id()
             said = problem_of(OverloadedError(problem), request_id)
-            response = problem_response(said, _RETRY_AFTER_S, {_ID_HEADER.decode(): request_id})
+            headers = {_ID_HEADER.decode(): request_id}
+            theirs = sane_id(Headers(scope=scope).get(_ID_HEADER.decode()))
+            if theirs is not None:
+                headers["x-client-request-id"] = theirs
+            response = problem_response(said, _RETRY_AFTER_S, headers)
             await response(scope, receive, send)
 
 

@@ -307,6 +307,8 @@ class RecentRequest(Reply):
     """One request that this replica has finished."""
 
     request_id: str
+    client_request_id: str | None
+    """What the client called it."""
     time: float
     """When it came, in seconds since 1970."""
     route: str
@@ -315,7 +317,7 @@ class RecentRequest(Reply):
     version: str | None
     timings_ms: dict[str, float]
     question: Absent[str] = None
-    """Kept only where feedback is recorded."""
+    """Its beginning; kept only where feedback is recorded."""
 
 
 class RecentRequests(Reply):

@@ -156,8 +156,10 @@ class FeedbackRequest(Request):
 
     request_id: RequestId
     """The id that came with the answer."""
-    reward: float | SkipJsonSchema[None] = Field(default=None, json_schema_extra=_drop_default)
-    """A number that grows with the worth of the answer."""
+    reward: Annotated[float, Field(ge=-1, le=1)] | SkipJsonSchema[None] = Field(
+        default=None, json_schema_extra=_drop_default
+    )
+    """From -1 to 1, growing with the worth of the answer; right answers get 1 in training."""
     golden_answers: GoldenAnswers | SkipJsonSchema[None] = Field(
         default=None, json_schema_extra=_drop_default
     )

@@ -69,6 +69,9 @@ class AccessSettings(Section):
     """File with one key a line for `/admin`; unset closes `/admin`."""
     admin_keys_variable: str | None = None
     """Environment variable with keys for `/admin`, split by white space."""
+    hosts: tuple[str, ...] = ()
+    """Names under which clients may ask, besides `localhost` and addresses; `*` takes any. A page
+    elsewhere could otherwise have its own name point here, and its visitors' browsers ask."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call the service."""
 
@@ -80,6 +83,8 @@ class CacheSettings(Section):
     """Candidates by question and version."""
     answers: int = Field(default=2048, ge=0)
     """Greedy answers by question, settings and version."""
+    max_mib: int = Field(default=128, ge=1)
+    """Memory of each cache, in MiB, about."""
 
 
 class FeedbackSettings(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
@@ -18,6 +18,7 @@ from serve.replies import Accepted, Health, RecentRequest, RecentRequests, Versi
 from serve.responses import json_response
 from serve.schemas import FeedbackRequest
 from serve.service import Service
+from serve.traffic import record_of
 
 PAGE_DIR = Path(__file__).parent / "page"
 _PAGE_HEADERS = {
@@ -75,9 +76,15 @@ def status_routes(service: Service) -> APIRouter:
         )
 
     @router.get("/v1/recent", response_model=RecentRequests, responses=refusals(401))
-    async def recent() -> Response:
-        """The last requests that this replica has finished; with questions where feedback is on."""
-        newest = [RecentRequest(**record.describe()) for record in service.traffic.newest()]
+    async def recent(request: Request) -> Response:
+        """The last requests with this key that this replica has finished.
+
+        The beginnings of their questions are with them where feedback is recorded.
+        """
+        newest = [
+            RecentRequest(**record.describe(), question=record.question)
+            for record in service.traffic.newest(record_of(request.scope).key)
+        ]
         return json_response(RecentRequests(requests=newest))
 
     @router.post(

@@ -170,7 +170,7 @@ class Served:
         )
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
-            base_url="http://service",
+            base_url="http://localhost",
         )
 
     async def ask(self, question: str = "what is it?", **fields: object) -> httpx.Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import sqlite3
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -149,13 +150,45 @@ def test_the_oldest_selections_go_first_with_their_feedback(tmp_path):
         store.record_selection(event(number, question=f"question {number}?"))
         store.record_feedback(f"request-{number}", reward=1.0)
     kept = ids_in(path)
-    assert kept == [f"request-{number}" for number in range(351, 401)]
-    assert num_feedback(path) == 50
+    assert kept == [f"request-{number}" for number in range(301, 401)]  # 50, and 50 with feedback
+    assert num_feedback(path) == 100
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     content = path.read_bytes()
     assert b"question 400?" in content
     assert b"question 17?" not in content
+
+
+def test_a_flood_of_selections_drives_out_none_with_feedback(tmp_path):
+    path = tmp_path / "log.sqlite"
+    store = FeedbackStore(path, max_rows=50)
+    for number in range(20):
+        store.record_selection(event(number))
+        store.record_feedback(f"request-{number}", thumbs="up")
+    for number in range(20, 1001):
+        store.record_selection(event(number))
+    kept = ids_in(path)
+    assert {f"request-{number}" for number in range(20)} < set(kept)
+    assert len(kept) == 70
+    path.rename(tmp_path / "moved.sqlite")  # its successor is bounded from its first row
+    for number in range(201):
+        store.record_selection(event(number))
+    assert len(ids_in(path)) <= 150
+
+
+def test_the_last_words_about_an_answer_are_kept_and_the_file_is_its_users_alone(tmp_path):
+    path = tmp_path / "log.sqlite"
+    store = FeedbackStore(path)
+    store.record_selection(event(0))
+    for number in range(200):
+        assert store.record_feedback("request-0", reward=number / 200)
+    assert num_feedback(path) == 16
+    [logged] = read_feedback(path)
+    assert logged.reward == 199 / 200
+    copy_feedback(path, tmp_path / "copy.sqlite")
+    files = sorted(tmp_path.iterdir())
+    assert len(files) >= 2
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
 
 
 def test_old_selections_go_however_few_they_are(tmp_path):

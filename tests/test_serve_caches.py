@@ -31,9 +31,24 @@ class Work:
         return f"value {self.num_runs}"
 
 
-def make_cache(size: int) -> tuple[CallCache[str], list[bool]]:
+def make_cache(size: int, max_bytes: int = 2**20) -> tuple[CallCache[str], list[bool]]:
     hits: list[bool] = []
-    return CallCache(size, hits.append), hits
+    return CallCache(size, max_bytes, hits.append), hits
+
+
+def test_a_cache_is_bounded_by_what_it_holds_too() -> None:
+    cache, _ = make_cache(100, max_bytes=100_000)
+    for number in range(50):
+        cache.put(("v1", ("x" * 9000, number)), "y" * 900)
+    assert len(cache) == 9
+    assert cache.find(("v1", ("x" * 9000, 49))) is not None
+    cache.put(("v1", "large"), "y" * 200_000)
+    assert cache.find(("v1", "large")) is None
+    assert len(cache) == 9
+    cache.keep_versions([])
+    for number in range(9):
+        cache.put(("v2", ("x" * 9000, number)), "y" * 900)
+    assert len(cache) == 9
 
 
 def value_of(text: str) -> Callable[[], Awaitable[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -88,6 +89,102 @@ def test_keys_come_from_a_file_and_the_environment(
     assert [keys.fit(key) for key in ("alpha", "beta", "gamma", "delta")] == [True] * 4
     assert not any(keys.fit(key) for key in ("", "# ours", " alpha ", "alpha beta", "gamma delta"))
     assert read_keys(None, None) is None
+
+
+def test_a_key_is_revoked_and_added_while_the_service_runs(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("alpha\nbeta\n")
+
+    async def run() -> None:
+        served = Served(access__keys_file=str(file))
+
+        async def statuses() -> list[int]:
+            found = []
+            for key in ("alpha", "beta", "gamma"):
+                reply = await served.client.get("/v1/versions", headers={"X-API-Key": key})
+                found.append(reply.status_code)
+            return found
+
+        assert await statuses() == [200, 200, 401]
+        file.write_text("beta\ngamma-is-new\ngamma\n")
+        assert await statuses() == [401, 200, 200]
+        file.unlink()
+        assert await statuses() == [401, 401, 401]
+        file.write_text("alpha\n")
+        assert await statuses() == [200, 401, 401]
+
+    asyncio.run(run())
+
+
+def test_a_batch_and_single_questions_take_turns() -> None:
+    async def run() -> None:
+        room, order, gate = Admission(1, 2, Metrics()), list[str](), asyncio.Event()
+
+        async def work(name: str, patient: bool) -> None:
+            async with room.slot(patient):
+                await gate.wait()
+                order.append(name)
+
+        first = asyncio.ensure_future(work("first", False))
+        await asyncio.sleep(0)
+        batch = [asyncio.ensure_future(work(f"b{n}", True)) for n in range(4)]
+        await asyncio.sleep(0)
+        single = [asyncio.ensure_future(work(f"s{n}", False)) for n in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="1 questions are under way and 2 wait"):
+            room.check()
+        batch[0].cancel()
+        await asyncio.sleep(0)
+        room_for_batches = pytest.raises(OverloadedError, match="3 questions of other batches")
+        single[1].cancel()
+        await asyncio.sleep(0)
+        room.check()
+        with room_for_batches:
+            room.check(batch=True)
+        gate.set()
+        await asyncio.gather(first, *batch[1:], single[0])
+        assert order == ["first", "s0", "b1", "b2", "b3"]
+        async with room.slot():
+            pass
+
+    asyncio.run(run())
+
+
+def test_a_question_without_room_is_refused_before_its_body_is_read() -> None:
+    async def run() -> None:
+        served = Served(limits__max_in_flight=1, limits__max_waiting=0)
+        served.pipeline.gate.clear()
+        first = asyncio.ensure_future(served.ask())
+        async with asyncio.timeout(5):
+            while not served.pipeline.open_engines:
+                await asyncio.sleep(0)
+        pieces: list[Message] = [{"type": "http.request", "body": b"{", "more_body": True}]
+        sent = await exchange(served, pieces)
+        assert sent[0]["status"] == 503
+        assert len(pieces) == 1
+        assert (await served.client.get("/readyz")).status_code == 200
+        served.pipeline.gate.set()
+        assert (await first).status_code == 200
+        text = (await served.client.get("/metrics")).text
+        assert 'rlrag_requests_total{route="/v1/answer",status="503"} 1.0' in text
+        assert "rlrag_rejected_total 1.0" in text
+
+    asyncio.run(run())
+
+
+def test_a_body_of_too_many_values_is_refused_before_they_are_objects() -> None:
+    async def run() -> None:
+        served = Served()
+        many = b'{"question": "q", "filters": {"ids": [' + b"1," * 300_000 + b"1]}}"
+        for body in (many, b"[" * 100_000, b'{"question": [' + b'"a",' * 300_000 + b"1]}"):
+            sent = await exchange(served, [{"type": "http.request", "body": body}])
+            assert sent[0]["status"] == 413
+            assert b"more than 14160 values" in sent[1]["body"]
+        texts = json.dumps({"queries": ['a, b, \\"c", [d {e' * 40] * 2560, "topk": 1}).encode()
+        sent = await exchange(served, [{"type": "http.request", "body": texts}], "/retrieve")
+        assert sent[0]["status"] == 200, sent[1]
+
+    asyncio.run(run())
 
 
 def test_settings_that_name_keys_but_give_none_are_refused(
@@ -176,6 +273,28 @@ def test_keys_are_checked_below_the_place_where_the_service_is_mounted(tmp_path:
             closed(tmp_path), [{"type": "http.request"}], path="/rag/admin/versions", root="/rag"
         )
         assert sent[0]["status"] == 401
+
+    asyncio.run(run())
+
+
+def test_a_name_that_is_not_the_services_is_refused(tmp_path: Path) -> None:
+    async def run() -> None:
+        served = Served(access__hosts=("rag.example.org",))
+        for host, status in (
+            ("localhost:8000", 200),
+            ("127.0.0.1:8000", 200),
+            ("[::1]:8000", 200),
+            ("rag.example.org", 200),
+            ("rebound.example:8000", 421),
+            ("localhost.rebound.example", 421),
+            ("", 421),
+        ):
+            for path in ("/healthz", "/v1/recent", "/"):
+                reply = await served.client.get(path, headers={"Host": host})
+                assert reply.status_code == status, (host, path)
+        assert "access.hosts" in reply.json()["detail"]
+        anyone = Served(access__hosts=("*",)).client
+        assert (await anyone.get("/healthz", headers={"Host": "a.example"})).status_code == 200
 
     asyncio.run(run())
 
@@ -316,7 +435,7 @@ def test_a_closed_connection_frees_its_slot_on_a_real_server(stream: str) -> Non
             _, writer = await asyncio.open_connection(*socket.getsockname())
             body = f'{{"question": "who?", "stream": {stream}}}'
             writer.write(
-                f"POST /v1/answer HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+                f"POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
             )
             while not served.pipeline.open_engines:

@@ -21,7 +21,7 @@ def openai_client(served: Served, **fields: Any) -> AsyncOpenAI:
     """The official client, whose requests stay in this process."""
     return AsyncOpenAI(
         api_key="none",
-        base_url="http://service/v1",
+        base_url="http://localhost/v1",
         max_retries=0,
         http_client=httpx2.AsyncClient(
             transport=httpx2.ASGITransport(served.app, raise_app_exceptions=False)

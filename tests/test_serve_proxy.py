@@ -7,11 +7,13 @@ import importlib
 
 import httpx
 import pytest
+import uvicorn
 from serve_stand_ins import Served
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve import connections
 from serve.proxy import PROXY_VARIABLES, ProxyProblems, layers
 
 
@@ -37,7 +39,7 @@ class Repeats:
 def ask(app: ASGIApp, path: str = "/v1/answer", **body: object) -> httpx.Response:
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(ProxyProblems(app))
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post(path, json=body, headers={"X-Request-Id": "mine"})
 
     return asyncio.run(run())
@@ -47,9 +49,10 @@ def check_problem(reply: httpx.Response, detail: str) -> None:
     assert reply.status_code == 503
     assert reply.headers["content-type"] == "application/problem+json"
     assert int(reply.headers["retry-after"]) > 0
-    assert reply.headers.get_list("x-request-id") == ["mine"]
+    [request_id] = reply.headers.get_list("x-request-id")
+    assert reply.headers.get_list("x-client-request-id") == ["mine"]
     problem = reply.json()
-    assert (problem["status"], problem["request_id"]) == (503, "mine")
+    assert (problem["status"], problem["request_id"]) == (503, request_id)
     assert detail in problem["detail"]
 
 
@@ -74,7 +77,8 @@ def test_what_the_service_says_stays() -> None:
     reply = ask(Repeats(Served().app), question="who?")
     assert reply.status_code == 200
     assert reply.json()["answer"] == "v1 says 16. 25."
-    assert reply.headers.get_list("x-request-id") == ["mine"]
+    assert len(reply.headers.get_list("x-request-id")) == 1
+    assert reply.headers.get_list("x-client-request-id") == ["mine"]
     refused = Served(limits__retry_after_s=7)
     refused.desk.now = None
     reply = ask(Repeats(refused.app), question="who?")
@@ -107,6 +111,49 @@ def test_a_response_that_has_begun_is_not_begun_again() -> None:
 def test_what_the_proxy_is_asked_itself_stays() -> None:
     assert ask(PlainTextResponse("unhealthy", 503), "/-/healthz").text == "unhealthy"
     assert ask(Response(status_code=503)).status_code == 503
+
+
+def test_half_a_head_holds_no_connection(monkeypatch) -> None:
+    """Neither as the first of a connection nor after a request; a slow answer is waited for."""
+    monkeypatch.setattr(connections, "_HEAD_WITHIN_S", 0.2)
+    monkeypatch.setattr(connections, "_MAX_CONNECTIONS", 3)
+    head = b"POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    whole = head + b'Content-Length: 19\r\n\r\n{"question": "who"}'
+
+    async def run() -> None:
+        layers()
+        served = Served()
+        served.pipeline.gate.clear()
+        server = uvicorn.Server(uvicorn.Config(served.app, port=0, log_config=None))
+        serving = asyncio.ensure_future(server.serve())
+        async with asyncio.timeout(30):
+            while not server.started:
+                await asyncio.sleep(0.01)
+            [socket] = server.servers[0].sockets
+            place = socket.getsockname()
+            for sent in (b"", head[:40], whole + head[:40]):
+                reader, writer = await asyncio.open_connection(*place)
+                writer.write(sent)
+                if sent.startswith(whole):
+                    while not served.pipeline.open_engines:
+                        await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.5)  # longer than a head may take
+                    served.pipeline.gate.set()
+                reply = await reader.read()  # until the connection is closed
+                assert (b"v1 says" in reply) == sent.startswith(whole)
+                writer.close()
+            monkeypatch.setattr(connections, "_HEAD_WITHIN_S", 30)
+            held = [await asyncio.open_connection(*place) for _ in range(4)]
+            assert await held[0][0].read() == b""  # the one that waited longest made room
+            held[3][1].write(whole)
+            assert b"v1 says" in await held[3][0].readuntil(b'"cached"')
+            for _, writer in held:
+                writer.close()
+            server.should_exit = True
+            await serving
+
+    monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
+    asyncio.run(run())
 
 
 def test_the_variables_name_the_layer() -> None:

@@ -62,7 +62,7 @@ def test_whole_numbers_may_be_written_with_a_point() -> None:
 
 @pytest.mark.parametrize(
     "given_fields",
-    [{"reward": 0.5}, {"reward": -3}, {"thumbs": "down"}, {"golden_answers": []}],
+    [{"reward": 0.5}, {"reward": -1}, {"thumbs": "down"}, {"golden_answers": []}],
 )
 def test_feedback_takes_one_kind(given_fields: dict[str, Any]) -> None:
     body = FeedbackRequest.model_validate({"request_id": "r1", **given_fields})
@@ -77,6 +77,8 @@ def test_feedback_takes_one_kind(given_fields: dict[str, Any]) -> None:
         {"reward": None},
         {"reward": None, "thumbs": "up"},
         {"reward": math.inf},
+        {"reward": 1.5},
+        {"reward": -1e300},
         {"reward": "1"},
         {"thumbs": "sideways"},
         {"golden_answers": [" "]},

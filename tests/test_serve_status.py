@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,25 +20,35 @@ from serve.records import Routing
 QUESTION = "what?"  # the ranking begins with passage 5
 
 
-def test_request_ids_are_taken_over_if_they_are_sane_and_logged(
-    caplog: pytest.LogCaptureFixture,
+def test_a_request_has_an_id_of_the_service_and_keeps_that_of_its_client(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     async def run() -> None:
-        served = Served()
+        served = Served(store=FeedbackStore(tmp_path / "feedback.db"))
         caplog.set_level(logging.INFO, "rlrag.serve")
         reply = await served.client.post(
             "/v1/answer", json={"question": QUESTION}, headers={"X-Request-Id": "job-7.3_a"}
         )
-        assert reply.headers["x-request-id"] == reply.json()["request_id"] == "job-7.3_a"
-        line = json.loads(caplog.records[-1].message)
-        assert line["request_id"] == "job-7.3_a"
+        own = reply.headers["x-request-id"]
+        assert own == reply.json()["request_id"] != "job-7.3_a"
+        assert reply.headers["x-client-request-id"] == "job-7.3_a"
+        line = caplog.records[-1].fields  # type: ignore[attr-defined]
+        assert (line["request_id"], line["client_request_id"]) == (own, "job-7.3_a")
         assert (line["method"], line["route"], line["status"]) == ("POST", "/v1/answer", 200)
         assert line["version"] == "v1"
         assert line["timings_ms"]["total"] > 0
-        assert QUESTION not in caplog.text
+        assert QUESTION not in caplog.text + str(line)
+        again = await served.client.post(
+            "/v1/answer", json={"question": "else?"}, headers={"X-Request-Id": "job-7.3_a"}
+        )
+        for asked in (own, again.json()["request_id"]):
+            said = {"request_id": asked, "thumbs": "up"}
+            assert (await served.client.post("/v1/feedback", json=said)).status_code == 202
+        said = {"request_id": "job-7.3_a", "thumbs": "down"}
+        assert (await served.client.post("/v1/feedback", json=said)).status_code == 404
         for insane in ("x" * 65, "a b", "a/b", ""):
             reply = await served.client.get("/healthz", headers={"X-Request-Id": insane})
-            assert reply.headers["x-request-id"] != insane
+            assert "x-client-request-id" not in reply.headers
             assert len(reply.headers["x-request-id"]) == 32
 
     asyncio.run(run())
@@ -60,6 +73,70 @@ def test_recent_requests_hold_questions_only_where_feedback_is_on(tmp_path: Path
             }  # fmt: skip
 
     asyncio.run(run())
+
+
+def test_recent_requests_are_shown_to_the_key_that_they_came_with(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+
+    async def run() -> None:
+        served = Served(store=FeedbackStore(tmp_path / "feedback.db"), access__keys_file=str(keys))
+        for key in ("one", "two"):
+            asked = {"question": f"asked by {key}? " + "x" * 50_000}
+            await served.client.post("/v1/answer", json=asked, headers={"X-API-Key": key})
+        for key in ("one", "two"):
+            reply = await served.client.get("/v1/recent", headers={"X-API-Key": key})
+            [shown] = reply.json()["requests"]
+            assert shown["question"].startswith(f"asked by {key}?")
+            assert len(shown["question"]) == 501
+
+    asyncio.run(run())
+
+
+def test_a_service_logs_requests_and_what_operators_do_as_lines_of_json(tmp_path: Path) -> None:
+    """In a process that sets no level, as a replica does not."""
+    program = """
+import asyncio, sys
+from pathlib import Path
+from serve_stand_ins import Served
+from rlrag.data.feedback import FeedbackStore
+from rlrag.json_logs import log_to_stderr
+
+async def run():
+    log_to_stderr("serve", "ingress-a1")
+    sys.stderr = sys.stdout  # as Ray Serve takes it over
+    served = Served(store=FeedbackStore(Path("f.db")), access__admin_keys_file="keys")
+    await served.ask("a secret?")
+    operator = {"headers": {"X-API-Key": "k"}}
+    await served.client.post("/admin/bundle", json={"path": "/b/new", "role": "canary"}, **operator)
+    await served.client.delete("/admin/bundle/canary", **operator)
+    await served.client.post("/admin/bundle", json={"path": "bad", "role": "active"}, **operator)
+
+asyncio.run(run())
+"""
+    (tmp_path / "keys").write_text("k")
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = [json.loads(line) for line in ran.stderr.splitlines()]
+    asked = next(line for line in lines if line.get("route") == "/v1/answer")
+    assert (asked["status"], asked["version"], asked["level"]) == (200, "v1", "INFO")
+    assert (asked["run"], asked["actor"]) == ("serve", "ingress-a1")
+    assert "secret" not in ran.stderr
+    audit = [line["message"] for line in lines if line["logger"] == "rlrag.serve.admin"]
+    assert [message.partition(": ")[2][:40] for message in audit] == [
+        "loading /b/new as canary gave version 6e",
+        "ended the canary",
+        "loading bad as active failed: the bundle",
+    ]
+    assert {line["key"] for line in lines if line["logger"] == "rlrag.serve.admin"} == {"8254c329"}
 
 
 def test_only_the_newest_two_hundred_requests_are_kept() -> None:

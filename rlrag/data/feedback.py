@@ -23,7 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from rlrag.data.feedback_file import OpenFile, explaining, identity, open_to_write, reading
+from rlrag.data.feedback_file import (
+    OpenFile,
+    explaining,
+    identity,
+    make_private,
+    open_to_write,
+    reading,
+)
 from rlrag.data.lines import checked_text
 from rlrag.errors import DataError
 
@@ -34,6 +41,7 @@ _TRIM_EVERY = 100
 _TRIMMED_AT_ONCE = 500
 _SECONDS_A_DAY = 86_400.0
 _ROUNDING = 1e-6
+_MAX_WORDS = 16
 _THUMBS_REWARD = {"up": 1.0, "down": 0.0}
 
 _COLUMNS = (
@@ -85,8 +93,10 @@ class FeedbackStore:
     moved away is begun anew.
 
     Every hundred selections, what is beyond the bounds is deleted, oldest first and at most 500
-    selections at a time, with their feedback. So a file can be a hundred selections larger than
-    `max_rows` for each process that writes. What is deleted is overwritten with zeros.
+    selections at a time. So a file can be a hundred selections larger than the bounds for each
+    process that writes. A selection with feedback goes only for its age, or when there are more
+    than `max_rows` of its kind, so that no flood of requests can drive it out. What is deleted is
+    overwritten with zeros.
     """
 
     def __init__(self, path: Path, max_rows: int = 1_000_000, max_days: float = 90.0) -> None:
@@ -94,7 +104,7 @@ class FeedbackStore:
 
         Args:
             path: The file; its folder is created too.
-            max_rows: Selections that are kept.
+            max_rows: Selections without feedback that are kept, and as many with it.
             max_days: Age in days up to which they are kept.
 
         Raises:
@@ -104,6 +114,7 @@ class FeedbackStore:
         self._max_rows = max_rows
         self._max_days = max_days
         self._until_trim = 0
+        self._rated_up_to = 0  # all selections up to this number that are left have feedback
         self._lock = threading.Lock()
         self._open: OpenFile | None = None
         with self._connection():
@@ -157,7 +168,7 @@ class FeedbackStore:
     ) -> bool:
         """Store what an answer was worth; False when no selection has this request id.
 
-        All that is said about an answer is kept, and the last word counts.
+        Of what is said about an answer the last 16 words are kept, and the last one counts.
 
         Args:
             request_id: The request that was answered.
@@ -178,22 +189,52 @@ class FeedbackStore:
                 "SELECT request_id, ?, ?, ?, ? FROM selections WHERE request_id = ?",
                 (time.time(), reward, golden, thumbs, request_id),
             ).rowcount
+            connection.execute(
+                "DELETE FROM feedback WHERE request_id = ? AND number NOT IN (SELECT number FROM "
+                "feedback WHERE request_id = ? ORDER BY number DESC LIMIT ?)",
+                (request_id, request_id, _MAX_WORDS),
+            )
         return bool(added)
 
     def _trim(self, connection: sqlite3.Connection) -> None:
         """Delete a bounded number of the oldest selections that are beyond the bounds."""
-        beyond = (
-            ("number <= (SELECT MAX(number) FROM selections) - ?", "number", self._max_rows),
-            ("time_s < ?", "time_s", time.time() - self._max_days * _SECONDS_A_DAY),
+        [(newest,)] = connection.execute("SELECT MAX(number) FROM selections")
+        rated = "EXISTS (SELECT 1 FROM feedback f WHERE f.request_id = selections.request_id)"
+        last = (newest or 0) - self._max_rows
+        num_deleted = self._delete(
+            connection,
+            f"number > ? AND number <= ? AND NOT {rated} ORDER BY number",
+            (self._rated_up_to, last),
         )
-        for condition, order, limit in beyond:
-            with connection:
-                rows = connection.execute(
-                    f"DELETE FROM selections WHERE number IN (SELECT number FROM selections WHERE "
-                    f"{condition} ORDER BY {order} LIMIT ?) RETURNING request_id",
-                    (limit, _TRIMMED_AT_ONCE),
-                ).fetchall()
-                connection.executemany("DELETE FROM feedback WHERE request_id = ?", rows)
+        self._delete(
+            connection,
+            "time_s < ? ORDER BY time_s",
+            (time.time() - self._max_days * _SECONDS_A_DAY,),
+        )
+        if num_deleted == _TRIMMED_AT_ONCE:
+            return
+        self._rated_up_to = max(self._rated_up_to, last)
+        [(num_left,)] = connection.execute("SELECT COUNT(*) FROM selections")
+        excess = num_left - 2 * self._max_rows
+        if excess > 0:
+            self._delete(connection, "number <= ? ORDER BY number", (last,), excess)
+
+    @staticmethod
+    def _delete(
+        connection: sqlite3.Connection,
+        which: str,
+        values: tuple[float, ...],
+        most: int = _TRIMMED_AT_ONCE,
+    ) -> int:
+        """Delete some of the selections, with their feedback; how many it were."""
+        with connection:
+            rows = connection.execute(
+                "DELETE FROM selections WHERE number IN (SELECT number FROM selections WHERE "
+                f"{which} LIMIT ?) RETURNING request_id",
+                (*values, min(most, _TRIMMED_AT_ONCE)),
+            ).fetchall()
+            connection.executemany("DELETE FROM feedback WHERE request_id = ?", rows)
+        return len(rows)
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -211,7 +252,7 @@ class FeedbackStore:
     def _let_go(self) -> None:
         if self._open is not None:
             self._open.connection.close()
-            self._open = None
+            self._open, self._rated_up_to = None, 0
 
 
 def read_feedback(path: Path) -> list[LoggedSelection]:
@@ -250,6 +291,7 @@ def copy_feedback(path: Path, target: Path) -> None:
     staging = target.with_name(f".{target.name}.new")
     try:
         staging.unlink(missing_ok=True)
+        make_private(staging)
         with (
             reading(path) as connection,
             explaining(target),

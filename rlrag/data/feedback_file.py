@@ -6,6 +6,7 @@ so that no other file is ever written to.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -51,14 +52,20 @@ def identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def make_private(path: Path) -> None:
+    """Create a file that its user alone can read, where it is missing; SQLite follows its mode."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
+
 def open_to_write(path: Path) -> OpenFile:
-    """Open the file, which is created where it is missing.
+    """Open the file, which is created where it is missing, for its user alone: it has questions.
 
     Raises:
         sqlite3.Error, OSError: see `explaining`.
         DataError: when the file is of another format or holds something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path)
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
     try:
         _check_format(connection, path, may_be_empty=True)
