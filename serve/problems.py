@@ -100,7 +100,7 @@ def problem_of(
     """
     kind, detail, errors = _describe(error)
     field = _field_of(error, errors)
-    if field in names:
+    if field is not None and field in names:
         detail = names[field] + detail.removeprefix(field)
         field = names[field]
     if kind is _INTERNAL:
