@@ -1,4 +1,4 @@
-"""Room for so many questions; keys; bounded bodies; clients that leave."""
+"""Keys; names; bounded bodies; clients that leave; a service without room."""
 
 from __future__ import annotations
 
@@ -12,70 +12,10 @@ import uvicorn
 from serve_stand_ins import Served
 from starlette.types import Message
 
-from rlrag.errors import ConfigError, OverloadedError
-from serve.limits import Admission, Keys, read_keys
-from serve.metrics import Metrics
+from rlrag.errors import ConfigError
+from serve.limits import Keys, read_keys
 
 ADMIN = {"Authorization": "Bearer admin-key"}
-
-
-async def hold(room: Admission, release: asyncio.Event, order: list[int], name: int) -> None:
-    async with room.slot():
-        order.append(name)
-        await release.wait()
-
-
-def test_room_is_given_in_the_order_of_arrival_and_one_too_many_is_refused() -> None:
-    async def run() -> None:
-        room, release, order = Admission(2, 2, Metrics()), asyncio.Event(), list[int]()
-        tasks = []
-        for name in range(4):
-            tasks.append(asyncio.ensure_future(hold(room, release, order, name)))
-            await asyncio.sleep(0)
-        assert order == [0, 1]
-        with pytest.raises(OverloadedError, match="2 questions are under way and 2 wait"):
-            async with room.slot():
-                pass
-        release.set()
-        await asyncio.gather(*tasks)
-        assert order == [0, 1, 2, 3]
-        async with room.slot(), room.slot():
-            pass
-
-    asyncio.run(run())
-
-
-def test_who_leaves_the_queue_frees_its_place() -> None:
-    async def run() -> None:
-        room, release, order = Admission(1, 1, Metrics()), asyncio.Event(), list[int]()
-        first = asyncio.ensure_future(hold(room, release, order, 0))
-        await asyncio.sleep(0)
-        second = asyncio.ensure_future(hold(room, release, order, 1))
-        await asyncio.sleep(0)
-        second.cancel()
-        await asyncio.wait((second,))
-        third = asyncio.ensure_future(hold(room, release, order, 2))
-        await asyncio.sleep(0)
-        release.set()
-        await asyncio.gather(first, third)
-        assert order == [0, 2]
-
-    asyncio.run(run())
-
-
-def test_a_patient_question_waits_where_others_are_refused() -> None:
-    async def run() -> None:
-        room, release, order = Admission(1, 0, Metrics()), asyncio.Event(), list[int]()
-        first = asyncio.ensure_future(hold(room, release, order, 0))
-        await asyncio.sleep(0)
-        with pytest.raises(OverloadedError):
-            async with room.slot():
-                pass
-        release.set()
-        async with room.slot(patient=True):
-            assert first.done()
-
-    asyncio.run(run())
 
 
 def test_keys_come_from_a_file_and_the_environment(
@@ -112,40 +52,6 @@ def test_a_key_is_revoked_and_added_while_the_service_runs(tmp_path: Path) -> No
         assert await statuses() == [401, 401, 401]
         file.write_text("alpha\n")
         assert await statuses() == [200, 401, 401]
-
-    asyncio.run(run())
-
-
-def test_a_batch_and_single_questions_take_turns() -> None:
-    async def run() -> None:
-        room, order, gate = Admission(1, 2, Metrics()), list[str](), asyncio.Event()
-
-        async def work(name: str, patient: bool) -> None:
-            async with room.slot(patient):
-                await gate.wait()
-                order.append(name)
-
-        first = asyncio.ensure_future(work("first", False))
-        await asyncio.sleep(0)
-        batch = [asyncio.ensure_future(work(f"b{n}", True)) for n in range(4)]
-        await asyncio.sleep(0)
-        single = [asyncio.ensure_future(work(f"s{n}", False)) for n in range(2)]
-        await asyncio.sleep(0)
-        with pytest.raises(OverloadedError, match="1 questions are under way and 2 wait"):
-            room.check()
-        batch[0].cancel()
-        await asyncio.sleep(0)
-        room_for_batches = pytest.raises(OverloadedError, match="3 questions of other batches")
-        single[1].cancel()
-        await asyncio.sleep(0)
-        room.check()
-        with room_for_batches:
-            room.check(batch=True)
-        gate.set()
-        await asyncio.gather(first, *batch[1:], single[0])
-        assert order == ["first", "s0", "b1", "b2", "b3"]
-        async with room.slot():
-            pass
 
     asyncio.run(run())
 
