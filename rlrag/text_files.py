@@ -39,6 +39,18 @@ def delete_rubbish(directory: Path, names: re.Pattern[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
+def apply_umask(directory: Path) -> None:
+    """Give every file below a new directory the permissions that the directory was made with.
+
+    Libraries that write beside a file's place keep other users out of it; safetensors 0.8 does. The
+    umask of the process decides, and it cannot be read without changing it for all threads.
+    """
+    mode = directory.stat().st_mode & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
     """What is written in the block takes the file's place when the block ends without an error.

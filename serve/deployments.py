@@ -160,6 +160,7 @@ class RegistryReplica:
             RayPipeline(_handle(RETRIEVER), _handle(SELECTOR), _handle(GENERATOR), _never),
         )
         self._configured = settings.bundle
+        self._checking = asyncio.create_task(self._director.check_first(settings.corpus is None))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Begin to serve the bundle that `user_config` names, as `POST /admin/bundle` would.

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlrag.bundle_files import GoldenQuestion, read_bundle
-from rlrag.errors import CheckpointError, GeneratorTimeoutError, RequestError
+from rlrag.errors import CheckpointError, GeneratorTimeoutError, RequestError, RlragError
 from serve.records import Decoding, Filters, Pipeline, Routing
 from serve.versions import ROLES, Report, VersionRegistry, Wanted
 
 logger = logging.getLogger("rlrag.serve")
 
 _POLL_S = 0.2
+_RETRY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class Bounds:
     start_timeout_s: float
     golden_timeout_s: float = 300.0
     golden_share: float = 0.9
+
+
+class _GoldenError(CheckpointError):
+    """A bundle answers its golden questions otherwise than recorded."""
 
 
 class Director:
@@ -72,6 +77,35 @@ class Director:
     def hear(self, report: Report) -> Wanted:
         """Take a replica's report and say what it must hold."""
         return self._registry.hear(report)
+
+    async def check_first(self, is_own_corpus: bool) -> None:
+        """Ask the version that the service starts with its golden questions.
+
+        Nothing is answered before. Where the answers are other than recorded, that is logged, and
+        the service waits for another bundle; one that cannot be asked is asked again.
+
+        Args:
+            is_own_corpus: Whether the bundle's own corpus is searched. Of another one nothing was
+                recorded.
+        """
+        while not self._registry.checked:
+            version = self._registry.routing.active
+            path = self._registry.bundles[version]
+            try:
+                files = await asyncio.to_thread(read_bundle, Path(path))
+                await self._loaded_everywhere(version, path)
+                if is_own_corpus:
+                    await self._check_golden(version, files.golden)
+                else:
+                    logger.warning("version %s is not checked on the service's corpus", version)
+            except _GoldenError as error:
+                logger.error("the service does not start: %s", error)
+                return
+            except RlragError as error:
+                logger.error("the first bundle cannot be checked, trying again: %s", error)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                self._registry.checked = True
 
     async def load(self, path: str, role: str, share: float) -> Routing:
         """See `VersionDesk.load`; returns the new routing.
@@ -139,7 +173,7 @@ class Director:
         num_right = sum(found)
         if num_right < self._bounds.golden_share * len(golden):
             wrong = golden[found.index(False)]
-            raise CheckpointError(
+            raise _GoldenError(
                 f"version {version} answers only {num_right} of its {len(golden)} golden questions "
                 f"as recorded, first {wrong.question!r} otherwise; it was trained with another "
                 "corpus, index or generator than this service has"

@@ -182,7 +182,10 @@ class RoutingReporter:
         return self._down[part]
 
     def missing(self) -> tuple[str, ...]:
-        """Parts that cannot answer: those that never could yet, and those that are down."""
+        """Parts that cannot answer: those that never could yet, and those that are down.
+
+        Until the version that a service starts with has answered its golden questions, all are.
+        """
         return tuple(p for p in PARTS if p not in self._been_up or self._down[p].is_set())
 
     async def refresh(self) -> None:
@@ -203,7 +206,8 @@ class RoutingReporter:
             self._times_down[part] += 1
             if part not in self._wanted.down:
                 self._times_down[part] = 0
-                self._been_up.add(part)
+                if self._wanted.checked:  # a registry that restarts checks what serves already
+                    self._been_up.add(part)
                 event.clear()
             elif self._times_down[part] >= _DOWN_AFTER:
                 event.set()

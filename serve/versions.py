@@ -51,13 +51,15 @@ class Wanted:
     """What a replica is told.
 
     `bundles` are those to hold, by version; `proposal` names the change that brought the newest of
-    them; `down` names the parts that have no living replica with the active version.
+    them; `down` names the parts that have no living replica with the active version; `checked` says
+    whether that version answered its golden questions since this registry started.
     """
 
     bundles: Mapping[str, str]
     routing: Routing
     proposal: str = ""
     down: tuple[str, ...] = ()
+    checked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class VersionRegistry:
         self._routing = Routing(version)
         self._candidate: str | None = None
         self._proposal = ""
+        self.checked = False
         self._restore()
 
     @property
@@ -103,7 +106,7 @@ class VersionRegistry:
         """Take a replica's report and say what it must hold."""
         self._heard[report.replica] = _Heard(report, self._clock())
         self._retire()
-        return Wanted(self._bundles, self._routing, self._proposal, self._down())
+        return Wanted(self._bundles, self._routing, self._proposal, self._down(), self.checked)
 
     def propose(self, version: str, path: str) -> None:
         """Have all replicas load a bundle that does not answer yet.
@@ -166,6 +169,7 @@ class VersionRegistry:
         routing = replace(routing, epoch=old.epoch + 1)
         self._save(routing)
         self._candidate = None
+        self.checked = self.checked or role == "active"
         return self._follow(routing)
 
     def drop(self, role: str) -> Routing:

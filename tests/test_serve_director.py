@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from serve_bundles import make_bundle
 
-from rlrag.bundle_files import GoldenQuestion, read_bundle
+from rlrag.bundle import add_evaluation
+from rlrag.bundle_files import Evaluated, GoldenQuestion, read_bundle
 from rlrag.errors import CheckpointError, RequestError
 from rlrag.records import Passage
 from serve.director import Bounds, Director
@@ -171,6 +172,44 @@ def test_golden_questions_must_be_answered_as_recorded(bundles, tmp_path):
 def test_golden_questions_must_lead_to_the_recorded_picks(bundles, tmp_path):
     with pytest.raises(CheckpointError, match="only 0 of its 10"):
         check(EchoPipeline(picks=(0, 1)), tmp_path, bundles)
+
+
+@pytest.fixture(scope="module")
+def recorded(bundles) -> tuple[Path, Path]:
+    """The bundles, the first with golden questions."""
+    add_evaluation(bundles[0], Evaluated(GOLDEN, {}))
+    return bundles
+
+
+def first_checked(found: Director, is_own_corpus: bool = True) -> bool:
+    """Whether the first version is checked once it is loaded."""
+
+    async def scenario() -> bool:
+        assert not found.hear(Report("i1", "ingress", epoch=0)).checked
+        parts = asyncio.create_task(replicas(found))
+        async with asyncio.timeout(60):
+            await found.check_first(is_own_corpus)
+        parts.cancel()
+        return found.hear(Report("i1", "ingress", epoch=0)).checked
+
+    return asyncio.run(scenario())
+
+
+def test_the_first_bundle_must_answer_as_recorded_too(recorded, tmp_path, caplog):
+    assert first_checked(director(recorded, tmp_path))
+    assert caplog.text == ""
+    wrong = EchoPipeline(picks=(0, 1))
+    found = director(recorded, tmp_path, wrong)
+    assert not first_checked(found)
+    assert "the service does not start: version" in caplog.text
+    assert "only 0 of its 10 golden questions" in caplog.text
+    assert run(found, recorded[1]).active == read_bundle(recorded[1]).version
+    assert found.hear(Report("i1", "ingress", epoch=0)).checked  # another bundle repairs it
+
+
+def test_on_a_corpus_of_the_service_the_first_bundle_is_not_compared(recorded, tmp_path, caplog):
+    assert first_checked(director(recorded, tmp_path, EchoPipeline(picks=(0, 1))), False)
+    assert "is not checked on the service's corpus" in caplog.text
 
 
 def test_one_change_at_a_time(bundles, tmp_path):

@@ -166,6 +166,24 @@ def test_a_part_is_missing_until_it_is_up_and_again_when_it_is_down():
     asyncio.run(scenario())
 
 
+def test_no_part_is_up_before_the_first_version_is_checked():
+    async def scenario() -> None:
+        registry = RegistryInMemory("a")
+        reporter = RoutingReporter("i1", registry.tell)
+        unchecked = Wanted({"a": "/bundles/a"}, Routing("a"), checked=False)
+        registry.wanted = unchecked
+        await reporter.refresh()
+        assert reporter.missing() == ("retriever", "selector", "generator")
+        registry.wanted = Wanted({"a": "/bundles/a"}, Routing("a"))
+        await reporter.refresh()
+        assert reporter.missing() == ()
+        registry.wanted = unchecked
+        await reporter.refresh()
+        assert reporter.missing() == ()  # a registry that restarted checks what serves already
+
+    asyncio.run(scenario())
+
+
 def test_requests_are_counted_by_version():
     async def scenario() -> None:
         registry = RegistryInMemory("a")

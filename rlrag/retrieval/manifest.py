@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rlrag.errors import IndexMismatchError, RlragError, SetupError
 from rlrag.retrieval.encoder import EncoderIdentity
-from rlrag.text_files import hidden_beside
+from rlrag.text_files import apply_umask, hidden_beside
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -160,6 +160,7 @@ def staged_directory(target: Path, manifest: Manifest) -> Iterator[Path]:
         raise cannot_write(target, error) from error
     try:
         yield staging
+        apply_umask(staging)
         write_manifest(staging, manifest)
         for file in staging.iterdir():
             with file.open("rb") as stream:

@@ -27,7 +27,7 @@ from rlrag.generation.weight_protocols import adapter_names
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.models import resolve_device, resolve_dtype
 from rlrag.selection.listwise_lm import ATTENTION
-from rlrag.storage import MANIFEST
+from rlrag.storage import MANIFEST, check_finite
 from rlrag.training.sharding import shard, sliced_like, whole
 
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
@@ -276,6 +276,7 @@ def save_model(
     settings.pop("torch_dtype", None)  # the name before transformers 4.56
     settings["dtype"] = dtype
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    check_finite(tensors, str(directory))
     save_torch_state_dict(dict(tensors), directory)
 
 

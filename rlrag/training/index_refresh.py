@@ -43,6 +43,7 @@ from rlrag.retrieval.late_parametric import VectorSearch
 from rlrag.retrieval.open_trainable import searched_index
 from rlrag.retrieval.trainable import TrainableEncoder
 from rlrag.retrieval.tuned import tuned_retrieval
+from rlrag.text_files import apply_umask
 from rlrag.training.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ class RefreshedIndex:
         shutil.rmtree(encoder_dir, ignore_errors=True)
         place.mkdir(parents=True, exist_ok=True)
         encoder.save_pretrained(encoder_dir)
+        apply_umask(encoder_dir)
         return self._start(place)
 
     def _start(self, place: Path) -> Future[None] | None:
