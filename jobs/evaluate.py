@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from jobs.command_line import parse, run_program
@@ -25,7 +26,8 @@ from jobs.opened_bundle import (
     opened_generator,
     write_output,
 )
-from rlrag.config import RunConfig
+from rlrag.config import RunConfig, describe_validation_error
+from rlrag.config.training import System
 from rlrag.errors import ConfigError
 
 if TYPE_CHECKING:  # they bring torch, which --help does without
@@ -56,6 +58,9 @@ class EvaluateArguments:
     selector is worth to a generator that it was not trained with. The bundle's when unset."""
     launcher: Literal["ray", "local"] | None = None
     """Where the generator runs; as in training when unset."""
+    systems: tuple[System, ...] = ()
+    """Systems to compare, also ones that the run did not; those of `evaluation.systems` when
+    unset."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -126,10 +131,18 @@ def _policy(bundle: Bundle, config: RunConfig, candidates: CandidateTable) -> Se
 
 def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
     """The bundle's configuration with other questions, generator and numbers of passages shown."""
+    if arguments.systems:
+        evaluation = config.evaluation.model_copy(update={"systems": arguments.systems})
+        try:
+            config = type(config).model_validate(
+                config.model_dump() | {"evaluation": evaluation.model_dump()}
+            )
+        except ValidationError as error:
+            raise ConfigError(describe_validation_error(error)) from error
     if not config.evaluation.systems:
         raise ConfigError(
             f"--bundle {arguments.bundle} is of a run whose evaluation.systems is empty, so that "
-            "there is nothing to compare; train with systems to compare, or use jobs.probe"
+            "there is nothing to compare; name some by --systems, or use jobs.probe"
         )
     config = on_other_data(config, arguments.corpus, arguments.questions, arguments.limit)
     if arguments.generator is not None:

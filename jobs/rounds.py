@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.opened_bundle import say
-from jobs.single_run import evaluate_bundle, run_once
+from jobs.single_run import evaluate_bundle, open_all, run_once
 from rlrag.config import RunConfig
 from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.training.run_directory import RunDirectory
@@ -43,6 +43,7 @@ class Trained:
 
 def run_rounds(config: RunConfig, run_dir: RunDirectory) -> None:
     """Take all turns, then bundle the last weights of every part and compare them."""
+    open_all(config, bool(config.evaluation.systems))
     trained, tokens, turns_left = Trained(), 0.0, 2 * config.training.rounds
     for number in range(1, config.training.rounds + 1):
         for turn in (RETRIEVER, OTHERS):

@@ -42,15 +42,10 @@ def run_once(
         evaluate: Whether the comparison follows.
         experience: Log of selections that were rewarded before, which a retriever may learn from.
     """
-    from rlrag.pipeline import open_library, open_training_data
+    from rlrag.pipeline import open_training_data
 
-    # Before minutes go into an index.
-    resolve_model(config.generator.model, config.cache_path)
-    if config.selector.kind != "features":
-        resolve_model(config.selector.model, config.cache_path)
-    say(f"{config.recipe}: reading {config.data.corpus} and its index")
-    library = open_library(config)
     evaluate = evaluate and bool(config.evaluation.systems)
+    library = open_all(config, evaluate)
     if config.training.experience is not None:
         _train_on_log(config, run_dir, library, Path(config.training.experience))
         if evaluate:
@@ -70,6 +65,38 @@ def run_once(
             _evaluate(config, run_dir, library, generator, prompts)
     if evaluate and config.trains_generator:
         evaluate_bundle(config, run_dir, library)
+
+
+def open_all(config: RunConfig, evaluate: bool) -> Library:
+    """Open everything that the run reads, so that a mistake costs no training; returns the library.
+
+    Models, rewards and questions come before minutes go into an index, and the candidates of the
+    final comparison before the first step.
+
+    Raises:
+        RlragError: naming what cannot be opened.
+    """
+    from rlrag.data.load import load_questions
+    from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
+    from rlrag.rewards.composite import RewardModel
+
+    resolve_model(config.generator.model, config.cache_path)
+    if config.selector.kind != "features":
+        resolve_model(config.selector.model, config.cache_path)
+    RewardModel(config.reward)
+    if config.training.experience is None:
+        load_questions(config.data.train_questions, config.cache_path)
+    if evaluate:
+        load_questions(config.data.eval_questions, config.cache_path)
+    say(f"{config.recipe}: reading {config.data.corpus} and its index")
+    library = open_library(config)
+    if evaluate:
+        open_evaluation_data(config, library)
+        for name, candidates in other_retrievers(config, library, None).items():
+            # Shards would have their actors twice.
+            if name in config.evaluation.systems and config.retrieval.num_shards == 1:
+                candidates()
+    return library
 
 
 def evaluate_bundle(config: RunConfig, run_dir: RunDirectory, library: Library) -> None:

@@ -78,6 +78,14 @@ def test_a_bundle_without_systems_is_refused_before_its_generator_is_opened(mode
         evaluate.main(words(bundle, tmp_path / "out.json", "--generator", "/no/such/model"))
 
 
+def test_systems_that_the_run_did_not_compare_can_be_named(model_dir, tmp_path):
+    bundle = trained_bundle(tmp_path, model_dir)
+    evaluate.main(words(bundle, tmp_path / "out.json", "--systems", "bm25", "trained"))
+    assert set(json.loads((tmp_path / "out.json").read_text())["systems"]) == {"bm25", "trained"}
+    with pytest.raises(ConfigError, match="asks for tuned_retriever, but training"):
+        evaluate.main(words(bundle, tmp_path / "out.json", "--systems", "tuned_retriever"))
+
+
 def test_a_pipe_gets_the_comparison_and_nothing_lies_beside_it(model_dir, tmp_path):
     bundle = trained_bundle(tmp_path, model_dir, "retriever_order")
     (tmp_path / "beside").mkdir()

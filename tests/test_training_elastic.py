@@ -9,6 +9,7 @@ import torch
 from loop_runs import StopAfter, changed, start, steps_of, weights
 from thread_workers import make_group, run_together
 
+from rlrag.config import RunConfig
 from rlrag.errors import RunDirectoryError
 from rlrag.training.run_directory import RunDirectory
 
@@ -62,3 +63,28 @@ def test_a_directory_takes_other_machines_and_no_other_run(small_config, tmp_pat
     other = changed(elsewhere, training={"batch_size": 4, "num_workers": 2})
     with pytest.raises(RunDirectoryError, match=r"\(training\.batch_size: 8 there, 4 given\)"):
         run_dir.claim(other)
+
+
+def test_what_is_done_with_the_weights_may_change_and_what_they_become_may_not(
+    small_config, tmp_path
+):
+    run_dir = RunDirectory(tmp_path / "run")
+    run_dir.claim(small_config)
+    around = changed(
+        small_config,
+        data={"eval_questions": "test.jsonl", "max_eval_questions": 7},
+        evaluation={"systems": ("trained",), "num_bootstrap": 100},
+        mirror={"uri": "s3://bucket/run", "wait_s": 1},
+        training={"loggers": (), "metrics_port": 1, "profile_steps": "1:2", "keep_every": 9},
+    )
+    run_dir.claim(around)
+    assert RunConfig.from_json(run_dir.config.read_text()) == around
+    for section, value in (
+        ("data", {"train_questions": "other.jsonl"}),
+        ("data", {"max_train_questions": 5}),
+        ("training", {"validate_every": 7}),
+        ("reward", {"functions": ("f1",)}),
+    ):
+        (name,) = value
+        with pytest.raises(RunDirectoryError, match=rf"\({section}\.{name}: [^;]* given\)"):
+            run_dir.claim(changed(around, **{section: value}))

@@ -45,6 +45,13 @@ _PLACEMENT = frozenset(
 )
 """Fields that say on what a run is computed, and not what: they may change when it continues."""
 
+_AROUND = ("evaluation.", "mirror.", "data.eval_questions", "data.max_eval_questions")
+_AROUND += ("training.loggers", "training.metrics_", "training.profile_steps", "training.keep_")
+"""Beginnings of fields that say what is done with the weights, and not what they become: what they
+are compared with at the end, where they are copied to, how the run is watched, which checkpoints
+stay. These may change too.
+"""
+
 
 class RunDirectory:
     """Paths below one directory, and the records that are appended there."""
@@ -243,7 +250,8 @@ def check_same_run(kept: RunConfig, given: RunConfig, place: str, flag: str) -> 
     """Check that a run of one configuration may be continued by the other.
 
     They may differ in what the run is computed on: launcher, workers, actors, and how long is
-    waited for them. The steps are the same then, their sums equal up to rounding.
+    waited for them. The steps are the same then, their sums equal up to rounding. They may differ
+    in what is done with the weights, too: evaluation, mirror, loggers, which checkpoints are kept.
 
     Raises:
         RunDirectoryError: naming the fields that differ otherwise, and the flag of the place.
@@ -266,7 +274,9 @@ def describe_differences(kept: RunConfig, given: RunConfig) -> list[str]:
 
     before = leaves(kept.model_dump(mode="json"), "")
     after = leaves(given.model_dump(mode="json"), "")
-    names = sorted((before.keys() | after.keys()) - _PLACEMENT)
+    names = sorted(
+        name for name in (before.keys() | after.keys()) - _PLACEMENT if not name.startswith(_AROUND)
+    )
     return [
         f"{name}: {before.get(name)!r} there, {after.get(name)!r} given"
         for name in names

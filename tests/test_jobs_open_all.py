@@ -1,0 +1,82 @@
+"""A mistake in what a run reads is told before anything is built, started or kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jobs import train
+from rlrag.config import DataConfig, EvaluationConfig, GeneratorConfig, RetrievalConfig, RunConfig
+from rlrag.errors import ConfigError, DataError
+from rlrag.training.run_directory import RunDirectory
+
+
+@pytest.fixture
+def flags(tmp_path) -> list[str]:
+    """Of a run over five passages, whose generator is never asked."""
+    (tmp_path / "model").mkdir()
+    corpus = [{"id": f"p{i}", "contents": f"Title {i}\nthe value is v{i}"} for i in range(5)]
+    questions = [
+        {"id": f"q{i}", "question": f"what is value {i}?", "golden_answers": [f"v{i}"]}
+        for i in range(5)
+    ]
+    for name, records in (("corpus", corpus), ("questions", questions)):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    values = {
+        "run-dir": tmp_path / "run",
+        "cache-dir": tmp_path / "cache",
+        "data.corpus": tmp_path / "corpus.jsonl",
+        "data.train-questions": tmp_path / "questions.jsonl",
+        "data.eval-questions": tmp_path / "questions.jsonl",
+        "data.num-validation-questions": 0,
+        "retrieval.kind": "bm25",
+        "retrieval.encoder": None,
+        "retrieval.num-candidates": 3,
+        "generator.model": tmp_path / "model",
+        "training.launcher": "local",
+        "training.batch-size": 2,
+    }
+    return ["quickstart", *(w for name, value in values.items() for w in (f"--{name}", str(value)))]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "kind", "said"),
+    [
+        ("data.eval-questions", "tset.jsonl", DataError, "tset.jsonl does not exist"),
+        ("data.train-questions", "tset.jsonl", DataError, "tset.jsonl does not exist"),
+        ("reward.functions", "answr_logp", ConfigError, "answr_logp"),
+    ],
+)
+def test_a_typo_costs_nothing(flags, tmp_path, flag, value, kind, said):
+    with pytest.raises(kind, match=said):
+        train.main([*flags, f"--{flag}", value])
+    assert not (tmp_path / "cache").exists()
+    assert not RunDirectory(tmp_path / "run").config.exists()
+
+
+def test_candidates_of_the_comparison_are_found_before_the_generator_starts(tmp_path, flags):
+    from jobs.single_run import open_all
+
+    config = RunConfig(
+        cache_dir=str(tmp_path / "cache"),
+        data=DataConfig(
+            corpus=str(tmp_path / "corpus.jsonl"),
+            train_questions=str(tmp_path / "questions.jsonl"),
+            eval_questions=str(tmp_path / "questions.jsonl"),
+        ),
+        retrieval=RetrievalConfig(kind="bm25", encoder=None, num_candidates=3),
+        generator=GeneratorConfig(model=str(tmp_path / "model")),
+        evaluation=EvaluationConfig(systems=("bm25", "trained")),
+    )
+    open_all(config, evaluate=False)
+    tables = tmp_path / "cache" / "candidates"
+    assert not tables.exists()
+    open_all(config, evaluate=True)
+    assert len(list(tables.iterdir())) == 1
+    too_many = config.model_copy(
+        update={"retrieval": config.retrieval.model_copy(update={"num_candidates": 6})}
+    )
+    with pytest.raises(ConfigError, match="6"):
+        open_all(too_many, evaluate=True)
