@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
             f"{run_dir.path} is no run: it has no config.json; give the directory that jobs.train "
             "wrote to, or a checkpoint in it"
         )
-    config = RunConfig.from_json(run_dir.config.read_text(), str(run_dir.config))
+    config = run_dir.read_config()
     _check_adapter(config, arguments)
     with only_writer(arguments.output):
         if config.trains_in_turns:

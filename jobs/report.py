@@ -21,8 +21,7 @@ from typing import Annotated, Any
 import tyro
 
 from jobs.command_line import parse, run_program
-from rlrag.config import RunConfig
-from rlrag.errors import ConfigError, DataError
+from rlrag.errors import ConfigError
 from rlrag.evaluation.paired_tests import between_runs
 from rlrag.evaluation.question_records import EvaluatedQuestions, read_questions
 from rlrag.evaluation.report import render_report
@@ -87,13 +86,8 @@ def _read(run_dir: RunDirectory, name: str) -> RunRecord:
             f"--run-dir {run_dir.path} holds no run: there is no config.json; give the directory "
             "that jobs.train wrote"
         )
-    config = RunConfig.from_json(run_dir.config.read_text(), str(run_dir.config))
-    try:
-        metrics = run_dir.read_metrics()
-    except ValueError as error:
-        raise DataError(
-            f"{run_dir.metrics} is damaged: {error}; restore it, or train the run again"
-        ) from error
+    config = run_dir.read_config()
+    metrics = run_dir.read_metrics()
     if not metrics:
         raise ConfigError(
             f"--run-dir {run_dir.path} has no metrics yet; wait for the run's first step"

@@ -52,6 +52,7 @@ def run_once(
             evaluate_bundle(config, run_dir, library)
         return
     data = open_training_data(config, library)
+    run_dir.check_sources(data.hashes)
     say(
         f"{len(library.corpus):,} passages; {len(data.train):,} questions to train on, "
         f"{len(data.validation) if data.validation else 0} held back; starting the generator"
@@ -118,6 +119,7 @@ def _train_on_log(config: RunConfig, run_dir: RunDirectory, library: Library, lo
     if not run_dir.feedback.exists():
         copy_feedback(log, run_dir.feedback)
     logged = open_logged_data(config, library, run_dir.feedback)
+    run_dir.check_sources(data_of_log(library, logged).hashes)
     num_steps = logged_schedule(config, len(logged.train)).num_steps
     say(f"{logged.describe()}; {num_steps:,} steps without generator tokens")
     with _followed(config, run_dir, num_steps):

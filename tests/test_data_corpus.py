@@ -209,11 +209,29 @@ def test_a_second_writer_of_the_same_corpus_takes_the_first_copy(tmp_path: Path)
 def test_a_damaged_corpus_is_refused(tmp_path: Path, name: str):
     directory = write_disk_corpus(PASSAGES, tmp_path / "corpus").directory
     (directory / name).write_bytes((directory / name).read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"{name} has \d+ bytes and not \d+"):
+    with pytest.raises(DataError, match=rf"{name} is damaged: it has \d+ bytes and not \d+"):
         DiskCorpus(directory)
     (directory / name).unlink()
-    with pytest.raises(DataError, match=rf"{name} has 0 bytes"):
+    with pytest.raises(DataError, match=rf"{name} is damaged: it has 0 bytes"):
         DiskCorpus(directory)
+
+
+@pytest.mark.parametrize("name", ["passages.jsonl", "offsets.bin", "ids.bin"])
+def test_a_corpus_with_changed_bytes_of_equal_length_is_refused(tmp_path: Path, name: str):
+    path = write_disk_corpus(PASSAGES, tmp_path / "corpus").directory / name
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(DataError, match=rf"{name} is damaged: its bytes are others"):
+        DiskCorpus(path.parent)
+
+
+@pytest.mark.parametrize("meta", [{"format": 2}, {"format": 2, "content_hash": "x", "files": 3}])
+def test_a_damaged_description_is_refused(tmp_path: Path, meta: dict):
+    path = write_disk_corpus(PASSAGES, tmp_path / "corpus").directory / "meta.json"
+    path.write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=r"meta\.json is damaged"):
+        DiskCorpus(path.parent)
 
 
 def test_another_format_is_refused(tmp_path: Path):

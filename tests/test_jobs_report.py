@@ -133,7 +133,7 @@ def test_a_damaged_evaluation_is_named(tmp_path, text):
 def test_damaged_metrics_are_named(tmp_path):
     run_dir = make_run(tmp_path / "run")
     run_dir.metrics.write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl is damaged"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2 is damaged"):
         report.main(words(run_dir, output=tmp_path / "r.html"))
 
 

@@ -263,6 +263,16 @@ def test_an_unreadable_progress_file_is_refused(tmp_path: Path, text: str) -> No
         encoded(corpus, WordEncoder(), tmp_path / "v")
 
 
+def test_vectors_with_changed_bytes_of_equal_length_are_refused(tmp_path: Path) -> None:
+    corpus = corpus_of(35)
+    encoded(corpus, WordEncoder(), tmp_path / "v")
+    with (tmp_path / "v" / VECTORS_FILE).open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\0")
+    with pytest.raises(IndexMismatchError, match=r"vectors\.npy is damaged: its bytes are others"):
+        encoded(corpus, WordEncoder(), tmp_path / "v")
+
+
 def test_an_encoder_that_makes_no_numbers_is_refused(tmp_path: Path) -> None:
     class BrokenEncoder(WordEncoder):
         def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:

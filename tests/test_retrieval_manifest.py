@@ -115,8 +115,8 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     with staged_directory(tmp_path / "index", EXPECTED):
         pass
     path = tmp_path / "index" / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 0'))
-    with pytest.raises(IndexMismatchError, match="format_version is 0 and not 1"):
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 0'))
+    with pytest.raises(IndexMismatchError, match="format_version is 0 and not 2"):
         check_manifest(tmp_path / "index", EXPECTED)
 
 

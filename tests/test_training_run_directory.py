@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlrag.config import DROConfig, RunConfig
-from rlrag.errors import ConfigError, InUseError, RunDirectoryError
+from rlrag.errors import ConfigError, DataError, InUseError, RunDirectoryError
 from rlrag.text_files import hidden_beside
 from rlrag.training.run_directory import RunDirectory
 
@@ -101,9 +101,9 @@ def test_a_file_in_its_place_is_named(tmp_path):
         claimed(tmp_path / "run" / "below")
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"sed": 1}'])
+@pytest.mark.parametrize("text", ["", "{", '{"sed": 1}', "\udcff"])
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=str(tmp_path / "config.json")):
         claimed(tmp_path)
 
@@ -160,6 +160,43 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     place = RunDirectory(tmp_path / "file" / "run")
     with pytest.raises(RunDirectoryError, match=r"cannot write to .*file/run"), place.in_use(print):
         raise AssertionError
+
+
+def test_data_that_changed_between_a_stop_and_its_continuation_is_refused(tmp_path):
+    run_dir = claimed(tmp_path / "run")
+    run_dir.check_sources({"corpus": "c1", "train_questions": "q1"})
+    run_dir.check_sources({"corpus": "c2", "train_questions": "q2"})  # nothing was trained yet
+    run_dir.append_metrics({"step": 0})
+    run_dir.check_sources({"corpus": "c2", "train_questions": "q2"})
+    with pytest.raises(RunDirectoryError, match=r"another content of train_questions than"):
+        run_dir.check_sources({"corpus": "c2", "train_questions": "q3"})
+    with pytest.raises(RunDirectoryError, match=r"of corpus and train_questions than is there"):
+        run_dir.check_sources({"corpus": "c3", "train_questions": "q3"})
+    for text in ("", "[1]", "{"):
+        run_dir.sources.write_text(text)
+        with pytest.raises(DataError, match=r"sources\.json is damaged"):
+            run_dir.check_sources({"corpus": "c2", "train_questions": "q2"})
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b"{}", b'{"step": "1"}', b"\xff", b""])
+def test_damaged_records_are_named_with_their_line(tmp_path, line):
+    run_dir = claimed(tmp_path / "run")
+    run_dir.append_metrics({"step": 0})
+    with run_dir.metrics.open("ab") as stream:
+        stream.write(line + b"\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2 is damaged"):
+        run_dir.read_metrics()
+
+
+def test_records_that_a_checkpoint_contains_must_be_there(tmp_path):
+    run_dir = claimed(tmp_path / "run")
+    with pytest.raises(DataError, match=r"metrics\.jsonl lacks step 0, .* checkpoint of step 0"):
+        run_dir.check_records(0)
+    for step in (0, 1, 3):
+        run_dir.append_metrics({"step": step})
+    run_dir.check_records(1)
+    with pytest.raises(DataError, match=r"lacks step 2, which the checkpoint of step 3 contains"):
+        run_dir.check_records(3)
 
 
 def test_records_are_read_back_in_order(tmp_path):

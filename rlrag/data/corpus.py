@@ -11,15 +11,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rlrag.checksums import difference
 from rlrag.data.checks import DataReport
 from rlrag.errors import DataError, SetupError
 from rlrag.records import Passage
 
-DISK_FORMAT = 1
+DISK_FORMAT = 2
 PASSAGES_FILE = "passages.jsonl"
 OFFSETS_FILE = "offsets.bin"
 IDS_FILE = "ids.bin"
 META_FILE = "meta.json"
+_FILES = (PASSAGES_FILE, OFFSETS_FILE, IDS_FILE)
 
 OFFSET_TYPE = np.dtype("<u8")
 # 8 bytes of id hash, then 8 bytes of row, both big-endian: sorting the bytes sorts by hash, then
@@ -131,7 +133,8 @@ class DiskCorpus:
     """A corpus in a directory, read through memory maps, so that it takes almost no memory.
 
     The directory holds the encoded passages one after another, the offset of each, a table of
-    (id hash, row) sorted by hash, and `meta.json`. Copies for other processes carry the path only.
+    (id hash, row) sorted by hash, and `meta.json` with their checksums. Copies for other processes
+    carry the path only.
 
     Raises:
         DataError: when the directory is not a complete corpus of this format.
@@ -141,22 +144,24 @@ class DiskCorpus:
     def __init__(self, directory: Path | str) -> None:
         self._directory = Path(directory)
         meta = self._read_meta()
-        self._content_hash: str = meta["content_hash"]
-        self._num_passages: int = meta["num_passages"]
-        self._source: Mapping[str, Any] = meta["source"]
-        self._report = DataReport.from_dict(meta["checks"])
-        expected_bytes = {
-            PASSAGES_FILE: meta["num_bytes"],
-            OFFSETS_FILE: (self._num_passages + 1) * OFFSET_TYPE.itemsize,
-            IDS_FILE: self._num_passages * ID_RECORD_TYPE.itemsize,
-        }
-        for name, num_bytes in expected_bytes.items():
+        try:
+            self._content_hash: str = meta["content_hash"]
+            self._num_passages: int = meta["num_passages"]
+            self._source: Mapping[str, Any] = meta["source"]
+            self._report = DataReport.from_dict(meta["checks"])
+            files = {name: dict(meta["files"][name]) for name in _FILES}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self._directory / META_FILE} is damaged ({type(error).__name__}: {error}); "
+                f"delete {self._directory} and load the corpus again"
+            ) from error
+        for name, expected in files.items():
             path = self._directory / name
-            actual = path.stat().st_size if path.is_file() else 0
-            if actual != num_bytes:
+            reason = difference(path, expected, self._directory / META_FILE)
+            if reason:
                 raise DataError(
-                    f"{path} has {actual} bytes and not {num_bytes}; the corpus is damaged, delete "
-                    f"{self._directory} and load it again"
+                    f"{path} is damaged: {reason}; delete {self._directory} and load the corpus "
+                    "again"
                 )
         with open(self._directory / PASSAGES_FILE, "rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from rlrag.checksums import checksum
 from rlrag.data.checks import Tally
 from rlrag.data.corpus import (
     DISK_FORMAT,
@@ -110,7 +111,9 @@ def _fill(
         "format": DISK_FORMAT,
         "content_hash": digest,
         "num_passages": num_passages,
-        "num_bytes": (staging / PASSAGES_FILE).stat().st_size,
+        "files": {
+            name: checksum(staging / name) for name in (PASSAGES_FILE, OFFSETS_FILE, IDS_FILE)
+        },
         "source": dict(source),
         "checks": report.to_dict(),
     }

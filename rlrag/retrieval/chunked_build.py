@@ -1,6 +1,7 @@
 """What encodes passages and what writes them in; a directory that is filled and can be resumed out.
 
-Beside what is written stands `progress.json` with the number of passages that are safe on disk.
+Beside what is written stands `progress.json` with the number of passages that are safe on disk, and
+once they all are, with the files' checksums.
 Chunks begin at the same passages in every build. Two processes that fill one directory at once do
 no harm where each writes the same bytes at the same places.
 """
@@ -11,11 +12,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from rlrag.retrieval.manifest import cannot_write, damaged
+from rlrag.checksums import checksum
+from rlrag.retrieval.manifest import MANIFEST_FILE, cannot_write, check_files, damaged
 from rlrag.text_files import hidden_beside
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def fill_in_chunks(
         write: What was encoded, at the place that its first passage's number gives.
 
     Raises:
-        IndexMismatchError: when the progress file is damaged.
+        IndexMismatchError: when a file is damaged.
         SetupError: when the disk has no room.
     """
     first = _read_progress(directory, num_passages)
@@ -57,7 +59,7 @@ def fill_in_chunks(
         encoded = encode(start, end)
         try:
             write(start, encoded)
-            _write_progress(directory, end)
+            _write_progress(directory, end, _finished(directory) if end == num_passages else {})
         except OSError as error:
             raise cannot_write(directory, error) from error
         now = time.monotonic()
@@ -75,21 +77,32 @@ def _read_progress(directory: Path, num_passages: int) -> int:
     if not path.exists():
         return 0
     try:
-        num_done = int(json.loads(path.read_text())["num_encoded"])
+        content = json.loads(path.read_text())
+        num_done, files = int(content["num_encoded"]), dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error
     if not 0 <= num_done <= num_passages:
         raise damaged(path, f"it counts {num_done} of {num_passages} passages")
+    check_files(directory, files, path)
     return num_done
 
 
-def _write_progress(directory: Path, num_done: int) -> None:
+def _finished(directory: Path) -> dict[str, Any]:
+    """Checksums of what was written."""
+    return {
+        path.name: checksum(path)
+        for path in sorted(directory.iterdir())
+        if path.name not in (MANIFEST_FILE, PROGRESS_FILE)
+    }
+
+
+def _write_progress(directory: Path, num_done: int, files: Mapping[str, Any]) -> None:
     # Two builders, which on two nodes may have one process id, must not write the same temporary
     # file; and what a kill leaves of it must not lie in the directory, which bundles copy.
     temporary = hidden_beside(directory)
     try:
         with temporary.open("w") as stream:
-            json.dump({"num_encoded": num_done}, stream)
+            json.dump({"num_encoded": num_done, "files": files}, stream)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(directory / PROGRESS_FILE)

@@ -17,11 +17,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from rlrag.checksums import checksum, difference
 from rlrag.errors import IndexMismatchError, RlragError, SetupError
 from rlrag.retrieval.encoder import EncoderIdentity
 from rlrag.text_files import apply_umask, hidden_beside
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 _LIBRARIES = (
     "bm25s",
@@ -77,15 +78,23 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Describe a directory whose other files are already there with their final sizes."""
-    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+def write_manifest(directory: Path, manifest: Manifest, is_finished: bool = True) -> None:
+    """Describe a directory whose other files are already there.
+
+    Args:
+        directory: Of the index.
+        manifest: What it is made from.
+        is_finished: Whether the files have their final content; what fills them later vouches for
+            them then.
+    """
+    paths = sorted(directory.iterdir()) if is_finished else []
+    files = {path.name: checksum(path) for path in paths}
     libraries = {name: found for name in _LIBRARIES if (found := _installed_version(name))}
     content = {
         "compared": manifest.compared,
         "encoder": manifest.encoder,
         "libraries": libraries,
-        "file_sizes": sizes,
+        "files": files,
     }
     (directory / MANIFEST_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -106,7 +115,7 @@ def check_manifest(directory: Path, expected: Manifest) -> None:
     path = directory / MANIFEST_FILE
     try:
         content = json.loads(path.read_text())
-        found, sizes = dict(content["compared"]), dict(content["file_sizes"])
+        found, files = dict(content["compared"]), dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IndexMismatchError(
             f"{path} is missing or unreadable ({type(error).__name__}: {error}); delete "
@@ -124,14 +133,28 @@ def check_manifest(directory: Path, expected: Manifest) -> None:
             "corpus, encoder and parameters that it was built from, or delete the directory and "
             "run again, the index is then built anew"
         )
-    for name, num_bytes in sizes.items():
+    check_files(directory, files, path)
+
+
+def check_files(directory: Path, files: Mapping[str, Any], listing: Path) -> None:
+    """Refuse a directory in which a file has other bytes than when it was finished.
+
+    Args:
+        directory: Of the index.
+        files: Checksums by name.
+        listing: The file that they were read from.
+
+    Raises:
+        IndexMismatchError: naming the damaged file.
+    """
+    for name, expected in files.items():
         file = directory / name
         try:
-            actual = file.stat().st_size if file.is_file() else 0
-        except OSError as error:  # a name that no file can have
-            raise damaged(path, f"{name[:40]!r}: {error.strerror}") from error
-        if actual != num_bytes:
-            raise damaged(file, f"it has {actual} bytes and not {num_bytes}")
+            reason = difference(file, expected, listing)
+        except (OSError, KeyError, TypeError) as error:  # a name that no file can have, for one
+            raise damaged(listing, f"{name[:40]!r}: {error}") from error
+        if reason:
+            raise damaged(file, reason)
 
 
 def damaged(file: Path, reason: object) -> IndexMismatchError:
@@ -143,8 +166,10 @@ def damaged(file: Path, reason: object) -> IndexMismatchError:
 
 
 @contextmanager
-def staged_directory(target: Path, manifest: Manifest) -> Iterator[Path]:
+def staged_directory(target: Path, manifest: Manifest, is_finished: bool = True) -> Iterator[Path]:
     """A new directory that gets its manifest and becomes `target` when the block ends well.
+
+    `is_finished` is that of `write_manifest`.
 
     Where another process was first, its directory stays and this one is dropped: both were made
     from the same things.
@@ -161,7 +186,7 @@ def staged_directory(target: Path, manifest: Manifest) -> Iterator[Path]:
     try:
         yield staging
         apply_umask(staging)
-        write_manifest(staging, manifest)
+        write_manifest(staging, manifest, is_finished)
         for file in staging.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())

@@ -52,7 +52,7 @@ def open_vocabulary_vectors(
         SetupError: when the disk has no room.
     """
     if not directory.exists():
-        with staged_directory(directory, manifest):
+        with staged_directory(directory, manifest, is_finished=False):
             pass
     check_manifest(directory, manifest)
     fill_in_chunks(

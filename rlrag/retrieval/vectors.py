@@ -63,7 +63,7 @@ def open_vectors(
 
 
 def _lay_out(num_passages: int, size: int, directory: Path, manifest: Manifest) -> None:
-    with staged_directory(directory, manifest) as staging:
+    with staged_directory(directory, manifest, is_finished=False) as staging:
         num_bytes = num_passages * size * 4
         free = shutil.disk_usage(staging).free
         if free < num_bytes:

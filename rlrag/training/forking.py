@@ -66,7 +66,7 @@ def check_start(config: RunConfig, run_dir: RunDirectory) -> None:
             f"training.start_from {place} is no checkpoint of a run: {source.config} is missing; "
             "give RUN_DIR/checkpoints/step-N"
         )
-    before = RunConfig.from_json(source.config.read_text(), str(source.config))
+    before = source.read_config()
     if set(before.training.parts) != set(config.training.parts):
         raise ConfigError(
             f"training.start_from {place} trained {' and '.join(before.training.parts)}, and this "

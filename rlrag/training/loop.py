@@ -182,6 +182,7 @@ class TrainingLoop(Generic[AnyTrainer]):
             self.progress = Progress(**state)
             self._last_pause = self._saved_step = self.progress.step
             if self._workers.rank == 0:
+                self._run_dir.check_records(self.progress.step)
                 self._run_dir.truncate_metrics(self.progress.step)
                 self._alarms.replay(self._run_dir.read_metrics())
             self._workers.barrier()

@@ -240,7 +240,7 @@ class Mirror:
     def _changed_files(self, run_dir: RunDirectory) -> Iterator[tuple[Path, tuple[int, int]]]:
         """Files with their size and time; the first says whose run this is."""
         paths = [self._run_dir.config, run_dir.config, run_dir.feedback, run_dir.metrics]
-        paths += [run_dir.questions, run_dir.evaluation]
+        paths += [run_dir.sources, run_dir.questions, run_dir.evaluation]
         paths += sorted(run_dir.experience.glob("*.jsonl"))
         for done in sorted(run_dir.indexes.glob("step-*/done.json")):
             paths += sorted(path for path in done.parent.rglob("*") if path.is_file())

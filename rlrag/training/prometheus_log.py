@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlrag.config import RunConfig
 from rlrag.errors import SetupError
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.run_logs import run_name
@@ -57,7 +56,7 @@ class PrometheusLog:
                 "training.loggers names prometheus; install the extra 'prometheus'"
             ) from error
         run_dir = RunDirectory(directory.parent)
-        config = RunConfig.from_json(run_dir.config.read_text(), str(run_dir.config))
+        config = run_dir.read_config()
         self._labels = {"run": run_name(run_dir.path), "recipe": config.recipe}
         self._metrics: dict[str, tuple[str, float]] = {}
         self._alarms: Counter[str] = Counter()

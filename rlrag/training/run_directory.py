@@ -2,6 +2,7 @@
 
 DIR/config.json       the resolved configuration; the same command continues the run
 DIR/metrics.jsonl     one object a finished step
+DIR/sources.json      hashes of the corpus and the questions that it is trained on
 DIR/feedback.sqlite   where a selector is trained on a log, that log as the run found it
 DIR/pools/            where a retriever is trained, what the generator made of first candidates
 DIR/experience/       where it is kept, every selection that was drawn and its reward
@@ -22,13 +23,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError, DataError, InUseError, RunDirectoryError
+from rlrag.errors import CheckpointError, ConfigError, DataError, InUseError, RunDirectoryError
 from rlrag.evaluation.question_records import questions_path
 from rlrag.path_lock import held
 from rlrag.text_files import delete_rubbish, write_whole
@@ -45,8 +46,10 @@ _PLACEMENT = frozenset(
 )
 """Fields that say on what a run is computed, and not what: they may change when it continues."""
 
-_AROUND = ("evaluation.", "mirror.", "data.eval_questions", "data.max_eval_questions")
-_AROUND += ("training.loggers", "training.metrics_", "training.profile_steps", "training.keep_")
+_AROUND = (
+    *("evaluation.", "mirror.", "data.eval_questions", "data.max_eval_questions"),
+    *("training.loggers", "training.metrics_", "training.profile_steps", "training.keep_"),
+)
 """Beginnings of fields that say what is done with the weights, and not what they become: what they
 are compared with at the end, where they are copied to, how the run is watched, which checkpoints
 stay. These may change too.
@@ -60,6 +63,7 @@ class RunDirectory:
         self.path = path.expanduser().absolute()
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.sources = self.path / "sources.json"
         self.feedback = self.path / "feedback.sqlite"
         self.pools = self.path / "pools"
         self.experience = self.path / "experience"
@@ -84,7 +88,7 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file; choose another --run-dir")
         if self.config.is_file():
-            kept = RunConfig.from_json(self.config.read_text(), str(self.config))
+            kept = self.read_config()
             check_same_run(kept, config, str(self.path), "--run-dir")
         elif self.path.exists() and not set(self._visible()) <= {
             self._lock,
@@ -132,12 +136,72 @@ class RunDirectory:
             RunDirectoryError: as `check`, or when the directory cannot be written.
         """
         self.check(config)
-        self._made += [p for p in (self.config, self.feedback) if not p.exists()]
+        self._made += [p for p in (self.config, self.feedback, self.sources) if not p.exists()]
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             write_whole(self.config, config.to_json())
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def read_config(self) -> RunConfig:
+        """The configuration of the run.
+
+        Raises:
+            ConfigError: when the file is missing or damaged.
+        """
+        try:
+            text = self.config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{self.config} cannot be read ({error}); restore it, or choose another --run-dir"
+            ) from error
+        return RunConfig.from_json(text, str(self.config))
+
+    def check_sources(self, hashes: Mapping[str, str]) -> None:
+        """Check that the run goes on with the data that it began with, or note what it begins with.
+
+        Args:
+            hashes: Of the corpus and the questions that are trained on, by name.
+
+        Raises:
+            RunDirectoryError: naming what has changed.
+            DataError: when what the run noted is damaged.
+            CheckpointError: when the disk is full.
+        """
+        if self.sources.is_file() and self.metrics.is_file():
+            try:
+                before = dict(json.loads(self.sources.read_bytes()))
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                raise DataError(
+                    f"{self.sources} is damaged ({error}); delete it if the corpus and the "
+                    "questions are those that the run began with"
+                ) from error
+            changed = [name for name in hashes if before.get(name) != hashes[name]]
+            if changed:
+                raise RunDirectoryError(
+                    f"{self.path} was trained on another content of {' and '.join(changed)} than "
+                    "is there now; restore it, or choose another --run-dir (--from starts it with "
+                    "the weights of this one)"
+                )
+            return
+        try:
+            write_whole(self.sources, json.dumps(dict(hashes), indent=2) + "\n")
+        except OSError as error:
+            raise CheckpointError(_cannot_write(self.sources, error)) from error
+
+    def check_records(self, step: int) -> None:
+        """Check that every step of a checkpoint that a run continues from is recorded.
+
+        Raises:
+            DataError: when records are gone.
+        """
+        found = {record["step"] for record in self.read_metrics()}
+        lacking = next((number for number in range(step + 1) if number not in found), None)
+        if lacking is not None:
+            raise DataError(
+                f"{self.metrics} lacks step {lacking}, which the checkpoint of step {step} "
+                "contains; restore the file, or choose another --run-dir"
+            )
 
     def _unwritable(self, error: OSError) -> RunDirectoryError:
         return RunDirectoryError(
@@ -165,7 +229,7 @@ class RunDirectory:
         try:
             self._may_run.write_text("yes\n")
         except OSError as error:
-            raise CheckpointError(self._cannot_write(error)) from error
+            raise CheckpointError(_cannot_write(self.metrics, error)) from error
 
     def ask_to_stop(self) -> None:
         """Ask the loop that works here, in whichever process, to end after its present step."""
@@ -199,7 +263,7 @@ class RunDirectory:
         try:
             write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in records))
         except OSError as error:
-            raise CheckpointError(self._cannot_write(error)) from error
+            raise CheckpointError(_cannot_write(self.metrics, error)) from error
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Add the record of one step.
@@ -211,20 +275,29 @@ class RunDirectory:
             with self.metrics.open("a") as stream:
                 stream.write(json.dumps(metrics) + "\n")
         except OSError as error:
-            raise CheckpointError(self._cannot_write(error)) from error
-
-    def _cannot_write(self, error: OSError) -> str:
-        return (
-            f"cannot write {self.metrics}: {error.strerror or error}; free space, then run the "
-            "same command again: it continues from the last checkpoint"
-        )
+            raise CheckpointError(_cannot_write(self.metrics, error)) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole records; a last line cut short by a kill is left out."""
+        """All whole records; a last line cut short by a kill is left out.
+
+        Raises:
+            DataError: when the file is damaged.
+        """
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        records = []
+        for number, line in enumerate(self.metrics.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record["step"], int):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DataError(
+                    f"{self.metrics}:{number} is damaged: it is no record of a step; restore the "
+                    "file, or choose another --run-dir"
+                ) from error
+            records.append(record)
+        return records
 
     def read_evaluation(self) -> dict[str, Any] | None:
         """The final comparison; None before there is one.
@@ -244,6 +317,13 @@ class RunDirectory:
                 "only evaluates"
             ) from error
         return found
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return (
+        f"cannot write {path}: {error.strerror or error}; free space, then run the same command "
+        "again: it continues from the last checkpoint"
+    )
 
 
 def check_same_run(kept: RunConfig, given: RunConfig, place: str, flag: str) -> None:
