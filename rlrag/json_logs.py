@@ -25,6 +25,8 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rlrag.errors import SetupError
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,10 +60,50 @@ class JsonLines(logging.Formatter):
         )
 
 
+class _LogFile(logging.FileHandler):
+    """Says once, in one line on stderr, that nothing more can be written; work goes on."""
+
+    _is_said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError):
+            self._say(error)
+        else:  # a record that cannot be shown, which is a mistake of whoever logged it
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file; what waits to be written to a full disk is lost."""
+        try:
+            super().close()
+        except OSError as error:
+            self._say(error)
+
+    def _say(self, error: OSError) -> None:
+        if not self._is_said:
+            self._is_said = True
+            reason = error.strerror or error
+            print(
+                f"warning: cannot write {self.baseFilename}: {reason}; what is logged is lost",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 def log_file(path: Path, run: str, actor: str, step: int | None = None) -> logging.FileHandler:
-    """A handler that appends to a file, which it creates."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """A handler that appends to a file, which it creates.
+
+    Raises:
+        SetupError: when it cannot be opened.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise SetupError(
+            f"cannot write the log {path}: {error.strerror or error}; free space, or make the "
+            "place writable"
+        ) from error
     handler.setFormatter(JsonLines(run, actor, step))
     return handler
 

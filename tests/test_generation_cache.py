@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlrag.errors import GenerationError
+from rlrag.errors import GenerationError, SetupError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
 from rlrag.generation.weights import GeneratorWeights
@@ -322,13 +322,13 @@ def test_two_processes_write_at_once(tmp_path):
 def test_a_damaged_file_is_named_with_the_way_out(tmp_path):
     path = tmp_path / "generations.sqlite"
     path.write_bytes(b"this is no database at all" * 100)
-    with pytest.raises(GenerationError, match=rf"{path}.*delete it"):
+    with pytest.raises(SetupError, match=rf"{path}.*delete it"):
         CachedGenerator(Arithmetic(), tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(GenerationError, match=r"generations\.sqlite cannot be used"):
+    with pytest.raises(SetupError, match=r"generations\.sqlite cannot be used"):
         CachedGenerator(Arithmetic(), tmp_path / "file" / "cache")
 
 
@@ -340,7 +340,7 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:  # a limit on file sizes stands in for the full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (32_768, hard))
-        with pytest.raises(GenerationError, match=r"generations\.sqlite.*free space"):
+        with pytest.raises(SetupError, match=r"generations\.sqlite.*free space"):
             cached.generate([prompt(i) for i in range(5000)], Sampling())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

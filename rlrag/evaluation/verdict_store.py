@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlrag.errors import ConfigError, DataError
+from rlrag.errors import ConfigError, DataError, SetupError
 from rlrag.sqlite_files import KeyedTable
 
 
@@ -24,7 +24,8 @@ class VerdictStore:
 
         Raises:
             ConfigError: when its folder does not exist.
-            DataError: when it cannot be used, or is no SQLite file.
+            SetupError: when it cannot be used, as on a full disk.
+            DataError: when it is no SQLite file.
         """
         self._path = path.expanduser()
         if not self._path.parent.is_dir():
@@ -48,8 +49,13 @@ class VerdictStore:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
-            raise DataError(
+        except sqlite3.OperationalError as error:
+            raise SetupError(
                 f"the cache {self._path} cannot be used: {error}; free space on its disk, or give "
                 "another file by --cache"
+            ) from error
+        except sqlite3.Error as error:
+            raise DataError(
+                f"the cache {self._path} cannot be used: {error}; delete it, or give another file "
+                "by --cache"
             ) from error

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlrag.errors import GenerationError
+from rlrag.errors import GenerationError, SetupError
 from rlrag.generation.call_lock import CallLock
 from rlrag.generation.checks import check_answers
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
@@ -53,7 +53,7 @@ class ResultStore:
         """Create the file when it is missing.
 
         Raises:
-            GenerationError: when the file cannot be opened or is no SQLite file.
+            SetupError: when the file cannot be opened or is no SQLite file.
         """
         self._path = path
         with self._explained():
@@ -75,7 +75,7 @@ class ResultStore:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise GenerationError(
+            raise SetupError(
                 f"the generation cache {self._path} cannot be used: {error}; {_way_out(str(error))}"
             ) from error
 
@@ -96,7 +96,7 @@ class CachedGenerator:
                 so that a failure loses no more than one.
 
         Raises:
-            GenerationError: when the cache file cannot be opened.
+            SetupError: when the cache file cannot be opened.
         """
         self._inner = inner
         self._store = ResultStore(cache_dir.expanduser() / _FILE_NAME)
@@ -153,7 +153,8 @@ class CachedGenerator:
         """Decode one answer a prompt, as the inner generator does.
 
         Raises:
-            GenerationError: from the inner generator, or when the cache file cannot be used.
+            GenerationError: from the inner generator.
+            SetupError: when the cache file cannot be used.
         """
         asked = _sampling_key(sampling)
         return self._answer(
@@ -168,7 +169,8 @@ class CachedGenerator:
         """Teacher-forced log p(answer | prompt), as the inner generator gives it.
 
         Raises:
-            GenerationError: from the inner generator, or when the cache file cannot be used.
+            GenerationError: from the inner generator.
+            SetupError: when the cache file cannot be used.
         """
         check_answers(prompts, answers)
         return self._answer(
@@ -258,7 +260,7 @@ def _sampling_key(sampling: Sampling) -> list[Any]:
 
 
 def _way_out(message: str) -> str:
-    if any(sign in message for sign in ("full", "No space", "disk I/O")):
+    if any(sign in message for sign in ("full", "No space", "disk I/O", "File too large")):
         return "free space on its disk, then run the same command again: what is stored stays"
     if "locked" in message:
         return f"another process held it for more than {BUSY_TIMEOUT_S:.0f} s; try again"
