@@ -1,4 +1,4 @@
-"""The Metropolis chain against the enumerated posterior, the losses against Fisher's identity."""
+"""Weights and chain against the enumerated posterior, losses against Fisher's identity."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Toy:
 
     def truth(self) -> torch.Tensor:
         """p(h|x) p(y|x,h) / p(y|x), by enumeration."""
-        joint_N = torch.tensor([math.exp(s) for s in self.scores_N]) * self.answer_logp_N.exp()
+        prior_N = torch.tensor([math.exp(s) for s in self.scores_N], dtype=torch.float64)
+        joint_N = prior_N * self.answer_logp_N.exp()
         return joint_N / joint_N.sum()
 
     def weights(self) -> torch.Tensor:
@@ -236,6 +237,50 @@ def test_the_mean_over_chains_of_the_losses_gradient_is_that_of_the_exact_poster
     (gradient_BN,) = torch.autograd.grad(loss, scores_BN)
     expected_N = toy.prior()[0].exp() - toy.truth()
     assert torch.allclose(gradient_BN.sum(dim=0), expected_N, atol=0.015)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_posterior_over_what_was_scored_errs_less_than_the_chains_visits(seed):
+    """Total variation from the enumerated posterior: the mass that was not proposed, and no more.
+
+    The chain's visits stay on the same passages and add their own noise, in each of 200 draws.
+    """
+    toy = Toy(seed)
+    truth_N = toy.truth()
+    weights_BN, q_BN = toy.weights().expand(200, -1), toy.proposal().expand(200, -1)
+    for num_steps, times_less in ((4, 1.0), (50, 1.8)):
+        uniforms = torch.rand(2, 200, num_steps, dtype=torch.float64, generator=seeded(seed))
+        proposals_BM = jsa.draw_proposals(q_BN, uniforms[0])
+        chain = jsa.independence_chain(weights_BN, proposals_BM, uniforms[1])
+        scored_BN = torch.zeros(200, N, dtype=torch.bool).scatter(1, proposals_BM, True)
+        answer_BN = torch.where(scored_BN, toy.answer_logp_N, NAN)
+        f_BN = jsa.posterior_weights(toy.prior().expand(200, -1), answer_BN)
+        assert torch.allclose(f_BN.sum(dim=1), torch.ones(200, dtype=torch.float64))
+        error_B = 0.5 * (f_BN - truth_N).abs().sum(dim=1)
+        missing_B = torch.where(scored_BN, 0.0, truth_N).sum(dim=1)
+        assert torch.allclose(error_B, missing_B, atol=1e-12)
+        visits_BN = jsa.visit_frequencies(chain.states_BM, N)
+        of_visits_B = 0.5 * (visits_BN - truth_N).abs().sum(dim=1)
+        assert (error_B <= of_visits_B + 1e-12).all()
+        assert of_visits_B.mean() > times_less * error_B.mean()
+
+
+def test_where_everything_was_scored_the_weights_are_the_posterior():
+    """However often, and by whichever q, a passage was proposed."""
+    toy = Toy(8)
+    found_BN = jsa.posterior_weights(toy.prior(), toy.answer_logp_N[None])
+    assert torch.allclose(found_BN[0], toy.truth(), rtol=1e-12)
+
+
+def test_weights_of_what_was_not_scored_are_zero_and_without_scores_there_are_none():
+    prior_BN = torch.tensor([[0.5, 0.3, 0.2, 0.0]] * 4, dtype=torch.float64).log()
+    answer_BN = torch.tensor(
+        [[-800.0, -801.0, NAN, NAN], [NAN] * 4, [-INF, -INF, NAN, NAN], [-INF, NAN, -3.0, NAN]]
+    )
+    found_BN = jsa.posterior_weights(prior_BN, answer_BN)
+    share = 0.5 / (0.5 + 0.3 * math.exp(-1.0))
+    assert found_BN[0].tolist() == pytest.approx([share, 1 - share, 0.0, 0.0])
+    assert found_BN[1:].tolist() == [[0.0] * 4, [0.0] * 4, [0.0, 0.0, 1.0, 0.0]]
 
 
 def test_the_mean_likelihood_is_the_geometric_mean_of_the_tokens():

@@ -16,7 +16,8 @@ def jsa(
 ) -> RunConfig:
     """What the recipes below share: prompt, batches and systems of `openrag`, 600 questions.
 
-    Chains and domains are those of the paper's scripts. Vectors of length 1 need a temperature.
+    Proposals and domains are as many as in the paper's scripts. Vectors of length 1 need a
+    temperature.
     """
     alike = openrag(name, kind=kind)
     dense = kind == "dense"
@@ -36,7 +37,7 @@ def jsa(
 
 
 def nq_jsa() -> RunConfig:
-    """The dense encoder of questions, by what a Metropolis chain visits (RLRAG_DATA_DIR)."""
+    """The dense encoder of questions, by the posterior of proposed passages (RLRAG_DATA_DIR)."""
     return jsa("nq")
 
 

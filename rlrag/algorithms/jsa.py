@@ -1,31 +1,43 @@
-"""What two retrievers and a generator say of a question's passages in; a posterior sample out.
+"""Joint stochastic approximation: posterior weights of passages, and the losses on them.
 
 Joint stochastic approximation (JSA-RAG, arXiv 2508.18168) treats the passage h that is shown as a
 latent variable of p(y | x) = sum_h p(h | x) p(y | x, h). Three parts learn: the prior retriever
 p(h | x), the generator p(y | x, h), and a posterior retriever q(h | x, y), which also reads the
-answer. A step draws passages from the true posterior
+answer. A step estimates the true posterior
 
     p(h | x, y) = p(h | x) p(y | x, h) / p(y | x)
 
-by Metropolis independence sampling and moves all three towards what was drawn. The chain proposes
-h ~ q(h | x, y) and leaves its state h~ for it with probability
-
-    min(1, w(h) / w(h~)),    w(h) = p(h | x) p(y | x, h) / q(h | x, y).
-
-With f(h) the share of its steps that the chain spent in h, the losses are
+by weights f(h) on passages that q proposes, which the generator scores, and moves all three parts
+towards them:
 
     prior and posterior   - sum_h f(h) [ log p(h | x) + log q(h | x, y) ]     `retriever_loss`
     generator             - sum_h f(h) log p(y | x, h)                        `dro.generator_loss`
 
 By Fisher's identity the gradient of log p(y | x) is that of sum_h p(h | x, y) log p(y, h | x), so
-that the prior's and the generator's losses have its negative as their mean once the chain has
-reached the posterior. The posterior's loss is KL(p(h | x, y) || q) up to a constant.
+that the prior's and the generator's losses have its negative as their gradient where f is the
+posterior. The posterior's loss is KL(p(h | x, y) || q) up to a constant.
 
 h ranges over a finite domain: the passages that the prior ranks first together with those that the
 posterior ranks first, on which both are normalised anew.
 
-Departures from the released code:
+`posterior_weights` has f(h) proportional to p(h | x) p(y | x, h) on the set S of different passages
+that were proposed. Both factors are known there, so that neither q nor the number of proposals
+enters: an importance weight would estimate what is known. All that is missing is the posterior
+mass outside S. It is the total variation between f and the posterior, and no weights on S come
+nearer, in total variation or in KL(f || p(h | x, y)) = - log p(S | x, y). Once all of the domain
+was proposed f is the posterior. A passage is missing with probability (1 - q(h | x, y))^m.
 
+`visit_frequencies` is the paper's form: f(h) is the share of its steps that a Metropolis
+independence chain spent in h. The chain proposes h ~ q(h | x, y) and leaves its state h~ for it
+with probability
+
+    min(1, w(h) / w(h~)),    w(h) = p(h | x) p(y | x, h) / q(h | x, y).
+
+The chain stays in S too, and adds the noise of m dependent draws.
+
+Departures from the paper and its released code:
+
+- By default the weights are `posterior_weights`, the paper's are the visits of the chain.
 - The likelihood in w is that of the whole answer, as the equations say; the code has the mean over
   its tokens, a flatter target, which `likelihood_logp` offers too.
 - Everything is in logarithms: the code adds 1e-7 to a denominator, which decides where likelihoods
@@ -207,13 +219,35 @@ def visit_frequencies(states_BM: torch.Tensor, num_passages: int) -> torch.Tenso
     return visits_BN / counted_BM.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+def posterior_weights(prior_logp_BN: torch.Tensor, answer_logp_BN: torch.Tensor) -> torch.Tensor:
+    """The posterior p(h | x, y) on the passages that were scored, float64 of shape (B, N).
+
+    f(h) = p(h | x) p(y | x, h) / sum over the scored passages of the same; 0 for the others. Rows
+    sum to 1; a question without a scored passage of positive likelihood has zeros.
+
+    Args:
+        prior_logp_BN: log p(h | x); -inf for padding.
+        answer_logp_BN: log p(y | x, h) as the target has it, see `likelihood_logp`; NaN where it
+            was not asked for or could not be computed.
+
+    Example:
+        >>> half = torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> posterior_weights(half, torch.tensor([[0.1, 0.6, float("nan")]]).log())
+        tensor([[0.2500, 0.7500, 0.0000]], dtype=torch.float64)
+    """
+    joint_BN = prior_logp_BN.double() + answer_logp_BN.double()
+    joint_BN = torch.where(joint_BN.isnan(), float("-inf"), joint_BN)
+    defined_B1 = (joint_BN > float("-inf")).any(dim=1, keepdim=True)
+    return torch.where(defined_B1, joint_BN, 0.0).softmax(dim=1) * defined_B1
+
+
 def retriever_loss(
-    prior_logp_BN: torch.Tensor, posterior_logp_BN: torch.Tensor, frequencies_BN: torch.Tensor
+    prior_logp_BN: torch.Tensor, posterior_logp_BN: torch.Tensor, weights_BN: torch.Tensor
 ) -> torch.Tensor:
     """- sum_h f(h) [ log p(h | x) + log q(h | x, y) ] of each question, shape (B,), in nats.
 
-    f is constant. A passage that was not visited adds nothing, whatever its probability, and a
-    question without a visit has loss 0. Its gradient with respect to the scores of either retriever
+    f is constant. A passage of weight 0 adds nothing, whatever its probability, and a question
+    without weights has loss 0. Its gradient with respect to the scores of either retriever
     is (its distribution - f) / temperature.
 
     Example:
@@ -221,9 +255,8 @@ def retriever_loss(
         >>> retriever_loss(half, half, torch.tensor([[1.0, 0.0]]))  # 2 log 2
         tensor([1.3863])
     """
-    visited_BN = frequencies_BN > 0
-    both_BN = (prior_logp_BN + posterior_logp_BN).masked_fill(~visited_BN, 0.0)
-    return -(frequencies_BN.to(both_BN.dtype) * both_BN).sum(dim=1)
+    both_BN = (prior_logp_BN + posterior_logp_BN).masked_fill(weights_BN == 0, 0.0)
+    return -(weights_BN.to(both_BN.dtype) * both_BN).sum(dim=1)
 
 
 def kl_divergence(logp_BN: torch.Tensor, other_logp_BN: torch.Tensor) -> torch.Tensor:

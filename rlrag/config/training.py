@@ -164,21 +164,24 @@ class JSAConfig(Section):
     """
 
     mis_steps: int = Field(default=50, ge=1)
-    """Steps of the Metropolis chain that samples a question's passages (m). Passages that are
-    proposed again are scored once."""
+    """Passages that the posterior retriever proposes for a question, with repetitions (m): the
+    steps of a Metropolis chain. Passages that are proposed again are scored once."""
+    weights: Literal["posterior", "visits"] = "posterior"
+    """What the parts learn from: the exact posterior over the passages that were scored, or how
+    often the Metropolis chain visits each, the paper's form, with the chain's noise."""
     num_prior: int = Field(default=10, ge=1)
-    """Passages that the retriever ranks first and the chain may visit."""
+    """Passages that the retriever ranks first and that may be proposed."""
     num_posterior: int = Field(default=10, ge=1)
-    """Passages that the posterior retriever, which also reads the answer, ranks first; the chain
-    moves on both together."""
+    """Passages that the posterior retriever, which also reads the answer, ranks first; proposals
+    are from both together."""
     temperature: float = Field(default=0.1, gt=0)
     """Divides the inner products of both retrievers; 0.1 is the released code's, for vectors of
     length 1."""
     likelihood: Literal["product", "mean"] = "product"
-    """`product`: the chain's target has the probability of the whole answer; `mean`: its geometric
+    """`product`: the posterior has the probability of the whole answer; `mean`: its geometric
     mean over the tokens, as in the released code."""
     likelihood_temperature: float = Field(default=1.0, gt=0)
-    """Divides the log-likelihood in the chain's target; above 1 flattens it."""
+    """Divides the log-likelihood in the posterior; above 1 flattens it."""
     answer: Literal["first", "likeliest"] = "first"
     """What is scored where a question has several golden answers: the first, which the posterior
     reads and the generator learns too, or whichever is likeliest behind the passage."""

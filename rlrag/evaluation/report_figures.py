@@ -59,7 +59,7 @@ JSA: tuple[Panel, ...] = (
     ("jsa/ess", "Effective sample size of a chain's proposals"),
     ("jsa/num_visited", "Different passages that a chain visited"),
     ("jsa/kl", "KL of the posterior retriever from the prior (nats)"),
-    ("jsa/visited_answer_logp", "Log-probability of the answer behind what was visited (nats)"),
+    ("jsa/answer_logp", "Log-probability of the answer, by the passages' weights (nats)"),
 )
 COST: tuple[Panel, ...] = (
     ("rollouts_per_s", "Rollouts a second"),

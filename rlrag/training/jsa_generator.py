@@ -1,7 +1,7 @@
-"""Passages that chains visited in; an updated generator, and engines that answer with it, out.
+"""The generator's step of JSA: weighed passages to examples, and engines with its new weights.
 
 L_G = - sum_h f(h) log p(y | x, h) (JSA-RAG, arXiv 2508.18168), one passage in context. Where the
-chain's likelihood is the mean over an answer's tokens, so is the loss, as in the released code.
+target's likelihood is the mean over an answer's tokens, so is the loss, as in the released code.
 
 Shape letters: B questions, N passages of a domain.
 """
@@ -79,13 +79,16 @@ class JSAGenerator:
         self,
         questions: Sequence[Question],
         rows_BN: np.ndarray,
-        frequencies_BN: torch.Tensor,
+        posterior_BN: torch.Tensor,
         step: int,
         seeds: Sequence[Sequence[int]],
     ) -> dict[str, float]:
-        """One optimiser step on this worker's share of a batch; see `GeneratorLearner.update`."""
+        """One optimiser step on this worker's share of a batch; see `GeneratorLearner.update`.
+
+        `posterior_BN` has the weights f(h) of the passages `rows_BN`.
+        """
         limit = self._config.generator_training.sequences_per_question
-        weights_BN = thinned(frequencies_BN, limit, seeds).numpy()
+        weights_BN = thinned(posterior_BN, limit, seeds).numpy()
         examples = [
             example
             for question, rows_N, weights_N in zip(questions, rows_BN, weights_BN, strict=True)

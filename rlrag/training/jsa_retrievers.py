@@ -38,7 +38,7 @@ _PADDING = -1
 
 @dataclass(frozen=True)
 class Domain:
-    """The passages that the chains of a batch may visit, under both retrievers.
+    """The passages that may be proposed for a batch's questions, under both retrievers.
 
     Log-probabilities are float64 with the gradient of the vectors in `leaves`.
     """
@@ -103,7 +103,7 @@ class JSARetrievers(SavesOptimizer):
         return np.concatenate([np.zeros((0, min(k, self._num_passages)), np.int64), *parts])
 
     def domain(self, questions: Sequence[Question]) -> Domain:
-        """What the chains of these questions may visit, with the present weights."""
+        """What may be proposed for these questions, with the present weights."""
         asked = [question.question for question in questions]
         answered = [
             question.question + _SEPARATOR + target_answer(question) for question in questions
@@ -129,13 +129,13 @@ class JSARetrievers(SavesOptimizer):
         )
 
     def update(
-        self, domain: Domain, frequencies_BN: torch.Tensor, num_questions: int, step: int
+        self, domain: Domain, weights_BN: torch.Tensor, num_questions: int, step: int
     ) -> dict[str, float]:
         """One optimiser step of both on - sum f(h) [log p(h|x) + log q(h|x,y)] / num_questions.
 
         Args:
             domain: This worker's share of the batch.
-            frequencies_BN: Share of the chain's steps in each passage.
+            weights_BN: The weight f(h) of each passage.
             num_questions: Questions of the whole batch, over all workers.
             step: Number of this step, from 0.
 
@@ -146,7 +146,7 @@ class JSARetrievers(SavesOptimizer):
             NonFiniteLossError: when the loss or the gradient is not finite; nothing was changed.
         """
         loss_B = jsa.retriever_loss(
-            domain.prior_logp_BN, domain.posterior_logp_BN, frequencies_BN.to(domain.prior_logp_BN)
+            domain.prior_logp_BN, domain.posterior_logp_BN, weights_BN.to(domain.prior_logp_BN)
         )
         loss = loss_B.sum() / num_questions
         total = self._workers.sum(loss.detach()).item()

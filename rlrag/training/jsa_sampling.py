@@ -1,8 +1,10 @@
-"""Passages under two retrievers in; how often a Metropolis chain visits each of them, out.
+"""The E-step of JSA: passages that the posterior retriever proposes, scored and weighed.
 
-The proposals of a chain are drawn at once from the posterior retriever. The generator scores each
-different one, a single passage in context; then the chain accepts and rejects them (JSA-RAG, arXiv
-2508.18168; `rlrag.algorithms.jsa`). Chains begin anew with every step.
+All proposals are drawn at once from the posterior retriever, and the generator scores each
+different one, a single passage in context. The weights are the posterior on what was scored, or how
+often a Metropolis chain on the proposals visits each (JSA-RAG, arXiv 2508.18168;
+`rlrag.algorithms.jsa`). The chain asks for nothing more, and runs for both: it tells how well the
+proposals fit the posterior. Chains begin anew with every step.
 
 Shape letters: B questions, N passages of a domain, M steps of a chain.
 """
@@ -26,25 +28,25 @@ from rlrag.training.passage_judge import PassageJudge
 
 
 @dataclass(frozen=True)
-class Visits:
-    """Where the chains of a batch have been."""
+class WeighedPassages:
+    """The posterior of a batch's questions, as far as their passages were scored."""
 
-    frequencies_BN: torch.Tensor
+    weights_BN: torch.Tensor
     """f(h), float64; rows sum to 1, or to 0 where nothing could be scored."""
     sums: dict[str, float]
-    """Numbers that describe the chains, summed over the questions."""
+    """Numbers that describe weights and chains, summed over the questions."""
     failures: list[str]
     """Why passages could not be scored."""
 
 
 class PosteriorSampler:
-    """Samples passages from the posterior p(h | x, y) of questions.
+    """Estimates the posterior p(h | x, y) of questions from proposed passages.
 
     Args:
         corpus: Where the rows of a domain are looked up.
         judge: Scores an answer behind a passage.
         prompts: Says how many tokens an answer has.
-        config: Length of the chains and their target.
+        config: Number of proposals, their target and their weights.
         max_failed_share: A batch ends with an error when more of its passages fail.
     """
 
@@ -64,8 +66,8 @@ class PosteriorSampler:
 
     def sample(
         self, questions: Sequence[Question], domain: Domain, seeds: Sequence[Sequence[int]]
-    ) -> Visits:
-        """Run a chain for each question.
+    ) -> WeighedPassages:
+        """Propose, score and weigh passages of each question.
 
         Raises:
             GenerationError: when more passages cannot be scored than is allowed.
@@ -78,25 +80,28 @@ class PosteriorSampler:
         proposals_BM = jsa.draw_proposals(posterior_BN, uniforms_B2M[:, 0])
         answer_logp_BN, num_scored, failed = self._score(questions, domain, proposals_BM)
         target_BN = self._target(questions, answer_logp_BN)
-        weights_BN = jsa.log_weights(prior_BN, target_BN, posterior_BN)
-        chain = jsa.independence_chain(weights_BN, proposals_BM, uniforms_B2M[:, 1])
-        frequencies_BN = jsa.visit_frequencies(chain.states_BM, prior_BN.shape[1])
-        visited_BN = frequencies_BN > 0
-        visited_logp = (frequencies_BN * answer_logp_BN.masked_fill(~visited_BN, 0.0)).sum()
+        ratios_BN = jsa.log_weights(prior_BN, target_BN, posterior_BN)
+        chain = jsa.independence_chain(ratios_BN, proposals_BM, uniforms_B2M[:, 1])
+        visits_BN = jsa.visit_frequencies(chain.states_BM, prior_BN.shape[1])
+        if self._config.weights == "visits":
+            weights_BN = visits_BN
+        else:
+            weights_BN = jsa.posterior_weights(prior_BN, target_BN)
+        answer_logp = (weights_BN * answer_logp_BN.masked_fill(weights_BN == 0, 0.0)).sum()
         sums = {
             "num_accepted": (chain.accepted_BM & chain.tested_BM).sum().item(),
             "num_tested": chain.tested_BM.sum().item(),
-            "num_chains": visited_BN.any(dim=1).sum().item(),
-            "num_visited": visited_BN.sum().item(),
-            "ess": jsa.proposal_ess(weights_BN, proposals_BM).sum().item(),
+            "num_weighed": (weights_BN > 0).any(dim=1).sum().item(),
+            "num_visited": (visits_BN > 0).sum().item(),
+            "ess": jsa.proposal_ess(ratios_BN, proposals_BM).sum().item(),
             "kl": jsa.kl_divergence(posterior_BN, prior_BN).sum().item(),
-            "visited_answer_logp": visited_logp.item(),
+            "answer_logp": answer_logp.item(),
             "num_domain": (domain.rows_BN >= 0).sum().item(),
             "num_scored": num_scored,
             "num_failed": len(failed),
         }
-        return Visits(
-            frequencies_BN,
+        return WeighedPassages(
+            weights_BN,
             {name: float(value) for name, value in sums.items()},
             sorted({str(error) for error in failed}),
         )

@@ -1,11 +1,12 @@
 """A configuration and opened parts in; steps that train retriever and generator by JSA out.
 
     domain     both retrievers search the index with their present encoders of questions
-    sample     a Metropolis chain a question visits passages; the generator scores what is proposed
-    step       both retrievers, and the generator where it is a part, move towards the visits
+    sample     the posterior retriever proposes passages, the generator scores them, and each gets
+               the weight of its posterior or of a Metropolis chain's visits (`jsa.weights`)
+    step       both retrievers, and the generator where it is a part, move towards the weights
 
 All of it is joint stochastic approximation (JSA-RAG, arXiv 2508.18168): one step each from one set
-of visits, sampled with the weights before the step. The passages' vectors never change, so that
+of weights, computed with the parts before the step. The passages' vectors never change, so that
 what is searched in training is what the tuned retriever searches. The posterior retriever serves
 training alone and is no part of the bundle.
 
@@ -39,7 +40,7 @@ from rlrag.training.schedule import answerable_rows, jsa_schedule
 from rlrag.training.watchdog import under_way
 from rlrag.training.workers import Workers
 
-_PER_CHAIN = ("num_visited", "visited_answer_logp")
+_PER_WEIGHED = ("num_visited", "answer_logp")
 _PER_QUESTION = ("num_domain", "num_scored", "ess", "kl")
 
 
@@ -101,7 +102,7 @@ class JSATrainer:
         return True
 
     def asks_generator(self, step: int) -> bool:
-        """Always: chains move by what it makes of passages."""
+        """Always: weights are what it makes of passages."""
         return True
 
     def warm_start(self) -> None:
@@ -116,18 +117,18 @@ class JSATrainer:
         seeds = [self._schedule.sampling_seed(step, place) for place in places]
         questions = [self._questions[row] for row in rows]
         domain = self.retrievers.domain(questions)
-        visits = self._sampler.sample(questions, domain, seeds)
+        weighed = self._sampler.sample(questions, domain, seeds)
         collected_at = time.monotonic()
         under_way(f"learning in step {step + 1}")
-        metrics = self._described(visits.sums)
-        if visits.failures:
-            metrics["failures"] = visits.failures
+        metrics = self._described(weighed.sums)
+        if weighed.failures:
+            metrics["failures"] = weighed.failures
         batch_size = self._config.training.batch_size
-        metrics |= self.retrievers.update(domain, visits.frequencies_BN, batch_size, step)
+        metrics |= self.retrievers.update(domain, weighed.weights_BN, batch_size, step)
         if self._trained_generator is not None:
             thinning = [[self._config.seed, 2, step, int(row)] for row in rows]
             metrics |= self._trained_generator.update(
-                questions, domain.rows_BN, visits.frequencies_BN, step, thinning
+                questions, domain.rows_BN, weighed.weights_BN, step, thinning
             )
         tokens = self._workers.sum(torch.from_numpy(self._tokens() - before)).tolist()
         return metrics | {
@@ -190,7 +191,7 @@ class JSATrainer:
             self._trained_generator.publish(version, again)
 
     def _described(self, sums: Mapping[str, float]) -> Metrics:
-        """Means over the whole batch of what describes the chains.
+        """Means over the whole batch of what describes weights and chains.
 
         The acceptance rate is over the proposals that met a state, so that a chain of one step has
         none.
@@ -203,8 +204,8 @@ class JSATrainer:
             metrics["jsa/acceptance"] = found["num_accepted"] / found["num_tested"]
         num_questions = self._config.training.batch_size
         metrics |= {f"jsa/{name}": found[name] / num_questions for name in _PER_QUESTION}
-        num_chains = max(found["num_chains"], 1.0)
-        return metrics | {f"jsa/{name}": found[name] / num_chains for name in _PER_CHAIN}
+        num_weighed = max(found["num_weighed"], 1.0)
+        return metrics | {f"jsa/{name}": found[name] / num_weighed for name in _PER_WEIGHED}
 
     def _tokens(self) -> np.ndarray:
         return np.array([self._generator.tokens.spent, self._generator.tokens.saved], np.float64)

@@ -113,7 +113,7 @@ def _jsa_steps(config: RunConfig) -> list[str]:
         f"  data        {amount}, {training.num_epochs} passes, {training.batch_size} a step",
         f"  retriever   {config.retrieval.kind}, its encoder of questions, and a posterior that "
         f"reads the answer too; {jsa.micro_batch_texts} texts embedded at once",
-        f"  sampling    {jsa.mis_steps} Metropolis steps a question on the first {jsa.num_prior} "
+        f"  sampling    {jsa.mis_steps} proposals a question from the first {jsa.num_prior} "
         f"passages of the one and {jsa.num_posterior} of the other; the different ones are scored",
     ]
 
