@@ -67,8 +67,10 @@ class DocumentSelectionVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np
     - `SAME_STEP`: the same step draws the new question; the ended episode's last observation and
       info are in `info["final_obs"]` and `info["final_info"]`.
     - `DISABLED`: the caller resets, all or by `reset_mask`. A sub-environment that is over takes
-      the stop, the one action that its mask allows, and stays over with reward 0. So a caller may
-      step a batch until all are over, at most K steps. Any other action raises `ResetNeeded`.
+      the stop, the one action that its mask allows, and stays over with reward 0. Termination was
+      told when the episode ended and is not told again, so that whoever counts it counts episodes.
+      A caller may step a batch until all were terminated once, at most K steps. Any other action
+      raises `ResetNeeded`.
 
     ## Information
     The scalar environment's keys in Gymnasium's vector form: an array of length B under each key
@@ -173,11 +175,9 @@ class DocumentSelectionVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np
         for i, outcome in zip(ended, outcomes, strict=True):
             rewards_B[i] = outcome.reward
             self._outcomes[i] = outcome
-        disabled = self._mode is AutoresetMode.DISABLED
-        terminated_B = (ended_B | was_over_B) if disabled else ended_B
         truncated_B = np.zeros(self.num_envs, dtype=np.bool_)
         observations, infos = self._answer(ended_B)
-        return observations, rewards_B, terminated_B, truncated_B, infos
+        return observations, rewards_B, ended_B, truncated_B, infos
 
     def action_masks(self) -> np.ndarray:
         """Which actions are allowed now: bool [B, N + 1]."""

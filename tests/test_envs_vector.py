@@ -13,6 +13,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,13 +174,13 @@ def test_a_batch_of_n_equals_n_scalar_environments(data):
         observations, rewards, terminated, truncated, infos = batch.step(actions)
         for i, scalar in enumerate(scalars):
             if over[i]:
-                assert (rewards[i], terminated[i]) == (0.0, True)
+                assert (rewards[i], terminated[i]) == (0.0, False)
                 continue
             observation, reward, is_over, is_cut, info = scalar.step(int(actions[i]))
             assert (rewards[i], terminated[i], truncated[i]) == (reward, is_over, is_cut)
             np.testing.assert_array_equal(batch.action_masks()[i], scalar.action_masks())
             check_row(i, observations, infos, observation, info)
-        over = terminated
+        over |= terminated
 
 
 def check_row(i, observations, infos, observation, info):
@@ -206,7 +207,7 @@ def test_all_rewards_of_a_step_are_asked_for_in_one_call():
     _, rewards, terminated, _, infos = batch.step([0, STOP, 1, 3])
     # Sub-environment 1 was over and sub-environment 2 repeats a pick: neither is asked for.
     assert reward.calls[1:] == [[("q0", ("p3", "p0")), ("q2", ("p2", "p5"))]]
-    assert terminated.all()
+    assert terminated.tolist() == [True, False, True, True]
     np.testing.assert_allclose(rewards, [3.0, 0.0, -1.0, 2 + 2.5])
     assert infos["selection"].tolist() == [("p3", "p0"), None, ("p3",), ("p2", "p5")]
     assert infos["_selection"].tolist() == [True, False, True, True]
@@ -296,12 +297,28 @@ def test_disabled_takes_the_stop_until_the_batch_is_over():
     batch.step([STOP, 0])
     assert batch.action_masks()[0].tolist() == [False] * 4 + [True]
     _, rewards, terminated, _, infos = batch.step([STOP, STOP])
-    assert terminated.tolist() == [True, True]
+    assert terminated.tolist() == [False, True]
     assert rewards.tolist() == [0.0, 2.0]
     assert infos["_valid"].tolist() == [False, True]
     assert [len(call) for call in reward.calls] == [1, 1]
     with pytest.raises(ResetNeeded, match=r"\[0, 1\] are over"):
         batch.step([0, 1])
+
+
+def test_gymnasiums_statistics_count_each_episode_once():
+    """Also while sub-environments that are over wait for the others; the first ends three times."""
+    batch = RecordEpisodeStatistics(make_batch(2, num_selected=3))
+    batch.reset(options={"question_rows": [0, 1]})
+    batch.step(np.array([STOP, 0]))
+    batch.step(np.array([STOP, 1]))
+    batch.step(np.array([STOP, 2]))
+    for _ in range(2):
+        batch.reset(options={"reset_mask": np.array([True, False])})
+        batch.step(np.array([2, STOP]))
+        batch.step(np.array([STOP, STOP]))
+        batch.step(np.array([STOP, STOP]))
+    assert batch.episode_count == 4
+    assert list(batch.length_queue) == [1, 3, 2, 2]
 
 
 def test_a_reset_mask_starts_only_those_sub_environments():
@@ -318,7 +335,7 @@ def test_a_reset_mask_starts_only_those_sub_environments():
     assert observations["order"].tolist() == [[4, 4], [3, 4], [4, 4]]
     assert batch.action_masks()[:, 0].tolist() == [True, True, False]
     _, _, terminated, _, infos = batch.step([0, 1, STOP])
-    assert terminated.tolist() == [False, True, True]
+    assert terminated.tolist() == [False, True, False]
     assert infos["question_id"].tolist() == ["q4", "q1", "q2"]
     assert infos["selection"][1] == ("p4", "p2")
 
