@@ -9,6 +9,7 @@ import pytest
 from stand_ins import make_table
 from thread_workers import make_group, run_together
 
+from rlrag.algorithms.rag_labels import marginal_contributions
 from rlrag.errors import DataError
 from rlrag.training.experience import Experience
 from rlrag.training.experience_log import ExperienceLog, labels_from_experience
@@ -47,8 +48,39 @@ def test_what_lies_between_stays_open(tmp_path):
         0, batch([0], [[[0], [1]]], [[-1.0, -1.5]])
     )
     rows = table.rows_QN[0].tolist()
-    assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {rows[1]: 0}}
+    assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {}}
     assert labels_from_experience(tmp_path, margin=0.5) == {"q0": {rows[0]: 1, rows[1]: 0}}
+
+
+def test_a_good_passage_is_no_negative_because_a_better_one_was_drawn_without_it(tmp_path):
+    """A alone has log p -.1, B -.3, the others -6; a selection has that of its best passage.
+
+    B's contribution is -.1 although the answer has 74 % with it. C's is below 0 too, and C did not
+    once stand without A or B; D and E neither. What is not labelled is judged.
+    """
+    alone, draws = (-0.1, -0.3, -6.0, -6.0, -6.0), "AC AD AE BC AB DA AC CA"
+    selections = [["ABCDE".index(letter) for letter in draw] for draw in draws.split()]
+    rewards = [max(alone[n] for n in selection) for selection in selections]
+    contributions = marginal_contributions(np.array(selections), np.array(rewards), 5)
+    assert contributions[:2].tolist() == pytest.approx([0.2, -0.1])
+    table = make_table(1)
+    log = ExperienceLog(tmp_path, SingleWorker(), table)
+    log.append(0, batch([0], [selections], [rewards]))
+    assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {}}
+    # One answer of theirs without A and B tells on C and D.
+    log.append(1, batch([0], [[[2, 3]]], [[-6.0]]))
+    rows = table.rows_QN[0].tolist()
+    assert labels_from_experience(tmp_path, margin=1.0) == {
+        "q0": {rows[0]: 1, rows[2]: 0, rows[3]: 0}
+    }
+
+
+def test_a_bad_answer_counts_against_the_best_by_the_same_generator(tmp_path):
+    table = make_table(1)
+    log = ExperienceLog(tmp_path, SingleWorker(), table)
+    log.append(0, batch([0], [[[0], [1]]], [[-1.0, -1.5]], generator_version=0))
+    log.append(1, batch([0], [[[0], [1]]], [[-8.0, -8.5]], generator_version=1))
+    assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {}}
 
 
 def test_selections_of_all_steps_and_workers_count_together(tmp_path):

@@ -243,3 +243,25 @@ def marginal_contributions(
     mean_with_N = sum_with_N / num_with_N.clip(min=1)
     mean_without_N = sum_without_N / num_without_N.clip(min=1)
     return np.where(both_N, mean_with_N - mean_without_N, np.nan)
+
+
+def has_bad_answer(
+    positions_MK: np.ndarray, rewards_M: np.ndarray, num_candidates: int, margin: float
+) -> np.ndarray:
+    """Whether some selection with the candidate was answered badly, bool of shape (N,).
+
+    Badly is a reward that is at least `margin` below the best of the question's selections. A
+    passage whose selections were all about as good as the best has shown nothing against it, even
+    where its contribution is negative: the selections without it may have held a better one.
+
+    Selections whose reward is NaN are left out.
+
+    Example:
+        >>> selections = np.array([[0, 1], [0, 2], [1, 2]])
+        >>> has_bad_answer(selections, np.array([-0.1, -0.3, -4.0]), 4, margin=1.0).tolist()
+        [False, True, True, False]
+    """
+    known_M = ~np.isnan(rewards_M)
+    rewards = np.asarray(rewards_M, dtype=np.float64)[known_M]
+    bad_MK = np.asarray(positions_MK)[known_M][rewards <= rewards.max(initial=-np.inf) - margin]
+    return np.isin(np.arange(num_candidates), bad_MK)

@@ -149,7 +149,7 @@ class OpenRAGConfig(Section):
     contribution_margin: float = Field(default=1.0, gt=0)
     """Where selections were rewarded before, a passage counts as positive without being judged when
     the mean reward with it is higher than without it by this much, and as negative when it is no
-    higher."""
+    higher and some selection with it was rewarded by this much less than the question's best."""
     min_auc: float = Field(default=0.6, ge=0, le=1)
     """A warning is recorded when the generator's score tells right from wrong answers worse than
     this, as the area under the ROC curve within questions."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rlrag.algorithms.rag_labels import Label, marginal_contributions
+from rlrag.algorithms.rag_labels import Label, has_bad_answer, marginal_contributions
 from rlrag.errors import CheckpointError, DataError
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.text_files import write_whole
@@ -81,12 +81,15 @@ def labels_from_experience(directory: Path, margin: float) -> dict[str, dict[int
     The contribution of a passage is the mean reward of the selections with it less that of those
     without it (`marginal_contributions`), over the selections of one question that were rewarded by
     one version of the generator; versions are averaged. A contribution of at least `margin` makes a
-    positive, one of at most 0 a negative; what lies between stays open.
+    positive. One of at most 0 makes a negative where the passage had a bad answer of its own
+    (`has_bad_answer`); otherwise the selections without it may merely have held a better one. All
+    others stay open, to be judged.
 
     Raises:
         DataError: when a line of the log is not what `ExperienceLog` writes.
     """
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    bad: dict[str, set[int]] = defaultdict(set)
     for (question, _), records in _grouped(directory).items():
         rows = records[0]["candidates"]
         positions = np.array([s for record in records for s in record["selections"]])
@@ -96,11 +99,15 @@ def labels_from_experience(directory: Path, margin: float) -> dict[str, dict[int
         ):
             if not np.isnan(value):
                 found[question][row].append(float(value))
+        is_bad_N = has_bad_answer(positions, rewards, len(rows), margin)
+        bad[question].update(np.array(rows)[is_bad_N].tolist())
     labels: dict[str, dict[int, Label]] = {}
     for question, contributions in found.items():
         means = {row: float(np.mean(values)) for row, values in contributions.items()}
         positive: dict[int, Label] = {row: 1 for row, mean in means.items() if mean >= margin}
-        negative: dict[int, Label] = {row: 0 for row, mean in means.items() if mean <= 0}
+        negative: dict[int, Label] = {
+            row: 0 for row, mean in means.items() if mean <= 0 and row in bad[question]
+        }
         labels[question] = {**negative, **positive}
     return labels
 
