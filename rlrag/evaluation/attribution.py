@@ -1,7 +1,7 @@
 """Answers with the passages that were shown in; where the answers come from, and abstention, out.
 
-A question is unanswerable if no golden answer is left after normalisation, as in SQuAD 2.0. An
-answer abstains if, normalised as `answer_match` does, it is empty (SQuAD 2.0's rule), is one of
+A question is unanswerable if it has no golden answer, or blank ones alone. An answer abstains if,
+normalised as `answer_match` does, it is empty (SQuAD 2.0's rule; the letter A is not), is one of
 `ABSTAINING_ANSWERS`, or holds the words of one of `ABSTAINING_PHRASES`; but not if it equals a
 golden answer. The lists are English. Any other answer to an unanswerable question is a
 hallucination.
@@ -19,6 +19,7 @@ from rlrag.records import Passage, Question
 from rlrag.rewards.answer_match import (
     answer_contained,
     exact_match,
+    is_unanswerable,
     normalize_answer,
     passages_contain_answer,
 )
@@ -49,16 +50,6 @@ ABSTAINING_PHRASES = (
 """Words that say so anywhere in an answer, normalised."""
 
 
-def is_unanswerable(question: Question) -> bool:
-    """Whether no golden answer is left after normalisation.
-
-    Example:
-        >>> [is_unanswerable(Question("q", "who?", golden)) for golden in ((), ("the",), ("me",))]
-        [True, True, False]
-    """
-    return not any(map(normalize_answer, question.golden_answers))
-
-
 def abstains(answer: str, golden_answers: Sequence[str] = ()) -> bool:
     """Whether an answer says that there is none; see the module.
 
@@ -69,9 +60,11 @@ def abstains(answer: str, golden_answers: Sequence[str] = ()) -> bool:
         False
     """
     said = normalize_answer(answer)
-    if any(map(normalize_answer, golden_answers)) and exact_match(answer, golden_answers):
+    if not is_unanswerable(golden_answers) and exact_match(answer, golden_answers):
         return False
-    if not said or said in ABSTAINING_ANSWERS:
+    if not said:  # "a" is dropped as an article, but alone it names a choice
+        return "".join(filter(str.isalnum, answer.lower())) != "a"
+    if said in ABSTAINING_ANSWERS:
         return True
     return any(f" {phrase} " in f" {said} " for phrase in ABSTAINING_PHRASES)
 
@@ -124,7 +117,7 @@ def abstention(questions: Sequence[Question], answers: Sequence[str]) -> dict[st
         >>> found["abstention_precision"].tolist()
         [nan, 0.0]
     """
-    unanswerable_Q = np.array([is_unanswerable(question) for question in questions])
+    unanswerable_Q = np.array([is_unanswerable(question.golden_answers) for question in questions])
     abstained_Q = np.array(
         [
             abstains(answer, question.golden_answers)

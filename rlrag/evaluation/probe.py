@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rlrag.errors import ConfigError, DataError, RlragError
-from rlrag.evaluation.attribution import abstention, attribution, is_unanswerable
+from rlrag.evaluation.attribution import abstention, attribution
 from rlrag.evaluation.calibration import brier, expected_calibration_error, reliability
 from rlrag.evaluation.contradiction import Contradiction, contradictions
 from rlrag.evaluation.mirage import loosely_right, mirage
@@ -35,7 +35,7 @@ from rlrag.evaluation.robustness import (
     shuffled,
 )
 from rlrag.records import Generation, Passage, Question
-from rlrag.rewards.answer_match import answer_contained, token_f1
+from rlrag.rewards.answer_match import answer_contained, is_unanswerable, token_f1
 from rlrag.rewards.answering import AnsweringReward
 
 Variants = Mapping[int, Sequence[Sequence[Passage]]]
@@ -371,7 +371,7 @@ def impossible(
         found["order"] = ConfigError(
             f"order: the pipeline picks {num_selected} passage, which has one order; leave it out"
         )
-    if not any(map(is_unanswerable, questions)):
+    if not any(is_unanswerable(question.golden_answers) for question in questions):
         found["abstention"] = DataError(
             f"abstention: all {len(questions)} questions have golden answers; give some whose "
             "golden_answers are empty, or leave it out"

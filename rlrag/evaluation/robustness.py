@@ -20,10 +20,9 @@ import numpy as np
 
 from rlrag.data.corpus import Corpus
 from rlrag.errors import ConfigError, DataError
-from rlrag.evaluation.attribution import is_unanswerable
 from rlrag.records import Passage, Question
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.rewards.answer_match import passages_contain_answer
+from rlrag.rewards.answer_match import is_unanswerable, passages_contain_answer
 
 Order = tuple[int, ...]
 
@@ -77,7 +76,7 @@ def gold_questions(candidates: CandidateTable, num_distractors: int) -> GoldQues
 def _gold_context(
     question: Question, corpus: Corpus, candidates: Sequence[Passage]
 ) -> GoldContext | str:
-    if is_unanswerable(question):
+    if is_unanswerable(question.golden_answers):
         return "unanswerable"
     gold_ids = tuple(dict.fromkeys(question.gold_ids))
     if not gold_ids:

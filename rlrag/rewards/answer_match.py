@@ -1,8 +1,13 @@
-"""Answers and golden answers in, agreement in [0, 1] out: exact match, F1, containment, ROUGE-L.
+"""How well answers agree with golden answers, in [0, 1]: exact match, F1, containment, ROUGE-L.
 
 Normalisation and the first two measures follow the official SQuAD 2.0 evaluation: golden answers
-that normalise to nothing are dropped, and where none is left the question counts as unanswerable:
-1.0 if the normalised answer is empty, else 0.0. The other measures keep the same rule.
+that normalise to nothing are dropped. A question whose golden answers are all blank is
+unanswerable: 1.0 if the normalised answer is empty, else 0.0. The other measures keep the same
+rules.
+
+Departure: where all golden answers normalise to nothing although one is not blank, as the letter
+"A" or the sign "." does, question and answer are compared with articles, and where punctuation is
+all there is, with it too. SQuAD 2.0 takes such a question for unanswerable.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from rlrag.records import Passage
@@ -36,15 +41,40 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
+def _with_articles(text: str) -> str:
+    return " ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split())
+
+
+def _with_punctuation(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def is_unanswerable(golden_answers: Sequence[str]) -> bool:
+    """Whether there is no golden answer but blank ones.
+
+    Example:
+        >>> [is_unanswerable(golden) for golden in ((), (" ",), ("A",), ("?",))]
+        [True, True, False, False]
+    """
+    return not any(golden.strip() for golden in golden_answers)
+
+
+_Normalize = Callable[[str], str]
+
+
 @lru_cache(maxsize=_CACHED_QUESTIONS)
-def _normalized_golden(golden_answers: tuple[str, ...]) -> tuple[str, ...]:
-    normalized = (normalize_answer(golden) for golden in golden_answers)
-    return tuple(dict.fromkeys(golden for golden in normalized if golden))
+def _normalized_golden(golden_answers: tuple[str, ...]) -> tuple[tuple[str, ...], _Normalize]:
+    """Golden answers that are left after normalisation, and the normalisation that leaves some."""
+    for normalize in (normalize_answer, _with_articles, _with_punctuation):
+        normalized = dict.fromkeys(map(normalize, golden_answers))
+        if golden := tuple(filter(None, normalized)):
+            return golden, normalize
+    return (), normalize_answer
 
 
 @lru_cache(maxsize=_CACHED_PASSAGES)
-def _normalized_passage(passage: Passage) -> str:
-    return normalize_answer(passage.contents)
+def _normalized_passage(passage: Passage, normalize: _Normalize) -> str:
+    return normalize(passage.contents)
 
 
 def _contains_words(text: str, words: str) -> bool:
@@ -62,9 +92,11 @@ def exact_match(answer: str, golden_answers: Sequence[str]) -> float:
         1.0
         >>> exact_match("", []), exact_match("Paris", [])
         (1.0, 0.0)
+        >>> exact_match("a.", ["A"]), exact_match("the", ["A"]), exact_match("", ["A"])
+        (1.0, 0.0, 0.0)
     """
-    normalized = normalize_answer(answer)
-    golden = _normalized_golden(tuple(golden_answers))
+    golden, normalize = _normalized_golden(tuple(golden_answers))
+    normalized = normalize(answer)
     return float(normalized in golden if golden else not normalized)
 
 
@@ -83,8 +115,8 @@ def token_f1(answer: str, golden_answers: Sequence[str]) -> float:
         >>> token_f1("Emperor Napoleon", ["Napoleon of France"])
         0.4
     """
-    words = Counter(normalize_answer(answer).split())
-    golden_answers = _normalized_golden(tuple(golden_answers))
+    golden_answers, normalize = _normalized_golden(tuple(golden_answers))
+    words = Counter(normalize(answer).split())
     if not golden_answers:
         return float(not words)
     best = 0.0
@@ -108,8 +140,8 @@ def answer_contained(answer: str, golden_answers: Sequence[str]) -> float:
         >>> answer_contained("Nigeria", ["Niger"])
         0.0
     """
-    normalized = normalize_answer(answer)
-    golden_answers = _normalized_golden(tuple(golden_answers))
+    golden_answers, normalize = _normalized_golden(tuple(golden_answers))
+    normalized = normalize(answer)
     if not golden_answers:
         return float(not normalized)
     return float(any(_contains_words(normalized, golden) for golden in golden_answers))
@@ -127,13 +159,13 @@ def passages_contain_answer(passages: Sequence[Passage], golden_answers: Sequenc
         >>> passages_contain_answer([niger], ["niamey"]), passages_contain_answer([], ["niamey"])
         (1.0, 0.0)
     """
-    golden_answers = _normalized_golden(tuple(golden_answers))
+    golden_answers, normalize = _normalized_golden(tuple(golden_answers))
     if not golden_answers:
         return float(not passages)
     return float(
         any(
-            _contains_words(text, golden)
-            for text in map(_normalized_passage, passages)
+            _contains_words(_normalized_passage(passage, normalize), golden)
+            for passage in passages
             for golden in golden_answers
         )
     )
@@ -147,8 +179,8 @@ def rouge_l(answer: str, golden_answers: Sequence[str]) -> float:
     without stemming. Departure: letters of every script count, where the reference
     implementation knows a to z only.
 
-    Edges: 0.0 where one side has no tokens; without any golden token the question is unanswerable,
-    1.0 iff the normalised answer is empty.
+    Edges: 0.0 where one side has no tokens; unanswerable question, 1.0 iff the normalised answer
+    is empty. Where no golden answer has a letter or digit, tokens are what stands between spaces.
 
     Example:
         The longest common subsequence is "police killed gunman", so 2 * 3 / (4 + 3).
@@ -156,10 +188,13 @@ def rouge_l(answer: str, golden_answers: Sequence[str]) -> float:
         >>> round(rouge_l("police killed the gunman", ["Police killed gunman"]), 4)
         0.8571
     """
-    tokens = _ROUGE_TOKEN.findall(answer.lower())
-    golden_tokens = [_ROUGE_TOKEN.findall(golden.lower()) for golden in golden_answers]
-    if not any(golden_tokens):
+    if is_unanswerable(golden_answers):
         return float(not normalize_answer(answer))
+    tokens_of: Callable[[str], list[str]] = _ROUGE_TOKEN.findall
+    if not any(map(tokens_of, golden_answers)):
+        tokens_of = str.split
+    tokens = tokens_of(answer.lower())
+    golden_tokens = [tokens_of(golden.lower()) for golden in golden_answers]
     return max(
         2 * _common_subsequence_length(tokens, golden) / (len(tokens) + len(golden))
         for golden in golden_tokens
