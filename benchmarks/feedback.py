@@ -253,7 +253,8 @@ def estimate(
     ratios_Q = off_policy.importance_ratios(
         torch.cat(logp), torch.from_numpy(part.propensity_logp_Q)
     )
-    found = off_policy.snips(ratios_Q, torch.from_numpy(part.rewards_Q), confidence)
+    rewards_Q = torch.from_numpy(part.rewards_Q)
+    found = off_policy.snips(ratios_Q, rewards_Q, confidence, part.questions_Q)
     return found, off_policy.effective_sample_size(ratios_Q)
 
 

@@ -129,7 +129,9 @@ def test_a_propensity_just_above_1_is_1(tmp_path):
     [
         ({}, "0 of"),
         ({"reward": 1.0, "thumbs": "up"}, "2 of"),
-        ({"reward": float("inf")}, "finite"),
+        ({"reward": float("inf")}, "the reward is inf; give a number from -1000 to 1000"),
+        ({"reward": float("nan")}, "the reward is nan"),
+        ({"reward": 1e6}, "the reward is 1000000.0"),
         ({"thumbs": "sideways"}, "'sideways'"),
         ({"golden_answers": "Paris"}, "list"),
         ({"golden_answers": ["\udc00"]}, "surrogate"),
@@ -226,7 +228,7 @@ def _append(path: Path, first: int, count: int) -> None:
     store = FeedbackStore(path)
     for number in range(first, first + count):
         assert store.record_selection(event(number))
-        assert store.record_feedback(f"request-{number}", reward=float(number))
+        assert store.record_feedback(f"request-{number}", reward=number / 10_000)
 
 
 def test_several_processes_write_at_once(tmp_path):
@@ -240,7 +242,7 @@ def test_several_processes_write_at_once(tmp_path):
         assert writer.exitcode == 0
     found = {record.event.request_id: record.reward for record in read_feedback(path)}
     assert found == {
-        f"request-{n}": float(n) for k in range(3) for n in range(1000 * k, 1000 * k + 40)
+        f"request-{n}": n / 10_000 for k in range(3) for n in range(1000 * k, 1000 * k + 40)
     }
 
 
@@ -342,6 +344,8 @@ def test_foreign_and_damaged_files_are_left_as_they_are(tmp_path):
         "UPDATE feedback SET thumbs = 'sideways', reward = NULL",
         "UPDATE feedback SET golden_answers = '\"text\"', reward = NULL",
         "UPDATE feedback SET reward = 'much'",
+        "UPDATE feedback SET reward = -1e308",
+        "UPDATE feedback SET reward = 9e999",
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, change):

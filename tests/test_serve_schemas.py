@@ -79,6 +79,7 @@ def test_feedback_takes_one_kind(given_fields: dict[str, Any]) -> None:
         {"reward": math.inf},
         {"reward": 1.5},
         {"reward": -1e300},
+        {"reward": math.nan},
         {"reward": "1"},
         {"thumbs": "sideways"},
         {"golden_answers": [" "]},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from feedback_runs import even_log, event, library_of, write_log
 from loop_runs import changed
 from stand_ins import make_table
 
+from rlrag.algorithms.off_policy import snips
 from rlrag.config import RetrievalConfig, RunConfig
 from rlrag.data.checks import DataReport
 from rlrag.data.corpus import MemoryCorpus
@@ -68,6 +70,7 @@ def test_the_order_that_was_served_stays(config, tmp_path):
 
 def test_rewards_are_what_was_given_or_whether_the_answer_is_right(config, tmp_path):
     table, words = make_table(24), {}
+    config = changed(config, off_policy={"reward_range": [-4.0, 1.0]})
     store = FeedbackStore(tmp_path / "log.sqlite")
     for number in range(24):
         given = (
@@ -160,3 +163,40 @@ def test_a_log_that_is_too_small_is_refused(config, tmp_path):
     more = changed(config, off_policy={"held_back_share": 0.0}, training={"batch_size": 32})
     with pytest.raises(DataError, match=r"leaves 20 .* training\.batch_size 32"):
         open_logged_data(more, library_of(table), log)
+
+
+@pytest.mark.parametrize("extreme", [1000.0, -1000.0])
+def test_an_extreme_reward_counts_as_the_end_of_the_scale(config, tmp_path, extreme):
+    """One of 48: it is clipped and counted, and the estimate stays where the scale ends."""
+    table, store = make_table(24), FeedbackStore(tmp_path / "log.sqlite")
+    for number in range(48):
+        store.record_selection(event(table, number % 24, number))
+        store.record_feedback(f"request-{number}", reward=extreme if number == 30 else 0.5)
+    everything = changed(config, off_policy={"held_back_share": 0.0})
+    found = open_logged_data(everything, library_of(table), tmp_path / "log.sqlite")
+    end = 1.0 if extreme > 0 else -1.0
+    assert sorted(found.train.rewards_Q.tolist()) == sorted([0.5] * 47 + [end])
+    assert found.num_clipped == 1
+    assert "1 rewards clipped" in found.describe()
+    assert snips(torch.ones(48), torch.from_numpy(found.train.rewards_Q)).value == pytest.approx(
+        0.5 + (end - 0.5) / 48
+    )
+
+
+def test_a_log_on_another_scale_is_refused_with_its_range(config, tmp_path):
+    table, store = make_table(24), FeedbackStore(tmp_path / "log.sqlite")
+    for number in range(24):
+        store.record_selection(event(table, number, number))
+        store.record_feedback(f"request-{number}", reward=number % 5 + 1)
+    with pytest.raises(DataError, match=r"19 of the 24 rewards .* -1 to 1, and lie between 1 and 5"):
+        open_logged_data(config, library_of(table), tmp_path / "log.sqlite")
+    stars = changed(config, off_policy={"reward_range": [1.0, 5.0]})
+    assert open_logged_data(stars, library_of(table), tmp_path / "log.sqlite").num_clipped == 0
+
+
+def test_selections_of_one_question_share_its_number(config, tmp_path):
+    table = make_table(24)
+    log = write_log(tmp_path / "log.sqlite", [event(table, n % 24, n) for n in range(48)])
+    everything = changed(config, off_policy={"held_back_share": 0.0})
+    part = open_logged_data(everything, library_of(table), log).train
+    assert part.questions_Q.tolist() == [*range(24), *range(24)]

@@ -1,4 +1,4 @@
-"""Selections that one policy drew, with their rewards, in; what another policy is worth out.
+"""Estimates and losses of a policy from selections that another one drew (off-policy).
 
 A service logs a question x, the selection z, the probability mu(z | x) with which it was drawn
 (its propensity) and the reward r of the answer. The value of another policy p on the same
@@ -11,22 +11,29 @@ questions, V(p) = E_x E_{z~p}[r(x, z)], follows without a new answer from the im
 needed is that mu(z | x) > 0 wherever p(z | x) > 0: what selections are worth that could never be
 drawn is not in the log.
 
+Selections of one question are not independent: what makes one of them good makes the others good.
+Intervals therefore take questions, not selections, for the independent draws.
+
 Log-probabilities are in nats; values and intervals in units of the reward.
 
-Shape letters: Q logged selections, B those of a batch.
+Shape letters: Q logged selections, B those of a batch, U different questions, R resamples.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
 import torch
-from scipy.special import stdtrit
 
 _MAX_LOG_RATIO = 300.0
 """e^300 is beyond any estimate that means something, and its square is finite in float64."""
+_NUM_RESAMPLES = 1000
+_RESAMPLED_AT_ONCE = 2_000_000
+"""Numbers of a block of resamples, U for each: 16 MB."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +76,27 @@ def effective_sample_size(ratios_Q: torch.Tensor) -> float:
     return ratios_Q.sum().item() ** 2 / square if square else 0.0
 
 
-def ips(ratios_Q: torch.Tensor, rewards_Q: torch.Tensor, confidence: float = 0.95) -> Estimate:
+def ips(
+    ratios_Q: torch.Tensor,
+    rewards_Q: torch.Tensor,
+    confidence: float = 0.95,
+    questions_Q: Sequence[int] | np.ndarray | None = None,
+) -> Estimate:
     """Inverse propensity scoring: V = 1/Q sum_i w_i r_i, without bias for any Q.
 
-    The interval is V +- u s / sqrt(Q), with s the standard deviation (divisor Q - 1) of w r and u
-    the normal quantile: it holds for many selections with ratios that are not extreme.
+    The interval is V +- u s, with u the normal quantile and s the standard error of a mean over
+    clusters, s^2 = U / (U - 1) sum_u (sum_{i in u} (w_i r_i - V))^2 / Q^2: with one selection a
+    question the standard deviation of w r over sqrt(Q). It holds for many questions with ratios
+    that are not extreme.
+
+    Args:
+        ratios_Q: See `importance_ratios`.
+        rewards_Q: Of the same selections.
+        confidence: Of the interval, in (0, 1).
+        questions_Q: A number for the question of each selection; unset, all differ.
 
     Edges: no overlap gives 0 with an interval of width 0, which says nothing: look at the effective
-    sample size. One selection has the interval (-inf, inf), no selection the value NaN. Equal
+    sample size. One question has the interval (-inf, inf), no selection the value NaN. Equal
     rewards do not give that reward: the sum of the ratios is Q on average only (see `snips`).
 
     Example:
@@ -85,50 +105,111 @@ def ips(ratios_Q: torch.Tensor, rewards_Q: torch.Tensor, confidence: float = 0.9
     """
     terms_Q = ratios_Q.double() * rewards_Q.double()
     num, value = len(terms_Q), terms_Q.mean().item()
-    if num < 2:
+    deviation_U = _by_question(terms_Q - value, questions_Q)
+    num_questions = len(deviation_U)
+    if num_questions < 2:
         return Estimate(value, -math.inf, math.inf)
-    error = terms_Q.std().item() / math.sqrt(num)
+    square = num_questions / (num_questions - 1) * float(deviation_U @ deviation_U)
+    error = math.sqrt(square) / num
     margin = NormalDist().inv_cdf(0.5 + confidence / 2) * error
     return Estimate(value, value - margin, value + margin)
 
 
-def snips(ratios_Q: torch.Tensor, rewards_Q: torch.Tensor, confidence: float = 0.95) -> Estimate:
+def snips(
+    ratios_Q: torch.Tensor,
+    rewards_Q: torch.Tensor,
+    confidence: float = 0.95,
+    questions_Q: Sequence[int] | np.ndarray | None = None,
+) -> Estimate:
     """Self-normalised IPS: V = sum_i w_i r_i / sum_i w_i.
 
     (Swaminathan and Joachims 2015, "The Self-Normalized Estimator for Counterfactual Learning".) It
     lies between the lowest and the highest reward, moves with them when a constant is added to all,
     and mostly varies less than IPS; its bias falls as 1/Q.
 
-    The interval is V +- t s. s is the jackknife's standard error (Efron and Tibshirani 1993,
-    chapter 11), which a selection that dominates does not shrink as it does the delta method's:
+    The interval is the bootstrap-t (Efron and Tibshirani 1993, chapter 12) over questions. With
+    a_u = sum of w r and b_u = sum of w over the selections of question u, and n_u how often a
+    resample of U questions with replacement has it, each resample gives
 
-        s^2 = sum_i (V without i - V)^2 = sum_i (w_i (r_i - V) / (sum_j w_j - w_i))^2
+        V* = sum_u n_u a_u / B*,    B* = sum_u n_u b_u
+        t* = (V* - V) / s*,    s*^2 = sum_u n_u ((a_u - V* b_u) / (B* - b_u))^2
 
-    t is Student's quantile with n_e - 1 degrees of freedom (at least 1), for the effective sample
-    size n_e; a choice of our own, which widens what few selections say. Selections count as
-    independent draws of question and pick. The interval still holds the value less often than it
-    says where n_e is small and rare selections matter: simulated 95 % intervals held 0.84 to 0.94
-    of the time at n_e = 7, 0.91 to 0.94 at 28 and 0.95 at 550.
+    and the interval is [V - s t*_high, V - s t*_low], with s of the questions themselves and the
+    quantiles of 1,000 t*, drawn from a fixed seed. s is the jackknife's standard error, which
+    leaves out one question at a time; one that dominates does not shrink it. In simulations 95 %
+    intervals held the value .98 of the time with 20 questions of several selections each, and .95
+    to .97 with 60; intervals that took selections for independent held it .80 to .88 of the time.
+    Where rare selections with large ratios matter it still holds less often: .90 at an effective
+    sample size of 56, .92 at 166.
+
+    Args:
+        ratios_Q: See `importance_ratios`.
+        rewards_Q: Of the same selections.
+        confidence: Of the interval, in (0, 1).
+        questions_Q: A number for the question of each selection; unset, all differ.
 
     Edges: no overlap (all ratios 0) has the value NaN and the interval (-inf, inf). Where a single
-    selection has a ratio above 0, or all weight within rounding, the interval is (-inf, inf).
+    question has a ratio above 0, or all weight within rounding, the interval is (-inf, inf).
     Equal rewards give that reward with width 0.
 
     Example:
         >>> found = snips(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 0.0, 1.0]))
-        >>> found.value, round(found.high - found.value, 3)
-        (0.75, 1.904)
+        >>> found.value, found.low < found.value < found.high
+        (0.75, True)
+        >>> snips(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0]), questions_Q=[7, 7])
+        Estimate(value=0.5, low=-inf, high=inf)
     """
     ratios_Q, rewards_Q = ratios_Q.double(), rewards_Q.double()
-    total = ratios_Q.sum().item()
+    weight_U = _by_question(ratios_Q, questions_Q)
+    total = float(weight_U.sum())
     value = (ratios_Q * rewards_Q).sum().item() / total if total else math.nan
-    others_Q = total - ratios_Q
-    if not total or others_Q.min() <= 0:
+    if not total or (total - weight_U).min() <= 0:
         return Estimate(value, -math.inf, math.inf)
-    error = (ratios_Q * (rewards_Q - value) / others_Q).square().sum().sqrt().item()
-    degrees = max(effective_sample_size(ratios_Q) - 1, 1.0)
-    margin = float(stdtrit(degrees, 0.5 + confidence / 2)) * error
-    return Estimate(value, value - margin, value + margin)
+    # Around the value, so that rounding does not grow with what is common to all rewards.
+    residual_U = _by_question(ratios_Q * (rewards_Q - value), questions_Q)
+    error = float(np.linalg.norm(residual_U / (total - weight_U)))
+    if not error:
+        return Estimate(value, value, value)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(_studentized(residual_U, weight_U), [tail, 1 - tail])
+    return Estimate(value, value - float(high) * error, value - float(low) * error)
+
+
+def _by_question(
+    numbers_Q: torch.Tensor, questions_Q: Sequence[int] | np.ndarray | None
+) -> np.ndarray:
+    """Sums over the selections of each question, float64 of shape (U,)."""
+    if questions_Q is None:
+        return numbers_Q.cpu().numpy()
+    _, places_Q = np.unique(np.asarray(questions_Q), return_inverse=True)
+    return np.bincount(places_Q, weights=numbers_Q.cpu().numpy())
+
+
+def _studentized(residual_U: np.ndarray, weight_U: np.ndarray) -> np.ndarray:
+    """t* of each resample, shape (R,), from sum w (r - V) and sum w of the questions.
+
+    0 where a resample has no error: where a single question has all its weight, it says nothing.
+    """
+    rng, num_questions = np.random.default_rng(0), len(weight_U)
+    shares_U = np.full(num_questions, 1 / num_questions)
+    size = max(1, _RESAMPLED_AT_ONCE // num_questions)
+    found = []
+    for start in range(0, _NUM_RESAMPLES, size):
+        num = min(size, _NUM_RESAMPLES - start)
+        times_RU = rng.multinomial(num_questions, shares_U, size=num).astype(np.float64)
+        total_R = times_RU @ weight_U
+        shift_R = np.divide(times_RU @ residual_U, total_R, out=np.zeros(num), where=total_R > 0)
+        others_RU = total_R[:, None] - weight_U
+        left_out_RU = np.divide(
+            residual_U - shift_R[:, None] * weight_U,  # a_u - V* b_u
+            others_RU,
+            out=np.full_like(others_RU, np.inf),
+            where=others_RU > 0,
+        )
+        left_out_RU[times_RU == 0] = 0.0
+        error_R = np.sqrt((times_RU * left_out_RU**2).sum(axis=1))
+        found.append(np.divide(shift_R, error_R, out=np.zeros(num), where=error_R > 0))
+    return np.concatenate(found)
 
 
 def capped_ratios(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal, Self
 from urllib.parse import parse_qs, urlsplit
@@ -79,6 +80,10 @@ class OffPolicyConfig(Section):
     max_ratio: float = Field(default=20.0, ge=1)
     """Bound on p_now(z|x) / propensity in the gradient; a service that draws a share e of its
     selections logs ratios of 1/e."""
+    reward_range: tuple[float, float] = (-1.0, 1.0)
+    """Lowest and highest value of the feedback's scale, by default what the service takes. The few
+    values outside are clipped to it and counted, so that none can move an estimate far; a log with
+    more than 5 % outside is refused."""
     num_epochs: int = Field(default=20, ge=1)
     """Passes over the logged selections."""
     held_back_share: float = Field(default=0.3, ge=0, lt=1)
@@ -89,6 +94,15 @@ class OffPolicyConfig(Section):
     run does not start there, and chooses no such checkpoint."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     """Of the intervals; the checkpoint with the highest lower end is the best."""
+
+    @model_validator(mode="after")
+    def _range_has_a_width(self) -> Self:
+        low, high = self.reward_range
+        if not math.isfinite(low) or not math.isfinite(high) or low >= high:
+            raise ValueError(
+                f"off_policy.reward_range is {low:g} to {high:g}; give two numbers, the lower first"
+            )
+        return self
 
 
 class OpenRAGConfig(Section):
@@ -137,6 +151,10 @@ class OpenRAGConfig(Section):
     loss: Literal["contrastive", "kl"] = "contrastive"
     """`kl` draws the retriever's distribution over a question's passages to the generator's
     likelihoods (RePlug), the paper's ablation."""
+    vectors: Literal["sparse", "one_whole"] = "sparse"
+    """What the contrastive loss of a `semi_parametric` retriever compares: vectors as they are
+    searched, or one side of each term with all its entries (VDR's code), so that all tokens of a
+    passage get a gradient."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the inner products of the loss; the paper has 1, vectors of length 1 want less."""
     likelihood_temperature: float = Field(default=1.0, gt=0)

@@ -44,6 +44,10 @@ _ROUNDING = 1e-6
 _MAX_WORDS = 16
 _THUMBS_REWARD = {"up": 1.0, "down": 0.0}
 
+MAX_REWARD = 1_000.0
+"""Largest magnitude of a reward in a log: room for any scale that people rate on. The service takes
+rewards from -1 to 1."""
+
 _COLUMNS = (
     "request_id, time_s, version, question, candidate_ids, positions, propensity_logp, explored, "
     "answer, answer_logp"
@@ -172,7 +176,7 @@ class FeedbackStore:
 
         Args:
             request_id: The request that was answered.
-            reward: Any finite number; higher is better.
+            reward: At most `MAX_REWARD` in magnitude; higher is better.
             golden_answers: Right answers; none means that the question has no answer.
             thumbs: `up` or `down`.
 
@@ -342,8 +346,10 @@ def _check_feedback(
         raise DataError(
             f"feedback holds {len(given)} of reward, golden_answers and thumbs; give exactly one"
         )
-    if reward is not None and not math.isfinite(reward):
-        raise DataError(f"the reward is {reward}; give a finite number")
+    if reward is not None and not abs(reward) <= MAX_REWARD:  # NaN too
+        raise DataError(
+            f"the reward is {reward}; give a number from -{MAX_REWARD:g} to {MAX_REWARD:g}"
+        )
     if thumbs is not None and thumbs not in _THUMBS_REWARD:
         raise DataError(f"thumbs is {thumbs!r}; give 'up' or 'down'")
     if isinstance(golden_answers, str):

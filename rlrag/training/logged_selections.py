@@ -1,4 +1,4 @@
-"""A log of served selections and a corpus in; what a selection policy can be trained on out.
+"""The selections of a feedback log that a selection policy can be trained on.
 
 A policy is judged on the candidates that the one which served had, in their order. The log names
 them by id; their scores and vectors are computed anew by the configured retriever.
@@ -6,6 +6,11 @@ them by id; their scores and vectors are computed anew by the configured retriev
 What is left out, and counted: selections that nothing was left to chance in (propensity 1), which
 say nothing about any other selection; those with a candidate that the corpus lacks; and those with
 another number of candidates or picks than is configured, which are another task.
+
+Rewards outside `off_policy.reward_range` are clipped to it, and counted: inverse propensities
+multiply a reward by up to the inverse of its probability, so that a single extreme value would
+decide every estimate and gradient. Within the range one selection of Q moves the self-normalised
+estimate by at most its share of the weight times the range.
 
 Shape letters: Q logged selections, U different lists of candidates, B those of a chunk,
 N candidates, C retriever scores, D vector length, K selected.
@@ -16,6 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +36,7 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import exact_match
 
 _CHUNK = 256
+_MAX_CLIPPED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,13 @@ class LoggedPart:
     def __len__(self) -> int:
         return len(self.candidates)
 
+    @cached_property
+    def questions_Q(self) -> np.ndarray:
+        """A number for the question of each selection, equal where its text is."""
+        number: dict[str, int] = {}
+        texts = [question.question for question in self.candidates.questions]
+        return np.array([number.setdefault(text, len(number)) for text in texts])
+
 
 @dataclass(frozen=True)
 class LoggedData:
@@ -61,6 +75,7 @@ class LoggedData:
     num_certain: int
     num_unknown: int
     num_other_shape: int
+    num_clipped: int
 
     def describe(self) -> str:
         """One line for people."""
@@ -69,6 +84,7 @@ class LoggedData:
             f"{len(self.train):,} logged selections to train on, {held_back:,} held back; left out "
             f"{self.num_certain:,} without exploration, {self.num_unknown:,} with passages that "
             f"the corpus lacks, {self.num_other_shape:,} of another shape"
+            + (f"; {self.num_clipped:,} rewards clipped" if self.num_clipped else "")
         )
 
 
@@ -112,6 +128,7 @@ def open_logged_data(config: RunConfig, library: Library, path: Path) -> LoggedD
     counts = (len(records) - len(drawn), len(fitting) - len(known), len(drawn) - len(fitting))
     if not known:
         raise DataError(_nothing_left(path, drawn, shape, *counts))
+    num_clipped = _num_outside(known, config.off_policy.reward_range, path)
     train, held_back = _split(known, config.off_policy.held_back_share)
     if len(train) < config.training.batch_size:
         raise DataError(
@@ -119,11 +136,28 @@ def open_logged_data(config: RunConfig, library: Library, path: Path) -> LoggedD
             f"{config.training.batch_size}; lower it or off_policy.held_back_share, or log more"
         )
     return LoggedData(
-        _part(train, library),
-        _part(held_back, library) if held_back else None,
+        _part(train, library, config.off_policy.reward_range),
+        _part(held_back, library, config.off_policy.reward_range) if held_back else None,
         _content_hash(known),
         *counts,
+        num_clipped,
     )
+
+
+def _num_outside(
+    records: Sequence[LoggedSelection], reward_range: tuple[float, float], path: Path
+) -> int:
+    """How many rewards will be clipped; refuses a log on another scale."""
+    rewards_Q = np.array([reward_of(record) for record in records])
+    low, high = reward_range
+    num_outside = int(((rewards_Q < low) | (rewards_Q > high)).sum())
+    if num_outside > _MAX_CLIPPED_SHARE * len(records):
+        raise DataError(
+            f"{num_outside:,} of the {len(records):,} rewards of {path} are outside "
+            f"off_policy.reward_range {low:g} to {high:g}, and lie between {rewards_Q.min():g} and "
+            f"{rewards_Q.max():g}; set it to the scale of the feedback"
+        )
+    return num_outside
 
 
 def _nothing_left(
@@ -162,7 +196,9 @@ def _split(
     )
 
 
-def _part(records: Sequence[LoggedSelection], library: Library) -> LoggedPart:
+def _part(
+    records: Sequence[LoggedSelection], library: Library, reward_range: tuple[float, float]
+) -> LoggedPart:
     """Equal questions with equal candidates are described once."""
     lists = [(record.event.question, record.event.candidate_ids) for record in records]
     number = {key: place for place, key in enumerate(dict.fromkeys(lists))}
@@ -184,7 +220,7 @@ def _part(records: Sequence[LoggedSelection], library: Library) -> LoggedPart:
         ),
         positions_QK=np.array([record.event.positions for record in records], dtype=np.int64),
         propensity_logp_Q=np.array([record.event.propensity_logp for record in records]),
-        rewards_Q=np.array([reward_of(record) for record in records], dtype=np.float64),
+        rewards_Q=np.clip([reward_of(record) for record in records], *reward_range),
     )
 
 

@@ -155,7 +155,9 @@ class LoggedTrainer(SavesOptimizer):
         metrics: Metrics = {}
         for name, logp_Q in (("", self._log_probs(part)), ("greedy_", certain_Q)):
             ratios_Q = off_policy.importance_ratios(logp_Q, behaviour_Q)
-            found = off_policy.snips(ratios_Q, rewards_Q, self._settings.confidence)
+            found = off_policy.snips(
+                ratios_Q, rewards_Q, self._settings.confidence, part.questions_Q
+            )
             metrics |= {
                 f"validation/{name}value": found.value,
                 f"validation/{name}value_low": found.low,
@@ -212,7 +214,7 @@ class LoggedTrainer(SavesOptimizer):
         if not math.isfinite(norm):
             raise NonFiniteLossError(
                 f"the gradient of step {step} is not finite; lower training.learning_rate, or look "
-                "for extreme rewards in the log"
+                "for extreme propensities in the log"
             )
         clip_gradient(gradient, norm, self._training.max_grad_norm)
         return norm
