@@ -11,7 +11,9 @@ from rlrag.algorithms.contrastive import (
     likelihood_distillation,
     openrag_loss,
     symmetric_info_nce,
+    vdr_loss,
 )
+from rlrag.errors import DataError
 from rlrag.retrieval.trainable import Embedded
 
 INF, NAN = float("inf"), float("nan")
@@ -157,6 +159,49 @@ def test_the_whole_loss_adds_half_of_each_side_with_bags():
     ]
     expected = [para + (left + right) / 2 for para, left, right in zip(*parts, strict=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_loss_of_vdr_has_a_whole_side_in_each_of_its_four_terms():
+    questions = Embedded(vectors(N, D).exp(), bags(N, D, seed=2))
+    passages = Embedded(vectors(P, D, seed=1).exp(), bags(P, D, seed=3))
+    kept_ND, kept_PD = bags(N, D, seed=4).bool(), bags(P, D, seed=5).bool()
+    found = vdr_loss(questions, passages, kept_ND, kept_PD, 0.7, mask())
+    parts = [
+        by_loops(q, d, 0.7, mask())
+        for q, d in (
+            (torch.where(kept_ND, questions.vectors_BD, 0.0), passages.vectors_BD),
+            (questions.vectors_BD, torch.where(kept_PD, passages.vectors_BD, 0.0)),
+            (questions.bags_BD, passages.vectors_BD),
+            (questions.vectors_BD, passages.bags_BD),
+        )
+    ]
+    expected = [math.fsum(terms) / 2 for terms in zip(*parts, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-10)
+    with pytest.raises(DataError, match="bags of tokens"):
+        vdr_loss(Embedded(questions.vectors_BD), passages, kept_ND, kept_PD, 0.7)
+
+
+def test_in_the_loss_of_vdr_every_token_of_a_gold_passage_has_a_gradient():
+    """Passages keep entries 0 to 3, questions 3 to 5: sparse on both sides 0 to 2 have none."""
+    whole_ND, whole_PD = vectors(2, 6).exp(), vectors(4, 6, seed=1).exp()
+    kept_ND = torch.tensor([[False, False, False, True, True, True]] * 2)
+    kept_PD = torch.tensor([[True, True, True, True, False, False]] * 4)
+
+    def gradient(loss_of) -> torch.Tensor:
+        passage_PD = whole_PD.clone().requires_grad_()
+        return torch.autograd.grad(loss_of(passage_PD).sum(), passage_PD)[0][:2]
+
+    def sparse(passage_PD: torch.Tensor) -> torch.Tensor:
+        questions = Embedded(whole_ND * kept_ND, kept_ND.double())
+        return openrag_loss(questions, Embedded(passage_PD * kept_PD, kept_PD.double()), 1.0)
+
+    def one_whole(passage_PD: torch.Tensor) -> torch.Tensor:
+        questions = Embedded(whole_ND, kept_ND.double())
+        passages = Embedded(passage_PD, kept_PD.double())
+        return vdr_loss(questions, passages, kept_ND, kept_PD, 1.0)
+
+    assert (gradient(sparse)[:, :3] == 0).all()
+    assert (gradient(one_whole) != 0).all()
 
 
 def test_without_bags_the_parametric_part_is_all():

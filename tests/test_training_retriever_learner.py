@@ -22,11 +22,13 @@ from retriever_tasks import (
     make,
     plain_gradient,
 )
-from tiny_models import save_tiny_encoder
+from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 
-from rlrag.errors import CheckpointError, DataError, NonFiniteLossError
+from rlrag.algorithms.contrastive import vdr_loss
+from rlrag.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from rlrag.retrieval.trainable import Embedded, Role
 from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
+from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
 
 
 @pytest.mark.parametrize("with_bags", [True, False])
@@ -266,3 +268,35 @@ def test_steps_teach_a_real_encoder_its_pairs(encoder_dir):
     assert found[-1]["retriever/accuracy"] == 1.0
     assert found[-1]["retriever/score_gap"] > found[0]["retriever/score_gap"]
     assert found[-1]["retriever/loss"] < 0.2 * found[0]["retriever/loss"]
+
+
+def test_with_one_side_whole_the_gradient_is_that_of_the_loss_of_vdr(tmp_path):
+    save_tiny_masked_lm(tmp_path)
+    encoder = VocabularyEncoder(tmp_path, max_tokens=32, top_k=4, head="layer_norm")
+    batch = (["which holds amber"], ["the box holds amber"], ["a rumour of a box"])
+    questions = encoder.embed_whole(batch[0], "question")
+    passages = encoder.embed_whole([*batch[1], *batch[2]], "passage")
+    kept = [encoder.kept(side.vectors_BD, side.bags_BD) for side in (questions, passages)]
+    loss = vdr_loss(questions, passages, *kept, 5.0).mean()
+    trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
+    expected = dict(
+        zip(
+            trained,
+            torch.autograd.grad(loss, list(trained.values()), allow_unused=True),
+            strict=True,
+        )
+    )
+    _, learner = make(
+        encoder, temperature=5.0, vectors="one_whole", max_grad_norm=1e9, micro_batch_texts=1
+    )
+    metrics = learner.update(*batch, step=0)
+    assert metrics["retriever/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    found = gradient_of(learner)
+    for name, gradient in expected.items():
+        if gradient is not None:
+            assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+def test_one_side_whole_is_refused_for_an_encoder_whose_vectors_are_whole():
+    with pytest.raises(ConfigError, match="'one_whole' is for"):
+        make(vectors="one_whole")

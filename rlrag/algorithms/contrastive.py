@@ -1,4 +1,4 @@
-"""Vectors of questions and passages in; the losses that train a retriever (OpenRAG) out.
+"""The losses that train a retriever on vectors of questions and passages (OpenRAG).
 
 f(q, d) is the inner product of a question's and a passage's vector, divided by a temperature. The
 batch B holds N questions, their N positives d+ in the same order, and further passages, which are
@@ -13,6 +13,8 @@ Departures from the papers:
 - A temperature, which OpenRAG has not; 1 is its form. Vectors of length 1 have inner products in
   [-1, 1], which a softmax at temperature 1 cannot tell apart.
 - The loss is left for the caller to average over the questions; the paper sums it.
+- The semi-parametric loss compares sparse vectors, as a search does. VDR's code, on which OpenRAG
+  builds, keeps one side of each term whole: `vdr_loss`.
 - False negatives may be left out of the sums; see `symmetric_info_nce`.
 - `likelihood_distillation` has the other direction of the divergence than RePlug, and distils
   log-likelihoods; see there.
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import torch
 
+from rlrag.errors import DataError
 from rlrag.retrieval.trainable import Embedded
 
 
@@ -98,6 +101,53 @@ def openrag_loss(
         question_bags_ND, passages.vectors_BD, temperature, excluded_NP
     )
     return loss_N + (from_vectors_N + from_bags_N) / 2
+
+
+def vdr_loss(
+    questions: Embedded,
+    passages: Embedded,
+    question_kept_ND: torch.Tensor,
+    passage_kept_PD: torch.Tensor,
+    temperature: float,
+    excluded_NP: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """L_para + L_semi as the code of VDR has them, shape (N,), in nats.
+
+    One side of each of the four terms is a whole vector V, and the other is sparse: S keeps the
+    entries that a search does, and BoT is the bag of tokens.
+
+        L_para = 1/2 L(S(q), V(d)) + 1/2 L(V(q), S(d))
+        L_semi = 1/2 L(BoT(q), V(d)) + 1/2 L(V(q), BoT(d))
+
+    Entries of V are above 0, so that every entry that a passage keeps has a gradient, also where
+    no question of the batch keeps it; in `openrag_loss` its gradient is exactly 0 there. VDR's code
+    has the mean of the four terms, half of this.
+
+    Args:
+        questions: Whole vectors of the questions, and their bags.
+        passages: Whole vectors of the passages, and their bags.
+        question_kept_ND: True for the entries of the questions that a search keeps.
+        passage_kept_PD: The same of the passages.
+        temperature: Divides the inner products.
+        excluded_NP: See `symmetric_info_nce`.
+
+    Raises:
+        DataError: when a side has no bags.
+    """
+    if questions.bags_BD is None or passages.bags_BD is None:
+        raise DataError(
+            "the loss of VDR compares with bags of tokens, which a dense encoder has not; use "
+            "openrag_loss"
+        )
+    whole_ND, whole_PD = questions.vectors_BD, passages.vectors_BD
+    terms = (
+        (whole_ND * question_kept_ND, whole_PD),
+        (whole_ND, whole_PD * passage_kept_PD),
+        (questions.bags_BD.to(whole_PD.dtype), whole_PD),
+        (whole_ND, passages.bags_BD.to(whole_ND.dtype)),
+    )
+    losses = [symmetric_info_nce(*sides, temperature, excluded_NP) for sides in terms]
+    return torch.stack(losses).sum(dim=0) / 2
 
 
 def likelihood_distillation(

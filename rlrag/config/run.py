@@ -270,6 +270,15 @@ class RunConfig(Section):
                 "openrag.first_stage 'bag_of_tokens' is searched by vectors over a vocabulary, "
                 "which retrieval.kind 'dense' has not; use frozen or bm25"
             )
+        if openrag.vectors == "one_whole" and retrieval.kind == "dense":
+            raise ValueError(
+                "openrag.vectors 'one_whole' is for semi_parametric; vectors of a dense encoder "
+                "are whole"
+            )
+        if openrag.vectors == "one_whole" and openrag.loss == "kl":
+            raise ValueError(
+                "openrag.vectors 'one_whole' belongs to openrag.loss 'contrastive'; leave it out"
+            )
         if not openrag.tied and retrieval.kind == "dense":
             raise ValueError(
                 "openrag.tied False is for semi_parametric; a dense encoder reads questions and "

@@ -124,10 +124,16 @@ class VocabularyEncoder(torch.nn.Module):
 
     def embed(self, texts: Sequence[str], role: Role) -> Embedded:
         """Sparsified vectors of the texts, shape (B, V), with gradient, and their bags."""
-        token_ids = self.vocabulary.tokenize(texts)
-        bags_BV = torch.from_numpy(self.vocabulary.bags(token_ids).toarray()).to(self.device)
-        vectors_BV = self._vectors(token_ids, role)
+        vectors_BV, bags_BV = self._with_bags(self.vocabulary.tokenize(texts), role)
         return Embedded(sparsified(vectors_BV, bags_BV, self._top_k), bags_BV)
+
+    def embed_whole(self, texts: Sequence[str], role: Role) -> Embedded:
+        """The same before entries are dropped: every entry is above 0."""
+        return Embedded(*self._with_bags(self.vocabulary.tokenize(texts), role))
+
+    def kept(self, vectors_BV: torch.Tensor, bags_BV: torch.Tensor) -> torch.Tensor:
+        """Which entries of whole vectors `embed` keeps, bool of shape (B, V)."""
+        return kept_entries(vectors_BV, bags_BV, self._top_k)
 
     def encode(self, texts: Sequence[str], role: Role) -> csr_array:
         """Sparsified vectors of the texts, float32 of shape (B, V), without gradient.
@@ -169,6 +175,12 @@ class VocabularyEncoder(torch.nn.Module):
             model.save_pretrained(place)
             self.vocabulary.save_pretrained(place)
 
+    def _with_bags(
+        self, token_ids: Sequence[Sequence[int]], role: Role
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        bags_BV = torch.from_numpy(self.vocabulary.bags(token_ids).toarray()).to(self.device)
+        return self._vectors(token_ids, role), bags_BV
+
     def _vectors(self, token_ids: Sequence[Sequence[int]], role: Role) -> torch.Tensor:
         model = self.models[_SHARED if _SHARED in self.models else role]
         ids_BT, mask_BT = (each.to(self.device) for each in self.vocabulary.padded(token_ids))
@@ -180,9 +192,8 @@ class VocabularyEncoder(torch.nn.Module):
         self, token_ids: Sequence[Sequence[int]], role: Role
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Columns, ascending, and values of the entries that are kept of each text."""
-        bags_BV = torch.from_numpy(self.vocabulary.bags(token_ids).toarray()).to(self.device)
-        vectors_BV = self._vectors(token_ids, role)
-        kept_BV = kept_entries(vectors_BV, bags_BV, self._top_k)
+        vectors_BV, bags_BV = self._with_bags(token_ids, role)
+        kept_BV = self.kept(vectors_BV, bags_BV)
         for vector_V, kept_V in zip(vectors_BV, kept_BV, strict=True):
             columns = kept_V.nonzero().squeeze(1)
             yield columns.cpu().numpy(), vector_V[columns].cpu().numpy()

@@ -9,15 +9,24 @@ Shape letters: B texts of a role, D vector length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
-from rlrag.retrieval.trainable import Embedded, Role, TrainableEncoder
+from rlrag.retrieval.trainable import Embedded, Role
 
 # A piece ends early where the next text would be mostly padding, unless it has few texts yet: each
 # piece has a price of its own.
 _MIN_LENGTH_SHARE = 0.75
 _MIN_PIECE_TEXTS = 8
+
+
+class Embeds(Protocol):
+    """What gives vectors: an encoder, or one of its ways to embed."""
+
+    def embed(self, texts: Sequence[str], role: Role) -> Embedded:
+        """Vectors of the texts, with gradient."""
+        ...
 
 
 class CachedTexts:
@@ -35,7 +44,7 @@ class CachedTexts:
     """
 
     def __init__(
-        self, encoder: TrainableEncoder, texts: Mapping[Role, Sequence[str]], micro_batch_texts: int
+        self, encoder: Embeds, texts: Mapping[Role, Sequence[str]], micro_batch_texts: int
     ) -> None:
         self._encoder = encoder
         self._texts = texts

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlrag.algorithms.contrastive import likelihood_distillation, openrag_loss
+from rlrag.algorithms.contrastive import likelihood_distillation, openrag_loss, vdr_loss
 from rlrag.config import OpenRAGConfig, TrainingConfig
-from rlrag.errors import DataError, NonFiniteLossError
+from rlrag.errors import ConfigError, DataError, NonFiniteLossError
 from rlrag.retrieval.trainable import Embedded, Role, TrainableEncoder
+from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
 from rlrag.training.gradient_cache import CachedTexts
 from rlrag.training.gradients import clip_gradient, share_gradient
 from rlrag.training.learning_rate import linear_schedule, set_rate
@@ -57,6 +58,7 @@ class RetrieverLearner(SavesOptimizer):
         workers: Workers,
     ) -> None:
         self._encoder = encoder
+        self._whole = _WholeVectors.of(encoder) if openrag.vectors == "one_whole" else None
         self._config = config
         self._openrag = openrag
         self._num_steps = num_steps
@@ -77,6 +79,8 @@ class RetrieverLearner(SavesOptimizer):
         step: int,
     ) -> dict[str, float]:
         """One optimiser step on the contrastive loss L_para + L_semi.
+
+        Where `openrag.vectors` is `one_whole` that is `vdr_loss`, else `openrag_loss`.
 
         Each question is compared with the positives of all questions and then with the negatives
         of all. A passage whose text is that of a positive of the question is no negative of it: it
@@ -104,7 +108,7 @@ class RetrieverLearner(SavesOptimizer):
                 "negatives; give each question one of each"
             )
         texts = CachedTexts(
-            self._encoder,
+            self._whole or self._encoder,
             {"question": questions, "passage": [*positives, *negatives]},
             self._openrag.micro_batch_texts,
         )
@@ -114,12 +118,19 @@ class RetrieverLearner(SavesOptimizer):
         keys_3N = self._gather(torch.tensor(keys, dtype=torch.int64), share)
         excluded_NP = _false_negatives(keys_3N).to(all_3ND.device)
         all_3ND.requires_grad_()
-        sides = _sides(all_3ND, bags_3ND)
-        loss = openrag_loss(*sides, self._openrag.temperature, excluded_NP).mean()
+        sides, searched_3ND = _sides(all_3ND, bags_3ND), all_3ND.detach()
+        if self._whole is None:
+            loss = openrag_loss(*sides, self._openrag.temperature, excluded_NP).mean()
+        else:
+            kept_ND, kept_PD = (self._whole.kept(side) for side in sides)
+            temperature = self._openrag.temperature
+            loss = vdr_loss(*sides, kept_ND, kept_PD, temperature, excluded_NP).mean()
+            kept_3ND = torch.cat([kept_ND, kept_PD]).unflatten(0, (3, -1))
+            searched_3ND = searched_3ND.masked_fill(~kept_3ND, 0.0)
         self._check_finite(loss.item(), step)
         (gradient_3ND,) = torch.autograd.grad(loss, all_3ND)
         metrics = {"retriever/loss": loss.item()}
-        metrics |= _ranking_metrics(all_3ND.detach(), excluded_NP)
+        metrics |= _ranking_metrics(searched_3ND, excluded_NP)
         own_3BD = gradient_3ND[:, share.start : share.stop]
         gradients: dict[Role, torch.Tensor] = {
             "question": own_3BD[0],
@@ -266,6 +277,31 @@ class RetrieverLearner(SavesOptimizer):
                 f"the retriever's loss of step {step} is {loss}; lower openrag.learning_rate, or "
                 "raise openrag.temperature"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _WholeVectors:
+    """An encoder into vocabulary space that drops no entries."""
+
+    encoder: VocabularyEncoder
+
+    @classmethod
+    def of(cls, encoder: TrainableEncoder) -> _WholeVectors:
+        if not isinstance(encoder, VocabularyEncoder):
+            raise ConfigError(
+                "openrag.vectors 'one_whole' is for retrieval.kind 'semi_parametric'; vectors of "
+                "a dense encoder are whole"
+            )
+        return cls(encoder)
+
+    def embed(self, texts: Sequence[str], role: Role) -> Embedded:
+        """Vectors before entries are dropped, with gradient."""
+        return self.encoder.embed_whole(texts, role)
+
+    def kept(self, side: Embedded) -> torch.Tensor:
+        """Which entries a search keeps."""
+        assert side.bags_BD is not None  # an encoder into vocabulary space gives them
+        return self.encoder.kept(side.vectors_BD.detach(), side.bags_BD)
 
 
 @dataclass(frozen=True, slots=True)
