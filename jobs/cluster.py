@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,12 @@ _OBJECT_STORE_BYTES = 512 * 2**20
 _WORKER_START_TIMEOUT_S = "300"
 _PROBE_TIMEOUT_S = 10.0
 _CONNECT_TRIES = "3"
+_QUIET: dict[str, Any] = {
+    "log_to_driver": False,
+    "logging_level": logging.ERROR,
+    "configure_logging": False,
+}
+_HOST_AND_PORT = re.compile(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)")
 
 
 @contextmanager
@@ -27,7 +34,7 @@ def cluster(launcher: str) -> Iterator[None]:
     authentication on for it, which this leaves as it is.
 
     Raises:
-        SetupError: when Ray is missing, the cluster does not answer or cannot be started.
+        SetupError: when Ray is missing, or the cluster cannot be joined or started.
     """
     if launcher == "local":
         yield
@@ -36,9 +43,48 @@ def cluster(launcher: str) -> Iterator[None]:
     # Ray Train's default of 60 s is too short for a loaded machine to import torch.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WORKER_START_TIMEOUT_S)
     if address:
-        _check_somebody_listens(address)
-        # A try takes 40 s and Ray makes 20; it reads the number when it is imported.
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
+        connect(address)
+    else:
+        ray = _import_ray()
+        # Nobody drains the one node of our own cluster, so nothing need watch for it.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        own: dict[str, Any] = {
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+        start_twice(lambda: ray.init(address="local", **_QUIET, **own), ray.shutdown)
+    import ray
+
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def connect(address: str) -> None:
+    """Join the cluster at `address`, in bounded time.
+
+    Raises:
+        SetupError: when Ray is missing, nothing answers there as a cluster, or the cluster wants
+            a token that this process does not send.
+    """
+    _check_somebody_listens(address)
+    # A try takes 40 s and Ray makes 20; it reads the number when it is imported.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
+    ray = _import_ray()
+    try:
+        ray.init(address=address, **_QUIET)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        refused = _without_token(address, error)
+        raise SetupError(refused or _unreachable(address, error)) from error
+
+
+def is_token_mode() -> bool:
+    """Whether this process would send a token to a cluster that it joins."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def _import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
@@ -49,28 +95,7 @@ def cluster(launcher: str) -> Iterator[None]:
     # Its import gave Ray's logger the terminal; it belongs where all libraries log.
     ray_logger = logging.getLogger("ray")
     ray_logger.handlers, ray_logger.propagate = [], True
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "configure_logging": False,
-    }
-    if address:
-        try:
-            ray.init(address=address, **common)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise SetupError(_unreachable(address, error)) from error
-    else:
-        # Nobody drains the one node of our own cluster, so nothing need watch for it.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        own: dict[str, Any] = {
-            "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE_BYTES,
-        }
-        start_twice(lambda: ray.init(address="local", **common, **own), ray.shutdown)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    return ray
 
 
 def start_twice(start: Callable[[], object], end: Callable[[], object]) -> None:
@@ -107,17 +132,40 @@ def _one_line(error: Exception) -> str:
 
 def _check_somebody_listens(address: str) -> None:
     """Refuse a `host:port` that takes no connection; Ray would go on asking for minutes."""
-    host, _, port = address.rpartition(":")
-    if "/" in host or not port.isdecimal():
+    place = _HOST_AND_PORT.fullmatch(address)
+    if place is None:
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _PROBE_TIMEOUT_S).close()
+        socket.create_connection((place[1], int(place[2])), _PROBE_TIMEOUT_S).close()
     except OSError as error:
         raise SetupError(_unreachable(address, error)) from error
 
 
 def _unreachable(place: str, error: Exception) -> str:
     return (
-        f"cannot reach a Ray cluster at {place}: {error}; start one with 'ray start --head', "
-        "correct RAY_ADDRESS, or unset it to run on this machine"
+        f"cannot reach a Ray cluster at {place}: {error}; start one as docs/how-to/clusters.md "
+        "says, correct RAY_ADDRESS, or unset it to run on this machine"
+    )
+
+
+def _without_token(place: str, error: BaseException) -> str | None:
+    """What to say where the cluster's token was missing or wrong, else None.
+
+    Ray 2.60 raises `AuthenticationError` where this process finds no token to send; a refusal by
+    the cluster is a bare `ConnectionError`, and only the text of its cause has the name.
+    """
+    if not any(
+        "AuthenticationError" in f"{type(e).__name__}: {e}" for e in (error, error.__cause__)
+    ):
+        return None
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if not is_token_mode():
+        reason = f"RAY_AUTH_MODE is {'not set' if mode is None else repr(mode)}, so none was sent"
+    elif type(error).__name__ == "AuthenticationError":
+        reason = "RAY_AUTH_MODE is 'token', and there is none on this machine"
+    else:
+        reason = "the one that was sent is another"
+    return (
+        f"the Ray cluster at {place} cannot be joined without its token: {reason}; set "
+        "RAY_AUTH_MODE=token, and have the same token in ~/.ray/auth_token here and on every node"
     )

@@ -12,18 +12,23 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 
 from jobs.command_line import exit_code
 from jobs.doctor import machine
 from jobs.doctor.checks import ok, run_check
+from jobs.doctor.needs import Needs
 from jobs.doctor.packages import check_python
 from jobs.doctor.program import main
-from rlrag.config import RunConfig
-from rlrag.errors import ConfigError, RlragError
+from jobs.doctor.ray_cluster import check_cluster
+from rlrag.config import RunConfig, TrainingConfig
+from rlrag.errors import ConfigError, RlragError, SetupError
 from rlrag.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +188,88 @@ def test_something_mute_where_a_cluster_should_be(examine, monkeypatch):
     assert seen.findings["ray"]["found"] == (
         f"something at {address} takes connections but did not answer as a Ray cluster within 3 s"
     )
+
+
+class Token(grpc.GenericRpcHandler):
+    """A cluster that takes no call, as one does whose token is missing or wrong."""
+
+    def service(self, handler_call_details):
+        def refuse(request, context):
+            missing = "InvalidAuthToken: Authentication token is missing or incorrect"
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, missing)
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+@pytest.fixture
+def wants_a_token(monkeypatch) -> Iterator[str]:
+    """Not at 127.0.0.1, which Ray replaces by the address that others see."""
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((Token(),))
+    address = f"127.0.0.2:{server.add_insecure_port('127.0.0.2:0')}"
+    server.start()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    yield address
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    ("mode", "token", "reason"),
+    [
+        (None, "a" * 64, "RAY_AUTH_MODE is not set, so none was sent"),
+        ("token", "a" * 64, "the one that was sent is another"),
+        ("token", None, "RAY_AUTH_MODE is 'token', and there is none on this machine"),
+    ],
+)
+def test_a_cluster_whose_token_is_missing_or_wrong(
+    examine, wants_a_token, monkeypatch, tmp_path, mode, token, reason
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(token)
+    seen = examine(training__launcher="ray", generator__backend="transformers")
+    assert seen.code == 4
+    assert seen.failed() == {"ray"}
+    assert seen.findings["ray"]["found"] == (
+        f"the Ray cluster at {wants_a_token} cannot be joined without its token: {reason}"
+    )
+    assert seen.findings["ray"]["advice"].startswith("set RAY_AUTH_MODE=token, and have the same")
+
+
+@pytest.mark.parametrize("mode", [None, "disabled", "token"])
+@pytest.mark.parametrize("asks_for_token", [True, False])
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_cluster_that_takes_anyone_is_warned_of(monkeypatch, mode, asks_for_token, address):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+
+    def ask(where, variables):
+        assert where == address
+        if asks_for_token and {"RAY_AUTH_MODE": mode, **variables}["RAY_AUTH_MODE"] != "token":
+            raise SetupError("without its token; set it")
+        return {"CPU": 64, "node:10.0.0.1": 1}
+
+    config = RunConfig(training=TrainingConfig(launcher="ray"))
+    needs = Needs(0, 0, 0, 0, cpus=0.5, gpus=0, nodes=1, unknown=())
+    if address and asks_for_token and mode != "token":
+        with pytest.raises(SetupError, match="without its token"):
+            check_cluster(config, needs, 1, ask)
+        return
+    answer = check_cluster(config, needs, 1, ask)
+    # A run starts its own cluster with a token, unless it is told not to.
+    takes_anyone = not asks_for_token if address else mode == "disabled"
+    assert answer.status == ("warning" if takes_anyone else "ok")
+    assert ("asks for no token" in answer.found) == takes_anyone
+    assert ("RAY_AUTH_MODE=token" in answer.advice) == takes_anyone
 
 
 def test_more_reserved_than_this_machine_has(examine):

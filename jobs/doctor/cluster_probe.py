@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
+from collections.abc import Sequence
+
+from jobs.cluster import connect
+from jobs.command_line import run_program
 
 
-def main(address: str) -> None:
-    """Connect, ask, leave."""
+def main(argv: Sequence[str]) -> None:
+    """Connect, ask, leave.
+
+    Raises:
+        SetupError: when the cluster cannot be joined.
+    """
+    connect(argv[0])
     import ray
 
-    ray.init(
-        address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False
-    )
     print(json.dumps(ray.cluster_resources()))
     ray.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_program(main)

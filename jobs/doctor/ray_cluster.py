@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
+from jobs.cluster import is_token_mode
 from jobs.doctor import machine
-from jobs.doctor.checks import Answer, failed, ok
+from jobs.doctor.checks import Answer, failed, ok, warning
 from jobs.doctor.needs import Needs
 from rlrag.config import RunConfig
+from rlrag.errors import SetupError
 
 _ROOT = Path(__file__).resolve().parents[2]
-_CONNECT_TIMEOUT_S = 10.0
-_HOST_AND_PORT = re.compile(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)")
 _HEAD = "node:__internal_head__"
-_ADVICE = (
-    "start one with `ray start --head`, correct RAY_ADDRESS, or unset it to run on this machine"
+_TOKEN_ADVICE = (
+    "Ray's ports listen on every interface: start it with RAY_AUTH_MODE=token, or see that nobody "
+    "else reaches them (docs/how-to/clusters.md)"
 )
+
+
+Ask = Callable[[str, Mapping[str, str]], Mapping[str, float]]
+"""A cluster's address and more variables in; its resources by name, or a `SetupError`, out."""
 
 
 def is_elsewhere(config: RunConfig) -> bool:
@@ -34,38 +38,55 @@ def is_elsewhere(config: RunConfig) -> bool:
     return config.training.launcher == "ray" and bool(os.environ.get("RAY_ADDRESS"))
 
 
-def check_cluster(config: RunConfig, needs: Needs, timeout_s: float) -> Answer:
-    """Whether Ray would have room for the run's actors and workers.
+def check_cluster(
+    config: RunConfig, needs: Needs, timeout_s: float, ask: Ask | None = None
+) -> Answer:
+    """Whether Ray would have room for the run's actors and workers, and asks for a token.
 
     Args:
         config: The run.
         needs: What it reserves.
         timeout_s: Longest wait for a cluster.
+        ask: How to ask one, when not by joining it.
+
+    Raises:
+        SetupError: when the cluster cannot be joined.
     """
     if config.training.launcher == "local":
         return ok("not needed: one process")
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        return _compare("this machine", {"CPU": machine.read_cpus()}, 1, needs)
-    refusal = _connect(address)
-    if refusal:
-        return failed(f"cannot reach a Ray cluster at {address}: {refusal}", _ADVICE)
-    return _ask(address, needs, timeout_s)
+    if address:
+        ask = ask or partial(_ask, timeout_s)
+        found = ask(address, {})
+        num_nodes = sum(name.startswith("node:") and name != _HEAD for name in found)
+        place, found = f"the cluster at {address}", {"CPU": 0, "GPU": 0, **found}
+        answer = _compare(place, found, num_nodes, needs)
+        without_token = not is_token_mode() or _takes_anyone(ask, address)
+    else:
+        answer = _compare("this machine", {"CPU": machine.read_cpus()}, 1, needs)
+        # Ray turns the token on for a cluster that a run starts itself, unless this is set.
+        without_token = "RAY_AUTH_MODE" in os.environ and not is_token_mode()
+    if answer.status == "ok" and without_token:
+        open_to_all = "whoever reaches Ray's ports can run code as its user: it asks for no token"
+        return warning(f"{answer.found}; {open_to_all}", _TOKEN_ADVICE)
+    return answer
 
 
-def _connect(address: str) -> str | None:
-    """Why nobody takes a connection there; None where somebody does, or Ray finds the place."""
-    place = _HOST_AND_PORT.fullmatch(address)
-    if place is None:
-        return None
+def _takes_anyone(ask: Ask, address: str) -> bool:
+    """Whether the cluster, which can be joined with a token, can be without one."""
     try:
-        socket.create_connection((place[1], int(place[2])), _CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        return str(error)
-    return None
+        ask(address, {"RAY_AUTH_MODE": "disabled"})
+    except SetupError:
+        return False
+    return True
 
 
-def _ask(address: str, needs: Needs, timeout_s: float) -> Answer:
+def _ask(timeout_s: float, address: str, variables: Mapping[str, str]) -> Mapping[str, float]:
+    """The resources of a cluster by name.
+
+    Raises:
+        SetupError: with what the asking process said when it could not.
+    """
     command = [sys.executable, "-m", "jobs.doctor.cluster_probe", address]
     try:
         done = subprocess.run(
@@ -74,20 +95,18 @@ def _ask(address: str, needs: Needs, timeout_s: float) -> Answer:
             text=True,
             cwd=_ROOT,
             timeout=timeout_s,
-            env={**os.environ, "RAY_NUM_REDIS_GET_RETRIES": "3"},
+            env={**os.environ, **variables},
         )
-    except subprocess.TimeoutExpired:
-        return failed(
+    except subprocess.TimeoutExpired as error:
+        raise SetupError(
             f"something at {address} takes connections but did not answer as a Ray cluster within "
-            f"{timeout_s:g} s",
-            _ADVICE,
-        )
+            f"{timeout_s:g} s; correct RAY_ADDRESS, or unset it to run on this machine"
+        ) from error
     if done.returncode:
-        said = (done.stderr.strip() or "no reason was given").splitlines()[-1]
-        return failed(f"cannot use a Ray cluster at {address}: {said}", _ADVICE)
-    found = json.loads(done.stdout.splitlines()[-1])
-    num_nodes = sum(name.startswith("node:") and name != _HEAD for name in found)
-    return _compare(f"the cluster at {address}", {"CPU": 0, "GPU": 0, **found}, num_nodes, needs)
+        said = (done.stderr.strip() or "error: no reason was given").splitlines()[-1]
+        raise SetupError(said.removeprefix("error: "))
+    resources: Mapping[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return resources
 
 
 def _compare(place: str, found: Mapping[str, float], num_nodes: int, needs: Needs) -> Answer:
