@@ -24,6 +24,7 @@ from jobs.opened_bundle import only_writer
 from jobs.single_run import best_step, bundle_checkpoint, data_of_log
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError
+from rlrag.submitted_job import check_outlives_job
 from rlrag.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # these bring torch, which a refused command line does without
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     """Check, load, write."""
     arguments = parse(ExportArguments, None, argv, "python -m jobs.export")
     run_dir, step = _place(arguments)
+    check_outlives_job("--output", arguments.output)
     if arguments.output.exists():
         raise ConfigError(f"--output {arguments.output} exists; choose another, or delete it")
     if not run_dir.config.is_file():

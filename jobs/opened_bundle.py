@@ -18,6 +18,7 @@ from jobs.cluster import cluster
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError, InUseError
 from rlrag.path_lock import held
+from rlrag.submitted_job import check_outlives_job
 from rlrag.text_files import write_whole
 
 if TYPE_CHECKING:  # they bring torch, which flags are checked without
@@ -78,6 +79,7 @@ def check_flags(limit: int | None, output: Path) -> None:
         raise ConfigError(f"--output {output}: the directory {output.parent} does not exist")
     if output.is_dir():
         raise ConfigError(f"--output {output} is a directory; give the name of a file in it")
+    check_outlives_job("--output", output)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Train a recipe, evaluate what came out and print the comparison.
+r"""Train a recipe, evaluate what came out and print the comparison.
 
     python -m jobs.train quickstart
     python -m jobs.train nq --run-dir runs/nq --seed 1 --dro.num-samples 8
     python -m jobs.train dro-paper --dry-run True
-    python -m jobs.train quickstart --run-dir runs/served --experience feedback.sqlite
+    python -m jobs.train quickstart --run-dir runs/served --experience feedback.sqlite \
+        --selector.weights runs/quickstart/bundle/selector.safetensors
     python -m jobs.train nq --run-dir runs/fork --from runs/nq/checkpoints/step-000120
 
 The same command continues a run that was stopped. SIGTERM makes a run write a checkpoint and end
@@ -29,6 +30,7 @@ from jobs.single_run import run_once
 from rlrag.config import RunConfig, describe_validation_error
 from rlrag.data.feedback import count_selections
 from rlrag.errors import ConfigError, RlragError
+from rlrag.submitted_job import check_outlives_job
 from rlrag.training.preemption import ended_by_sigterm
 from rlrag.training.run_directory import RunDirectory
 
@@ -55,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
     default = TrainArguments(recipe, Path("runs") / recipe.recipe)
     arguments = parse(TrainArguments, default, flags, f"python -m jobs.train {recipe.recipe}")
     config, run_dir = config_of(arguments), RunDirectory(arguments.run_dir)
+    check_outlives_job("--run-dir", arguments.run_dir)
+    check_outlives_job("--cache-dir", config.cache_dir)
     if arguments.dry_run:
         from rlrag.training.plan import describe_plan
 

@@ -38,6 +38,7 @@ from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.licences import LICENCES_FILE, PartLicence
 from rlrag.records import Generation, Passage, Question
 from rlrag.storage import MANIFEST, check_finite, check_whole, find_whole
+from rlrag.submitted_job import where_to_look
 
 FORMAT = 4
 NUM_GOLDEN = 20
@@ -159,7 +160,8 @@ def read_bundle(directory: Path) -> BundleFiles:
     directory = find_whole(directory)
     if not directory.is_dir():
         raise CheckpointError(
-            f"bundle {directory} does not exist; give the bundle directory of a finished run"
+            f"bundle {directory} does not exist; "
+            + where_to_look(directory, "give the bundle directory of a finished run")
         )
     version = bundle_version(directory)
     check_whole(directory)

@@ -29,6 +29,7 @@ from rlrag.config import (
     BUILTIN_VOCABULARY_ENCODER,
 )
 from rlrag.errors import ModelNotFoundError, SetupError
+from rlrag.submitted_job import where_to_look
 from rlrag.text_files import apply_umask, hidden_beside
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
         return path.absolute()
     if path.is_absolute() or name.startswith((".", "~")):
         raise ModelNotFoundError(
-            f"model directory {name!r} does not exist; check the path, and that you may read it"
+            f"model directory {name!r} does not exist; "
+            + where_to_look(name, "check the path, and that you may read it")
         )
     return _from_hub(name)
 

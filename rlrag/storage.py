@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlrag.errors import CheckpointError, RlragError
+from rlrag.submitted_job import where_to_look
 from rlrag.text_files import apply_umask, hidden_beside
 
 MANIFEST = "manifest.json"
@@ -282,7 +283,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}; check the path, or write or fetch the file anew"
+            f"{path} cannot be read: {error}; "
+            + where_to_look(path, "check the path, or write or fetch the file anew")
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import shutil
 import sqlite3
 import stat
 import time
@@ -299,6 +300,43 @@ def test_a_copy_is_the_log_at_one_moment(tmp_path):
         target = tmp_path / folder / "copy.sqlite"
         with pytest.raises(DataError, match=f"{target}.*cannot|cannot write {target}"):
             copy_feedback(tmp_path / "log.sqlite", target)
+
+
+@pytest.mark.parametrize("with_log", [True, False])
+def test_a_file_copied_without_its_log_is_warned_of(tmp_path, caplog, with_log):
+    store, copy = FeedbackStore(tmp_path / "log.sqlite"), tmp_path / "copy.sqlite"
+    for number in range(3):
+        store.record_selection(event(number))
+        store.record_feedback(f"request-{number}", reward=1.0)
+    shutil.copy(tmp_path / "log.sqlite", copy)
+    if with_log:
+        shutil.copy(tmp_path / "log.sqlite-wal", tmp_path / "copy.sqlite-wal")
+        assert len(read_feedback(copy)) == 3
+        assert caplog.text == ""
+    for _ in range(0 if with_log else 2):  # the first reader leaves an empty log
+        caplog.clear()
+        with pytest.raises(DataError, match="not a log of feedback"):  # not even its tables
+            read_feedback(copy)
+        assert "copy.sqlite-wal, which has the newest rows then, is not beside it" in caplog.text
+        assert "'.backup COPY'" in caplog.text
+    caplog.clear()
+    store.close()
+    assert [path.name for path in tmp_path.glob("log.*")] == ["log.sqlite"]
+    shutil.copy(tmp_path / "log.sqlite", tmp_path / "closed.sqlite")
+    assert len(read_feedback(tmp_path / "closed.sqlite")) == 3
+    assert caplog.text == ""
+
+
+def test_a_store_that_is_closed_beside_another_leaves_the_log(tmp_path):
+    path = tmp_path / "log.sqlite"
+    first, second = FeedbackStore(path), FeedbackStore(path)
+    first.record_selection(event(1))
+    second.record_selection(event(2))
+    first.close()
+    second.record_selection(event(3))
+    assert (tmp_path / "log.sqlite-wal").stat().st_size > 0
+    second.close()
+    assert ids_in(path) == ["request-1", "request-2", "request-3"]
 
 
 def test_another_format_is_named(tmp_path):

@@ -100,6 +100,27 @@ def test_the_image_has_what_every_recipe_needs(target):
             assert set(extras_of(config)) <= {"ray", *installed.split(",")}, config.recipe
 
 
+def test_wherever_ray_is_started_it_asks_for_a_token():
+    texts = {
+        path.relative_to(ROOT).as_posix(): path.read_text()
+        for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *DEPLOY.rglob("*.*")]
+        if path.suffix in (".md", ".yaml", ".sh")
+    }
+    starts = {name for name, text in texts.items() if "ray start --head\n" in text}
+    assert {"README.md", "deploy/serve-cpu.yaml", "deploy/serve-gpu.yaml"} <= starts
+    for name in starts:
+        before = texts[name].partition("ray start --head\n")[0]
+        block = before[-500:]
+        assert "export RAY_AUTH_MODE=token" in block, name
+        assert "ray get-auth-token --generate" in block, name
+    for name in ("rayjob.yaml", "rayservice.yaml"):
+        spec = manifest(name)["spec"]
+        cluster = spec.get("rayClusterSpec") or spec["rayClusterConfig"]
+        assert cluster["authOptions"] == {"mode": "token"}
+    for name, text in texts.items():
+        assert not re.search(r"http://HEAD:8265|dashboard-host[= ]0\.0\.0\.0", text), name
+
+
 @pytest.fixture
 def allocation(tmp_path: Path) -> dict[str, str]:
     """A folder with programs of Slurm's and Ray's names that act on one machine."""

@@ -45,7 +45,7 @@ PAGES = sorted(
 TUTORIAL = "docs/tutorial.md"
 LANGUAGES = {"python", "bash", "text", "json", ""}
 TOP_LEVEL = ("rlrag", "envs", "jobs", "serve")
-FOREIGN = {"jq", "ls", "source"}
+FOREIGN = {"export", "jq", "ls", "ray", "source"}
 ARGUMENTS = {
     "jobs.evaluate": "EvaluateArguments",
     "jobs.export": "ExportArguments",
@@ -117,6 +117,8 @@ def check_command(words: Sequence[str]) -> None:
     """Refuse a command that this project would refuse, without running it."""
     if "--" in words:
         check_command(words[words.index("--") + 1 :])
+    elif words[0] == "env":
+        check_command([word for word in words[1:] if "=" not in word])
     elif words[:2] == ["python", "-m"]:
         check_program(words[2], words[3:])
     elif words[0] == "python":
@@ -172,7 +174,7 @@ def test_flags_in_running_text_are_accepted_by_a_recipe(page):
 
 def test_commands_of_the_readme_are_accepted():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^(?:python -m|make|serve run) .*$", text, re.M)
+    commands = re.findall(r"^(?:python -m|make|ray|serve run) .*$", text, re.M)
     assert len(commands) > 10
     for command in commands:
         check_command(shlex.split(command, comments=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ from rlrag.data.load import load_questions
 from rlrag.errors import ConfigError, DataError, RunDirectoryError
 from rlrag.pipeline import candidates_of, open_library, open_policy
 from rlrag.training.run_directory import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def flags_of(files: Path, directory: Path, **changes: object) -> list[str]:
@@ -140,6 +143,21 @@ def test_a_log_becomes_a_bundle_that_is_compared_like_any_other(
     train.main(words)
     assert records(run) == found
     assert load_bundle(run / "bundle").facts == bundle.facts
+
+    # The command of the README, from the weights that were served.
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^python -m jobs.train .* --experience .*$", text, re.M)
+    for there, here in (
+        ("runs/served", tmp_path / "served"),
+        ("feedback.sqlite", log),
+        ("runs/quickstart/bundle", run / "bundle"),
+    ):
+        command = command.replace(there, str(here))
+    rest = flags_of(openrag_files, tmp_path)[1:]
+    del rest[rest.index("--run-dir") : rest.index("--run-dir") + 2]
+    train.main([*command.split()[3:], *rest])
+    served = records(tmp_path / "served")
+    assert served[0]["validation/value"] > found[0]["validation/value"]
 
     report.main(["--run-dir", str(run), "--output", str(tmp_path / "report.html")])
     assert "validation" in (tmp_path / "report.html").read_text()

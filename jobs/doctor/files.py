@@ -21,6 +21,7 @@ from rlrag.config import BUILTIN_CORPUS, BUILTIN_MODELS, RunConfig
 from rlrag.errors import ModelNotFoundError, RunDirectoryError
 from rlrag.models import resolve_model
 from rlrag.sqlite_files import Journal
+from rlrag.submitted_job import where_to_look
 from rlrag.training.run_directory import RunDirectory
 
 _NUM_FIRST = 1000
@@ -100,7 +101,9 @@ def check_other_files(config: RunConfig, run_dir: RunDirectory) -> Answer:
             continue
         if not Path(name).expanduser().is_file():
             return failed(
-                f"selector.{field} is {name!r}, which is no file", "correct the path", "data"
+                f"selector.{field} is {name!r}, which is no file",
+                where_to_look(name, "correct the path"),
+                "data",
             )
         said.append(f"{name}: is there")
     return ok("; ".join(said) or "none are named")

@@ -25,6 +25,7 @@ from typing import Literal, TypeVar
 
 from rlrag.data.feedback_file import (
     OpenFile,
+    close_for_good,
     explaining,
     identity,
     make_private,
@@ -130,7 +131,9 @@ class FeedbackStore:
     def close(self) -> None:
         """Let go of the file; a later call opens it again."""
         with self._lock:
-            self._let_go()
+            if self._open is not None:
+                close_for_good(self._open.connection)
+                self._open = None
 
     def record_selection(self, event: SelectionEvent) -> bool:
         """Store a selection; False when its request id is taken, and then nothing is stored.

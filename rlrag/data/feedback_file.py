@@ -6,19 +6,25 @@ so that no other file is ever written to.
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from rlrag.errors import DataError
 from rlrag.sqlite_files import Journal
+from rlrag.submitted_job import where_to_look
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _APPLICATION = 0x726C7266  # "rlrf"
 _BUSY_TIMEOUT_S = 10.0
+_READ_VERSION_AT, _WITH_LOG = 18, b"\x02"
+"""Byte of SQLite's header that says whether a write-ahead log belongs to the file."""
 
 _SCHEMA = (
     "CREATE TABLE selections (number INTEGER PRIMARY KEY AUTOINCREMENT, "
@@ -78,9 +84,17 @@ def open_to_write(path: Path) -> OpenFile:
     return OpenFile(connection, identity(path))
 
 
+def close_for_good(connection: sqlite3.Connection) -> None:
+    """Close; where no other process has the file open, it then needs no log beside it."""
+    with suppress(sqlite3.OperationalError):  # another has it open, or the disk is full: it stays
+        connection.execute("PRAGMA busy_timeout=0")
+        connection.execute("PRAGMA journal_mode=DELETE")
+    connection.close()
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that cannot write.
+    """A connection that cannot write; a file that was copied without its log is warned of.
 
     Raises:
         DataError: when the file is missing, damaged, of another format or holds something else.
@@ -88,8 +102,11 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
     path = path.expanduser()
     if not path.is_file():
         raise DataError(
-            f"{path} does not exist; give the file that a service's feedback.path names"
+            f"{path} does not exist; "
+            + where_to_look(path, "give the file that a service's feedback.path names")
         )
+    with explaining(path):
+        _warn_of_missing_log(path.resolve())
     place = f"{path.absolute().as_uri()}?mode=ro"
     with (
         explaining(path),
@@ -97,6 +114,22 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
     ):
         _check_format(connection, path, may_be_empty=False)
         yield connection
+
+
+def _warn_of_missing_log(path: Path) -> None:
+    log = path.with_name(f"{path.name}-wal")
+    with path.open("rb") as file:
+        file.seek(_READ_VERSION_AT)
+        needs_log = file.read(1) == _WITH_LOG
+    # A log without a byte is what an earlier reader leaves where there was none.
+    if needs_log and not (log.is_file() and log.stat().st_size):
+        logger.warning(
+            "%s was in use, and %s, which has the newest rows then, is not beside it: selections "
+            "may be missing; copy both files, or make the copy with: sqlite3 %s '.backup COPY'",
+            path,
+            log.name,
+            path.name,
+        )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from rlrag.config import DATA_DIR_VARIABLE
 from rlrag.errors import DataError
+from rlrag.submitted_job import is_submitted, where_to_look
 
 MAX_LINE_BYTES = 64 * 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -28,12 +29,24 @@ def check_exists(path: Path) -> None:
         path.stat()
         return
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a null character
-        message = f"{path} does not exist; check the path"
+        message = f"{path} does not exist; {_where_to_look(path)}"
     except OSError as error:
         raise _unreadable(path, error) from error
-    if path.parts and path.parts[0].strip("${}") == DATA_DIR_VARIABLE:
-        message += f", or set the environment variable {DATA_DIR_VARIABLE} to the data folder"
     raise DataError(message)
+
+
+def _where_to_look(path: Path) -> str:
+    if not path.parts or path.parts[0].strip("${}") != DATA_DIR_VARIABLE:
+        return where_to_look(path)
+    advice = (
+        f"check the path, or set the environment variable {DATA_DIR_VARIABLE} to the data folder"
+    )
+    if is_submitted():
+        advice += (
+            "; a job does not get that of the shell that submits it: begin the submitted command "
+            f"with 'env {DATA_DIR_VARIABLE}=DIR', where every node sees DIR"
+        )
+    return advice
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ import torch
 
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
+from rlrag.submitted_job import where_to_look
 from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.run_directory import RunDirectory
 
@@ -64,7 +65,7 @@ def check_start(config: RunConfig, run_dir: RunDirectory) -> None:
     if not source.config.is_file():
         raise ConfigError(
             f"training.start_from {place} is no checkpoint of a run: {source.config} is missing; "
-            "give RUN_DIR/checkpoints/step-N"
+            + where_to_look(place, "give RUN_DIR/checkpoints/step-N")
         )
     before = source.read_config()
     if set(before.training.parts) != set(config.training.parts):
@@ -114,8 +115,8 @@ def _checkpoint_of(config: RunConfig) -> Path:
     named = _STEP.fullmatch(place.name)
     if named is None or int(named[1]) not in CheckpointStore(place.parent).steps():
         raise ConfigError(
-            f"training.start_from {place} is no checkpoint; give RUN_DIR/checkpoints/step-N of a "
-            "run of the same parts"
+            f"training.start_from {place} is no checkpoint; "
+            + where_to_look(place, "give RUN_DIR/checkpoints/step-N of a run of the same parts")
         )
     return place
 
