@@ -20,46 +20,54 @@ def exact_policy(case: EnumerableCase) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, plackett_luce.log_prob(logits[None], torch.tensor(PERMUTATIONS)[None])
 
 
+@pytest.mark.parametrize("moved", [0.0, 0.7])
 @pytest.mark.parametrize("kind", ["entropy", "kl"])
-def test_regularisers_have_the_gradient_that_autograd_finds_by_enumeration(kind):
+def test_regularisers_have_the_gradient_that_autograd_finds_by_enumeration(kind, moved):
+    """Also in later passes, where the policy has moved away from the one that drew."""
     case = EnumerableCase()
-    initial = plackett_luce.log_prob(
-        torch.tensor([[0.4, -0.2, 0.1, 0.9]], dtype=torch.float64),
-        torch.tensor(PERMUTATIONS)[None],
-    )
-    logits, logp = exact_policy(case)
+    positions = torch.tensor(PERMUTATIONS)[None]
+    initial, step = torch.tensor([[0.4, -0.2, 0.1, 0.9], [1.0, -1.0, 0.5, 0.0]]).double()
+    initial = plackett_luce.log_prob(initial[None], positions)
+    now = (case.logits + moved * step).requires_grad_()
+    logp = plackett_luce.log_prob(now[None], positions)
     gain = -(logp.exp() * (logp if kind == "entropy" else logp - initial)).sum()
-    (exact,) = torch.autograd.grad(gain, logits)
+    (exact,) = torch.autograd.grad(gain, now, retain_graph=True)
+    behaviour = case.probability_Z.log()[None]
 
-    def coefficient(logp_BM: torch.Tensor, initial_BM: torch.Tensor, logw: torch.Tensor):
+    def coefficient(draws_RM: torch.Tensor, log_weights_RM: torch.Tensor) -> torch.Tensor:
+        drawn = logp[0][draws_RM], behaviour[0][draws_RM]
         if kind == "entropy":
-            return dro.entropy_coefficients(logp_BM, logw)
-        return dro.kl_coefficients(logp_BM, initial_BM, logw)
+            return dro.entropy_coefficients(*drawn, log_weights_RM)
+        return dro.kl_coefficients(*drawn, initial[0][draws_RM], log_weights_RM)
 
-    logits, logp = exact_policy(case)
-    constants = coefficient(logp, initial, case.probability_Z.log()[None])
+    constants = coefficient(torch.arange(len(PERMUTATIONS))[None], behaviour)
     assert not constants.requires_grad
     assert constants.sum().item() == pytest.approx(gain.item(), abs=1e-12), "the sum estimates it"
-    (found,) = torch.autograd.grad(-dro.selector_loss(logp, constants).sum(), logits)
+    loss = -dro.selector_loss(logp, constants).sum()
+    (found,) = torch.autograd.grad(loss, now, retain_graph=True)
     assert torch.allclose(found, exact, atol=1e-12)
+    scores_ZN = torch.stack(
+        [torch.autograd.grad(each, now, retain_graph=True)[0] for each in logp[0]]
+    )
     for way in ({}, {"temperature": 2.0}, {"replacement": False}):
-        draws_RM, logw_RM = case.policy_draws(4, 5_000, **way)
-        constants_RM = coefficient(
-            case.probability_Z.log()[draws_RM], initial[0][draws_RM], logw_RM
-        )
-        mean, error = mean_and_error(
-            torch.einsum("rm,rmn->rn", constants_RM, case.score_ZN[draws_RM])
-        )
+        draws_RM, log_weights_RM = case.policy_draws(4, 5_000, **way)
+        constants_RM = coefficient(draws_RM, log_weights_RM)
+        mean, error = mean_and_error(torch.einsum("rm,rmn->rn", constants_RM, scores_ZN[draws_RM]))
         assert torch.all((mean - exact).abs() < 4 * error)
 
 
 def test_regularisers_at_their_edges():
+    """Padding, an unchanged policy, a certain selection, and one that has become e^899 likelier."""
     logp = torch.tensor([[-1.0, -2.0, -INF]])
     logw = torch.tensor([[0.0, math.log(0.5), -INF]])
-    assert dro.entropy_coefficients(logp, logw)[0].tolist() == pytest.approx([1.0, 1.0, 0.0])
-    assert dro.kl_coefficients(logp, logp - 1, logw)[0].tolist() == pytest.approx([-1, -0.5, 0])
-    assert not dro.kl_coefficients(logp, logp, logw).any()
-    assert dro.entropy_coefficients(torch.zeros(1, 1), torch.zeros(1, 1)).item() == 0.0
+    assert dro.entropy_coefficients(logp, logp, logw)[0].tolist() == pytest.approx([1, 1, 0])
+    apart = dro.kl_coefficients(logp, logp, logp - 1, logw)
+    assert apart[0].tolist() == pytest.approx([-1, -0.5, 0])
+    assert not dro.kl_coefficients(logp, logp, logp, logw).any()
+    certain = torch.zeros(1, 1)
+    assert dro.entropy_coefficients(certain, certain, certain).item() == 0.0
+    likelier = dro.kl_coefficients(certain - 1, certain - 900, certain - 3, certain)
+    assert likelier.item() == pytest.approx(-2 * math.exp(20), rel=1e-6)
 
 
 def test_merged_duplicates_equal_unmerged_in_value_and_gradient():

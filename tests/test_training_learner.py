@@ -215,6 +215,35 @@ def test_the_kl_term_follows_the_gradient_of_the_divergence():
     assert metrics["kl_to_initial"] == pytest.approx(divergence.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("clip_ratio", [None, 0.2])
+def test_in_later_passes_both_terms_follow_the_policy_as_it_has_become(clip_ratio):
+    """Drawn from (3/4, 1/4), which has since become (2/5, 3/5); the ratios correct for that."""
+    now = torch.tensor([math.log(0.4), math.log(0.6)], requires_grad=True)
+    settings = {"num_samples": 4, "clip_ratio": clip_ratio, "entropy_weight": 0.2}
+    case = Case(tuple(now.tolist()), initial=(-0.5, 0.5), kl_weight=0.3, **settings)
+    metrics = case.update(EXACT_DRAWS)
+    logp, first = now.log_softmax(0), torch.tensor([-0.5, 0.5]).log_softmax(0)
+    divergence = (logp.exp() * (logp - first)).sum()
+    (0.3 * divergence + 0.2 * (logp.exp() * logp).sum()).backward()
+    assert case.gradient == pytest.approx(now.grad.tolist(), rel=1e-5)
+    assert metrics["kl_to_initial"] == pytest.approx(divergence.item(), rel=1e-5)
+
+
+def test_the_kl_term_holds_a_policy_that_uses_its_samples_many_times():
+    """Sample weights equal to the probabilities make every estimate an expectation."""
+    found = []
+    for kl_weight in (0.0, 10.0):
+        case = Case(num_steps=1000, baseline="none", passes=20, kl_weight=kl_weight)
+        half = math.log(0.5)
+        for step in range(20):
+            case.update(drawn(LIKELIER_FIRST, log_weights=[[half, half]]), step)
+        logp = case.scorer.logits_N.detach().log_softmax(0)
+        found.append((logp.exp() * (logp - half)).sum().item())
+    assert found[0] > 0.1
+    # L = -3/4 log p - 1/4 log(1 - p) + 10 KL(p || 1/2) is smallest at p = .512
+    assert found[1] < 0.002
+
+
 def test_by_default_neither_term_acts():
     case = Case(THREE_TO_ONE, initial=(-0.5, 0.5), num_samples=4)
     assert case.update(EXACT_DRAWS)["grad_norm"] == pytest.approx(0.0, abs=1e-7)
@@ -363,8 +392,8 @@ def test_what_multiplies_is_what_the_mathematics_says():
     weights = dro.importance_weights(rewards, log_weights, 1.0, "self_normalised")
     total = (
         dro.coefficients(weights, log_weights, ~rewards.isnan(), "mean")
-        + 0.2 * dro.entropy_coefficients(logp, log_weights)
-        + 0.4 * dro.kl_coefficients(logp, first, log_weights)
+        + 0.2 * dro.entropy_coefficients(logp, logp, log_weights)
+        + 0.4 * dro.kl_coefficients(logp, logp, first, log_weights)
     )[0]
     # d log p(0) / ds_0 = 1/4 and d log p(1) / ds_0 = -3/4
     slope = -float((total[0] + total[3]) / 4 - (total[1] + total[2]) * 3 / 4)

@@ -19,7 +19,8 @@ Departures from the paper and its released scripts:
 - Sample weights, which the paper has not: its proposal is the selector itself, so a_i = 1/m.
 - A baseline, which the paper has not; `none` is its form. See `coefficients`.
 - `clipped_selector_loss` for several passes over the same samples; the paper keeps L_S as it is.
-- Entropy and KL terms, which the paper has not; see `entropy_coefficients`, `kl_coefficients`.
+- Entropy and KL terms, which the paper has not, of the policy as it is in each pass; see
+  `entropy_coefficients`, `kl_coefficients`.
 - Samples whose reward could not be computed are left out; the others share their sample weight.
 
 Shape letters: B questions, M samples, K selected.
@@ -139,42 +140,59 @@ def _shared_log_weights(log_weights_BM: torch.Tensor, valid_BM: torch.Tensor) ->
     return torch.where(valid_BM, kept_BM + missing_B1, float("-inf"))
 
 
-def entropy_coefficients(logp_BM: torch.Tensor, log_weights_BM: torch.Tensor) -> torch.Tensor:
-    """What to add to the coefficients, per unit of weight, to raise the policy's entropy.
+def entropy_coefficients(
+    logp_BM: torch.Tensor, behaviour_logp_BM: torch.Tensor, log_weights_BM: torch.Tensor
+) -> torch.Tensor:
+    """What multiplies log p(z_i | x) in `selector_loss`, per unit of weight, to raise the entropy.
 
-    The gradient of H(p) = -E[log p] is -E[(log p) grad log p], as E[grad log p] = 0. So it is
-    -a_i log p(z_i | x), constant, shape (B, M), in nats; the sum over the samples of a question
-    estimates H. `logp_BM` are those of the current policy. The reward does not enter, so samples
-    without one count too; padding gets 0, and so does a selection of probability 1.
+    The gradient of H(p) = -E_p[log p] is -E_p[(log p) grad log p], as E_p[grad log p] = 0. With
+    rho_i = p(z_i | x) / p_behaviour(z_i | x) it is estimated by -a_i rho_i log p(z_i | x), which is
+    constant, of shape (B, M), in nats; the sum over the samples of a question estimates H. Both are
+    unbiased for the policy of `logp_BM`, so compute them anew in every pass over the samples.
+
+    `behaviour_logp_BM` is as in `clipped_selector_loss`; log rho is held at 20 or less here too.
+    The reward does not enter, so samples without one count too; padding gets 0, and so does a
+    selection of probability 1.
 
     Example:
         >>> half = torch.log(torch.tensor([[0.5, 0.5]]))
-        >>> entropy_coefficients(half, half)
+        >>> entropy_coefficients(half, half, half)
         tensor([[0.3466, 0.3466]])
     """
-    return _weighted_constant(-logp_BM, log_weights_BM)
+    return _reweighted(-logp_BM, logp_BM, behaviour_logp_BM, log_weights_BM)
 
 
 def kl_coefficients(
-    logp_BM: torch.Tensor, initial_logp_BM: torch.Tensor, log_weights_BM: torch.Tensor
+    logp_BM: torch.Tensor,
+    behaviour_logp_BM: torch.Tensor,
+    initial_logp_BM: torch.Tensor,
+    log_weights_BM: torch.Tensor,
 ) -> torch.Tensor:
-    """What to add to the coefficients, per unit of weight, to stay near the initial policy p0.
+    """What multiplies log p(z_i | x) in `selector_loss`, per unit of weight, to stay near p0.
 
-    The gradient of KL(p || p0) = E[log p - log p0] is E[(log p - log p0) grad log p]. So it is
-    -a_i (log p(z_i | x) - log p0(z_i | x)), constant, shape (B, M), in nats; the negated sum over
-    the samples of a question estimates the KL. An unchanged policy gives zeros; padding gets 0.
+    The gradient of KL(p || p0) = E_p[log p - log p0] is E_p[(log p - log p0) grad log p]. It is
+    estimated by -a_i rho_i (log p(z_i | x) - log p0(z_i | x)), constant, shape (B, M), in nats; the
+    negated sum over the samples of a question estimates the KL. rho_i, every pass and padding are
+    as in `entropy_coefficients`. An unchanged policy gives zeros.
 
     Example:
         >>> half = torch.log(torch.tensor([[0.5, 0.5]]))
-        >>> kl_coefficients(half, torch.log(torch.tensor([[0.25, 0.5]])), half)
+        >>> kl_coefficients(half, half, torch.log(torch.tensor([[0.25, 0.5]])), half)
         tensor([[-0.3466,  0.0000]])
     """
-    return _weighted_constant(initial_logp_BM - logp_BM, log_weights_BM)
+    return _reweighted(initial_logp_BM - logp_BM, logp_BM, behaviour_logp_BM, log_weights_BM)
 
 
-def _weighted_constant(value_BM: torch.Tensor, log_weights_BM: torch.Tensor) -> torch.Tensor:
+def _reweighted(
+    value_BM: torch.Tensor,
+    logp_BM: torch.Tensor,
+    behaviour_logp_BM: torch.Tensor,
+    log_weights_BM: torch.Tensor,
+) -> torch.Tensor:
+    """a_i rho_i times a value of each sample, constant; 0 for padding."""
     weight_BM = log_weights_BM.to(value_BM.dtype).exp()
-    return torch.where(weight_BM > 0, weight_BM * value_BM.detach(), 0.0)
+    ratio_BM = (logp_BM - behaviour_logp_BM).clamp(max=_MAX_LOG_RATIO).exp()
+    return torch.where(weight_BM > 0, weight_BM * ratio_BM * value_BM, 0.0).detach()
 
 
 def merge_duplicates(positions_BMK: torch.Tensor, coefficients_BM: torch.Tensor) -> torch.Tensor:

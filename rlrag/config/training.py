@@ -42,7 +42,8 @@ class DROConfig(Section):
     entropy_weight: float = Field(default=0.0, ge=0)
     """Adds this times the policy's entropy to the objective."""
     kl_weight: float = Field(default=0.0, ge=0)
-    """Subtracts this times KL(policy || untrained policy) from the objective."""
+    """Subtracts this times KL(policy || untrained policy) from the objective, estimated anew in
+    every pass over the samples."""
 
     @property
     def on_policy(self) -> bool:

@@ -6,6 +6,7 @@ Shape letters: B questions, M samples, K selected.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -80,10 +81,11 @@ class SelectorLearner(SavesOptimizer):
         behaviour_BM = torch.from_numpy(experience.behaviour_logp_BM).double()
         with torch.no_grad():
             initial_BM = self._initial.log_prob(batch, experience.positions_BMK).cpu().double()
-        coefficients_BM = self._coefficients(experience, weights_BM, initial_BM)
+        coefficients_BM = self._coefficients(experience, weights_BM)
         self.optimizer.zero_grad()
-        loss, logp_BM = self._backward(experience, behaviour_BM, coefficients_BM)
-        kl_BM = dro.kl_coefficients(logp_BM, initial_BM, log_weights_BM)
+        constants = (coefficients_BM, behaviour_BM, initial_BM, log_weights_BM)
+        loss, logp_BM = self._backward(experience, constants)
+        kl_BM = dro.kl_coefficients(logp_BM, behaviour_BM, initial_BM, log_weights_BM)
         first_pick_BN = torch.from_numpy(self._policy.first_pick_probabilities(batch))
         metrics = self._mean(
             {
@@ -102,9 +104,11 @@ class SelectorLearner(SavesOptimizer):
         return metrics
 
     def _backward(
-        self, experience: Experience, behaviour_BM: torch.Tensor, coefficients_BM: torch.Tensor
+        self, experience: Experience, constants: Sequence[torch.Tensor]
     ) -> tuple[float, torch.Tensor]:
         """Add up the gradient; returns the summed loss, and log p of shape (B, M) on the CPU.
+
+        `constants` are those of `_loss`.
 
         As many questions at once as the policy reads in one pass: what a language model keeps for
         the gradient would otherwise grow with the batch.
@@ -116,40 +120,40 @@ class SelectorLearner(SavesOptimizer):
             rows = slice(start, start + at_once)
             batch = self._candidates.batch(experience.question_rows[rows])
             logp_BM = self._policy.log_prob(batch, experience.positions_BMK[rows])
-            loss_B = self._loss(logp_BM, behaviour_BM[rows], coefficients_BM[rows])
+            loss_B = self._loss(logp_BM, *(each_BM[rows].to(logp_BM) for each_BM in constants))
             (loss_B.sum() / self._config.batch_size).backward()
             loss += loss_B.detach().sum().item()
             parts.append(logp_BM.detach().cpu().double())
         return loss, torch.cat(parts)
 
-    def _coefficients(
-        self, experience: Experience, weights_BM: torch.Tensor, initial_BM: torch.Tensor
-    ) -> torch.Tensor:
-        """What multiplies log p(z | x): the reward's part, entropy and KL, duplicates merged."""
+    def _coefficients(self, experience: Experience, weights_BM: torch.Tensor) -> torch.Tensor:
+        """What the reward makes of the weights to multiply log p(z | x), duplicates merged."""
         log_weights_BM = torch.from_numpy(experience.log_weights_BM)
-        behaviour_BM = torch.from_numpy(experience.behaviour_logp_BM).double()
         valid_BM = dro.valid_samples(torch.from_numpy(experience.rewards_BM), log_weights_BM)
         found_BM = dro.coefficients(weights_BM, log_weights_BM, valid_BM, self._dro.baseline)
-        if self._dro.entropy_weight:
-            found_BM = found_BM + self._dro.entropy_weight * dro.entropy_coefficients(
-                behaviour_BM, log_weights_BM
-            )
-        if self._dro.kl_weight:
-            found_BM = found_BM + self._dro.kl_weight * dro.kl_coefficients(
-                behaviour_BM, initial_BM, log_weights_BM
-            )
         return dro.merge_duplicates(torch.from_numpy(experience.positions_BMK), found_BM)
 
     def _loss(
-        self, logp_BM: torch.Tensor, behaviour_BM: torch.Tensor, coefficients_BM: torch.Tensor
+        self,
+        logp_BM: torch.Tensor,
+        coefficients_BM: torch.Tensor,
+        behaviour_BM: torch.Tensor,
+        initial_BM: torch.Tensor,
+        log_weights_BM: torch.Tensor,
     ) -> torch.Tensor:
-        coefficients_BM = coefficients_BM.to(logp_BM.device, logp_BM.dtype)
-        if self._dro.clip_ratio is None:
-            return dro.selector_loss(logp_BM, coefficients_BM)
-        behaviour_BM = behaviour_BM.to(logp_BM.device, logp_BM.dtype)
-        return dro.clipped_selector_loss(
-            logp_BM, behaviour_BM, coefficients_BM, self._dro.clip_ratio
-        )
+        """The reward's loss, and entropy and KL of the policy as it is in this pass, shape (B,)."""
+        clip_ratio = self._dro.clip_ratio
+        if clip_ratio is None:
+            loss_B = dro.selector_loss(logp_BM, coefficients_BM)
+        else:
+            loss_B = dro.clipped_selector_loss(logp_BM, behaviour_BM, coefficients_BM, clip_ratio)
+        if self._dro.entropy_weight:
+            constant_BM = dro.entropy_coefficients(logp_BM, behaviour_BM, log_weights_BM)
+            loss_B = loss_B + self._dro.entropy_weight * dro.selector_loss(logp_BM, constant_BM)
+        if self._dro.kl_weight:
+            constant_BM = dro.kl_coefficients(logp_BM, behaviour_BM, initial_BM, log_weights_BM)
+            loss_B = loss_B + self._dro.kl_weight * dro.selector_loss(logp_BM, constant_BM)
+        return loss_B
 
     def _mean(self, totals: dict[str, float]) -> dict[str, float]:
         """Sums over this worker's questions to means over those of the whole batch."""
