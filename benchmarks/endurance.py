@@ -60,9 +60,11 @@ class WordPrompts:
         text = " | ".join([*(p.contents for p in passages), question.question])
         return Prompt(tuple(text.encode()), text, len(passages))
 
-    def encode_scored(self, answer: str) -> tuple[int, ...]:
+    def encode_answer(self, answer: str) -> tuple[int, ...]:
         """The answer's bytes."""
         return tuple(answer.encode())
+
+    encode_scored = encode_answer
 
 
 class ReadingGenerator:

@@ -100,6 +100,8 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
     - `selection`: ids of the picked passages, best first (tuple of str).
     - `answer`: the generator's text, or None where the reward uses no generator.
     - `reward_terms`: the parts of the reward (dict of float); empty after an invalid action.
+    - `golden_logps`: log-likelihoods of the distinct golden answers (tuple of float), where
+      `reward.golden_answers` is `all`.
     - `valid`: False after an invalid action, else True.
 
     ## Arguments

@@ -64,6 +64,7 @@ class Outcome:
     answer: str | None
     reward_terms: Mapping[str, float]
     error: RlragError | None = None
+    golden_logps: tuple[float, ...] | None = None
 
     def info(self) -> dict[str, Any]:
         """The entries of `info` that the last step adds."""
@@ -75,6 +76,8 @@ class Outcome:
         }
         if self.error is not None:
             info["error"] = self.error
+        if self.golden_logps is not None:
+            info["golden_logps"] = self.golden_logps
         return info
 
 
@@ -200,7 +203,14 @@ class SelectionTask:
                 outcome = Outcome(math.nan, selection, True, result.answer, {}, error=error)
             else:
                 terms = {name: float(value) for name, value in result.terms.items()}
-                outcome = Outcome(float(result.total), selection, True, result.answer, terms)
+                outcome = Outcome(
+                    float(result.total),
+                    selection,
+                    True,
+                    result.answer,
+                    terms,
+                    golden_logps=result.golden_logps,
+                )
             outcomes.append(outcome)
         return outcomes
 

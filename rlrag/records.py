@@ -118,10 +118,12 @@ class RewardResult:
     """The reward of one selection: `total` is what is trained on, `terms` its parts unweighted.
 
     `answer` is the generator's text where one was asked for. Terms with weight zero are recorded
-    and do not count in `total`.
+    and do not count in `total`. `golden_logps` are the log-likelihoods of the distinct golden
+    answers in nats, in their order, where `reward.golden_answers` counts them all.
     """
 
     total: float
     terms: Mapping[str, float]
     answer: str | None = None
     answer_logp: float | None = None
+    golden_logps: tuple[float, ...] | None = None

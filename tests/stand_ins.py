@@ -26,12 +26,12 @@ class WordPrompts:
         return Prompt(tuple(text.encode()), text, len(passages))
 
     def encode_answer(self, answer: str) -> tuple[int, ...]:
-        return tuple(answer.encode())
+        return tuple(answer.strip().encode())
 
     encode_scored = encode_answer
 
     def encode_target(self, answer: str) -> tuple[int, ...]:
-        return self.encode_answer(f"{answer}\n")
+        return (*self.encode_answer(answer), *b"\n")
 
 
 class ReadingGenerator:

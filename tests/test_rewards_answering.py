@@ -37,8 +37,10 @@ class CharacterPrompts:
             raise PromptTooLongError(f"question {question.id!r} is too long")
         return Prompt(tuple(map(ord, text)), text, num_passages=len(passages))
 
-    def encode_scored(self, answer: str) -> tuple[int, ...]:
+    def encode_answer(self, answer: str) -> tuple[int, ...]:
         return tuple(map(ord, answer))
+
+    encode_scored = encode_answer
 
 
 class LastWordGenerator:

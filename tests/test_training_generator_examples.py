@@ -10,13 +10,15 @@ import torch
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.algorithms import dro
-from rlrag.config import RewardConfig
-from rlrag.errors import PromptTooLongError
+from rlrag.config import DROConfig, EnvironmentConfig, RewardConfig, RunConfig, SelectorConfig
+from rlrag.errors import ConfigError, PromptTooLongError
 from rlrag.generation.protocol import Sampling
 from rlrag.records import Question
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.rewards.composite import RewardModel
+from rlrag.selection.build import build_policy
+from rlrag.training.experience import ExperienceCollector
 from rlrag.training.generator_examples import thinned, weighted_examples
 
 ROWS = np.array([4, 1])
@@ -141,3 +143,72 @@ def test_the_loss_of_thinned_weights_has_the_mean_of_the_whole():
     exact = dro.generator_loss(logp_BM, weights_BM).item()
     error = np.std(losses) / len(losses) ** 0.5
     assert abs(np.mean(losses) - exact) < 4 * error
+
+
+def test_a_set_of_answers_has_the_gradient_of_its_enumerated_likelihood():
+    """K = 1 of three passages: d/dtheta log sum_z p(z) sum_y p(y | x, d_z), equal answers once."""
+    table = renamed(make_table(6), {4: ("one", " two ", "one\n", " ", "two", "one")})
+    prior_logp_M = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    rng = torch.Generator().manual_seed(0)
+    logits_MY = torch.randn(3, 4, generator=rng, dtype=torch.float64).requires_grad_()
+    logp_MY = logits_MY.log_softmax(dim=1)[:, :2]  # two answers of four are golden
+    (exact,) = torch.autograd.grad(
+        (prior_logp_M[:, None] + logp_MY).logsumexp((0, 1)), logits_MY, retain_graph=True
+    )
+    rewards_BM = logp_MY.detach().logsumexp(dim=1)[None]
+    weights_BM = dro.importance_weights(rewards_BM, prior_logp_M[None], 1.0, "self_normalised")
+    golden_logps_BM = np.empty((1, 3), dtype=object)
+    for m, logps in enumerate(logp_MY.tolist()):
+        golden_logps_BM[0, m] = tuple(logps)
+    positions_BMK = np.arange(3).reshape(1, 3, 1)
+    found = weighted_examples(
+        table, WordPrompts(), np.array([4]), positions_BMK, weights_BM, golden_logps_BM
+    )
+    places = [(m, y) for m in range(3) for y in range(2)]
+    assert [bytes(e.answer_ids) for e in found] == [b"one\n", b"two\n"] * 3
+    gain = sum(e.weight * logp_MY[place] for e, place in zip(found, places, strict=True))
+    assert torch.allclose(torch.autograd.grad(gain, logits_MY)[0], exact, atol=1e-12)
+
+
+def test_the_likelihoods_of_a_set_come_from_the_rewards_through_the_environment(tmp_path):
+    """The reward is their log-sum-exp; `ReadingGenerator` scores what the prompt holds as -0.5."""
+    table = renamed(make_table(6), {4: ("answer4", "never", "answer4 "), 1: ("answer1",)})
+    rewards = RewardModel(RewardConfig(golden_answers="all"))
+    reward = AnsweringReward(ReadingGenerator(), WordPrompts(), rewards, Sampling())
+    config = DROConfig(num_samples=4)
+    collector = ExperienceCollector(EnvironmentConfig(num_selected=1), config, table, reward, 2)
+    policy = build_policy(
+        SelectorConfig(), 1, table.scores_QNC.shape[2], table.vector_size, tmp_path, 0
+    )
+    found = collector.collect(policy, ROWS, [[0, 0], [0, 1]], 0, 0)
+    collector.close()
+    assert found.golden_logps_BM is not None
+    assert all(len(logps) == 2 for logps in found.golden_logps_BM[0])
+    assert set(found.golden_logps_BM[0]) | set(found.golden_logps_BM[1]) <= {
+        (-0.5, -6.0),
+        (-6.0, -6.0),
+        (-0.5,),
+        (-6.0,),
+    }
+    expected = [[np.logaddexp.reduce(logps) for logps in row] for row in found.golden_logps_BM]
+    assert np.allclose(found.rewards_BM, expected, atol=1e-12)
+    likeliest = AnsweringReward(
+        ReadingGenerator(), WordPrompts(), RewardModel(RewardConfig()), Sampling()
+    )
+    (result,) = likeliest([table.questions[4]], [table.passages(4)[:1]])
+    assert result.golden_logps is None
+    assert result.total in (-0.5, -6.0)
+
+
+def test_a_set_of_answers_is_refused_where_nothing_scores_it():
+    with pytest.raises(ConfigError, match="asks for answer_logp"):
+        RewardModel(RewardConfig(functions=("exact_match",), golden_answers="all"))
+    with pytest.raises(ValueError, match="tokens of one"):
+        RewardConfig(functions=("answer_logp_mean",), golden_answers="all")
+    with pytest.raises(ValueError, match=r"golden_answers 'all' .* 'sft'"):
+        RunConfig.model_validate(
+            {
+                "reward": {"golden_answers": "all"},
+                "training": {"objective": "sft", "parts": ["generator"]},
+            }
+        )

@@ -130,6 +130,11 @@ class RunConfig(Section):
             raise ValueError(
                 "training.launcher 'local' runs without vLLM; use generator.backend transformers"
             )
+        if self.reward.golden_answers == "all" and self.training.objective != "dro":
+            raise ValueError(
+                "reward.golden_answers 'all' weighs what DRO trains on; with training.objective "
+                f"{self.training.objective!r} leave it at 'likeliest'"
+            )
         generator = self.generator
         if generator.max_model_len < generator.prompt.max_prompt_tokens + generator.max_new_tokens:
             raise ValueError(

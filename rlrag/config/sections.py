@@ -269,6 +269,10 @@ class RewardConfig(Section):
     """Built-in names or `package.module:function`; the reward is their weighted sum."""
     weights: tuple[float, ...] = (1.0,)
     """One weight a function; weight 0 logs a term without training on it."""
+    golden_answers: Literal["likeliest", "all"] = "likeliest"
+    """Where a question has several, `answer_logp` is that of the likeliest and a generator learns
+    the first. `all` is the exact form for a set: `answer_logp` is the log of their summed
+    likelihoods, and a generator trained by DRO learns each, weighted by its share of that sum."""
     timeout_s: float = Field(default=30, gt=0)
     """Longest time that one call of a custom function may take."""
 
@@ -278,6 +282,11 @@ class RewardConfig(Section):
             raise ValueError(
                 f"reward.functions has {len(self.functions)} entries and reward.weights "
                 f"{len(self.weights)}; give one weight a function"
+            )
+        if self.golden_answers == "all" and "answer_logp_mean" in self.functions:
+            raise ValueError(
+                "reward.golden_answers 'all' sums over answers, of which answer_logp_mean would "
+                "divide by the tokens of one; use answer_logp, or golden_answers 'likeliest'"
             )
         if not any(self.weights):
             raise ValueError("reward.weights are all zero; at least one term must count")

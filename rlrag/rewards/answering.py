@@ -15,7 +15,7 @@ from rlrag.errors import (
     RlragError,
 )
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.records import Generation, Passage, Prompt, Question, RewardResult
+from rlrag.records import Generation, Passage, Prompt, Question, RewardResult, Score
 from rlrag.rewards.answer_match import passages_contain_answer
 from rlrag.rewards.composite import RewardModel, Rollout
 
@@ -30,11 +30,12 @@ class AnsweringReward:
     its result. Equal pairs of question and picks inside a batch are computed once and share their
     result; with a temperature above 0 they share the answer that was drawn.
 
-    Each golden answer of a question is scored, and `answer_logp` is the largest of their summed
-    log-probabilities: the likeliest golden answer, in nats. A question without golden answers has
-    none to score, so its reward is then a `RewardError`. A prompt that cannot be built gives its
-    pair the `PromptTooLongError`, and one that the generator cannot survive its `GenerationError`.
-    A failure of the generator itself is raised, because it concerns the whole batch.
+    Each distinct golden answer of a question is scored, and `answer_logp` is the largest of their
+    summed log-probabilities, that of the likeliest, or the log of their summed probabilities where
+    `reward.golden_answers` is `all`; in nats. A question without golden answers has none to score,
+    so its reward is then a `RewardError`. A prompt that cannot be built gives its pair the
+    `PromptTooLongError`, and one that the generator cannot survive its `GenerationError`. A failure
+    of the generator itself is raised, because it concerns the whole batch.
     """
 
     def __init__(
@@ -119,32 +120,55 @@ class AnsweringReward:
         prompts: dict[int, Prompt],
         results: dict[int, RewardResult | RlragError],
     ) -> None:
-        """Put the likeliest golden answer's log-probability into each rollout, or an error."""
-        rows, answers = [], []
+        """Put the golden answers' log-probability into each rollout, or an error."""
+        rows: list[int] = []
+        answers: list[tuple[int, ...]] = []
         for row in prompts:
-            golden = [text for text in rollouts[row].question.golden_answers if text.strip()]
+            golden = distinct_answers(self._prompts, rollouts[row].question)
             if not golden:
                 results[row] = _unscorable(rollouts[row].question)
                 continue
-            for tokens in dict.fromkeys(map(self._prompts.encode_scored, golden)):
-                rows.append(row)
-                answers.append(tokens)
+            rows += [row] * len(golden)
+            answers += map(self._prompts.encode_scored, golden)
         if not rows:
             return
         scores = self._generator.score([prompts[row] for row in rows], answers)
+        scored: dict[int, list[Score]] = {}
         for row, score in zip(rows, scores, strict=True):
-            rollout = rollouts[row]
+            question = rollouts[row].question
             if isinstance(score, GenerationError):
-                results[row] = _about(rollout.question, score)
+                results[row] = _about(question, score)
             elif not math.isfinite(score.logp):
                 results[row] = RewardError(
-                    f"answer_logp for question {rollout.question.id!r}: the generator scored a "
+                    f"answer_logp for question {question.id!r}: the generator scored a "
                     f"golden answer as {score.logp}; check its weights and dtype"
                 )
-            elif rollout.answer_logp is None or score.logp > rollout.answer_logp:
-                rollouts[row] = replace(
-                    rollout, answer_logp=score.logp, num_answer_tokens=score.num_tokens
-                )
+            else:
+                scored.setdefault(row, []).append(score)
+        for row, found in scored.items():
+            likeliest = max(found, key=lambda score: score.logp)
+            logps = tuple(score.logp for score in found)
+            rollouts[row] = replace(
+                rollouts[row],
+                answer_logp=_log_sum(logps) if self._rewards.counts_all_answers else max(logps),
+                num_answer_tokens=likeliest.num_tokens,
+                golden_logps=logps,
+            )
+
+
+def distinct_answers(prompts: PromptBuilder, question: Question) -> list[str]:
+    """The golden answers that have a text, the first of those that have the same tokens."""
+    found: dict[tuple[int, ...], str] = {}
+    for text in question.golden_answers:
+        if text.strip():
+            found.setdefault(prompts.encode_answer(text), text)
+    return list(found.values())
+
+
+def _log_sum(logps: Sequence[float]) -> float:
+    """The log of the summed probabilities of at least one answer."""
+    highest = max(logps)
+    return highest + math.log(sum(math.exp(logp - highest) for logp in logps))
 
 
 class PassageReward:

@@ -22,7 +22,9 @@ from rlrag.rewards.plugin import RewardFunction, load_reward
 class Rollout:
     """One question, its ordered picks and, where some reward wants them, the answer and its score.
 
-    `answer_logp` belongs to a golden answer of `num_answer_tokens` tokens: a sum, in nats.
+    `answer_logp` belongs to a golden answer of `num_answer_tokens` tokens: a sum, in nats. Where
+    all golden answers count it is that of the set, `num_answer_tokens` belongs to the likeliest,
+    and `golden_logps` are their own.
     """
 
     question: Question
@@ -30,6 +32,7 @@ class Rollout:
     answer: str | None = None
     answer_logp: float | None = None
     num_answer_tokens: int | None = None
+    golden_logps: tuple[float, ...] | None = None
 
     def keywords(self, wants: frozenset[str]) -> Keywords:
         """The keyword arguments of a reward function that wants these."""
@@ -59,7 +62,8 @@ class RewardModel:
     function, the question's id and the cause, and the remaining functions are not called for it.
 
     Raises:
-        ConfigError: a function is named twice or cannot be loaded.
+        ConfigError: a function is named twice or cannot be loaded, or all golden answers are to
+            count and no function wants their likelihood.
 
     Example:
         >>> model = RewardModel(
@@ -81,6 +85,12 @@ class RewardModel:
             )
         self.functions = tuple(load_reward(name) for name in config.functions)
         self.weights = config.weights
+        self.counts_all_answers = config.golden_answers == "all"
+        if self.counts_all_answers and not self.needs_score:
+            raise ConfigError(
+                f"reward.golden_answers is 'all', but none of reward.functions {config.functions} "
+                "asks for answer_logp; add it, with weight 0 if it is not to count"
+            )
         self._callers = tuple(_caller(function, config.timeout_s) for function in self.functions)
 
     @property
@@ -119,7 +129,13 @@ class RewardModel:
         return [
             errors[row]
             if row in errors
-            else RewardResult(totals[row], terms[row], rollout.answer, rollout.answer_logp)
+            else RewardResult(
+                totals[row],
+                terms[row],
+                rollout.answer,
+                rollout.answer_logp,
+                rollout.golden_logps if self.counts_all_answers else None,
+            )
             for row, rollout in enumerate(rollouts)
         ]
 

@@ -26,6 +26,8 @@ class Experience:
     `rewards_BM` holds NaN where a reward could not be computed; `errors` says why. `terms_BM` are
     the reward's terms before weighting. `log_weights_BM` are the log a_i of `SampledSelections`.
     The versions are the E-steps whose policy drew and whose generator weights scored.
+    `golden_logps_BM` holds the log-likelihoods of each question's distinct golden answers, a tuple
+    for each sample that was rewarded, where `reward.golden_answers` counts them all.
     """
 
     question_rows: np.ndarray
@@ -37,6 +39,7 @@ class Experience:
     policy_version: int
     generator_version: int
     errors: tuple[RlragError, ...] = ()
+    golden_logps_BM: np.ndarray | None = None
 
 
 class ExperienceCollector:
@@ -107,6 +110,7 @@ class ExperienceCollector:
         errors = tuple(error for error in info.get("error", ()) if error is not None)
         if len(errors) == terminated.size:
             raise errors[0]
+        golden_logps = info.get("golden_logps")
         return Experience(
             question_rows=question_rows,
             positions_BMK=drawn.positions_BMK,
@@ -117,6 +121,7 @@ class ExperienceCollector:
             policy_version=policy_version,
             generator_version=generator_version,
             errors=errors,
+            golden_logps_BM=None if golden_logps is None else golden_logps.reshape(shape),
         )
 
     def close(self) -> None:

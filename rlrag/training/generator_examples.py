@@ -14,6 +14,7 @@ from rlrag.algorithms.resampling import resample
 from rlrag.errors import PromptTooLongError
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.retrieval.candidates import CandidateTable
+from rlrag.rewards.answering import distinct_answers
 from rlrag.training.generator_learner import WeightedExample
 
 
@@ -23,31 +24,41 @@ def weighted_examples(
     question_rows: np.ndarray,
     positions_BMK: np.ndarray,
     weights_BM: torch.Tensor,
+    golden_logps_BM: np.ndarray | None = None,
 ) -> list[WeightedExample]:
-    """One example for each selection of weight above 0.
+    """One example for each selection of weight above 0, or for each of its golden answers.
 
     The target is a question's first golden answer and what ends it, behind the same prompt that the
-    selection was rewarded with. A question without one gives no example, nor does a selection whose
+    selection was rewarded with. With the log-likelihoods of the distinct golden answers behind each
+    selection, every one of them is a target and shares the selection's weight in proportion to its
+    likelihood. A question without a golden answer gives no example, nor does a selection whose
     prompt cannot be built: its reward failed and was counted.
     """
     examples = []
-    for row, positions_MK, weights_M in zip(
-        question_rows, positions_BMK, weights_BM.tolist(), strict=True
-    ):
-        question = candidates.questions[int(row)]
-        answers = [text for text in question.golden_answers if text.strip()]
-        if not answers:
+    for place, row in enumerate(question_rows.tolist()):
+        question = candidates.questions[row]
+        targets = [prompts.encode_target(text) for text in distinct_answers(prompts, question)]
+        if not targets:
             continue
-        passages = candidates.passages(int(row))
-        answer_ids = prompts.encode_target(answers[0])
-        for positions_K, weight in zip(positions_MK, weights_M, strict=True):
+        passages = candidates.passages(row)
+        for sample, weight in enumerate(weights_BM[place].tolist()):
             if weight == 0:
                 continue
             try:
-                prompt = prompts.build(question, [passages[n] for n in positions_K])
+                prompt = prompts.build(
+                    question, [passages[n] for n in positions_BMK[place, sample]]
+                )
             except PromptTooLongError:
                 continue
-            examples.append(WeightedExample(prompt.token_ids, answer_ids, weight))
+            if golden_logps_BM is None:
+                examples.append(WeightedExample(prompt.token_ids, targets[0], weight))
+                continue
+            logps = torch.tensor(golden_logps_BM[place, sample], dtype=torch.float64)
+            shares = (weight * logps.softmax(dim=0)).tolist()
+            examples += [
+                WeightedExample(prompt.token_ids, target, share)
+                for target, share in zip(targets, shares, strict=True)
+            ]
     return examples
 
 

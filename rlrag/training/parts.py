@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rlrag.config import RunConfig
+from rlrag.errors import ConfigError
 from rlrag.generation.build import resolve_config
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.weights import GeneratorWeights
@@ -128,6 +129,11 @@ class TrainedParts:
         if self._selector is not None:
             metrics |= self._selector.update(experience, weights_BM, step)
         if self._generator is not None:
+            if self._config.reward.golden_answers == "all" and experience.golden_logps_BM is None:
+                raise ConfigError(
+                    f"environment.id {self._config.environment.id!r} gives no golden_logps in its "
+                    "info, which reward.golden_answers 'all' needs; use 'likeliest'"
+                )
             seeds = [[self._config.seed, 2, step, int(row)] for row in experience.question_rows]
             limit = self._config.generator_training.sequences_per_question
             examples = weighted_examples(
@@ -136,6 +142,7 @@ class TrainedParts:
                 experience.question_rows,
                 experience.positions_BMK,
                 thinned(weights_BM, limit, seeds),
+                experience.golden_logps_BM,
             )
             metrics |= self._generator.update(examples, self._config.training.batch_size, step)
         return metrics
