@@ -32,7 +32,8 @@ def add_adapter(model: Any, rank: int, alpha: float) -> None:
     layers = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        # A router of experts is a subclass, whose outputs are no plain product.
+        if type(module) is nn.Linear and module is not head
     ]
     if not layers:
         raise ConfigError(

@@ -165,21 +165,6 @@ _BUILTIN: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
 }
 
 
-def keeps_states(config: Any) -> bool:
-    """Whether some layer of a causal language model keeps a state in place of keys and values.
-
-    Such a state takes in every token that was read, so that neither padding nor another branch of a
-    prompt can be kept from it.
-
-    Args:
-        config: The model's, as transformers loads it.
-    """
-    from transformers import DynamicCache
-
-    layers = DynamicCache(config=config).layers
-    return any(hasattr(layer, "update_conv_state") for layer in layers)
-
-
 def weights_hash(model_dir: Path) -> str:
     """First 16 hex digits of a SHA-256 over the weight, tokenizer and configuration files.
 

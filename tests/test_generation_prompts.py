@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import save_family
 
-from rlrag.config import BUILTIN_GENERATOR, FewShotExample, PromptConfig, RunConfig
+from rlrag.config import (
+    BUILTIN_GENERATOR,
+    FewShotExample,
+    GeneratorConfig,
+    PromptConfig,
+    RunConfig,
+)
 from rlrag.errors import ConfigError, ModelNotFoundError, PromptTooLongError
+from rlrag.generation.build import open_generator
 from rlrag.generation.decoding import cut_at_stop
-from rlrag.generation.prompts import PromptBuilder, cut_lengths, load_tokenizer
+from rlrag.generation.prompts import PromptBuilder, cut_lengths, lacks_first_token, load_tokenizer
 from rlrag.models import resolve_model
 from rlrag.records import Passage, Question
 
@@ -369,3 +378,34 @@ def test_a_tokenizer_without_chat_template_is_refused(tokenizer):
 def test_a_directory_without_tokenizer_is_named(tmp_path: Path):
     with pytest.raises(ModelNotFoundError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bos", "promises", "prefix", "lacks"),
+    [
+        ("gemma3_text", 2, {}, (5, 6), True),
+        ("gemma3_text", 2, {}, (2, 5), False),
+        ("gemma2", 2, {"add_bos_token": False}, (), True),
+        ("mistral", 1, {}, (5,), True),
+        ("llama", 1, {}, (5,), False),  # SmolLM2 is one, and was trained without
+        ("llama", 1, {"add_bos_token": True}, (5,), True),
+        ("llama", 1, {"add_bos_token": True}, (1, 5), False),
+        ("gemma2", None, {}, (5,), False),
+    ],
+)
+def test_prompts_without_the_first_token_of_training_are_noticed(
+    tmp_path, model_type, bos, promises, prefix, lacks
+):
+    config = {"model_type": model_type} | ({} if bos is None else {"bos_token_id": bos})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if promises:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(promises))
+    assert lacks_first_token(tmp_path, prefix) == lacks
+
+
+def test_opening_a_generator_warns_of_a_missing_first_token(tmp_path, caplog):
+    directory = save_family(tmp_path / "model", "gemma2")
+    config = GeneratorConfig(model=str(directory), backend="transformers", device="cpu")
+    opened, _ = open_generator(config, "local", tmp_path / "cache")
+    opened.close()
+    assert "lack the beginning-of-text token" in caplog.text

@@ -308,15 +308,6 @@ def test_a_sliding_window_sees_the_shared_prefix_whatever_is_in_the_batch(model_
     assert found == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_a_model_whose_layers_keep_a_state_is_refused(model_dir, tmp_path):
-    from transformers import Lfm2Config, Lfm2ForCausalLM
-
-    config = Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])
-    path = other_model(tmp_path, model_dir, Lfm2ForCausalLM(config))
-    with pytest.raises(GenerationError, match=r"state in place of keys.*generator\.backend vllm"):
-        TransformersGenerator(path, "float32", "cpu")
-
-
 def test_a_directory_without_weights_is_named(tmp_path):
     with pytest.raises(ModelNotFoundError, match="safetensors"):
         TransformersGenerator(tmp_path, "float32", "cpu")

@@ -73,6 +73,55 @@ def save_tiny_llama(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "qwen2_moe")
+"""Kinds of causal language models that differ in what they tie, cap, window, norm or mix."""
+
+
+def save_family(directory: Path, family: str) -> Path:
+    """A random model of a family with two layers, its weights large, with its tokenizer.
+
+    Heads have 32 numbers, the fewest that vLLM takes on a CPU.
+    """
+    import torch
+    import transformers
+
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = save_tokenizer(directory)
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.2,
+    }
+    special: dict[str, dict[str, Any]] = {
+        "gemma2": {"attn_logit_softcapping": 2.0, "sliding_window": 64},
+        "gemma3_text": {"sliding_window": 16},
+        "qwen2_moe": {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        "gpt_neox": {"hidden_size": 64},
+    }
+    kind = "gemma3_text" if family == "gemma3" else family
+    options |= special.get(kind, {})
+    if family in ("gpt2", "gpt_neox", "qwen2_moe"):
+        options |= {"hidden_size": 64}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **options)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
 def save_tiny_encoder(directory: Path, seed: int = 0) -> Path:
     """A sentence-transformers directory: a BERT with two layers and random weights, mean-pooled."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -11,10 +12,12 @@ from rlrag.config import GeneratorConfig
 from rlrag.errors import ConfigError, GenerationError, SetupError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.identity import generator_identity
-from rlrag.generation.prompts import PromptBuilder, load_tokenizer
+from rlrag.generation.prompts import PromptBuilder, lacks_first_token, load_tokenizer
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.models import resolve_device, resolve_dtype, resolve_model
 from rlrag.records import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 def open_generator(
@@ -38,6 +41,13 @@ def open_generator(
     config = resolve_config(config, launcher)
     model_dir = resolve_model(config.model, cache_dir)
     prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
+    if lacks_first_token(model_dir, prompts.prefix_ids):
+        logger.warning(
+            "prompts for the model in %s lack the beginning-of-text token that it was trained "
+            "with, without which it answers badly; give its tokenizer bos_token and a template "
+            "that adds it, or take the files that the model was published with",
+            model_dir,
+        )
     engine = partial(open_engine, config, model_dir, prompts.prefix_ids)
     if launcher == "local":
         return CachedGenerator(engine(), cache_dir), prompts

@@ -11,6 +11,7 @@ the characters that it is made of.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,8 @@ _USER_SLOT = "\ue000user\ue000"
 _ANSWER_SLOT = "\ue000answer\ue000"
 _AFTER_EXAMPLE = "\n\n"
 """What the plain layout has between an answer and the next example."""
+_BEGIN_TEXTS = ("gemma", "recurrent_gemma", "vaultgemma", "mistral", "mixtral", "cohere")
+"""Families, by the beginning of `model_type`, whose texts all began with a token for it."""
 _WRONG_FIELD = (AttributeError, LookupError, TypeError, ValueError)
 """What a template raises that asks for another field, or for a part of one."""
 
@@ -49,6 +52,23 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
             f"{model_dir} holds no tokenizer that transformers can load ({error}); copy the "
             "model's tokenizer files there"
         ) from error
+
+
+def lacks_first_token(model_dir: Path, prefix_ids: Sequence[int]) -> bool:
+    """Whether prompts begin without the token that every text of the model's training began with.
+
+    Tokenizers that were converted from other formats, such as GGUF, may have lost it. Known for
+    families that were all trained with one, and for tokenizers that promise it.
+    """
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    first = config.get("bos_token_id", (config.get("text_config") or {}).get("bos_token_id"))
+    promises: dict[str, object] = {}
+    if (path := model_dir / "tokenizer_config.json").is_file():
+        promises = json.loads(path.read_text(encoding="utf-8"))
+    begins = config.get("model_type", "").startswith(_BEGIN_TEXTS)
+    if first is None or not (begins or promises.get("add_bos_token")):
+        return False
+    return tuple(prefix_ids[:1]) != (first,)
 
 
 class PromptBuilder:

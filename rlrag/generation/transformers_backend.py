@@ -7,12 +7,14 @@ Prompts that start with the same prefix (instruction and examples) read its keys
 cache that is computed once. The rest of a batch is padded on the left, so that all rows end at the
 same column and one slice holds every position that is needed; position ids and the attention mask
 skip the padding. A sliding window would not: it counts columns, and the padding stands between
-prefix and rest. Models with one read every prompt whole.
+prefix and rest. Models with one read every prompt whole, and so do those whose log-probabilities
+come out different behind a shared prefix, which is tried when a model is opened.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +23,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from rlrag.errors import GenerationError
+from rlrag.causal_lm import check_batches, has_windows, load_causal_lm
+from rlrag.errors import ConfigError, GenerationError
 from rlrag.generation.checks import answer_others, check_answers, refused_lengths
 from rlrag.generation.decoding import cut_at_stop, draw_seed
 from rlrag.generation.identity import generator_identity, pushed_identity
 from rlrag.generation.model_weights import ModelWeights
 from rlrag.generation.prompts import load_tokenizer
 from rlrag.generation.protocol import Sampling, TokenCount
-from rlrag.models import keeps_states, resolve_device, resolve_dtype
+from rlrag.models import resolve_device, resolve_dtype
 from rlrag.records import Generation, Prompt, Score
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
     from rlrag.generation.weights import GeneratorWeights
+
+logger = logging.getLogger(__name__)
+
+_ADVICE = "use generator.backend vllm where it knows the model, or another generator.model"
 
 
 @dataclass(slots=True)
@@ -73,33 +80,27 @@ class TransformersGenerator:
 
         Raises:
             ModelNotFoundError: when `model_dir` holds no weights or no tokenizer.
-            GenerationError: when transformers cannot load the model, or it has layers with a state
-                in place of keys and values.
+            ConfigError: when the model is no causal language model with keys and values, or gives
+                other log-probabilities in a batch than alone.
+            GenerationError: when transformers cannot load the model.
         """
-        from transformers import AutoModelForCausalLM
-
         self._device = resolve_device(device)
         number_format: torch.dtype = getattr(torch, resolve_dtype(dtype, self._device))
         self._first_identity = generator_identity(model_dir, "transformers", dtype, self._device)
         self._identity, self._version = self._first_identity, 0
         self._tokenizer: Any = load_tokenizer(model_dir)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=number_format, local_files_only=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise GenerationError(
-                f"transformers cannot load the model in {model_dir}: {error}"
-            ) from error
+        model: Any = load_causal_lm(model_dir, number_format, _ADVICE)
         self._model: Any = model.to(self._device).eval()
         self._weights: Any = ModelWeights(self._model, model_dir, number_format)
         self._batch_size = batch_size
-        self._prefix = () if _has_windows(self._model.config, model_dir) else tuple(shared_prefix)
+        self._prefix = () if has_windows(self._model.config) else tuple(shared_prefix)
         self._prefix_past: DynamicCache | None = None
         self._stop_ids = _stop_ids(self._model.generation_config, self._tokenizer)
         limits = (max_model_len, getattr(self._model.config, "max_position_embeddings", None))
-        self._max_len = min((limit for limit in limits if limit is not None), default=None)
+        # XLNet's -1 is no limit.
+        self._max_len = min((limit for limit in limits if limit and limit > 0), default=None)
         self._tokens = TokenCount()
+        self._check_reading(model_dir)
 
     @property
     def identity(self) -> str:
@@ -226,6 +227,29 @@ class TransformersGenerator:
         """
         for error in self._refused([prompt], [max_new_tokens]).values():
             raise error
+
+    def _check_reading(self, model_dir: Path) -> None:
+        """Compare a padded batch with a plain forward pass, without a prefix and behind it.
+
+        Raises:
+            ConfigError: when they differ without a prefix. With one, it is shared no more.
+        """
+        shared, self._prefix = self._prefix, ()
+        with _memory_errors(), torch.inference_mode():
+            check_batches(self._model, self._score_one, (), self._max_len, model_dir, _ADVICE)
+            self._prefix = shared
+            try:
+                check_batches(
+                    self._model, self._score_one, shared, self._max_len, model_dir, _ADVICE
+                )
+            except ConfigError as error:
+                self._prefix, self._prefix_past = (), None
+                logger.warning("every prompt is read whole, which takes longer, since %s", error)
+
+    def _score_one(self, prompts: list[tuple[int, ...]], answer: tuple[int, ...]) -> float:
+        """Log p of an answer to the first prompt of a batch."""
+        (logp,) = self._score_batch(prompts, [(0, answer)])
+        return logp
 
     def _opened(self) -> Any:
         if self._model is None:
@@ -394,22 +418,6 @@ def _choose(
         for probability_V, draw in zip(probability_BV, draws, strict=True)
     ]
     return torch.cat(drawn).to(logp_BV.device)
-
-
-def _has_windows(config: Any, model_dir: Path) -> bool:
-    """Whether some layer sees the last columns of its cache only.
-
-    Raises:
-        GenerationError: when some layer has a state in place of keys and values.
-    """
-    from transformers import DynamicCache
-
-    if keeps_states(config):
-        raise GenerationError(
-            f"the model in {model_dir} has layers with a state in place of keys and values, which "
-            "padding would enter; use generator.backend vllm, or another generator.model"
-        )
-    return any(DynamicCache(config=config).is_sliding)
 
 
 def _stop_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:

@@ -85,9 +85,13 @@ def read_branches(
     columns_T = torch.arange(read.past.get_seq_length(), device=device)
     prompt_BWT = (columns_T < read.lengths_B[:, None])[:, None].expand(-1, width, -1)
     own_BWW = (branch_BW[:, :, None] == branch_BW[:, None, :]).tril().to(device)
+    mask_B1WT = torch.cat([prompt_BWT, own_BWW], dim=2)[:, None]
+    if model.config._attn_implementation == "eager":  # which adds the mask to the logits
+        lowest = torch.finfo(model.dtype).min
+        mask_B1WT = torch.zeros_like(mask_B1WT, dtype=model.dtype).masked_fill(~mask_B1WT, lowest)
     logits_BCV = model(
         input_ids=tokens_BW.to(device),
-        attention_mask=torch.cat([prompt_BWT, own_BWW], dim=2)[:, None],
+        attention_mask=mask_B1WT,
         position_ids=read.lengths_B[:, None] + depth_BW.to(device),
         past_key_values=read.past,
         use_cache=True,

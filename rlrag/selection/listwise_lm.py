@@ -27,8 +27,9 @@ import torch
 from torch import nn
 
 from rlrag.adapters import add_adapter, copy_around_frozen
-from rlrag.errors import ConfigError, PromptTooLongError
-from rlrag.models import keeps_states, resolve_dtype
+from rlrag.causal_lm import differ, load_causal_lm, probe_tokens
+from rlrag.errors import ConfigError, GenerationError, PromptTooLongError
+from rlrag.models import resolve_dtype
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.branches import ReadPrompts, read_branches, read_prompts
 from rlrag.selection.listwise_prompt import Draft, RankingPrompt, Rankings
@@ -36,7 +37,10 @@ from rlrag.selection.protocol import SampledSelections, Seed
 
 ATTENTION = "sdpa"
 """The implementation of attention that takes a mask of branches as it is."""
-_ADVICE = "set selector.model to a causal language model, such as the one of generator.model"
+_ADVICE = (
+    "for selector.kind 'listwise_lm' set selector.model to a causal language model whose layers "
+    "keep keys and values, such as the one of generator.model"
+)
 
 
 class ListwiseLMPolicy(nn.Module):
@@ -78,7 +82,8 @@ class ListwiseLMPolicy(nn.Module):
         self.num_selected = num_selected
         self.micro_batch = micro_batch
         self._precision = precision
-        self.model = _load_model(model_dir) if base is None else _own_modules(base, model_dir)
+        self.model = _load_model(model_dir) if base is None else copy_around_frozen(base)
+        _check_branches(self.model, model_dir)
         self._prompt = RankingPrompt(model_dir, max_tokens, num_selected)
         if adapter_rank is not None:
             add_adapter(self.model, adapter_rank, 2 * adapter_rank)
@@ -304,50 +309,36 @@ class ListwiseLMPolicy(nn.Module):
 
 
 def _load_model(model_dir: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        _check_causal(config, model_dir)
-        return AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype=torch.float32,
-            attn_implementation=ATTENTION,
-            local_files_only=True,
-        )
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"selector.kind 'listwise_lm': transformers cannot load {model_dir} ({error}); "
-            f"{_ADVICE}"
-        ) from error
+        return load_causal_lm(model_dir, torch.float32, _ADVICE, ATTENTION)
+    except GenerationError as error:
+        raise ConfigError(f"{error}; {_ADVICE}") from error
 
 
-def _own_modules(base: Any, model_dir: Path) -> Any:
-    """A model around the weights of `base`, without an adapter yet."""
-    _check_causal(base.config, model_dir)
-    return copy_around_frozen(base)
+@torch.no_grad()
+def _check_branches(model: Any, model_dir: Path) -> None:
+    """Compare a continuation beside another one with the same continuation alone.
 
-
-def _check_causal(config: Any, model_dir: Path) -> None:
-    """Refuse what cannot read the branches of a prompt side by side.
-
-    An encoder, which transformers loads too, sees what is still to be written; a layer with a state
-    in place of keys and values takes in all branches.
+    A model that goes by the columns and not by the positions given, such as MPT, sees the prompt of
+    the second one too far away.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if not known.intersection(config.architectures or ()):
+    *prompt, a, b, c, taken = probe_tokens(model, 24)
+    try:
+        read = read_prompts(model, [prompt])
+        both_BCV, columns = read_branches(model, read, [[(c, b), (a, b, c)]])
+        alone_V = read_prompts(model, [[*prompt, a, b, c]]).last_BV[0]
+    except Exception as error:  # what model code raises is anything
         raise ConfigError(
-            f"selector.kind 'listwise_lm': {model_dir} holds {config.architectures}, which is no "
-            f"causal language model; {_ADVICE}"
-        )
-    if keeps_states(config):
+            f"the model in {model_dir} cannot read continuations side by side "
+            f"({type(error).__name__}: {error}); {_ADVICE}"
+        ) from error
+    behind_V = both_BCV[0, columns[0][a, b, c]]
+    found, expected = (float(v.float().log_softmax(dim=-1)[taken]) for v in (behind_V, alone_V))
+    if differ(found, expected, 1, model.dtype):
         raise ConfigError(
-            f"selector.kind 'listwise_lm': {model_dir} has layers with a state in place of keys "
-            "and values, which the branches of a prompt cannot share; name another selector.model"
+            f"the model in {model_dir} gives a token log-probability {found:.4f} where "
+            f"continuations are read side by side, and {expected:.4f} where one is read alone; "
+            f"{_ADVICE}"
         )
 
 

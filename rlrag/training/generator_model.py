@@ -21,6 +21,7 @@ from torch import nn
 
 from rlrag.adapters import add_adapter, copy_around_frozen, merge_adapter
 from rlrag.algorithms.sequence_logp import answer_batch, shared_length, summed_logp
+from rlrag.causal_lm import check_prefix_reading, load_causal_lm
 from rlrag.config import GeneratorTrainingConfig
 from rlrag.errors import CheckpointError, GenerationError
 from rlrag.generation.weight_protocols import adapter_names
@@ -30,6 +31,10 @@ from rlrag.selection.listwise_lm import ATTENTION
 from rlrag.storage import MANIFEST, check_finite
 from rlrag.training.sharding import shard, sliced_like, whole
 
+_ADVICE = (
+    "name another generator.model: one to be trained must be a causal language model whose layers "
+    "all keep keys and values"
+)
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _ADAPTED = ".base_layer.weight"  # peft's name for a weight with an adapter beside it
 
@@ -62,14 +67,18 @@ class TrainableGenerator:
 
         Raises:
             GenerationError: when transformers cannot load the model.
-            ConfigError: when the model has no linear layers to adapt, or no group of workers is
-                there to shard over.
+            ConfigError: when the model is of no kind that can be trained, has no linear layers to
+                adapt, or no group of workers is there to shard over.
         """
         self.device = torch.device(resolve_device(device))
         self._model_dir = model_dir
         self._config = config
         bfloat16 = resolve_dtype(config.precision, self.device.type) == "bfloat16"
-        self._model = _load(model_dir) if base is None else copy_around_frozen(base)
+        self._model = (
+            load_causal_lm(model_dir, torch.float32, _ADVICE)
+            if base is None
+            else copy_around_frozen(base)
+        )
         if config.method == "lora":
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -85,6 +94,8 @@ class TrainableGenerator:
             shard(self._model, _blocks(self._model), self.device.type, bfloat16)
         else:
             self._model.to(self.device)
+        if self._shares_prefix:
+            check_prefix_reading(self._model, model_dir, _ADVICE)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a learner changes, by name: the adapter's, or all."""
@@ -284,27 +295,11 @@ def load_base(model_dir: Path) -> Any:
     """A frozen model for the adapters of a generator and of a `ListwiseLMPolicy`.
 
     Raises:
-        GenerationError: when transformers cannot load the model.
+        ConfigError: when the model is of no kind that can be trained.
+        GenerationError: when transformers cannot load it.
     """
-    return _load(model_dir, attn_implementation=ATTENTION).requires_grad_(False)
-
-
-def _load(model_dir: Path, **options: str) -> Any:
-    """The model in float32 on the CPU, all its dropout rates zero."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        settings = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        for name, value in settings.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(settings, name, 0.0)
-        return AutoModelForCausalLM.from_pretrained(
-            model_dir, config=settings, dtype=torch.float32, local_files_only=True, **options
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise GenerationError(
-            f"transformers cannot load the model in {model_dir}: {error}"
-        ) from error
+    model = load_causal_lm(model_dir, torch.float32, _ADVICE, ATTENTION)
+    return model.requires_grad_(False)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
