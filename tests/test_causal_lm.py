@@ -19,6 +19,7 @@ from rlrag.causal_lm import attention_for, differ, has_windows
 from rlrag.config import GeneratorTrainingConfig
 from rlrag.errors import ConfigError, GenerationError
 from rlrag.generation.transformers_backend import TransformersGenerator
+from rlrag.generation.weight_layout import WeightLayout
 from rlrag.generation.weights import pack_weights
 from rlrag.records import Prompt
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
@@ -292,3 +293,14 @@ def test_a_set_with_another_output_layer_is_not_taken_for_a_tied_one(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     with pytest.raises(GenerationError, match="ties"):
         opened(directory).load_weights(pack_weights(tensors, 1))
+
+
+def test_a_mixture_of_experts_is_known_by_its_files_and_gets_advice_that_helps(tmp_path):
+    directory = save_family(tmp_path / "moe", "qwen2_moe")
+    layout = WeightLayout.of(directory)
+    assert layout.has_experts
+    assert not WeightLayout.of(save_family(tmp_path / "llama", "llama")).has_experts
+    model = opened(directory)._model
+    fused = {name: p.shape for name, p in model.named_parameters()}
+    with pytest.raises(GenerationError, match=r"packs the weights .*backend transformers"):
+        layout.check(fused)

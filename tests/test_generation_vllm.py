@@ -10,11 +10,11 @@ import pytest
 from rlrag.config import BUILTIN_CORPUS, FewShotExample, GeneratorConfig, PromptConfig, RunConfig
 from rlrag.errors import GenerationError, SetupError
 from rlrag.generation.build import open_generator, resolve_config
+from rlrag.generation.chunks import parts_within
 from rlrag.generation.protocol import Sampling
 from rlrag.generation.vllm_backend import (
     answer_logp,
     check_compiler,
-    parts_within,
     vllm_environment,
 )
 from rlrag.records import Prompt

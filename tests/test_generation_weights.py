@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,7 +223,7 @@ def test_an_adapter_of_a_tied_model_keeps_the_output_layer_tied(tied):
     generator.load_weights(pack_weights(adapter, 1, SCALE))
     assert torch.equal(generator._model.lm_head.weight, embedding)
     layout = WeightLayout.of(tied)
-    pairs = dict(layout.pairs(layout.merged(adapter, SCALE, torch.float32)))
+    pairs = dict(layout.pairs(layout.merged(adapter, SCALE, torch.float32), True))
     assert torch.equal(pairs.pop("lm_head.weight"), embedding)
     for name, tensor in merged_by_hand(tied, adapter).items():
         assert torch.allclose(pairs.pop(name).double(), tensor, atol=1e-5), name
@@ -363,11 +364,13 @@ def test_a_tied_embedding_goes_to_the_engine_under_both_names_once(first, tied):
     for given in (tensors, {**tensors, "lm_head.weight": embedding.clone()}):
         layout = WeightLayout.of(tied)
         layout.check({name: t.shape for name, t in given.items()})
-        pairs = list(layout.pairs(given.items()))
+        pairs = list(layout.pairs(given.items(), True))
         assert sorted(name for name, _ in pairs) == sorted([*tensors, "lm_head.weight"])
         assert dict(pairs)["lm_head.weight"] is embedding
+        # an engine whose class has no output layer, as vLLM's Gemma 2
+        assert sorted(dict(layout.pairs(given.items(), False))) == sorted(tensors)
     own = tensors_of(first)
-    assert list(WeightLayout.of(first).pairs(own.items())) == list(own.items())
+    assert list(WeightLayout.of(first).pairs(own.items(), True)) == list(own.items())
 
 
 def test_an_output_layer_of_another_name_is_not_the_embedding(tmp_path):
@@ -378,7 +381,7 @@ def test_an_output_layer_of_another_name_is_not_the_embedding(tmp_path):
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
     layout = WeightLayout.of(tmp_path)
     assert layout.embedding is None
-    assert list(layout.pairs(tensors.items())) == list(tensors.items())
+    assert list(layout.pairs(tensors.items(), True)) == list(tensors.items())
 
 
 def test_a_tied_model_without_a_known_embedding_is_refused(tmp_path):
@@ -426,3 +429,13 @@ def test_an_error_in_a_call_or_a_change_frees_the_lock():
             raise KeyError("x")
     with lock.change():
         pass
+
+
+def test_a_set_without_a_digest_is_what_the_engine_started_with(first):
+    generator = open_model(first)
+    start, identity = logps(generator), generator.identity
+    generator.load_weights(pack_weights(adapter_of(first, seed=1), 1, SCALE))
+    assert (logps(generator) == start, generator.identity == identity) == (False, False)
+    nothing = {name: torch.zeros_like(t) for name, t in adapter_of(first, seed=1).items()}
+    generator.load_weights(replace(pack_weights(nothing, 0, SCALE), digest=None))
+    assert (logps(generator), generator.identity, generator.version) == (start, identity, 0)

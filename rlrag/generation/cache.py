@@ -133,7 +133,7 @@ class CachedGenerator:
         with self._lock.change():
             self._inner.load_weights(weights)
 
-    def expect_weights(self, version: int, digest: str) -> None:
+    def expect_weights(self, version: int, digest: str | None) -> None:
         """Follow a set that another process pushed to the engines behind the inner generator.
 
         Raises:

@@ -44,3 +44,21 @@ def plan_chunks(
         start += size
         remaining -= tokens
     return chunks
+
+
+def parts_within(places: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Split places into runs whose lengths sum to the capacity at most; a longer one stands alone.
+
+    Example:
+        >>> parts_within([0, 2, 3, 4], [3, 9, 2, 4, 6], capacity=6)
+        [[0, 2], [3], [4]]
+    """
+    parts: list[list[int]] = []
+    total = 0
+    for place in places:
+        total += lengths[place]
+        if not parts or total > capacity:
+            parts.append([])
+            total = lengths[place]
+        parts[-1].append(place)
+    return parts

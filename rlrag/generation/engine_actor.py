@@ -176,7 +176,7 @@ class EngineActor:
         generator, self._generator = self._open(), None  # half-loaded weights must not answer
         try:
             generator.load_weights(
-                GeneratorWeights(tag.version, tag.digest or "", tensors, stored.adapter_scale)
+                GeneratorWeights(tag.version, tag.digest, tensors, stored.adapter_scale)
             )
         except Exception:
             generator.close()

@@ -19,18 +19,21 @@ def generator_identity(model_dir: Path, backend: str, dtype: str, device: str) -
     return _hashed(parts)
 
 
-def pushed_identity(identity: str, digest: str) -> str:
+def pushed_identity(identity: str, digest: str | None) -> str:
     """Identity of a generator that took over published weights.
 
     `identity` is the one that it started with, which stands for tokenizer, number format, back end
-    and device; `digest` names the tensors. The version does not count, so that equal weights of
+    and device; `digest` names the tensors, and without one they are those that it started with. The
+    version does not count, so that equal weights of
     different runs share cached results.
 
     Example:
         >>> pushed_identity("a", "d") == pushed_identity("a", "d") != pushed_identity("b", "d")
         True
+        >>> pushed_identity("a", None)
+        'a'
     """
-    return _hashed((identity, "pushed", digest))
+    return identity if digest is None else _hashed((identity, "pushed", digest))
 
 
 def _hashed(parts: tuple[str, ...]) -> str:

@@ -56,9 +56,7 @@ class PoolClient:
     @property
     def identity(self) -> str:
         """Hash of weights, dtype, device and back end; known before any engine has started."""
-        digest = self._expected.digest
-        first = self._actors.identity
-        return first if digest is None else pushed_identity(first, digest)
+        return pushed_identity(self._actors.identity, self._expected.digest)
 
     @property
     def version(self) -> int:
@@ -110,7 +108,7 @@ class PoolClient:
             self._expected = store_weights(self._actors.store, weights)
             self.wait_until_ready()
 
-    def expect_weights(self, version: int, digest: str) -> None:
+    def expect_weights(self, version: int, digest: str | None) -> None:
         """From now on take results of this set alone, which another client pushes.
 
         Call it after that client has pushed; calls that come sooner wait up to `start_timeout_s`.

@@ -18,11 +18,12 @@ import torch
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, SetupError
 from rlrag.generation.checks import answer_others, check_answers, refused_lengths
+from rlrag.generation.chunks import parts_within
 from rlrag.generation.decoding import draw_seed
 from rlrag.generation.identity import generator_identity, pushed_identity
 from rlrag.generation.protocol import Sampling, TokenCount
 from rlrag.generation.stepping import Update
-from rlrag.generation.weight_layout import OUTPUT_LAYER, WeightLayout, check_tied
+from rlrag.generation.weight_layout import OUTPUT_LAYER, OUTPUT_MODULE, WeightLayout, check_tied
 from rlrag.models import resolve_device, resolve_dtype
 from rlrag.records import Generation, Prompt, Score
 
@@ -74,6 +75,7 @@ class VllmGenerator:
             GenerationError: when the engine cannot start.
         """
         device = resolve_device(config.device)
+        self._device = device
         if device == "cpu":
             check_compiler()
         self._first_identity = generator_identity(model_dir, "vllm", config.dtype, device)
@@ -97,6 +99,8 @@ class VllmGenerator:
                 seed=0,
                 **_device_options(config, device),
             )
+            # Asked of every process that holds a part of the model.
+            self._has_output_layer = all(self._engine.collective_rpc(_has_output_layer))
             self._warm_up()
         except Exception as error:
             raise GenerationError(
@@ -122,9 +126,17 @@ class VllmGenerator:
         """Refuse a set of weights by its names and shapes; the engine is not touched.
 
         Raises:
-            GenerationError: naming what is missing, unexpected or of another shape.
+            GenerationError: naming what is missing, unexpected or of another shape; any set for a
+                mixture of experts on a CPU.
         """
         self._opened()
+        if self._device == "cpu" and self._layout.has_experts:
+            # Even the very same weights, loaded again, then give other log-probabilities.
+            raise GenerationError(
+                "vLLM (0.32) packs the experts of a mixture on a CPU only when it first loads "
+                "them, and would answer wrongly with weights that are pushed; use "
+                "generator.backend transformers with generator_training.method full"
+            )
         self._layout.check(shapes, adapter)
 
     def load_weights(self, weights: GeneratorWeights) -> None:
@@ -143,7 +155,9 @@ class VllmGenerator:
             tensors = self._layout.merged(weights.tensors, weights.adapter_scale, self._dtype)
         elif self._layout.embedding:
             check_tied(weights.tensors, {OUTPUT_LAYER: self._layout.embedding})
-        pairs: Iterable[tuple[str, torch.Tensor]] = self._layout.pairs(tensors)
+        pairs: Iterable[tuple[str, torch.Tensor]] = self._layout.pairs(
+            tensors, self._has_output_layer
+        )
         if self._is_parallel:
             pairs = list(pairs)  # for other processes
         try:
@@ -355,6 +369,12 @@ class VllmGenerator:
         self._tokens.num_requests += len(results)
 
 
+def _has_output_layer(worker: Any) -> bool:
+    """Whether a vLLM worker's model has an output layer beside its embedding, tied or not."""
+    modules = worker.get_model().named_modules()
+    return any(name.rpartition(".")[2] == OUTPUT_MODULE for name, _ in modules)
+
+
 def answer_logp(
     prompt_logprobs: Any, num_cached: int, start: int, answer: Sequence[int]
 ) -> float | None:
@@ -376,24 +396,6 @@ def answer_logp(
             return None
         total += logp
     return total
-
-
-def parts_within(places: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Split places into runs whose lengths sum to the capacity at most; a longer one stands alone.
-
-    Example:
-        >>> parts_within([0, 2, 3, 4], [3, 9, 2, 4, 6], capacity=6)
-        [[0, 2], [3], [4]]
-    """
-    parts: list[list[int]] = []
-    total = 0
-    for place in places:
-        total += lengths[place]
-        if not parts or total > capacity:
-            parts.append([])
-            total = lengths[place]
-        parts[-1].append(place)
-    return parts
 
 
 def _answer_params(prompt: Prompt, sampling: Sampling) -> Any:

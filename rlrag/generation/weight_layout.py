@@ -16,7 +16,9 @@ from rlrag.adapters import merge_adapter
 from rlrag.errors import GenerationError
 from rlrag.generation.weight_protocols import adapter_names, check_adapter, check_shapes
 
-OUTPUT_LAYER = "lm_head.weight"
+OUTPUT_MODULE = "lm_head"
+OUTPUT_LAYER = f"{OUTPUT_MODULE}.weight"
+_EXPERTS = ".experts."
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
@@ -71,7 +73,21 @@ class WeightLayout:
             check_adapter(self.shapes, given)
             return
         optional = {OUTPUT_LAYER: self.shapes[self.embedding]} if self.embedding else {}
+        if set(given) - set(self.shapes) - set(optional):
+            check_shapes(
+                self.shapes,
+                given,
+                optional,
+                "transformers names or packs the weights of this model otherwise than its files "
+                "do, which engines go by; use generator.backend transformers, or "
+                "generator_training.method lora",
+            )
         check_shapes(self.shapes, given, optional)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        return any(_EXPERTS in name for name in self.shapes)
 
     @torch.no_grad()
     def merged(
@@ -106,15 +122,15 @@ class WeightLayout:
             return tensors.get_tensor(name)
 
     def pairs(
-        self, tensors: Iterable[tuple[str, torch.Tensor]]
+        self, tensors: Iterable[tuple[str, torch.Tensor]], has_output_layer: bool
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors by name, a tied embedding also as the output layer.
+        """All tensors by name, a tied embedding also as the output layer where there is one.
 
         vLLM (0.32) packs the output layer apart on a CPU, and would keep the old one without a
-        word if only the embedding came.
+        word if only the embedding came. Its Gemma 2 has none, and dies of one that comes.
         """
         for name, tensor in tensors:
-            if name == self.embedding:
+            if name == self.embedding and has_output_layer:
                 yield OUTPUT_LAYER, tensor
             if name != OUTPUT_LAYER or not self.embedding:
                 yield name, tensor

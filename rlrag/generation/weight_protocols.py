@@ -34,7 +34,7 @@ class ChecksWeights(Protocol):
 class FollowsWeights(Protocol):
     """A client of engines that another process gives their weights."""
 
-    def expect_weights(self, version: int, digest: str) -> None:
+    def expect_weights(self, version: int, digest: str | None) -> None:
         """From now on take results of this set alone."""
         ...
 
@@ -43,6 +43,7 @@ def check_shapes(
     required: Mapping[str, Sequence[int]],
     given: Mapping[str, Sequence[int]],
     optional: Mapping[str, Sequence[int]] | None = None,
+    advice: str = "push tensors under the model's own parameter names, with adapters merged in",
 ) -> None:
     """Compare the tensors of a set with those that a model has.
 
@@ -50,6 +51,7 @@ def check_shapes(
         required: Shapes by name that a set must hold.
         given: Shapes by name that it holds.
         optional: Shapes by name that it may hold besides.
+        advice: What to do where they differ.
 
     Raises:
         GenerationError: with the first few names of each kind of difference.
@@ -75,7 +77,7 @@ merged in
             ],
         },
         "the weights do not fit the model",
-        "push tensors under the model's own parameter names, with adapters merged in",
+        advice,
     )
 
 

@@ -15,7 +15,8 @@ class GeneratorWeights:
 
     `version` counts the sets that a run published; 0 is what the engines started with. `digest` is
     a hash of the tensors and the scale: equal digests give equal results in engines of one model,
-    whichever run made them.
+    whichever run made them. None says that the set is what the engines started with, so that their
+    results are those of engines that were given nothing.
 
     Without `adapter_scale`, `tensors` are all weights, named as the Hugging Face model names its
     parameters. With it they are A and B of the adapted layers, named by `adapter_names`: an engine
@@ -24,7 +25,7 @@ class GeneratorWeights:
     """
 
     version: int
-    digest: str
+    digest: str | None
     tensors: Mapping[str, torch.Tensor]
     adapter_scale: float | None = None
 

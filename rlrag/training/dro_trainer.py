@@ -19,6 +19,7 @@ from rlrag.pipeline import TrainingData
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.training.collection import Collection
 from rlrag.training.experience_log import ExperienceLog
+from rlrag.training.generator_model import TrainableGenerator
 from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.parts import TrainedParts
 from rlrag.training.schedule import BatchSchedule
@@ -58,6 +59,11 @@ class DROTrainer:
         self._collection = Collection(
             config, data.train, reward, generator, self.parts, self._schedule, workers
         )
+
+    @property
+    def generator(self) -> TrainableGenerator | None:
+        """The generator that learns, where it does."""
+        return self.parts.generator
 
     @property
     def num_steps(self) -> int:

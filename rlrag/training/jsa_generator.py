@@ -55,9 +55,9 @@ class JSAGenerator:
         self._prompts = prompts
         self._engines = engines
         self._workers = workers
-        self._model = open_trainable_generator(config)
+        self.model = open_trainable_generator(config)
         self._learner = GeneratorLearner(
-            self._model, config.generator_training, config.training, num_steps, workers
+            self.model, config.generator_training, config.training, num_steps, workers
         )
         self._published = 0
 
@@ -71,7 +71,7 @@ class JSAGenerator:
         if version == self._published and not again:
             return
         dtype = resolve_config(self._config.generator, self._config.training.launcher).dtype
-        weights = self._model.published_weights(version, getattr(torch, dtype))
+        weights = self.model.published_weights(version, getattr(torch, dtype))
         hand_over(weights, self._engines, self._workers)
         self._published = version
 
@@ -99,13 +99,13 @@ class JSAGenerator:
     def tensors(self) -> Files:
         """Weights and optimiser, for a checkpoint."""
         return {
-            "generator": self._model.trainable_tensors(),
+            "generator": self.model.trainable_tensors(),
             "generator_optimizer": self._learner.optimizer_tensors(),
         }
 
     def load(self, files: Files) -> None:
         """Take over the weights and, where it is given, the optimiser's state."""
-        self._model.load_trainable(files["generator"])
+        self.model.load_trainable(files["generator"])
         if "generator_optimizer" in files:
             self._learner.load_optimizer(files["generator_optimizer"])
 

@@ -30,6 +30,7 @@ from rlrag.pipeline import Library, TrainingData
 from rlrag.retrieval.query_encoder import static_index
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.storage import restore_weights
+from rlrag.training.generator_model import TrainableGenerator
 from rlrag.training.jsa_generator import JSAGenerator
 from rlrag.training.jsa_retrievers import JSARetrievers
 from rlrag.training.jsa_sampling import PosteriorSampler
@@ -91,6 +92,11 @@ class JSATrainer:
             self._trained_generator = JSAGenerator(
                 config, library.corpus, prompts, generator, self.num_steps, workers
             )
+
+    @property
+    def generator(self) -> TrainableGenerator | None:
+        """The generator that learns, where it does."""
+        return self._trained_generator.model if self._trained_generator else None
 
     @property
     def num_steps(self) -> int:

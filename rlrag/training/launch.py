@@ -28,6 +28,7 @@ from rlrag.pipeline import (
     sampling_of,
 )
 from rlrag.training.dro_trainer import DROTrainer
+from rlrag.training.engine_check import check_engines
 from rlrag.training.experience_log import ExperienceLog
 from rlrag.training.jsa_trainer import JSATrainer
 from rlrag.training.logged_selections import LoggedData, open_logged_data
@@ -81,9 +82,15 @@ def train_locally(
     prompts: PromptBuilder,
     run_dir: RunDirectory,
 ) -> None:
-    """Run the loop in this process, without Ray."""
+    """Run the loop in this process, without Ray.
+
+    Raises:
+        ConfigError: when the generator would not answer as the one that is trained.
+    """
     workers = SingleWorker()
     trainer = open_trainer(config, library, data, generator, prompts, run_dir, workers)
+    if isinstance(trainer, DROTrainer | JSATrainer):
+        check_engines(config, trainer.generator, generator, data.train, prompts, workers)
     with ended_between_steps(run_dir):
         TrainingLoop(config, trainer, run_dir, workers).run()
 
@@ -227,6 +234,8 @@ def _take_part(task: _WorkerTask, run_dir: RunDirectory, workers: Workers) -> No
         assert prompts is not None
         data = open_training_data(config, library)
         trainer = open_trainer(config, library, data, generator, prompts, run_dir, workers)
+        if isinstance(trainer, DROTrainer | JSATrainer):
+            check_engines(config, trainer.generator, generator, data.train, prompts, workers)
     TrainingLoop(config, trainer, run_dir, workers, on_step=_report).run()
 
 
