@@ -44,7 +44,6 @@ _MINUTES_FILE = "minutes.txt"
 _COMMON = (
     *("--environment.num-selected", str(NUM_PASSAGES), "--retrieval.num-candidates", "5"),
     *("--generator.prompt.max-prompt-tokens", "1024", "--training.batch-size", "16"),
-    *("--generator.prompt.passage-order", "best_last"),
     *("--training.max-generator-tokens", str(TOKEN_BUDGET)),
 )
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {

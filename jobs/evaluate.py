@@ -76,6 +76,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _evaluate(arguments: EvaluateArguments) -> None:
     from rlrag.bundle import load_bundle
+    from rlrag.evaluation.baselines import baselines_from_json
     from rlrag.evaluation.question_records import QuestionRecorder, questions_path
     from rlrag.evaluation.systems import evaluate
     from rlrag.evaluation.table import render
@@ -102,6 +103,7 @@ def _evaluate(arguments: EvaluateArguments) -> None:
             tune_generator=opened.tune,
             retrievers=other_retrievers(config, library, bundle.retriever_dir),
             keep=recorder.keep,
+            baselines=baselines_from_json(bundle.evaluation or {}),
         )
     record = table.to_json() | {
         "hashes": {"corpus": library.corpus.content_hash, "questions": questions_hash},
@@ -139,7 +141,7 @@ def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
             )
         except ValidationError as error:
             raise ConfigError(describe_validation_error(error)) from error
-    if not config.evaluation.systems:
+    if not config.systems:
         raise ConfigError(
             f"--bundle {arguments.bundle} is of a run whose evaluation.systems is empty, so that "
             "there is nothing to compare; name some by --systems, or use jobs.probe"

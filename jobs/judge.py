@@ -83,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _judge(arguments: JudgeArguments, path: Path, output: Path) -> None:
+    from rlrag.evaluation.baselines import baselines_for, baselines_from_json
     from rlrag.evaluation.judge_table import (
         JudgeTable,
         answered_by_all,
@@ -126,7 +127,8 @@ def _judge(arguments: JudgeArguments, path: Path, output: Path) -> None:
         VerdictStore(arguments.cache or path.with_name("judge.sqlite")),
         _say,
     )
-    table = JudgeTable.of(questions, systems, judged, labels, arguments.seed)
+    compared = baselines_for(systems, baselines_from_json(found.facts))
+    table = JudgeTable.of(questions, systems, judged, labels, arguments.seed, compared)
     record: dict[str, Any] = {
         "num_questions": len(questions),
         "num_left_out": num_left_out,

@@ -160,6 +160,6 @@ def _bundle_and_evaluate(config: RunConfig, run_dir: RunDirectory, trained: Trai
         partial(shutil.copytree, trained.generator) if trained.generator else None,
         partial(shutil.copytree, trained.retriever) if trained.retriever else None,
     )
-    if config.evaluation.systems:
+    if config.systems:
         say(f"evaluating {run_dir.bundle}")
         evaluate_bundle(config, run_dir, library)

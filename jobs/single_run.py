@@ -44,7 +44,7 @@ def run_once(
     """
     from rlrag.pipeline import open_training_data
 
-    evaluate = evaluate and bool(config.evaluation.systems)
+    evaluate = evaluate and bool(config.systems)
     library = open_all(config, evaluate)
     if config.training.experience is not None:
         _train_on_log(config, run_dir, library, Path(config.training.experience))
@@ -325,15 +325,27 @@ def _evaluate(
     from rlrag.bundle import add_evaluation, load_bundle
     from rlrag.bundle_files import Evaluated, GoldenQuestion, golden_sample
     from rlrag.evaluation.question_records import QuestionRecorder
-    from rlrag.evaluation.systems import Answered, evaluate
+    from rlrag.evaluation.systems import Answered, HeldBack, evaluate
     from rlrag.evaluation.table import render
-    from rlrag.pipeline import open_evaluation_data, open_reward, other_retrievers
+    from rlrag.pipeline import (
+        candidates_of,
+        open_evaluation_data,
+        open_reward,
+        other_retrievers,
+        validation_questions,
+    )
 
     bundle = load_bundle(run_dir.bundle)
     candidates, questions_hash = open_evaluation_data(config, library)
     weights = bundle.generator_weights(
         resolve_config(config.generator, config.training.launcher).dtype
     )
+    held_back = None
+    if (validation := validation_questions(config, library)) is not None:
+        held_back = HeldBack(
+            candidates_of(library, validation, config),
+            other_retrievers(config, library, None, validation),
+        )
     golden: tuple[GoldenQuestion, ...] = ()
     recorder = QuestionRecorder(config.environment.num_selected)
 
@@ -352,6 +364,7 @@ def _evaluate(
         tune_generator=lambda: generator.load_weights(weights) if weights else None,
         retrievers=other_retrievers(config, library, bundle.retriever_dir),
         keep=keep,
+        held_back=held_back,
     )
     record = table.to_json() | {
         "hashes": {**bundle.facts.hashes, "questions": questions_hash},
@@ -366,7 +379,7 @@ def _evaluate(
 
 def _golden_system(config: RunConfig) -> str | None:
     """The evaluated system that answers as the bundle will; None where none repeats its answers."""
-    systems = config.evaluation.systems
+    systems = config.systems
     if config.generator.temperature:
         return None
     if "trained" not in systems and config.training.parts == ("retriever",):

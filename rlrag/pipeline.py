@@ -92,12 +92,8 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
         ConfigError: when the corpus has fewer passages than the offline stage labels.
         DataError: when fewer questions are left than one batch needs.
     """
-    found = load_questions(config.data.train_questions, config.cache_path, library.corpus)
-    chosen = found.sample(config.data.max_train_questions, seed=0)
-    hashes = {"corpus": library.corpus.content_hash, "train_questions": chosen.content_hash}
-    held_back = None
-    if config.data.num_validation_questions:
-        chosen, held_back = chosen.split(config.data.num_validation_questions, seed=0)
+    sampled, chosen, held_back = _training_questions(config, library)
+    hashes = {"corpus": library.corpus.content_hash, "train_questions": sampled.content_hash}
     if len(chosen.questions) < config.training.batch_size:
         raise DataError(
             f"{config.data.train_questions} leaves {len(chosen.questions)} questions to train on, "
@@ -119,6 +115,27 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
     )
 
 
+def validation_questions(config: RunConfig, library: Library) -> QuestionSet | None:
+    """The questions that training holds back; None where it holds none back.
+
+    A selector that learns from what a service logged holds back events, and no questions.
+    """
+    if config.training.experience is not None:
+        return None
+    return _training_questions(config, library)[2]
+
+
+def _training_questions(
+    config: RunConfig, library: Library
+) -> tuple[QuestionSet, QuestionSet, QuestionSet | None]:
+    """The sampled questions, and the two parts of them: to train on, and held back."""
+    found = load_questions(config.data.train_questions, config.cache_path, library.corpus)
+    sampled = found.sample(config.data.max_train_questions, seed=0)
+    if not config.data.num_validation_questions:
+        return sampled, sampled, None
+    return sampled, *sampled.split(config.data.num_validation_questions, seed=0)
+
+
 def open_evaluation_data(config: RunConfig, library: Library) -> tuple[CandidateTable, str]:
     """Candidates of the evaluation questions, and the hash of those questions."""
     found = load_questions(config.data.eval_questions, config.cache_path, library.corpus)
@@ -127,9 +144,12 @@ def open_evaluation_data(config: RunConfig, library: Library) -> tuple[Candidate
 
 
 def other_retrievers(
-    config: RunConfig, library: Library, retriever_dir: Path | None
+    config: RunConfig,
+    library: Library,
+    retriever_dir: Path | None,
+    questions: QuestionSet | None = None,
 ) -> Mapping[str, Callable[[], CandidateTable]]:
-    """Candidates of the evaluation questions from other retrievers, by evaluated system.
+    """Candidates of a set of questions from other retrievers, by evaluated system.
 
     A table is retrieved when it is first asked for; what its retriever lacks on disk is built then.
 
@@ -137,6 +157,7 @@ def other_retrievers(
         config: The run.
         library: Its corpus and retrievers.
         retriever_dir: The tuned encoder, where one was trained.
+        questions: The set; the evaluation questions when unset.
     """
     found: dict[str, Callable[[], CandidateTable]] = {}
     kinds = ("bm25", "dense", "hybrid") if config.retrieval.encoder else ("bm25",)
@@ -146,13 +167,18 @@ def other_retrievers(
         tuned = tuned_retrieval(config.retrieval, retriever_dir)
         configs["tuned_retriever"] = config.model_copy(update={"retrieval": tuned})
     for name, other in configs.items():
-        found[name] = cache(partial(_evaluation_candidates, other, library))
+        found[name] = cache(partial(_candidates_by, other, library, questions))
     return found
 
 
-def _evaluation_candidates(config: RunConfig, library: Library) -> CandidateTable:
+def _candidates_by(
+    config: RunConfig, library: Library, questions: QuestionSet | None
+) -> CandidateTable:
     retrievers = retrievers_of(library.corpus, config.retrieval, config.cache_path, library.shipped)
-    return open_evaluation_data(config, replace(library, retrievers=retrievers))[0]
+    library = replace(library, retrievers=retrievers)
+    if questions is None:
+        return open_evaluation_data(config, library)[0]
+    return candidates_of(library, questions, config)
 
 
 def _retrieving(config: RunConfig, **changes: object) -> RunConfig:

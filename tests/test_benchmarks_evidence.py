@@ -67,8 +67,9 @@ def test_every_family_has_a_valid_run_with_the_same_budget(family, tmp_path, mon
     assert config.training.max_generator_tokens == evidence.TOKEN_BUDGET
     assert config.environment.num_selected == evidence.NUM_PASSAGES
     assert config.retrieval.kind == "dense"
+    assert config.generator.prompt.passage_order == "best_last"
     assert config.data.eval_questions == str(tmp_path / "test")
-    assert {"trained", "tuned_retriever"} & set(config.evaluation.systems)
+    assert {"trained", "tuned_retriever"} & set(config.systems)
 
 
 def part(name: str, *peers: str) -> dict[str, Any]:

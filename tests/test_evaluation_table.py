@@ -11,12 +11,15 @@ import pytest
 from rich.console import Console
 
 from rlrag.errors import DataError
+from rlrag.evaluation.baselines import UNTRAINED, Baseline
+from rlrag.evaluation.choices import Choices
 from rlrag.evaluation.significance import (
     bootstrap_ci,
     paired_bootstrap_ci,
     paired_randomization_test,
 )
-from rlrag.evaluation.table import SystemMetrics, build_table, plain_text, render
+from rlrag.evaluation.table import EvaluationTable, SystemMetrics, plain_text, render
+from rlrag.evaluation.table import build_table as build
 
 
 def metrics(em: list[float], **ranking: list[float]) -> SystemMetrics:
@@ -30,6 +33,14 @@ SYSTEMS = {
     "retriever_order": metrics([1.0, 0.0, 0.0, 0.0], recall=[1, 0, 0, math.nan], ndcg=[1, 0, 0, 0]),
     "trained": metrics([1.0, 1.0, 1.0, 0.0], recall=[1, 1, 0, math.nan], ndcg=[math.nan] * 4),
 }
+
+
+CHOSEN = (Baseline("retriever_order", UNTRAINED, 2, 60),)
+
+
+def build_table(systems: dict[str, SystemMetrics], *args: int, **keywords: int) -> EvaluationTable:
+    """With the retriever's order as what the trained system is compared with."""
+    return build(systems, *args, baselines=CHOSEN, **keywords)  # type: ignore[arg-type]
 
 
 def test_figures_by_hand() -> None:
@@ -63,7 +74,7 @@ def test_intervals_and_tests_are_those_of_the_values() -> None:
 def test_json_has_the_promised_keys_and_plain_values() -> None:
     found = build_table(SYSTEMS, num_selected=5, num_resamples=200).to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert set(found) == {"num_questions", "systems", "paired"}
+    assert set(found) == {"num_questions", "systems", "paired", "baselines"}
     assert found["num_questions"] == 4
     assert list(found["systems"]) == list(SYSTEMS)
     for system in found["systems"].values():
@@ -135,8 +146,25 @@ def test_the_drawn_table_fits_a_terminal_without_folding() -> None:
         console.print(render(table))
     lines = captured.get().splitlines()
     assert sum(line.startswith(tuple(SYSTEMS)) for line in lines) == 3
-    assert len(lines) == 1 + 2 + 3 + 4
+    assert len(lines) == 1 + 2 + 3 + 5  # the comparison's name takes two lines
     assert not any("…" in line for line in lines)
+
+
+def test_the_comparison_says_why_it_is_made_and_what_was_picked() -> None:
+    choices = Choices.of(np.array([[1, 0]] * 30), 5)
+    table = build(SYSTEMS, 2, 200, baselines=CHOSEN, choices=choices)
+    text = " ".join(plain_text(table).split())
+    assert (
+        "trained minus retriever_order, the strongest untrained system on 60 validation questions"
+        in text
+    )
+    assert "other passages than the retriever's first 2 for 0 of 30 questions" in text
+    assert "the policy picks positions (2, 1) for 30 of 30 questions: it has learned" in text
+    found = table.to_json()
+    assert json.loads(json.dumps(found)) == found
+    assert found["baselines"][0]["system"] == "retriever_order"
+    assert found["choices"]["num_other_order"] == 30
+    assert "not a choice" in found["choices"]["constant"]
 
 
 def test_bad_input_is_refused() -> None:

@@ -139,6 +139,24 @@ def test_answers_that_double_or_halve_have_drifted(words, expected):
     assert raised(series("validation/answer_words", words)) == expected
 
 
+@pytest.mark.parametrize(
+    ("constant", "expected"),
+    [
+        ([False, True, True], [("constant_policy", 3)]),
+        ([True, False, True], []),
+        ([True, False, True, True, True], [("constant_policy", 4)]),
+    ],
+)
+def test_a_policy_that_stays_the_same_for_all_questions_is_named(constant, expected):
+    """Steps without a validation between them change nothing."""
+    records = []
+    for step, found in enumerate(constant, 1):
+        validated = {"step": step, "validation/changed_share": 1.0}
+        said = {"constant_policy": "the policy picks positions (2, 1)"} if found else {}
+        records += [validated | said, {"step": step, "reward": 0.0}]
+    assert raised(records) == expected
+
+
 def test_an_alarm_is_raised_once_and_reads_as_a_sentence():
     alarms = Alarms(config())
     found = [alarms.update(record) for record in series("ess", [1.0] * 50)]

@@ -48,7 +48,7 @@ def test_the_evaluation_of_a_trained_policy_beats_the_retriever(
     policy = start(small_config, training_data, tmp_path / "run").run().parts.policy
     reward = open_reward(small_config, ReadingGenerator(), WordPrompts())
     table = evaluate(small_config, policy, make_table(60, seed=6), reward)
-    assert list(table.systems) == list(small_config.evaluation.systems)
+    assert list(table.systems) == list(small_config.systems)
     assert table.systems["oracle"].em == 1.0
     assert table.systems["retriever_order"].recall == table.systems["retriever_order"].em
     paired = table.paired["trained_vs_retriever_order"]

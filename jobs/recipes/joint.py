@@ -26,17 +26,6 @@ def _full(name: str, num_selected: int) -> RunConfig:
             "training": selection.training.model_copy(
                 update={"parts": ("retriever", "selector", "generator"), "rounds": 2}
             ),
-            "evaluation": selection.evaluation.model_copy(
-                update={
-                    "systems": (
-                        "no_retrieval",
-                        "retriever_order",
-                        "original_retriever",
-                        "tuned_retriever",
-                        "trained",
-                    )
-                }
-            ),
         }
     )
 

@@ -60,17 +60,6 @@ def openrag(
             validate_every=20,
             checkpoint_every=20,
         ),
-        evaluation=EvaluationConfig(
-            systems=(
-                "no_retrieval",
-                "bm25",
-                "dense",
-                "hybrid",
-                "original_retriever",
-                "tuned_retriever",
-                "oracle",
-            )
-        ),
     )
 
 

@@ -9,14 +9,12 @@ from rlrag.config import (
     DataConfig,
     DROConfig,
     EnvironmentConfig,
-    EvaluationConfig,
     GeneratorConfig,
     GeneratorTrainingConfig,
     PromptConfig,
     RetrievalConfig,
     RunConfig,
     SelectorConfig,
-    System,
     TrainingConfig,
 )
 
@@ -53,17 +51,6 @@ def nq() -> RunConfig:
         generator=GeneratorConfig(prompt=short_answers(question_mark=False)),
         dro=DROConfig(num_samples=4),
         training=TrainingConfig(num_epochs=1, batch_size=24, learning_rate=5e-3, validate_every=10),
-        evaluation=EvaluationConfig(
-            systems=(
-                "no_retrieval",
-                "random_order",
-                "retriever_first",
-                "retriever_reversed",
-                "retriever_order",
-                "trained",
-                "oracle",
-            )
-        ),
     )
 
 
@@ -74,9 +61,6 @@ def co_training(
 
     The generator trains a low-rank adapter on one of the m selections a question, drawn by weight.
     """
-    systems: tuple[System, ...] = ("no_retrieval", "retriever_order", "trained")
-    if parts == ("selector", "generator"):
-        systems = (*systems[:2], "tuned_selector", "tuned_generator", "trained")
     return RunConfig(
         recipe=f"{name}-{'sft' if objective == 'sft' else 'dro'}",
         data=questions_of(name, 100, 700),
@@ -96,7 +80,6 @@ def co_training(
             validate_every=12,
             checkpoint_every=12,
         ),
-        evaluation=EvaluationConfig(systems=systems),
     )
 
 

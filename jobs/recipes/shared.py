@@ -41,6 +41,7 @@ def short_answers(question_mark: bool) -> PromptConfig:
     mark = "?" if question_mark else ""
     return PromptConfig(
         instruction="",
+        passage_order="best_last",  # by benchmarks/results/layouts.md
         passage_template="Context: [{number}] Title: {title} {text}\n",
         question_template="Question: {question}" + ("" if question_mark else "?") + "\nAnswer:",
         few_shot=(

@@ -52,18 +52,5 @@ def nq_jsa_joint() -> RunConfig:
     Its weights change with every step, so that no score is found in the cache: two passes.
     """
     joint = jsa("nq", parts=("retriever", "generator"))
-    evaluation = joint.evaluation.model_copy(
-        update={
-            "systems": (
-                "no_retrieval",
-                "original_retriever",
-                "tuned_retriever",
-                "tuned_generator",
-                "trained",
-            )
-        }
-    )
     training = joint.training.model_copy(update={"num_epochs": 2})
-    return joint.model_copy(
-        update={"recipe": "nq-jsa-joint", "evaluation": evaluation, "training": training}
-    )
+    return joint.model_copy(update={"recipe": "nq-jsa-joint", "training": training})

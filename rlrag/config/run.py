@@ -27,6 +27,7 @@ from rlrag.config.training import (
     MirrorConfig,
     OffPolicyConfig,
     OpenRAGConfig,
+    System,
     TrainingConfig,
 )
 from rlrag.errors import ConfigError
@@ -145,7 +146,7 @@ class RunConfig(Section):
         return self
 
     def _check_systems(self) -> None:
-        asked = self.evaluation.systems
+        asked = self.evaluation.systems or ()
         for name in ("original_retriever", "tuned_retriever"):
             if name in asked and not self.trains_retriever:
                 raise ValueError(
@@ -316,9 +317,44 @@ class RunConfig(Section):
         return 1 if self.trains_by_openrag and self.openrag.tied else 2
 
     @property
+    def trains_selector(self) -> bool:
+        """Whether the selector is a part that is trained."""
+        return "selector" in self.training.parts
+
+    @property
     def trains_generator(self) -> bool:
         """Whether the generator is a part that is trained."""
         return "generator" in self.training.parts
+
+    @property
+    def systems(self) -> tuple[System, ...]:
+        """Systems of the final comparison: those asked for, else those that fit what is trained.
+
+        One passage has no order, so that its first alone and its reverse are no systems of their
+        own; neither is the retriever's order behind a generator that is all that was trained.
+        """
+        if self.evaluation.systems is not None:
+            return self.evaluation.systems
+        orders: tuple[System, ...] = ("retriever_first", "retriever_reversed")
+        by_generator: tuple[System, ...] = ("tuned_generator_first", "tuned_generator_reversed")
+        if self.environment.num_selected == 1:
+            orders = by_generator = ()
+        found: tuple[System, ...] = ("no_retrieval",)
+        if self.training.parts == ("retriever",):
+            found = (*found, "bm25", *(("dense", "hybrid") if self.retrieval.encoder else ()))
+        else:
+            found = (*found, "random_order", *orders, "retriever_order")
+        if self.trains_retriever:
+            found = (*found, "original_retriever", "tuned_retriever")
+        if self.trains_generator:
+            if self.trains_selector:
+                found = (*found, "tuned_selector")
+            found = (*found, *by_generator)
+            if self.training.parts != ("generator",):
+                found = (*found, "tuned_generator")
+        if self.training.parts != ("retriever",):
+            found = (*found, "trained")
+        return (*found, "oracle")
 
     @property
     def cache_path(self) -> Path:

@@ -427,6 +427,8 @@ System = Literal[
     "tuned_retriever",
     "tuned_selector",
     "tuned_generator",
+    "tuned_generator_first",
+    "tuned_generator_reversed",
     "trained",
     "oracle",
 ]
@@ -435,13 +437,8 @@ System = Literal[
 class EvaluationConfig(Section):
     """The final comparison."""
 
-    systems: tuple[System, ...] = (
-        "no_retrieval",
-        "random_order",
-        "retriever_order",
-        "trained",
-        "oracle",
-    )
-    """Systems in the table; none leaves the comparison out."""
+    systems: tuple[System, ...] | None = None
+    """Systems in the table. Unset: those that fit what is trained; an empty list leaves the
+    comparison out."""
     num_bootstrap: int = Field(default=10_000, ge=100)
     """Resamples for intervals and the paired test."""

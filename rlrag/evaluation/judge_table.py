@@ -15,6 +15,7 @@ from rich.text import Text
 
 from rlrag.errors import DataError
 from rlrag.evaluation.agreement import Agreement
+from rlrag.evaluation.baselines import Baseline
 from rlrag.evaluation.llm_judge import CORRECT, UNPARSABLE, Case, Judged, Verdict
 from rlrag.evaluation.question_records import EvaluatedQuestion, EvaluatedQuestions
 from rlrag.evaluation.significance import (
@@ -22,7 +23,7 @@ from rlrag.evaluation.significance import (
     paired_bootstrap_ci,
     paired_randomization_test,
 )
-from rlrag.evaluation.table import PAIRED_SYSTEMS
+from rlrag.evaluation.table import name_pair, paired_systems
 
 MEASURES = ("em", "contained")
 """What the judge is compared with; both are 0 or 1."""
@@ -76,6 +77,7 @@ class JudgeTable:
     labels: Labels = field(default_factory=dict)
     num_resamples: int = 10_000
     seed: int = 0
+    baselines: Sequence[Baseline] = ()
 
     @classmethod
     def of(
@@ -85,8 +87,12 @@ class JudgeTable:
         judged: Judged,
         labels: Labels,
         seed: int = 0,
+        baselines: Sequence[Baseline] = (),
     ) -> JudgeTable:
-        """Lay the verdicts out by system and question."""
+        """Lay the verdicts out by system and question.
+
+        `baselines` are what the evaluation compared `trained` with.
+        """
         answers = {}
         for name in systems:
             answers[name] = [
@@ -97,7 +103,7 @@ class JudgeTable:
                 )
                 for question in questions
             ]
-        return cls(answers, labels, seed=seed)
+        return cls(answers, labels, seed=seed, baselines=baselines)
 
     def to_json(self) -> dict[str, Any]:
         """Values that `json.dumps` takes.
@@ -134,9 +140,7 @@ class JudgeTable:
 
     def _paired(self) -> dict[str, Any]:
         found = {}
-        for pair in PAIRED_SYSTEMS:
-            if not all(name in self.systems for name in pair):
-                continue
+        for pair in paired_systems(self.systems, self.baselines):
             both = [
                 (ours.is_correct, theirs.is_correct)
                 for ours, theirs in zip(*(self.systems[name] for name in pair), strict=True)
@@ -263,7 +267,7 @@ def _cells(found: Mapping[str, Any]) -> list[str]:
 def _remarks(record: Mapping[str, Any]) -> list[str]:
     names = {"em": "exact match", "contained": "containment", "judge": "the judge"}
     lines = [
-        f"{name.replace('_vs_', ' minus ')}: {pair['diff']:+.3f}, 95 % {pair['ci95'][0]:+.3f} to "
+        f"{name_pair(name)}: {pair['diff']:+.3f}, 95 % {pair['ci95'][0]:+.3f} to "
         f"{pair['ci95'][1]:+.3f}, p = {pair['p_value']:.2g}"
         for name, pair in record["paired"].items()
     ]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # it brings torch, which reading does without
 FORMAT = 1
 PICKED_CHARS = 400
 FOUND_CHARS = 160
-_FACTS = ("hashes", "bundle_step")
+_FACTS = ("hashes", "bundle_step", "baselines")
 _MEASURES = ("em", "f1", "contained")
 
 

@@ -15,10 +15,13 @@ from html import escape
 from typing import Any
 
 from rlrag.evaluation import report_figures
+from rlrag.evaluation.baselines import Baseline, baselines_from_json
+from rlrag.evaluation.choices import Choices
 from rlrag.evaluation.paired_tests import PairedTest, between_runs, within_run
 from rlrag.evaluation.question_browser import SCRIPT, question_browser
 from rlrag.evaluation.report_style import STYLE
 from rlrag.evaluation.run_record import RunRecord, differing_fields
+from rlrag.evaluation.table import name_pair
 
 _Row = Sequence[str]
 
@@ -164,17 +167,32 @@ def _result(run: RunRecord, evaluation: Mapping[str, Any]) -> str:
         caption += f"; the trained system is that of step {evaluation['bundle_step']:,}"
     headings = ("system", "EM (95 %)", "F1 (95 %)", "accuracy", *ranked)
     heading = f"<h3>{escape(run.name)}</h3>\n"
-    tests = _paired(within_run(evaluation), "Differences on the same questions")
-    return heading + _table(headings, rows, caption) + tests
+    tests = _paired(
+        within_run(evaluation),
+        "Differences on the same questions",
+        baselines_from_json(evaluation),
+    )
+    return heading + _table(headings, rows, caption) + tests + _choices(evaluation)
 
 
-def _paired(tests: Sequence[PairedTest], caption: str) -> str:
+def _choices(evaluation: Mapping[str, Any]) -> str:
+    """What the trained policy picked; nothing where none was trained."""
+    if "choices" not in evaluation:
+        return ""
+    choices = Choices.from_json(evaluation["choices"])
+    told = "".join(f"<p>{escape(line)}.</p>\n" for line in choices.describe())
+    return told + (
+        f'<p class="warning">{escape(choices.constant)}.</p>\n' if choices.constant else ""
+    )
+
+
+def _paired(tests: Sequence[PairedTest], caption: str, baselines: Sequence[Baseline] = ()) -> str:
     """Differences on the same questions; nothing without any."""
     if not tests:
         return ""
     rows = [
         (
-            f"{test.ours} minus {test.theirs}",
+            name_pair(f"{test.ours}_vs_{test.theirs}", baselines),
             test.measure,
             f"{test.difference:+.3f} ({test.ci95[0]:+.3f} to {test.ci95[1]:+.3f})",
             f"{test.p_value:.2g}",

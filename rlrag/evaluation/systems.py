@@ -4,8 +4,9 @@ A system is a way to choose passages: nothing, the retriever's first K in its or
 reverse, its first alone, K at random, the trained policy's pick, or for each question the single
 candidate that turns out best (the oracle). `bm25`, `dense`, `hybrid`, `original_retriever` and
 `tuned_retriever` are the first K of that retriever; where a retriever was trained, `trained` picks
-from what it finds. All are answered by the generator as training found it,
-but `trained` and `tuned_generator` (the retriever's order), where a generator was trained.
+from what it finds. All are answered by the generator as training found it, but `trained` and the
+systems named after a trained generator: `tuned_generator` (the retriever's order),
+`tuned_generator_first` and `tuned_generator_reversed`.
 
 A question that the generator could not answer under some system is left out of all, and named, so
 that the systems stay comparable.
@@ -16,13 +17,23 @@ Shape letters: Q questions, N candidates, K selected.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
 
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, RlragError
+from rlrag.evaluation.baselines import (
+    FIXED_CHOICES,
+    FIXED_ORDER,
+    TRAINED,
+    Baseline,
+    baselines_for,
+    choose,
+    contenders,
+)
+from rlrag.evaluation.choices import Choices
 from rlrag.evaluation.ranking import ndcg_at_k, recall_at_k
 from rlrag.evaluation.table import EvaluationTable, SystemMetrics, build_table
 from rlrag.records import Generation, Passage, Question
@@ -32,7 +43,7 @@ from rlrag.rewards.answering import AnsweringReward
 from rlrag.selection.protocol import SelectionPolicy
 
 _POLICY_BATCH = 64
-_BY_TUNED_GENERATOR = ("tuned_generator", "trained")
+_BY_TUNED_GENERATOR = (*FIXED_CHOICES[FIXED_ORDER], TRAINED)
 _RETRIEVERS = ("bm25", "dense", "hybrid", "original_retriever", "tuned_retriever")
 
 Picks = Sequence[Sequence[int]] | np.ndarray
@@ -60,6 +71,17 @@ class Answered:
         return [None if isinstance(a, RlragError) else a.text for a in self.answers]
 
 
+@dataclass(frozen=True)
+class HeldBack:
+    """Validation questions, which choose what `trained` is compared with.
+
+    `retrievers` are their candidates from other retrievers, by system.
+    """
+
+    candidates: CandidateTable
+    retrievers: Mapping[str, Callable[[], CandidateTable]] = field(default_factory=dict)
+
+
 def evaluate(
     config: RunConfig,
     policy: SelectionPolicy,
@@ -69,6 +91,8 @@ def evaluate(
     tune_generator: Callable[[], None] = lambda: None,
     retrievers: Mapping[str, Callable[[], CandidateTable]] = MappingProxyType({}),
     keep: Callable[[str, Answered], None] = lambda name, answered: None,
+    held_back: HeldBack | None = None,
+    baselines: Sequence[Baseline] = (),
 ) -> EvaluationTable:
     """Answer every question under every configured system and compare them.
 
@@ -84,6 +108,8 @@ def evaluate(
             that system's turn comes.
         keep: Called with the name and the answers of each system; those of the oracle are what its
             best candidates led to.
+        held_back: Choose by these questions what `trained` is compared with.
+        baselines: Without them, what an earlier evaluation of the same weights chose.
 
     Raises:
         ConfigError: a system is asked for whose retriever this run has not.
@@ -92,7 +118,7 @@ def evaluate(
     num_selected = config.environment.num_selected
     found: dict[str, SystemMetrics] = {}
     errors: dict[int, RlragError] = {}
-    asked = config.evaluation.systems
+    asked = config.systems
     missing = [name for name in asked if name in _RETRIEVERS and name not in retrievers]
     if missing:
         raise ConfigError(
@@ -100,11 +126,14 @@ def evaluate(
             "or has no such index; leave it out"
         )
     tuned = [name for name in asked if name in _BY_TUNED_GENERATOR]
+    rivals = contenders(asked) if held_back is not None else frozenset()
+    measured: dict[str, Sequence[np.ndarray]] = {}
+    choices: Choices | None = None
     for name in [*(name for name in asked if name not in tuned), *tuned]:
         if name in tuned[:1]:
             tune_generator()
         progress(name)
-        source = "tuned_retriever" if name == "trained" else name
+        source = "tuned_retriever" if name == TRAINED else name
         table = retrievers[source]() if source in retrievers else candidates
         retriever = source if source in retrievers else "retriever"
         if name == "oracle":
@@ -112,14 +141,20 @@ def evaluate(
             found[name] = SystemMetrics(**_answer_metrics(answered.questions, answered.texts))
         else:
             picks = _picks(name, policy, table, num_selected, config.seed)
-            selections = _passages(table, picks)
-            answers = answering.answer(table.questions, selections)
-            answered = Answered(table.questions, selections, answers)
+            if name == TRAINED and config.trains_selector:
+                choices = Choices.of(np.asarray(picks), table.num_candidates)
+            answered = _answered(table, picks, answering)
             found[name] = _measure(answered, 0 if name == "no_retrieval" else num_selected)
         if name != "no_retrieval":
             answered = replace(answered, candidates=table, retriever=retriever)
         keep(name, answered)
         errors |= {q: a for q, a in enumerate(answered.answers) if isinstance(a, RlragError)}
+        if held_back is not None and name in rivals:
+            others = held_back.retrievers
+            table = others[source]() if source in others else held_back.candidates
+            picks = _picks(name, policy, table, num_selected, config.seed)
+            values = _answer_metrics(table.questions, _answered(table, picks, answering).texts)
+            measured[name] = (values["em"], values["f1"])
     answered_Q = np.array([q not in errors for q in range(len(candidates))])
     if not answered_Q.any():
         raise next(iter(errors.values()))
@@ -129,6 +164,8 @@ def evaluate(
         config.evaluation.num_bootstrap,
         config.seed,
         {candidates.questions[q].id: str(error) for q, error in sorted(errors.items())},
+        baselines_for(asked, choose(measured, asked) if held_back is not None else baselines),
+        choices,
     )
 
 
@@ -152,15 +189,24 @@ def _picks(
         return [()] * num_questions
     if name in ("retriever_order", "tuned_generator", *_RETRIEVERS):
         return [tuple(range(num_selected))] * num_questions
-    if name == "retriever_first":
+    if name in ("retriever_first", "tuned_generator_first"):
         return [(0,)] * num_questions
-    if name == "retriever_reversed":
+    if name in ("retriever_reversed", "tuned_generator_reversed"):
         return [tuple(range(num_selected))[::-1]] * num_questions
     if name == "random_order":
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(candidates.num_candidates) for _ in range(num_questions)]
         return np.stack(orders)[:, :num_selected]
     return greedy_picks(policy, candidates)
+
+
+def _answered(candidates: CandidateTable, picks: Picks, answering: AnsweringReward) -> Answered:
+    selections = [
+        [candidates.passages(question)[position] for position in positions]
+        for question, positions in enumerate(picks)
+    ]
+    answers = answering.answer(candidates.questions, selections)
+    return Answered(candidates.questions, selections, answers)
 
 
 def _measure(answered: Answered, depth: int) -> SystemMetrics:
@@ -205,13 +251,6 @@ def _oracle(candidates: CandidateTable, answering: AnsweringReward) -> Answered:
     best_Q = order_QN.reshape(num_questions, num_candidates).argmax(axis=1)
     flat = [q * num_candidates + n for q, n in enumerate(best_Q.tolist())]
     return Answered(candidates.questions, [[passages[i]] for i in flat], [answers[i] for i in flat])
-
-
-def _passages(candidates: CandidateTable, picks: Picks) -> list[list[Passage]]:
-    return [
-        [candidates.passages(question)[position] for position in positions]
-        for question, positions in enumerate(picks)
-    ]
 
 
 def _answer_metrics(

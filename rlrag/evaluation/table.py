@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -15,14 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from rlrag.errors import DataError
+from rlrag.evaluation.baselines import TRAINED, Baseline, baselines_to_json
+from rlrag.evaluation.choices import Choices
 from rlrag.evaluation.significance import (
     bootstrap_ci,
     paired_bootstrap_ci,
     paired_randomization_test,
 )
 
-PAIRED_SYSTEMS = (("trained", "retriever_order"), ("tuned_retriever", "original_retriever"))
-"""The systems that paired tests compare, ours first."""
+_RETRIEVERS = ("tuned_retriever", "original_retriever")
 
 Interval = tuple[float, float]
 
@@ -87,7 +88,8 @@ class PairedComparison:
 class EvaluationTable:
     """The comparison of systems on one question set, with K passages shown to the generator.
 
-    `left_out` has the ids of questions that count for no system, and why.
+    `left_out` has the ids of questions that count for no system, and why. `baselines` are what
+    `trained` is compared with, and `choices` what the trained policy picked, where one was trained.
     """
 
     num_questions: int
@@ -95,11 +97,15 @@ class EvaluationTable:
     systems: Mapping[str, SystemSummary]
     paired: Mapping[str, PairedComparison]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    baselines: Sequence[Baseline] = ()
+    choices: Choices | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Values that `json.dumps` takes: `num_questions`, `systems.NAME`, `paired.A_vs_B`.
 
-        Where questions had to be left out, `left_out.ID` says why. Recall and nDCG carry K in their
+        `baselines` says which systems `trained` is compared with and how these were chosen, and
+        `choices`, where a selector was trained, which positions it picked. Where questions had to
+        be left out, `left_out.ID` says why. Recall and nDCG carry K in their
         names, as in `recall@5`, and are None where unknown.
         """
         return {
@@ -130,6 +136,8 @@ class EvaluationTable:
                 }
                 for name, comparison in self.paired.items()
             },
+            "baselines": baselines_to_json(self.baselines),
+            **({"choices": self.choices.to_json()} if self.choices else {}),
             **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
 
@@ -140,10 +148,12 @@ def build_table(
     num_resamples: int = 10_000,
     seed: int = 0,
     left_out: Mapping[str, str] = MappingProxyType({}),
+    baselines: Sequence[Baseline] = (),
+    choices: Choices | None = None,
 ) -> EvaluationTable:
-    """Summarise the systems in the given order, and compare the pairs of `PAIRED_SYSTEMS`.
+    """Summarise the systems in the given order, and compare the pairs of `paired_systems`.
 
-    `left_out` says why which questions are not among the metrics.
+    `left_out` says why which questions are not among the metrics, `choices` what was picked.
 
     Raises:
         DataError: no systems, no questions, unequal numbers of questions, or a value that is not
@@ -158,11 +168,33 @@ def build_table(
         name: _summarize(name, metrics, num_resamples, seed) for name, metrics in systems.items()
     }
     paired = {}
-    for pair in PAIRED_SYSTEMS:
-        if all(name in systems for name in pair):
-            ours, theirs = (systems[name] for name in pair)
-            paired["_vs_".join(pair)] = compare(ours, theirs, num_resamples, seed)
-    return EvaluationTable(next(iter(lengths.values())), num_selected, summaries, paired, left_out)
+    for pair in paired_systems(systems, baselines):
+        ours, theirs = (systems[name] for name in pair)
+        paired["_vs_".join(pair)] = compare(ours, theirs, num_resamples, seed)
+    return EvaluationTable(
+        next(iter(lengths.values())),
+        num_selected,
+        summaries,
+        paired,
+        left_out,
+        baselines,
+        choices,
+    )
+
+
+def paired_systems(
+    systems: Collection[str], baselines: Sequence[Baseline]
+) -> list[tuple[str, str]]:
+    """Of these systems those that a paired test compares, ours first."""
+    pairs = [(TRAINED, baseline.system) for baseline in baselines] + [_RETRIEVERS]
+    return [pair for pair in pairs if all(name in systems for name in pair)]
+
+
+def name_pair(name: str, baselines: Sequence[Baseline] = ()) -> str:
+    """A comparison such as `trained_vs_retriever_order` in words, with why it is made."""
+    ours, _, theirs = name.partition("_vs_")
+    why = next((f", {b}" for b in baselines if ours == TRAINED and b.system == theirs), "")
+    return f"{ours} minus {theirs}{why}"
 
 
 def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
@@ -174,7 +206,11 @@ def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
         title=f"{table.num_questions} questions, at most {table.num_selected} passages each",
         caption=Text("\n").join(
             [
-                *(_describe(name, pair) for name, pair in table.paired.items()),
+                *(
+                    _describe(name_pair(name, table.baselines), pair)
+                    for name, pair in table.paired.items()
+                ),
+                *map(Text, _told(table.choices)),
                 *(Text(f"left out {why}") for why in table.left_out.values()),
             ]
         ),
@@ -190,7 +226,7 @@ def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
         drawn.add_column(metric, justify="right", no_wrap=True)
     for name, summary in table.systems.items():
         drawn.add_row(
-            Text(name, style="bold" if name in {ours for ours, _ in PAIRED_SYSTEMS} else ""),
+            Text(name, style="bold" if name in (TRAINED, _RETRIEVERS[0]) else ""),
             f"{_share(summary.em)} ({_share(summary.em_ci95[0])}-{_share(summary.em_ci95[1])})",
             f"{_share(summary.f1)} ({_share(summary.f1_ci95[0])}-{_share(summary.f1_ci95[1])})",
             *map(_share, (summary.accuracy, summary.recall, summary.ndcg)),
@@ -267,7 +303,14 @@ def _describe(name: str, pair: PairedComparison) -> Text:
             ("accuracy", pair.accuracy_diff, pair.accuracy_ci95, pair.accuracy_p_value),
         )
     ]
-    return Text("\n".join([name.replace("_vs_", " minus "), *lines]))
+    return Text("\n".join([name, *lines]))
+
+
+def _told(choices: Choices | None) -> list[str]:
+    """What the trained policy picked, a line each; nothing where none was trained."""
+    if choices is None:
+        return []
+    return [*choices.describe(), *([choices.constant] if choices.constant else [])]
 
 
 def _share(value: float | None) -> str:

@@ -7,6 +7,7 @@ of them does not grow with the run.
     collapse                 one selection has all the weight, or the policy no choice left
     zero_signal              nearly all questions have equal rewards: nothing to learn from
     reward_up_quality_down   the reward goes on rising while validation EM and F1 have fallen
+    constant_policy          the policy does the same with nearly every question
     length_drift             validation answers are far longer or shorter than at the start
     failures                 rewards could not be computed and were left out
 """
@@ -34,6 +35,8 @@ _WATCHED = (
     "validation/em",
     "validation/f1",
     "validation/answer_words",
+    "validation/changed_share",
+    "constant_policy",
     "num_failed",
     "failures",
 )
@@ -55,6 +58,8 @@ class AlarmLimits:
     """`reward_up_quality_down`: EM and F1 fell by more than this many standard errors."""
     max_length_ratio: float = 2.0
     """`length_drift`: answers are more than this many times longer or shorter."""
+    constant_validations: int = 2
+    """`constant_policy`: so many validations in a row found it so."""
 
 
 DEFAULT_LIMITS = AlarmLimits()
@@ -113,7 +118,8 @@ class _Seen:
     """What the rules need of the steps so far.
 
     `first` is the first value of every metric, `best` the first of the validations with the highest
-    F1, and `trend` that of the reward since then.
+    F1, and `trend` that of the reward since then. `num_constant` counts the last validations in a
+    row that found a policy that does the same with nearly every question.
     """
 
     recent: deque[Record]
@@ -121,12 +127,15 @@ class _Seen:
     first: dict[str, Any] = field(default_factory=dict)
     best: Record | None = None
     trend: _Trend = field(default_factory=_Trend)
+    num_constant: int = 0
 
     def add(self, record: Record) -> None:
         self.last = record
         self.recent.append(record)
         for name, value in record.items():
             self.first.setdefault(name, value)
+        if "validation/changed_share" in record:
+            self.num_constant = self.num_constant + 1 if "constant_policy" in record else 0
         if "reward" in record:
             self.trend.add(record["step"], record["reward"])
         name = "validation/f1"
@@ -157,6 +166,7 @@ class Alarms:
             "collapse": lambda seen: _collapse(seen, num_samples, limits),
             "zero_signal": lambda seen: _zero_signal(seen, limits),
             "reward_up_quality_down": lambda seen: _quality_down(seen, num_questions, limits),
+            "constant_policy": lambda seen: _constant_policy(seen, limits),
             "length_drift": lambda seen: _length_drift(seen, limits),
             "failures": _failures,
         }
@@ -250,6 +260,16 @@ def _quality_down(seen: _Seen, num_questions: int, limits: AlarmLimits) -> str |
         f"{best['validation/f1']:.3f} to {last['validation/f1']:.3f}: the run learns its training "
         "questions by heart, or the reward is not what is wanted. Train on more questions or for "
         "fewer passes, or change reward.functions"
+    )
+
+
+def _constant_policy(seen: _Seen, limits: AlarmLimits) -> str | None:
+    if seen.num_constant < limits.constant_validations:
+        return None
+    return (
+        f"on the validation questions, {seen.last['constant_policy']}. A setting does the same: "
+        "compare with retriever_reversed and retriever_first, and where these are as good, train "
+        "in the other layout of generator.prompt.passage_order, or with more candidates"
     )
 
 

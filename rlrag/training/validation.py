@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 
 from rlrag.errors import GenerationError, RlragError
+from rlrag.evaluation.choices import Choices
 from rlrag.evaluation.systems import greedy_picks
 from rlrag.records import Generation
 from rlrag.retrieval.candidates import CandidateTable
@@ -22,8 +24,11 @@ def validate(
     candidates: CandidateTable,
     answering: AnsweringReward,
     workers: Workers,
-) -> dict[str, float]:
-    """EM, F1 and words an answer of greedy selections, and the share of changed selections.
+) -> dict[str, Any]:
+    """EM, F1 and words an answer of greedy selections, and how these differ from the retriever's.
+
+    Where a policy treats nearly all questions alike and not as the retriever does,
+    `constant_policy` says how.
 
     A question that could not be answered, by the generator or for lack of room in the prompt, does
     not count.
@@ -52,12 +57,25 @@ def validate(
     if not num_answered:
         raise unanswered(answers)
     em, f1, words = (total / num_answered for total in sums)
+    choices = Choices.of(picks, candidates.num_candidates)
     return {
         "validation/em": em,
         "validation/f1": f1,
         "validation/answer_words": words,
-        "validation/changed_share": float((picks != np.arange(picks.shape[1])).any(axis=1).mean()),
+        **describe_choices(choices),
     }
+
+
+def describe_choices(choices: Choices) -> dict[str, Any]:
+    """Shares of selections that differ from the retriever's, and what is constant about them."""
+    changed = choices.num_other_set + choices.num_other_order
+    found: dict[str, Any] = {
+        "validation/changed_share": changed / choices.num_questions,
+        "validation/other_set_share": choices.num_other_set / choices.num_questions,
+    }
+    if choices.constant is not None and not choices.keeps_order:
+        found["constant_policy"] = choices.constant
+    return found
 
 
 def unanswered(answers: Iterable[Generation | RlragError]) -> RlragError:
