@@ -87,7 +87,7 @@ def measure(config: RunConfig, generator: Generator, num_questions: int) -> dict
 
 def report(measured: Mapping[str, Mapping[str, Measured]], shown: Mapping[str, int]) -> str:
     """The results as Markdown."""
-    from rlrag.evaluation.significance import paired_bootstrap_ci, paired_randomization_test
+    from rlrag.evaluation.significance import paired_randomization_ci, paired_randomization_test
 
     lines = [
         "# Layout of the prompt: the best passage first or last",
@@ -100,7 +100,7 @@ def report(measured: Mapping[str, Mapping[str, Measured]], shown: Mapping[str, i
     ]
     for name, by_layout in measured.items():
         first, last = (by_layout[layout].f1 for layout in ("as_picked", "best_last"))
-        low, high = paired_bootstrap_ci(last, first)
+        low, high = paired_randomization_ci(last, first)
         cells = [f"{_mean(m.em):.3f} / {_mean(m.f1):.3f}" for m in map(by_layout.get, LAYOUTS) if m]
         lines.append(
             f"| {name} | {len(first)} | {shown[name]} | {' | '.join(cells)} | "

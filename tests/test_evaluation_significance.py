@@ -17,7 +17,7 @@ from rlrag.evaluation import significance
 from rlrag.evaluation.significance import (
     bootstrap_ci,
     holm_correction,
-    paired_bootstrap_ci,
+    paired_randomization_ci,
     paired_randomization_test,
 )
 
@@ -57,13 +57,63 @@ def test_interval_agrees_with_scipy(confidence: float) -> None:
         method="percentile",
         rng=np.random.default_rng(5),
     ).confidence_interval
-    found = paired_bootstrap_ci(ours, theirs, 20_000, 0, confidence)
-    assert found == pytest.approx(tuple(paired), abs=2e-3)
+    found = paired_randomization_ci(ours, theirs, 20_000, 0, confidence)
+    # Another construction: with 200 questions it ends at nearly the same places.
+    assert found == pytest.approx(tuple(paired), abs=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "num_same"), [(4, 0, 25), (5, 0, 95), (6, 0, 94), (7, 1, 92), (9, 1, 90)]
+)
+def test_interval_and_test_say_the_same_of_wins_and_losses(won, lost, num_same) -> None:
+    """Four wins of 29 without a loss: p is 2 / 2^4, and the interval must not exclude 0."""
+    ours, theirs = (
+        np.array([a] * won + [b] * lost + [1.0] * num_same) for a, b in ((1, 0), (0, 1))
+    )
+    p_value = stats.binomtest(won, won + lost).pvalue
+    low, high = paired_randomization_ci(ours, theirs)
+    assert (low <= 0 <= high) == (p_value > 0.05)
+    assert low <= (won - lost) / len(ours) <= high
+    low, high = paired_randomization_ci(theirs, ours)
+    assert (low <= 0 <= high) == (p_value > 0.05)
+
+
+@given(st.lists(st.sampled_from([-1.0, -0.4, 0.0, 0.0, 0.1, 0.3, 1.0]), min_size=1, max_size=30))
+def test_interval_and_test_never_contradict_each_other(differences: list[float]) -> None:
+    zeros = np.zeros(len(differences))
+    for confidence in (0.8, 0.95):
+        low, high = paired_randomization_ci(differences, zeros, 400, 3, confidence)
+        p_value = paired_randomization_test(differences, zeros, 400, 3)
+        assert (low <= 0 <= high) == (p_value > 1 - confidence + 1e-12)
+        assert low - 1e-9 <= np.mean(differences) <= high + 1e-9
+
+
+def test_the_interval_holds_what_the_test_of_shifted_values_does_not_reject() -> None:
+    """By enumeration: eight differences, each candidate difference tested by itself."""
+    differences = np.array([0.9, 0.4, -0.2, 0.7, 0.1, 0.35, -0.05, 0.6])
+    low, high = paired_randomization_ci(differences, np.zeros(8))
+    for shift in np.linspace(-0.5, 1.5, 401):
+        kept = paired_randomization_test(differences - shift, np.zeros(8)) > 0.05
+        if min(abs(shift - low), abs(shift - high)) > 0.005:
+            assert (low <= shift <= high) == kept, shift
+
+
+@pytest.mark.parametrize(
+    ("num_questions", "won", "lost"), [(29, 0.15, 0.0), (60, 0.05, 0.0), (60, 0.15, 0.05)]
+)
+def test_the_paired_interval_covers_the_true_difference(num_questions, won, lost) -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for seed in range(300):
+        drawn = rng.random(num_questions)
+        low, high = paired_randomization_ci(drawn < won, drawn > 1 - lost, 400, seed)
+        covered += low <= won - lost <= high
+    assert 0.91 <= covered / 300 <= 0.99
 
 
 def test_pairing_narrows_the_interval_where_the_values_go_together() -> None:
     theirs = np.random.default_rng(0).random(100)
-    low, high = paired_bootstrap_ci(theirs + 0.1, theirs)
+    low, high = paired_randomization_ci(theirs + 0.1, theirs)
     assert low == pytest.approx(0.1)
     assert high == pytest.approx(0.1)
 
@@ -129,7 +179,7 @@ def test_both_directions_and_no_difference() -> None:
     for a, b in ((ours, theirs), (ours[:10], theirs[:10])):
         assert paired_randomization_test(a, b) == paired_randomization_test(b, a)
     assert paired_randomization_test(ours, ours) == 1.0
-    assert paired_bootstrap_ci(ours, ours) == (0.0, 0.0)
+    assert paired_randomization_ci(ours, ours) == (0.0, 0.0)
 
 
 def test_sums_that_differ_by_rounding_alone_are_ties() -> None:
@@ -169,7 +219,7 @@ def test_bad_values_are_refused() -> None:
         bootstrap_ci([])
     with pytest.raises(DataError, match="shape"):
         bootstrap_ci([[1.0, 2.0]])
-    for paired in (paired_bootstrap_ci, paired_randomization_test):
+    for paired in (paired_randomization_ci, paired_randomization_test):
         with pytest.raises(DataError, match="2 values against 3"):
             paired([1.0, 2.0], [1.0, 2.0, 3.0])
         with pytest.raises(DataError, match=r"theirs\[0\] is nan"):

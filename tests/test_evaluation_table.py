@@ -15,7 +15,7 @@ from rlrag.evaluation.baselines import UNTRAINED, Baseline
 from rlrag.evaluation.choices import Choices
 from rlrag.evaluation.significance import (
     bootstrap_ci,
-    paired_bootstrap_ci,
+    paired_randomization_ci,
     paired_randomization_test,
 )
 from rlrag.evaluation.table import EvaluationTable, SystemMetrics, plain_text, render
@@ -65,8 +65,8 @@ def test_intervals_and_tests_are_those_of_the_values() -> None:
     assert table.systems["trained"].em_ci95 == bootstrap_ci(ours.em, 300, 9)
     assert table.systems["trained"].f1_ci95 == bootstrap_ci(ours.f1, 300, 9)
     pair = table.paired["trained_vs_retriever_order"]
-    assert pair.ci95 == paired_bootstrap_ci(ours.em, theirs.em, 300, 9)
-    assert pair.f1_ci95 == paired_bootstrap_ci(ours.f1, theirs.f1, 300, 9)
+    assert pair.ci95 == paired_randomization_ci(ours.em, theirs.em, 300, 9)
+    assert pair.f1_ci95 == paired_randomization_ci(ours.f1, theirs.f1, 300, 9)
     assert pair.p_value == paired_randomization_test(ours.em, theirs.em, 300, 9)
     assert pair.f1_p_value == paired_randomization_test(ours.f1, theirs.f1, 300, 9)
 
@@ -110,7 +110,7 @@ def test_a_tuned_retriever_is_compared_with_the_original_one() -> None:
     ours, theirs = systems["tuned_retriever"].accuracy, systems["original_retriever"].accuracy
     [pair] = paired.values()
     assert pair.accuracy_diff == np.mean(ours) - np.mean(theirs)
-    assert pair.accuracy_ci95 == paired_bootstrap_ci(ours, theirs, 300, 9)
+    assert pair.accuracy_ci95 == paired_randomization_ci(ours, theirs, 300, 9)
     assert pair.accuracy_p_value == paired_randomization_test(ours, theirs, 300, 9)
 
 

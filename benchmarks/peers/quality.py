@@ -19,7 +19,7 @@ from benchmarks.peers.plan import Prepared
 from rlrag.errors import DataError
 from rlrag.evaluation.significance import (
     bootstrap_ci,
-    paired_bootstrap_ci,
+    paired_randomization_ci,
     paired_randomization_test,
 )
 from rlrag.generation.build import open_generator
@@ -161,7 +161,7 @@ def summary(values: Values, baseline: Values | None) -> Quality:
         ours, theirs = values["em"], baseline["em"]
         gain = Comparison(
             float(ours.mean() - theirs.mean()),
-            paired_bootstrap_ci(ours, theirs),
+            paired_randomization_ci(ours, theirs),
             paired_randomization_test(ours, theirs),
         )
     return Quality(

@@ -20,7 +20,7 @@ from rlrag.evaluation.llm_judge import CORRECT, UNPARSABLE, Case, Judged, Verdic
 from rlrag.evaluation.question_records import EvaluatedQuestion, EvaluatedQuestions
 from rlrag.evaluation.significance import (
     bootstrap_ci,
-    paired_bootstrap_ci,
+    paired_randomization_ci,
     paired_randomization_test,
 )
 from rlrag.evaluation.table import name_pair, paired_systems
@@ -149,7 +149,7 @@ class JudgeTable:
             if not both:
                 continue
             ours, theirs = np.array(both, dtype=np.float64).T
-            interval = paired_bootstrap_ci(ours, theirs, self.num_resamples, self.seed)
+            interval = paired_randomization_ci(ours, theirs, self.num_resamples, self.seed)
             found["_vs_".join(pair)] = {
                 "diff": float(ours.mean() - theirs.mean()),
                 "ci95": list(interval),

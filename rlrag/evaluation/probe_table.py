@@ -18,7 +18,7 @@ from rich.table import Table
 from rlrag.evaluation.probe import Measured
 from rlrag.evaluation.significance import (
     bootstrap_ci,
-    paired_bootstrap_ci,
+    paired_randomization_ci,
     paired_randomization_test,
 )
 
@@ -78,7 +78,7 @@ class ProbeTable:
     def _difference(self, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
         return {
             "diff": float(ours.mean() - theirs.mean()),
-            "ci95": list(paired_bootstrap_ci(ours, theirs, self.num_resamples, self.seed)),
+            "ci95": list(paired_randomization_ci(ours, theirs, self.num_resamples, self.seed)),
             "p_value": paired_randomization_test(ours, theirs, self.num_resamples, self.seed),
             "num_questions": len(ours),
         }

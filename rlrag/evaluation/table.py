@@ -19,7 +19,7 @@ from rlrag.evaluation.baselines import TRAINED, Baseline, baselines_to_json
 from rlrag.evaluation.choices import Choices
 from rlrag.evaluation.significance import (
     bootstrap_ci,
-    paired_bootstrap_ci,
+    paired_randomization_ci,
     paired_randomization_test,
 )
 
@@ -283,9 +283,9 @@ def compare(
         em_diff=float(np.mean(ours.em) - np.mean(theirs.em)),
         f1_diff=float(np.mean(ours.f1) - np.mean(theirs.f1)),
         accuracy_diff=float(np.mean(ours.accuracy) - np.mean(theirs.accuracy)),
-        ci95=paired_bootstrap_ci(ours.em, theirs.em, num_resamples, seed),
-        f1_ci95=paired_bootstrap_ci(ours.f1, theirs.f1, num_resamples, seed),
-        accuracy_ci95=paired_bootstrap_ci(ours.accuracy, theirs.accuracy, num_resamples, seed),
+        ci95=paired_randomization_ci(ours.em, theirs.em, num_resamples, seed),
+        f1_ci95=paired_randomization_ci(ours.f1, theirs.f1, num_resamples, seed),
+        accuracy_ci95=paired_randomization_ci(ours.accuracy, theirs.accuracy, num_resamples, seed),
         p_value=paired_randomization_test(ours.em, theirs.em, num_resamples, seed),
         f1_p_value=paired_randomization_test(ours.f1, theirs.f1, num_resamples, seed),
         accuracy_p_value=paired_randomization_test(
