@@ -83,6 +83,7 @@ def _front_matter(
                 metric_args={"ci95": [round(end, 4) for end in found[f"{name}_ci95"]]},
             )
             for name, metric in _METRICS.items()
+            if found[name] is not None
         ]
     card = ModelCardData(
         license=_licence_of_all(licences),
@@ -120,7 +121,7 @@ def _results(config: RunConfig, evaluation: Mapping[str, Any] | None) -> list[st
         "|---|---|---|---|",
         *(
             f"| {name} | {_with_interval(found, 'em')} | {_with_interval(found, 'f1')} | "
-            f"{found['accuracy']:.3f} |"
+            f"{'-' if found['accuracy'] is None else format(found['accuracy'], '.3f')} |"
             for name, found in evaluation["systems"].items()
         ),
         "",
@@ -128,6 +129,8 @@ def _results(config: RunConfig, evaluation: Mapping[str, Any] | None) -> list[st
 
 
 def _with_interval(found: Mapping[str, Any], name: str) -> str:
+    if found[name] is None:
+        return "-"
     low, high = found[f"{name}_ci95"]
     return f"{found[name]:.3f} ({low:.3f} to {high:.3f})"
 

@@ -100,6 +100,7 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
             f"fewer than training.batch_size {config.training.batch_size}; lower it or "
             "data.num_validation_questions"
         )
+    _check_golden_answers(config, chosen)
     if config.trains_by_openrag:
         num_offline = config.openrag.num_offline
         if num_offline > len(library.corpus):
@@ -134,6 +135,23 @@ def _training_questions(
     if not config.data.num_validation_questions:
         return sampled, sampled, None
     return sampled, *sampled.split(config.data.num_validation_questions, seed=0)
+
+
+def _check_golden_answers(config: RunConfig, questions: QuestionSet) -> None:
+    """Refuse a reward that compares with golden answers where no question has any.
+
+    Exact match and its like would then be 1 for an empty answer, and teach silence.
+    """
+    by_selections = config.training.objective == "dro" and not config.trains_by_openrag
+    if not by_selections or any(question.golden_answers for question in questions.questions):
+        return
+    if config.reward.follows_golden_answers:
+        raise DataError(
+            f"none of the {len(questions)} questions of {config.data.train_questions} has "
+            f"golden_answers, but reward.functions {', '.join(config.reward.functions)} compare "
+            "with them; give golden answers, or a reward that needs none: selection_recall where "
+            "metadata names gold_ids, or a function of your own"
+        )
 
 
 def open_evaluation_data(config: RunConfig, library: Library) -> tuple[CandidateTable, str]:

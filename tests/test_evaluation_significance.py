@@ -189,6 +189,13 @@ def test_sums_that_differ_by_rounding_alone_are_ties() -> None:
     assert paired_randomization_test([0.3, 0.2, 0.1], [0.0, 0.0, 0.0]) == 0.25
 
 
+def test_rounding_does_not_move_an_interval_off_zero() -> None:
+    """Without the 0 all five go one way: p is 2 / 2^5. The flipped five sum to 2e-16 less."""
+    differences = [0.4, 0.3, 0.4, 0.0, 0.3, 0.4]
+    assert paired_randomization_test(differences, [0.0] * 6) == 0.0625
+    assert paired_randomization_ci(differences, [0.0] * 6, 200)[0] == 0.0
+
+
 def test_p_values_under_the_null_are_spread_evenly() -> None:
     rng = np.random.default_rng(7)
     p_values = [

@@ -167,6 +167,18 @@ def test_the_comparison_says_why_it_is_made_and_what_was_picked() -> None:
     assert "not a choice" in found["choices"]["constant"]
 
 
+def test_the_longest_names_fit_a_terminal_without_folding() -> None:
+    names = ("retriever_reversed", "tuned_generator_reversed", "trained")
+    values = SYSTEMS["retriever_order"]
+    table = build(dict.fromkeys(names, values), num_selected=2, num_resamples=200)
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(render(table))
+    lines = captured.get().splitlines()
+    assert sum(line.startswith(names) and ")" in line for line in lines) == 3
+    assert len(lines) == 1 + 2 + 3
+
+
 def test_bad_input_is_refused() -> None:
     three = metrics([1.0, 0.0, 0.0])
     with pytest.raises(DataError, match="'three': 3"):

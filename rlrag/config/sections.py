@@ -262,6 +262,11 @@ class GeneratorConfig(Section):
     """The prompt; part of every cache key."""
 
 
+_BY_GOLDEN_ANSWERS = frozenset(
+    {"answer_logp", "answer_logp_mean", "exact_match", "token_f1", "answer_contained", "rouge_l"}
+)
+
+
 class RewardConfig(Section):
     """What an answer is worth."""
 
@@ -291,3 +296,14 @@ class RewardConfig(Section):
         if not any(self.weights):
             raise ValueError("reward.weights are all zero; at least one term must count")
         return self
+
+    @property
+    def follows_golden_answers(self) -> bool:
+        """Whether it says how well answers agree with golden ones, as exact match and F1 do.
+
+        Quality is then measured by these; any other reward is what quality means.
+        """
+        counted = zip(self.functions, self.weights, strict=True)
+        return all(
+            weight >= 0 and (name in _BY_GOLDEN_ANSWERS or not weight) for name, weight in counted
+        )

@@ -17,6 +17,7 @@ _MEASURES = {
     "EM": ("em_diff", "ci95", "p_value"),
     "F1": ("f1_diff", "f1_ci95", "f1_p_value"),
     "accuracy": ("accuracy_diff", "accuracy_ci95", "accuracy_p_value"),
+    "reward": ("reward_diff", "reward_ci95", "reward_p_value"),
 }
 """Fields of a comparison, as `evaluation.json` has them too."""
 
@@ -67,7 +68,7 @@ def _answers(run: RunRecord) -> Iterator[tuple[str, _Values]]:
     """A question's id and the measures of what the trained system answered, where it did."""
     for question in run.questions.questions if run.questions is not None else ():
         answer = question.systems.get(run.main_system)
-        if answer is not None and answer.error is None:
+        if answer is not None and answer.em is not None:
             yield question.id, (answer.em, answer.f1, answer.contained)
 
 
@@ -86,7 +87,7 @@ def _corrected(pairs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[Pair
         (ours, theirs, measure, comparison[difference], tuple(comparison[interval]), comparison[p])
         for ours, theirs, comparison in pairs
         for measure, (difference, interval, p) in _MEASURES.items()
-        if difference in comparison
+        if comparison.get(difference) is not None
     ]
     if not found:
         return []

@@ -14,8 +14,8 @@ evaluation is known. A passage stands there once, before the questions, and shor
 `PICKED_CHARS` where a system picked it or a question names it as gold, else to `FOUND_CHARS`.
 `retrieved` has every retriever's candidates in its order. `retriever` and `picked` are left out for
 a system that picks nothing; where no answer could be given, `error` says why in place of the answer
-and its measures. `type` is what the question's metadata calls so, `unanswerable` where there are no
-golden answers, else null.
+and its measures. These are null where no question has golden answers. `type` is what the question's
+metadata calls so, `unanswerable` where there are no golden answers, else null.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ _MEASURES = ("em", "f1", "contained")
 @dataclass(frozen=True)
 class SystemAnswer:
     """One system's answer to one question; `error` says why there is none.
+
+    Its measures are None without an answer, and where no question has golden answers.
 
     `picked` and `retrieved` are passage ids, best first: what was shown and what it was chosen
     from.
@@ -114,8 +116,10 @@ class QuestionRecorder:
         """Take one system's answers, in the order of the table."""
         self._questions = answered.questions
         self._shown |= {p.id for picks in answered.selections for p in picks}
+        has_golden = any(question.golden_answers for question in answered.questions)
         self._answers[name] = [
-            _answer_record(answered, row, text) for row, text in enumerate(answered.texts)
+            _answer_record(answered, row, text, has_golden)
+            for row, text in enumerate(answered.texts)
         ]
         source, table = answered.retriever, answered.candidates
         if source is None or table is None or source in self._retrieved:
@@ -173,13 +177,17 @@ class QuestionRecorder:
             }
 
 
-def _answer_record(answered: Answered, row: int, text: str | None) -> dict[str, Any]:
+def _answer_record(
+    answered: Answered, row: int, text: str | None, has_golden: bool
+) -> dict[str, Any]:
     record: dict[str, Any] = {}
     if answered.retriever is not None:
         record["retriever"] = answered.retriever
         record["picked"] = [passage.id for passage in answered.selections[row]]
     if text is None:
         return record | {"error": str(answered.answers[row])}
+    if not has_golden:
+        return record | {"answer": text, **dict.fromkeys(_MEASURES)}
     golden = answered.questions[row].golden_answers
     values = [
         measure(answer=text, golden_answers=golden)
@@ -277,7 +285,10 @@ def _answer(record: Mapping[str, Any]) -> SystemAnswer:
         retriever=None if retriever is None else _text(retriever),
         answer=_text(record["answer"]) if error is None else None,
         error=None if error is None else _text(error),
-        **{name: _share(record[name]) if error is None else None for name in _MEASURES},
+        **{
+            name: None if error is not None or record[name] is None else _share(record[name])
+            for name in _MEASURES
+        },
     )
 
 

@@ -153,12 +153,14 @@ def _result(run: RunRecord, evaluation: Mapping[str, Any]) -> str:
     """The final table of one run with the paired test."""
     systems: Mapping[str, Mapping[str, Any]] = evaluation["systems"]
     ranked = [n for n in next(iter(systems.values()), {}) if n.startswith(("recall@", "ndcg@"))]
+    has_reward = any("reward" in summary for summary in systems.values())
     rows = [
         (
             name,
             _with_interval(summary, "em"),
             _with_interval(summary, "f1"),
             *(_number(summary.get(measure)) for measure in ("accuracy", *ranked)),
+            *([_with_interval(summary, "reward")] if has_reward else []),
         )
         for name, summary in systems.items()
     ]
@@ -166,6 +168,7 @@ def _result(run: RunRecord, evaluation: Mapping[str, Any]) -> str:
     if "bundle_step" in evaluation:
         caption += f"; the trained system is that of step {evaluation['bundle_step']:,}"
     headings = ("system", "EM (95 %)", "F1 (95 %)", "accuracy", *ranked)
+    headings = (*headings, "reward (95 %)") if has_reward else headings
     heading = f"<h3>{escape(run.name)}</h3>\n"
     tests = _paired(
         within_run(evaluation),
@@ -209,7 +212,8 @@ def _iteration_table(runs: Sequence[RunRecord]) -> str:
     found = {run.name: {q.iteration: q for q in run.iterations()} for run in runs}
     numbers = sorted({number for by_number in found.values() for number in by_number})
     if not numbers:
-        return "<p>No run was validated.</p>\n"
+        by_reward = any("validation/reward" in run.metric_names() for run in runs)
+        return "" if by_reward else "<p>No run was validated.</p>\n"
     rows = [
         (name, *(f"{q.em:.3f} / {q.f1:.3f}" if (q := have.get(n)) else "-" for n in numbers))
         for name, have in found.items()
@@ -291,7 +295,7 @@ def _table(headings: _Row, rows: Sequence[_Row], caption: str = "", prose: bool 
 
 
 def _with_interval(summary: Mapping[str, Any] | None, measure: str) -> str:
-    if summary is None:
+    if summary is None or summary.get(measure) is None:
         return "-"
     low, high = summary[f"{measure}_ci95"]
     return f"{summary[measure]:.3f} ({low:.3f} to {high:.3f})"

@@ -79,11 +79,13 @@ def stability(runs: Sequence[RunRecord]) -> str:
 
 
 def convergence(runs: Sequence[RunRecord]) -> str:
-    """Validation EM and F1 against steps, and against passes over the training questions."""
+    """Validation quality against steps, and against passes over the training questions."""
     known = {name for run in runs for name in run.metric_names()}
     measures = [("validation/em", "Validation EM"), ("validation/f1", "Validation F1")]
     if "validation/accuracy" in known:
         measures.append(("validation/accuracy", "Validation accuracy (golden answer contained)"))
+    if "validation/reward" in known:
+        measures.append(("validation/reward", "Validation reward"))
     return "".join(
         line_chart(f"{title} {by}", _overlaid(runs, name, against), label)
         for against, by, label in (

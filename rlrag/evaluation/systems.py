@@ -56,7 +56,8 @@ class Answered:
 
     Selections are best first. An answer that could not be given is the error that says why.
     `candidates` is what was picked from, `retriever` the retriever that found it: `retriever` for
-    that of the run; both are None where a system picks nothing.
+    that of the run; both are None where a system picks nothing. `rewards_Q` is NaN where there is
+    no answer, and None where rewards are not asked for.
     """
 
     questions: Sequence[Question]
@@ -64,6 +65,7 @@ class Answered:
     answers: Sequence[Generation | RlragError]
     candidates: CandidateTable | None = None
     retriever: str | None = None
+    rewards_Q: np.ndarray | None = None
 
     @property
     def texts(self) -> list[str | None]:
@@ -127,6 +129,7 @@ def evaluate(
         )
     tuned = [name for name in asked if name in _BY_TUNED_GENERATOR]
     rivals = contenders(asked) if held_back is not None else frozenset()
+    by_reward = judged_by_reward(config, candidates)
     measured: dict[str, Sequence[np.ndarray]] = {}
     choices: Choices | None = None
     for name in [*(name for name in asked if name not in tuned), *tuned]:
@@ -137,13 +140,13 @@ def evaluate(
         table = retrievers[source]() if source in retrievers else candidates
         retriever = source if source in retrievers else "retriever"
         if name == "oracle":
-            answered = _oracle(table, answering)
-            found[name] = SystemMetrics(**_answer_metrics(answered.questions, answered.texts))
+            answered = _oracle(table, answering, by_reward)
+            found[name] = _measure(answered, 0)
         else:
             picks = _picks(name, policy, table, num_selected, config.seed)
             if name == TRAINED and config.trains_selector:
                 choices = Choices.of(np.asarray(picks), table.num_candidates)
-            answered = _answered(table, picks, answering)
+            answered = _answered(table, picks, answering, by_reward)
             found[name] = _measure(answered, 0 if name == "no_retrieval" else num_selected)
         if name != "no_retrieval":
             answered = replace(answered, candidates=table, retriever=retriever)
@@ -153,8 +156,10 @@ def evaluate(
             others = held_back.retrievers
             table = others[source]() if source in others else held_back.candidates
             picks = _picks(name, policy, table, num_selected, config.seed)
-            values = _answer_metrics(table.questions, _answered(table, picks, answering).texts)
-            measured[name] = (values["em"], values["f1"])
+            judged = judged_by_reward(config, held_back.candidates)
+            tried = _measure(_answered(table, picks, answering, judged), 0)
+            values = (tried.reward,) if judged else (tried.em, tried.f1)
+            measured[name] = [values_Q for values_Q in values if values_Q is not None]
     answered_Q = np.array([q not in errors for q in range(len(candidates))])
     if not answered_Q.any():
         raise next(iter(errors.values()))
@@ -167,6 +172,16 @@ def evaluate(
         baselines_for(asked, choose(measured, asked) if held_back is not None else baselines),
         choices,
     )
+
+
+def judged_by_reward(config: RunConfig, candidates: CandidateTable) -> bool:
+    """Whether answers to these questions are judged by the reward, and not by exact match and F1.
+
+    So it is with a reward that wants something else than agreement with golden answers, and where
+    there are no golden answers: silence would count as right.
+    """
+    wants_more = not config.reward.follows_golden_answers and config.training.objective == "dro"
+    return wants_more or not candidates.has_golden_answers
 
 
 def greedy_picks(policy: SelectionPolicy, candidates: CandidateTable) -> np.ndarray:
@@ -200,25 +215,49 @@ def _picks(
     return greedy_picks(policy, candidates)
 
 
-def _answered(candidates: CandidateTable, picks: Picks, answering: AnsweringReward) -> Answered:
+def _answered(
+    candidates: CandidateTable, picks: Picks, answering: AnsweringReward, with_reward: bool
+) -> Answered:
     selections = [
         [candidates.passages(question)[position] for position in positions]
         for question, positions in enumerate(picks)
     ]
-    answers = answering.answer(candidates.questions, selections)
-    return Answered(candidates.questions, selections, answers)
+    return answered_with(answering, candidates.questions, selections, with_reward)
+
+
+def answered_with(
+    answering: AnsweringReward,
+    questions: Sequence[Question],
+    selections: Sequence[Sequence[Passage]],
+    with_reward: bool,
+) -> Answered:
+    """Answers behind selections, and their rewards where these are asked for.
+
+    A reward that could not be computed is the error in place of its answer.
+    """
+    answers = list(answering.answer(questions, selections))
+    if not with_reward:
+        return Answered(questions, selections, answers)
+    rewards_Q = np.full(len(questions), np.nan)
+    for row, result in enumerate(answering(questions, selections)):
+        if isinstance(result, RlragError):
+            answers[row] = result
+        elif not isinstance(answers[row], RlragError):
+            rewards_Q[row] = result.total
+    return Answered(questions, selections, answers, rewards_Q=rewards_Q)
 
 
 def _measure(answered: Answered, depth: int) -> SystemMetrics:
     """Measures of one system, with those of a ranking to this depth; none at a depth of 0."""
     metrics = _answer_metrics(answered.questions, answered.texts)
     if not depth:
-        return SystemMetrics(**metrics)
+        return SystemMetrics(**metrics, reward=answered.rewards_Q)
     ids = [[passage.id for passage in selection] for selection in answered.selections]
     return SystemMetrics(
         **metrics,
         recall=_ranking(recall_at_k, ids, answered.questions, depth),
         ndcg=_ranking(ndcg_at_k, ids, answered.questions, depth),
+        reward=answered.rewards_Q,
     )
 
 
@@ -237,27 +276,42 @@ def _ranking(
     )
 
 
-def _oracle(candidates: CandidateTable, answering: AnsweringReward) -> Answered:
-    """The best answer that any single candidate leads to, by exact match and then F1.
+def _oracle(candidates: CandidateTable, answering: AnsweringReward, by_reward: bool) -> Answered:
+    """The best answer that any single candidate leads to, by exact match and then F1, or reward.
 
     A question whose candidates all led to none has the error of the first.
     """
     num_questions, num_candidates = candidates.rows_QN.shape
     questions = [q for q in candidates.questions for _ in range(num_candidates)]
     passages = [passage for q in range(num_questions) for passage in candidates.passages(q)]
-    answers = answering.answer(questions, [[passage] for passage in passages])
-    metrics = _answer_metrics(questions, Answered(questions, (), answers).texts)
-    order_QN = np.nan_to_num(metrics["em"] * 2 + metrics["f1"], nan=-1.0)
-    best_Q = order_QN.reshape(num_questions, num_candidates).argmax(axis=1)
+    tried = answered_with(answering, questions, [[passage] for passage in passages], by_reward)
+    values = tried.rewards_Q
+    if values is None:
+        metrics = _answer_metrics(questions, tried.texts)
+        assert metrics["em"] is not None
+        assert metrics["f1"] is not None
+        values = metrics["em"] * 2 + metrics["f1"]
+    order_QN = np.nan_to_num(values, nan=-np.inf).reshape(num_questions, num_candidates)
+    best_Q = order_QN.argmax(axis=1)
     flat = [q * num_candidates + n for q, n in enumerate(best_Q.tolist())]
-    return Answered(candidates.questions, [[passages[i]] for i in flat], [answers[i] for i in flat])
+    return Answered(
+        candidates.questions,
+        [[passages[i]] for i in flat],
+        [tried.answers[i] for i in flat],
+        rewards_Q=None if tried.rewards_Q is None else tried.rewards_Q[flat],
+    )
 
 
 def _answer_metrics(
     questions: Sequence[Question], answers: Sequence[str | None]
-) -> dict[str, np.ndarray]:
-    """Measures of each answer, NaN where there is none."""
+) -> dict[str, np.ndarray | None]:
+    """Measures of each answer, NaN where there is none; None where no question has golden answers.
+
+    Where some have, silence is right for the others.
+    """
     measures = {"em": exact_match, "f1": token_f1, "accuracy": answer_contained}
+    if not any(question.golden_answers for question in questions):
+        return dict.fromkeys(measures)
     return {
         name: np.array(
             [

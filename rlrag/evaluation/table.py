@@ -32,56 +32,72 @@ Interval = tuple[float, float]
 class SystemMetrics:
     """One system's metrics, a value for each question in the same order for all systems (Q).
 
-    `recall` and `ndcg` are measured at the table's K, with NaN for a question that names no gold
-    passages; None for a system that ranks nothing.
+    `em`, `f1` and `accuracy` are None where no question has golden answers, `reward` where it is
+    not asked for. `recall` and `ndcg` are measured at the table's K, with NaN for a question that
+    names no gold passages; None for a system that ranks nothing.
     """
 
-    em: np.ndarray
-    f1: np.ndarray
-    accuracy: np.ndarray
+    em: np.ndarray | None
+    f1: np.ndarray | None
+    accuracy: np.ndarray | None
     recall: np.ndarray | None = None
     ndcg: np.ndarray | None = None
+    reward: np.ndarray | None = None
+
+    @property
+    def num_questions(self) -> int:
+        """Q."""
+        known = (values for values in vars(self).values() if values is not None)
+        return max(map(len, known), default=0)
 
     def of(self, kept_Q: np.ndarray) -> SystemMetrics:
         """The same metrics of some questions alone, by a mask."""
         return SystemMetrics(
-            self.em[kept_Q],
-            self.f1[kept_Q],
-            self.accuracy[kept_Q],
-            None if self.recall is None else self.recall[kept_Q],
-            None if self.ndcg is None else self.ndcg[kept_Q],
+            **{
+                name: None if values is None else values[kept_Q]
+                for name, values in vars(self).items()
+            }
         )
 
 
 @dataclass(frozen=True)
 class SystemSummary:
-    """Means with 95 % intervals; `recall` and `ndcg` over the questions that have them."""
+    """Means with 95 % intervals; `recall` and `ndcg` over the questions that have them.
 
-    em: float
-    f1: float
-    accuracy: float
+    None where nothing is known.
+    """
+
+    em: float | None
+    f1: float | None
+    accuracy: float | None
     recall: float | None
     ndcg: float | None
-    em_ci95: Interval
-    f1_ci95: Interval
+    reward: float | None
+    em_ci95: Interval | None
+    f1_ci95: Interval | None
+    reward_ci95: Interval | None
 
 
 @dataclass(frozen=True)
 class PairedComparison:
     """Mean differences on the same questions, their 95 % intervals and two-sided p-values.
 
-    `ci95` and `p_value` belong to exact match; the others name their metric.
+    `ci95` and `p_value` belong to exact match; the others name their metric. All of a metric are
+    None where one of the systems lacks it.
     """
 
-    em_diff: float
-    f1_diff: float
-    accuracy_diff: float
-    ci95: Interval
-    f1_ci95: Interval
-    accuracy_ci95: Interval
-    p_value: float
-    f1_p_value: float
-    accuracy_p_value: float
+    em_diff: float | None = None
+    f1_diff: float | None = None
+    accuracy_diff: float | None = None
+    reward_diff: float | None = None
+    ci95: Interval | None = None
+    f1_ci95: Interval | None = None
+    accuracy_ci95: Interval | None = None
+    reward_ci95: Interval | None = None
+    p_value: float | None = None
+    f1_p_value: float | None = None
+    accuracy_p_value: float | None = None
+    reward_p_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,8 @@ class EvaluationTable:
         `baselines` says which systems `trained` is compared with and how these were chosen, and
         `choices`, where a selector was trained, which positions it picked. Where questions had to
         be left out, `left_out.ID` says why. Recall and nDCG carry K in their
-        names, as in `recall@5`, and are None where unknown.
+        names, as in `recall@5`, and are None where unknown, like the measures of answers where no
+        question has golden answers. `reward` is there where it is what the run is judged by.
         """
         return {
             "num_questions": self.num_questions,
@@ -117,22 +134,21 @@ class EvaluationTable:
                     "accuracy": summary.accuracy,
                     f"recall@{self.num_selected}": summary.recall,
                     f"ndcg@{self.num_selected}": summary.ndcg,
-                    "em_ci95": list(summary.em_ci95),
-                    "f1_ci95": list(summary.f1_ci95),
+                    "em_ci95": _listed(summary.em_ci95),
+                    "f1_ci95": _listed(summary.f1_ci95),
+                    **(
+                        {"reward": summary.reward, "reward_ci95": _listed(summary.reward_ci95)}
+                        if summary.reward is not None
+                        else {}
+                    ),
                 }
                 for name, summary in self.systems.items()
             },
             "paired": {
                 name: {
-                    "em_diff": comparison.em_diff,
-                    "f1_diff": comparison.f1_diff,
-                    "accuracy_diff": comparison.accuracy_diff,
-                    "ci95": list(comparison.ci95),
-                    "f1_ci95": list(comparison.f1_ci95),
-                    "accuracy_ci95": list(comparison.accuracy_ci95),
-                    "p_value": comparison.p_value,
-                    "f1_p_value": comparison.f1_p_value,
-                    "accuracy_p_value": comparison.accuracy_p_value,
+                    key: _listed(value) if isinstance(value, tuple) else value
+                    for key, value in vars(comparison).items()
+                    if value is not None
                 }
                 for name, comparison in self.paired.items()
             },
@@ -159,7 +175,7 @@ def build_table(
         DataError: no systems, no questions, unequal numbers of questions, or a value that is not
             finite where one is needed.
     """
-    lengths = {name: len(metrics.em) for name, metrics in systems.items()}
+    lengths = {name: metrics.num_questions for name, metrics in systems.items()}
     if len(set(lengths.values())) != 1:
         raise DataError(
             f"systems have questions in the numbers {lengths}; give the same questions to all"
@@ -200,7 +216,7 @@ def name_pair(name: str, baselines: Sequence[Baseline] = ()) -> str:
 def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
     """The comparison as a rich table that fits 80 columns.
 
-    `acc.` is the contained-answer accuracy; 95 % intervals stand in brackets.
+    `acc.` is the contained-answer accuracy, `rec.` recall; 95 % intervals stand in brackets.
     """
     drawn = Table(
         title=f"{table.num_questions} questions, at most {table.num_selected} passages each",
@@ -217,19 +233,23 @@ def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
         box=box,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, 1, 0, 0) if box is ASCII else 0,  # the other's columns are a space apart
     )
     drawn.add_column("system", no_wrap=True)
     for heading in ("EM (95 %)", "F1 (95 %)"):
-        drawn.add_column(heading, justify="right")
-    for metric in ("acc.", f"recall@{table.num_selected}", f"nDCG@{table.num_selected}"):
+        drawn.add_column(heading, justify="right", overflow="fold")
+    for metric in ("acc.", f"rec.@{table.num_selected}", f"nDCG@{table.num_selected}"):
         drawn.add_column(metric, justify="right", no_wrap=True)
+    has_reward = any(summary.reward is not None for summary in table.systems.values())
+    if has_reward:
+        drawn.add_column("reward", justify="right", no_wrap=True)
     for name, summary in table.systems.items():
         drawn.add_row(
             Text(name, style="bold" if name in (TRAINED, _RETRIEVERS[0]) else ""),
-            f"{_share(summary.em)} ({_share(summary.em_ci95[0])}-{_share(summary.em_ci95[1])})",
-            f"{_share(summary.f1)} ({_share(summary.f1_ci95[0])}-{_share(summary.f1_ci95[1])})",
+            _with_interval(summary.em, summary.em_ci95),
+            _with_interval(summary.f1, summary.f1_ci95),
             *map(_share, (summary.accuracy, summary.recall, summary.ndcg)),
+            *([_any_scale(summary.reward)] if has_reward else []),
         )
     return drawn
 
@@ -243,23 +263,31 @@ def plain_text(table: EvaluationTable, width: int = 100) -> str:
 
 
 def _summarize(name: str, metrics: SystemMetrics, num_resamples: int, seed: int) -> SystemSummary:
+    shape = (metrics.num_questions,)
     for metric, values in vars(metrics).items():
-        if values is not None and np.shape(values) != np.shape(metrics.em):
+        if values is not None and np.shape(values) != shape:
             raise DataError(
-                f"system {name!r}: {metric} has shape {np.shape(values)}, em "
-                f"{np.shape(metrics.em)}; give one value for each question"
+                f"system {name!r}: {metric} has shape {np.shape(values)}, but there are "
+                f"{shape[0]} questions; give one value for each question"
             )
-    accuracy = np.asarray(metrics.accuracy, dtype=np.float64)
-    if not np.isfinite(accuracy).all():
+    if shape == (0,):
+        raise DataError(f"system {name!r}: its metrics have shape (0,); give some questions")
+    if metrics.accuracy is not None and not np.isfinite(metrics.accuracy).all():
         raise DataError(f"system {name!r}: accuracy holds a value that is not finite")
+
+    def interval(values_Q: np.ndarray | None) -> Interval | None:
+        return None if values_Q is None else bootstrap_ci(values_Q, num_resamples, seed)
+
     return SystemSummary(
-        em_ci95=bootstrap_ci(metrics.em, num_resamples, seed),
-        f1_ci95=bootstrap_ci(metrics.f1, num_resamples, seed),
-        em=float(np.mean(metrics.em)),
-        f1=float(np.mean(metrics.f1)),
-        accuracy=float(accuracy.mean()),
+        em_ci95=interval(metrics.em),
+        f1_ci95=interval(metrics.f1),
+        reward_ci95=interval(metrics.reward),
+        em=_known_mean(metrics.em),
+        f1=_known_mean(metrics.f1),
+        accuracy=_known_mean(metrics.accuracy),
         recall=_known_mean(metrics.recall),
         ndcg=_known_mean(metrics.ndcg),
+        reward=_known_mean(metrics.reward),
     )
 
 
@@ -279,29 +307,32 @@ def compare(
     Raises:
         DataError: unequal numbers of questions, none, or a value that is not finite.
     """
-    return PairedComparison(
-        em_diff=float(np.mean(ours.em) - np.mean(theirs.em)),
-        f1_diff=float(np.mean(ours.f1) - np.mean(theirs.f1)),
-        accuracy_diff=float(np.mean(ours.accuracy) - np.mean(theirs.accuracy)),
-        ci95=paired_randomization_ci(ours.em, theirs.em, num_resamples, seed),
-        f1_ci95=paired_randomization_ci(ours.f1, theirs.f1, num_resamples, seed),
-        accuracy_ci95=paired_randomization_ci(ours.accuracy, theirs.accuracy, num_resamples, seed),
-        p_value=paired_randomization_test(ours.em, theirs.em, num_resamples, seed),
-        f1_p_value=paired_randomization_test(ours.f1, theirs.f1, num_resamples, seed),
-        accuracy_p_value=paired_randomization_test(
-            ours.accuracy, theirs.accuracy, num_resamples, seed
-        ),
-    )
+    found: dict[str, Any] = {}
+    for metric, prefix in (
+        ("em", ""),
+        ("f1", "f1_"),
+        ("accuracy", "accuracy_"),
+        ("reward", "reward_"),
+    ):
+        pair = (getattr(ours, metric), getattr(theirs, metric))
+        if pair[0] is None or pair[1] is None:
+            continue
+        found[f"{metric}_diff"] = float(np.mean(pair[0]) - np.mean(pair[1]))
+        found[f"{prefix}ci95"] = paired_randomization_ci(*pair, num_resamples, seed)
+        found[f"{prefix}p_value"] = paired_randomization_test(*pair, num_resamples, seed)
+    return PairedComparison(**found)
 
 
 def _describe(name: str, pair: PairedComparison) -> Text:
     lines = [
-        f"{metric} {diff:+.3f}, 95 % {low:+.3f} to {high:+.3f}, p = {p_value:.2g}"
-        for metric, diff, (low, high), p_value in (
+        f"{metric} {diff:+.3f}, 95 % {interval[0]:+.3f} to {interval[1]:+.3f}, p = {p_value:.2g}"
+        for metric, diff, interval, p_value in (
             ("EM", pair.em_diff, pair.ci95, pair.p_value),
             ("F1", pair.f1_diff, pair.f1_ci95, pair.f1_p_value),
             ("accuracy", pair.accuracy_diff, pair.accuracy_ci95, pair.accuracy_p_value),
+            ("reward", pair.reward_diff, pair.reward_ci95, pair.reward_p_value),
         )
+        if diff is not None and interval is not None and p_value is not None
     ]
     return Text("\n".join([name, *lines]))
 
@@ -311,6 +342,19 @@ def _told(choices: Choices | None) -> list[str]:
     if choices is None:
         return []
     return [*choices.describe(), *([choices.constant] if choices.constant else [])]
+
+
+def _listed(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
+def _with_interval(mean: float | None, interval: Interval | None) -> str:
+    return _share(mean) + (f" ({'-'.join(map(_share, interval))})" if interval else "")
+
+
+def _any_scale(value: float | None) -> str:
+    """A reward, which may have any size and sign, in three digits."""
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _share(value: float | None) -> str:

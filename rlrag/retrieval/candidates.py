@@ -58,6 +58,14 @@ class CandidateTable:
         return self
 
     @property
+    def has_golden_answers(self) -> bool:
+        """Whether any question says what is right, so that answers can be measured.
+
+        Where only some do, the others are unanswerable, and saying nothing is right.
+        """
+        return any(question.golden_answers for question in self.questions)
+
+    @property
     def num_candidates(self) -> int:
         """Candidates a question (N)."""
         return self.rows_QN.shape[1]

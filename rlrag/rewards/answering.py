@@ -239,5 +239,6 @@ def _about(question: Question, error: GenerationError) -> GenerationError:
 def _unscorable(question: Question) -> RewardError:
     return RewardError(
         f"answer_logp for question {question.id!r}: it has no golden answer that could be scored; "
-        "leave such questions out or reward them with exact_match or token_f1"
+        "leave such questions out, or choose reward.functions that need none, such as "
+        "selection_recall where metadata names gold_ids, or a function of your own"
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 
 from rlrag.config import RunConfig
+from rlrag.evaluation.systems import judged_by_reward
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
 from rlrag.pipeline import TrainingData
@@ -36,7 +37,6 @@ class DROTrainer:
     policy's own order.
     """
 
-    best_by = "validation/f1"
     before = Before()
 
     def __init__(
@@ -52,6 +52,8 @@ class DROTrainer:
         self._config = config
         self._log = log
         self._validation = data.validation
+        self._by_reward = data.validation is not None and judged_by_reward(config, data.validation)
+        self.best_by = "validation/reward" if self._by_reward else "validation/f1"
         self._reward = reward
         self._workers = workers
         self._schedule = BatchSchedule(config.training, config.dro, len(data.train), config.seed)
@@ -109,7 +111,9 @@ class DROTrainer:
         if self._validation is None:
             return {}
         self._collection.publish(self._schedule.estep(step))
-        return dict(validate(self.parts.policy, self._validation, self._reward, self._workers))
+        return validate(
+            self.parts.policy, self._validation, self._reward, self._workers, self._by_reward
+        )
 
     def tensors(self) -> Files:
         """Weights and optimisers of every part."""

@@ -36,7 +36,7 @@ from rlrag.training.jsa_retrievers import JSARetrievers
 from rlrag.training.jsa_sampling import PosteriorSampler
 from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.passage_judge import PassageJudge
-from rlrag.training.retriever_validation import validate_retriever
+from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
 from rlrag.training.schedule import answerable_rows, jsa_schedule
 from rlrag.training.watchdog import under_way
 from rlrag.training.workers import Workers
@@ -59,7 +59,6 @@ class JSATrainer:
         workers: This worker's view of the group.
     """
 
-    best_by = "validation/accuracy"
     before = Before()
 
     def __init__(
@@ -76,6 +75,7 @@ class JSATrainer:
         self._config = config
         self._corpus = library.corpus
         self._validation = data.validation
+        self.best_by = best_retriever_by(data.validation)
         self._generator = generator
         self._answering = answering
         self._workers = workers

@@ -39,7 +39,7 @@ from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.pools import Pools
 from rlrag.training.retriever_learner import RetrieverLearner
 from rlrag.training.retriever_pairs import PairFinder
-from rlrag.training.retriever_validation import validate_retriever
+from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
 from rlrag.training.schedule import num_offline_steps, openrag_schedule
 from rlrag.training.watchdog import under_way
 from rlrag.training.workers import Workers
@@ -47,8 +47,6 @@ from rlrag.training.workers import Workers
 
 class OpenRAGTrainer:
     """OpenRAG (arXiv 2503.08398); implements `loop.Trainer`."""
-
-    best_by = "validation/accuracy"
 
     def __init__(
         self,
@@ -77,6 +75,7 @@ class OpenRAGTrainer:
         """
         self._config = config
         self._validation = data.validation
+        self.best_by = best_retriever_by(data.validation)
         self._generator = generator
         self._answering = answering
         self._workers = workers

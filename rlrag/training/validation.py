@@ -10,7 +10,7 @@ import torch
 
 from rlrag.errors import GenerationError, RlragError
 from rlrag.evaluation.choices import Choices
-from rlrag.evaluation.systems import greedy_picks
+from rlrag.evaluation.systems import answered_with, greedy_picks
 from rlrag.records import Generation
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import exact_match, token_f1
@@ -24,14 +24,16 @@ def validate(
     candidates: CandidateTable,
     answering: AnsweringReward,
     workers: Workers,
+    by_reward: bool = False,
 ) -> dict[str, Any]:
     """EM, F1 and words an answer of greedy selections, and how these differ from the retriever's.
 
     Where a policy treats nearly all questions alike and not as the retriever does,
     `constant_policy` says how.
 
-    A question that could not be answered, by the generator or for lack of room in the prompt, does
-    not count.
+    EM and F1 are left out where no question has golden answers. With `by_reward` the mean reward is
+    there too. A question that could not be answered, by the generator or for lack of room in the
+    prompt, or rewarded where that is asked for, does not count.
 
     Each worker answers a part of the questions; all return the mean over all of them. Repeated
     validations cost little, as unchanged selections are answered from the cache.
@@ -40,27 +42,29 @@ def validate(
     mine = range(workers.rank, len(candidates), workers.size)
     questions = [candidates.questions[row] for row in mine]
     selections = [[candidates.passages(row)[n] for n in picks[row]] for row in mine]
-    answers = answering.answer(questions, selections)
+    answered = answered_with(answering, questions, selections, by_reward)
+    rewards = answered.rewards_Q if answered.rewards_Q is not None else np.zeros(len(questions))
     scores = [
         (
             exact_match(answer.text, question.golden_answers),
             token_f1(answer.text, question.golden_answers),
             len(answer.text.split()),
+            reward,
             1,
         )
-        for question, answer in zip(questions, answers, strict=True)
+        for question, answer, reward in zip(questions, answered.answers, rewards, strict=True)
         if not isinstance(answer, RlragError)
     ]
     *sums, num_answered = workers.sum(
-        torch.tensor(np.array(scores, dtype=np.float64).reshape(-1, 4).sum(axis=0))
+        torch.tensor(np.array(scores, dtype=np.float64).reshape(-1, 5).sum(axis=0))
     ).tolist()
     if not num_answered:
-        raise unanswered(answers)
-    em, f1, words = (total / num_answered for total in sums)
+        raise unanswered(answered.answers)
+    em, f1, words, reward = (total / num_answered for total in sums)
     choices = Choices.of(picks, candidates.num_candidates)
     return {
-        "validation/em": em,
-        "validation/f1": f1,
+        **({"validation/em": em, "validation/f1": f1} if candidates.has_golden_answers else {}),
+        **({"validation/reward": reward} if by_reward else {}),
         "validation/answer_words": words,
         **describe_choices(choices),
     }

@@ -1,0 +1,183 @@
+"""Questions without golden answers, and rewards of one's own: silence is never what counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from loop_runs import changed, start, steps_of
+from stand_ins import ReadingGenerator, WordPrompts, make_table
+from test_evaluation_systems import LastFirst, three_questions
+
+from jobs.model_card import _with_interval
+from rlrag.config import EnvironmentConfig, EvaluationConfig, RewardConfig, RunConfig
+from rlrag.errors import DataError
+from rlrag.evaluation.question_records import QuestionRecorder, read_questions
+from rlrag.evaluation.report import render_report
+from rlrag.evaluation.run_record import RunRecord
+from rlrag.evaluation.systems import HeldBack, evaluate, judged_by_reward
+from rlrag.evaluation.table import EvaluationTable, plain_text
+from rlrag.pipeline import TrainingData, _check_golden_answers, open_reward
+from rlrag.records import Question
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.rewards.answering import _unscorable
+from rlrag.selection.plackett_luce import PlackettLucePolicy
+from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
+from rlrag.training.workers import SingleWorker
+
+SYSTEMS = ("no_retrieval", "retriever_order", "retriever_reversed", "trained", "oracle")
+RECALL = RewardConfig(functions=("selection_recall",))
+
+
+class Silent(ReadingGenerator):
+    """Answers nothing."""
+
+    def generate(self, prompts, sampling):
+        return [replace(found, text="") for found in super().generate(prompts, sampling)]
+
+
+def without_answers(table: CandidateTable) -> CandidateTable:
+    """The same questions with gold passages alone."""
+    return replace(
+        table,
+        questions=tuple(
+            Question(q.id, q.question, (), {"gold_ids": list(q.gold_ids) or ["p2-0"]})
+            for q in table.questions
+        ),
+    )
+
+
+def evaluated(table: CandidateTable, reward: RewardConfig, **more) -> EvaluationTable:
+    config = RunConfig(
+        environment=EnvironmentConfig(num_selected=2),
+        reward=reward,
+        evaluation=EvaluationConfig(systems=SYSTEMS, num_bootstrap=100),
+    )
+    answering = open_reward(config, Silent(), WordPrompts())
+    return evaluate(config, PlackettLucePolicy(LastFirst(), 2), table, answering, **more)
+
+
+def test_a_silent_model_is_not_right_where_no_question_has_golden_answers(tmp_path) -> None:
+    recorder = QuestionRecorder(2)
+    table = without_answers(three_questions())
+    found = evaluated(table, RECALL, keep=recorder.keep, held_back=HeldBack(table))
+    for name, system in found.systems.items():
+        assert system.em is system.f1 is system.accuracy is system.em_ci95 is None, name
+    # Gold: p0-1; p1-0 and p1-2; p2-0. The retriever's first two, the policy's last two, any one.
+    rewards = {name: system.reward for name, system in found.systems.items()}
+    assert rewards == pytest.approx(
+        {
+            "no_retrieval": 0,
+            "retriever_order": (1 + 1 / 2 + 1) / 3,
+            "retriever_reversed": (1 + 1 / 2 + 1) / 3,
+            "trained": (1 + 1 / 2 + 0) / 3,
+            "oracle": (1 + 1 / 2 + 1) / 3,
+        }
+    )
+    [(name, pair)] = found.paired.items()
+    assert name == "trained_vs_retriever_order"
+    assert (pair.em_diff, pair.reward_diff) == (None, pytest.approx(-1 / 3))
+    text = plain_text(found)
+    [trained] = [line for line in text.splitlines() if line.startswith("trained  ")]
+    assert [cell.split()[0] for cell in trained.split("|")][1:4] == ["-", "-", "-"]
+    assert "reward -0.333" in text
+    assert "EM +" not in text
+    record = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    page = render_report([RunRecord("run", RunConfig(), ({"step": 0},), (), record)])
+    assert "reward (95 %)" in page
+    assert _with_interval(record["systems"]["trained"], "em") == "-"
+    recorder.write(tmp_path / "q.jsonl", record)
+    answer = read_questions(tmp_path / "q.jsonl").questions[0].systems["trained"]
+    assert (answer.answer, answer.error, answer.em, answer.contained) == ("", None, None, None)
+
+
+def test_where_some_questions_have_golden_answers_the_others_are_unanswerable() -> None:
+    table = three_questions()
+    some = replace(table, questions=(without_answers(table).questions[0], *table.questions[1:]))
+    found = evaluated(some, RewardConfig()).systems["trained"]
+    assert found.em == pytest.approx(1 / 3)
+    assert found.reward is None
+
+
+def test_a_reward_of_ones_own_is_shown_and_judges() -> None:
+    cost = RewardConfig(functions=("exact_match", "selection_cost"), weights=(1.0, 0.25))
+    found = evaluated(three_questions(), cost, held_back=HeldBack(three_questions()))
+    assert found.systems["trained"].reward == -0.5
+    assert found.systems["trained"].em == 0
+    # By reward nothing is better than something that is wrong and costs.
+    assert [baseline.system for baseline in found.baselines] == ["no_retrieval"]
+
+
+def test_what_a_run_is_judged_by() -> None:
+    table = three_questions()
+    for functions, weights, by_reward in (
+        (("answer_logp",), (1.0,), False),
+        (("exact_match", "token_f1"), (1.0, 0.5), False),
+        (("answer_logp", "selection_cost"), (1.0, 0.0), False),
+        (("answer_logp", "selection_cost"), (1.0, 0.1), True),
+        (("answer_logp",), (-1.0,), True),
+        (("selection_recall",), (1.0,), True),
+        (("my_rewards:short",), (1.0,), True),
+    ):
+        config = RunConfig(reward=RewardConfig(functions=functions, weights=weights))
+        assert judged_by_reward(config, table) == by_reward, functions
+        assert judged_by_reward(config, without_answers(table))
+
+
+def test_the_checkpoint_is_chosen_by_the_reward(small_config, training_data, tmp_path) -> None:
+    """A silent model has the F1 of 1 without golden answers at every step; recall rises."""
+    config = changed(small_config, reward={"functions": ("selection_recall",)})
+    bare = without_answers(make_table(40, seed=5))
+    data = TrainingData(training_data.train, bare, training_data.hashes)
+    loop = start(config, data, tmp_path / "run")
+    loop.run()
+    records = steps_of(tmp_path / "run")
+    rewards = {r["step"]: r["validation/reward"] for r in records if "validation/reward" in r}
+    assert not any("validation/f1" in record for record in records)
+    assert loop.progress.best_score == max(rewards.values()) > rewards[0]
+    assert rewards[loop.progress.best_step] == loop.progress.best_score
+
+
+def test_the_default_reward_still_chooses_by_f1(small_config, training_data, tmp_path) -> None:
+    loop = start(small_config, training_data, tmp_path / "run")
+    assert loop.trainer.best_by == "validation/f1"
+
+
+def test_a_reward_that_silence_would_win_is_refused() -> None:
+    class Questions:
+        questions = without_answers(three_questions()).questions
+
+        def __len__(self) -> int:
+            return 3
+
+    for functions in (("exact_match",), ("answer_logp",)):
+        config = RunConfig(reward=RewardConfig(functions=functions))
+        with pytest.raises(DataError, match=f"golden_answers, but .* {functions[0]} compare"):
+            _check_golden_answers(config, Questions())
+    _check_golden_answers(RunConfig(reward=RECALL), Questions())
+    said = str(_unscorable(Questions.questions[0]))
+    assert "selection_recall" in said
+    assert "exact_match" not in said
+
+
+def test_a_retriever_is_chosen_by_recall_where_nothing_says_what_is_right() -> None:
+    table = without_answers(three_questions())
+    answering = open_reward(RunConfig(), Silent(), WordPrompts())
+
+    def search(questions, num_shown):
+        return table.rows_QN[:, :num_shown]
+
+    def validated(table):
+        return validate_retriever(table, search, table.corpus, answering, 2, SingleWorker())
+
+    assert best_retriever_by(table) == "validation/recall"
+    assert best_retriever_by(three_questions()) == best_retriever_by(None) == "validation/accuracy"
+    found = validated(table)
+    assert found["validation/recall"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert not {"validation/accuracy", "validation/em", "validation/f1"} & found.keys()
+    nothing = replace(table, questions=tuple(Question(q.id, "?", ()) for q in table.questions))
+    with pytest.raises(DataError, match="none of the 3 validation questions has golden_answers or"):
+        validated(nothing)
+    assert np.isfinite(found["validation/answer_words"])
