@@ -43,7 +43,7 @@ class Trained:
 
 def run_rounds(config: RunConfig, run_dir: RunDirectory) -> None:
     """Take all turns, then bundle the last weights of every part and compare them."""
-    open_all(config, bool(config.evaluation.systems))
+    open_all(config, bool(config.systems))
     trained, tokens, turns_left = Trained(), 0.0, 2 * config.training.rounds
     for number in range(1, config.training.rounds + 1):
         for turn in (RETRIEVER, OTHERS):

@@ -95,7 +95,7 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
         open_evaluation_data(config, library)
         for name, candidates in other_retrievers(config, library, None).items():
             # Shards would have their actors twice.
-            if name in config.evaluation.systems and config.retrieval.num_shards == 1:
+            if name in config.systems and config.retrieval.num_shards == 1:
                 candidates()
     return library
 

@@ -55,7 +55,7 @@ class _Sizes:
 
 def asks_generator(config: RunConfig) -> bool:
     """Whether a run opens a generator at all."""
-    return config.training.experience is None or bool(config.evaluation.systems)
+    return config.training.experience is None or bool(config.systems)
 
 
 def uses_vllm(config: RunConfig) -> bool:
