@@ -44,14 +44,24 @@ def admin_routes(service: Service) -> APIRouter:
 
         A bundle that is damaged, or answers its golden questions otherwise than recorded, is
         refused, and what served before goes on. Loading goes on when the client leaves;
-        `/admin/versions` tells how it ended.
+        `/admin/versions` tells how it ended. A version that is in use already is not read again,
+        nor is its corpus: `note` says where that has changed on disk since.
         """
+        before = service.answering.routing().versions
         key = record_of(request.scope).key
         task = asyncio.ensure_future(_load(service, body))
         loads.add(task)
         task.add_done_callback(loads.discard)
         task.add_done_callback(partial(_log_load, key, body))
-        return json_response(LoadedBundle(version=await asyncio.shield(task), role=body.role))
+        version = await asyncio.shield(task)
+        return json_response(
+            LoadedBundle(
+                version=version,
+                role=body.role,
+                already_loaded=version in before,
+                note=await _note(service, version) if version in before else None,
+            )
+        )
 
     @router.delete(
         "/bundle/{role}",
@@ -89,6 +99,16 @@ async def _load(service: Service, body: BundleRequest) -> str:
         return await service.desk.load(body.path, body.role, body.share)
     except _BAD_BUNDLE as error:
         raise RequestError(f"the bundle was refused: {error}") from error
+
+
+async def _note(service: Service, version: str) -> str | None:
+    corpus = await service.desk.changed_corpus(version)
+    if corpus is None:
+        return None
+    return (
+        f"the corpus {corpus} has changed on disk since it was read, and questions are answered "
+        "from what was read; restart the service to read it anew"
+    )
 
 
 def _log_load(key: str | None, body: BundleRequest, task: asyncio.Task[str]) -> None:

@@ -34,6 +34,7 @@ from serve.settings import ServeSettings
 from serve.versions import Kind, Report, Wanted
 
 REGISTRY, RETRIEVER, SELECTOR, GENERATOR = "Registry", "Retriever", "Selector", "Generator"
+_CORPUS_TIMEOUT_S = 30.0
 _DEFAULT_STATE = ".cache/rlrag/serve"
 
 logger = logging.getLogger("rlrag.serve")
@@ -74,6 +75,10 @@ class RetrieverReplica(_Replica):
             (version, Ask(question, num_candidates, filters))
         )
         return found
+
+    async def changed_corpus(self, version: str) -> str | None:
+        """See `RetrieverPart.changed_corpus`."""
+        return await asyncio.to_thread(self._part.changed_corpus, version)
 
     @ray_serve.batch(max_batch_size=1, batch_wait_timeout_s=0)
     async def _batched(self, calls: list[tuple[str, Ask]]) -> list[Retrieved | RlragError]:
@@ -209,7 +214,7 @@ class IngressReplica:
     ) -> None:
         _log_lines("ingress")
         self._settings = settings
-        self._desk = RayDesk(registry)
+        self._desk = RayDesk(registry, retriever)
         self._pipeline = RayPipeline(retriever, selector, generator, self._desk.reporter.down)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -224,8 +229,9 @@ class IngressReplica:
 class RayDesk:
     """The registry as the HTTP side sees it; implements `VersionDesk`."""
 
-    def __init__(self, registry: Any) -> None:
+    def __init__(self, registry: Any, retriever: Any) -> None:
         self._registry = registry
+        self._retriever = retriever
         self.reporter = RoutingReporter(_replica_name(), partial(tell_registry, registry))
 
     def routing(self) -> Routing:
@@ -251,6 +257,12 @@ class RayDesk:
         """See `VersionDesk.drop`."""
         _raised(await self._registry.drop.remote(role))
         await self.reporter.refresh()
+
+    async def changed_corpus(self, version: str) -> str | None:
+        """See `VersionDesk.changed_corpus`."""
+        call = self._retriever.changed_corpus.remote(version)
+        changed: str | None = await asyncio.wait_for(call, _CORPUS_TIMEOUT_S)
+        return changed
 
     def begin(self, version: str) -> None:
         """See `VersionDesk.begin`."""

@@ -198,6 +198,10 @@ class VersionDesk(Protocol):
         """End the `canary` or the `shadow`."""
         ...
 
+    async def changed_corpus(self, version: str) -> str | None:
+        """The corpus of a version in use, where its files have changed since they were read."""
+        ...
+
     def begin(self, version: str) -> None:
         """A request of this version starts here."""
         ...

@@ -265,6 +265,10 @@ class LoadedBundle(Reply):
 
     version: str
     role: str
+    already_loaded: bool
+    """Whether the version was in use before, so that nothing was read again."""
+    note: Absent[str] = None
+    """What else the operator should know."""
 
 
 class Difference(Reply):

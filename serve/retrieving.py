@@ -18,8 +18,8 @@ import numpy as np
 from rlrag.bundle_files import read_bundle
 from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
-from rlrag.data.load import load_corpus
-from rlrag.errors import OverloadedError, RequestError, RlragError
+from rlrag.data.load import corpus_stamp, load_corpus
+from rlrag.errors import DataError, OverloadedError, RequestError, RlragError
 from rlrag.models import resolve_model, weights_hash
 from rlrag.pipeline import retrievers_of
 from rlrag.retrieval.build import RetrieverSet
@@ -46,6 +46,8 @@ class _Loaded:
     shelf_key: str
     shelf: _Shelf
     num_candidates: int
+    corpus: str
+    corpus_stamp: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class RetrieverPart:
             files = read_bundle(directory)
             check_version(version, files.version, directory)
             config = _retrieval_of(files.config, files.retriever_dir, self._corpus)
+            stamp = corpus_stamp(config.data.corpus)
             corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
             key = _shelf_key(config, corpus)
             shelf = next((v.shelf for v in self._loaded.values() if v.shelf_key == key), None)
@@ -96,8 +99,22 @@ class RetrieverPart:
                 )
                 shelf = _Shelf(corpus, retrievers)
                 _search(shelf, ["warm up"], 1)  # encoders load when they are first asked
-            loaded = _Loaded(key, shelf, config.retrieval.num_candidates)
+            loaded = _Loaded(key, shelf, config.retrieval.num_candidates, config.data.corpus, stamp)
             self._loaded = {**self._loaded, version: loaded}
+
+    def changed_corpus(self, version: str) -> str | None:
+        """The corpus of a version, where its files have changed since they were read, or are gone.
+
+        What was read goes on being searched.
+        """
+        loaded = self._loaded.get(version)
+        if loaded is None:
+            return None
+        try:
+            changed = corpus_stamp(loaded.corpus) != loaded.corpus_stamp
+        except (DataError, OSError):
+            changed = True
+        return loaded.corpus if changed else None
 
     def drop(self, version: str) -> None:
         """Forget a version; what no other one shares is freed."""

@@ -108,6 +108,7 @@ class Desk:
     def __init__(self, routing: Routing | None = None) -> None:
         self.now = routing
         self.gone: tuple[str, ...] = ()
+        self.changed: str | None = None
         self.in_flight: Counter[str] = Counter()
         self.begun: Counter[str] = Counter()
 
@@ -134,6 +135,9 @@ class Desk:
 
     async def drop(self, role: str) -> None:
         self._change(**{role: None})
+
+    async def changed_corpus(self, version: str) -> str | None:
+        return self.changed
 
     def begin(self, version: str) -> None:
         self.in_flight[version] += 1

@@ -193,3 +193,17 @@ def test_a_corpus_that_was_changed_in_place_is_read_again(
     new = load(part, make_bundle(tmp_path / "other", openrag_files, cache_dir, seed=2))
     assert [passage.id for passage in asked(part, new, 1, ids=("new",)).passages] == ["new"]
     assert isinstance(asked(part, old, 1, ids=("new",)), RequestError)
+
+
+def test_a_passage_that_is_added_to_a_corpus_in_use_is_noticed(bundle, openrag_files, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    shutil.copy(openrag_files / "corpus.jsonl", corpus)
+    part = RetrieverPart(str(corpus))
+    version = load(part, bundle)
+    assert part.changed_corpus(version) is None
+    with corpus.open("a") as file:
+        file.write(json.dumps({"id": "new", "contents": "New\nIt was not there."}) + "\n")
+    assert part.changed_corpus(version) == str(corpus)
+    corpus.unlink()
+    assert part.changed_corpus(version) == str(corpus)
+    assert part.changed_corpus("another") is None

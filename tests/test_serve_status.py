@@ -241,13 +241,18 @@ def test_operators_load_compare_and_drop_bundles(tmp_path: Path) -> None:
         client = served.client
         asked = {"path": "/bundles/b", "role": "shadow"}
         loaded = (await client.post("/admin/bundle", json=asked)).json()
-        assert loaded == {"version": "62", "role": "shadow"}
+        assert loaded == {"version": "62", "role": "shadow", "already_loaded": False}
+        again = (await client.post("/admin/bundle", json=asked)).json()
+        assert again == loaded | {"already_loaded": True}
+        served.desk.changed = "/data/corpus.jsonl"
+        again = (await client.post("/admin/bundle", json=asked)).json()
+        assert "/data/corpus.jsonl has changed on disk since it was read" in again["note"]
         asked = {"path": "/bundles/c", "role": "canary", "share": 0.5}
         await client.post("/admin/bundle", json=asked)
         known = (await client.get("/admin/versions")).json()
         assert known["paths"] == {v: f"/bundles/{v}" for v in ("62", "63", "v1")}
         assert (await client.get("/v1/versions")).json() == {
-            "active": "v1", "canary": "63", "canary_share": 0.5, "shadow": "62", "epoch": 2,
+            "active": "v1", "canary": "63", "canary_share": 0.5, "shadow": "62", "epoch": 4,
         }  # fmt: skip
         reply = await client.post("/admin/bundle", json={"path": "bad", "role": "active"})
         assert reply.status_code == 422

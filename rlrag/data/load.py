@@ -38,7 +38,7 @@ from rlrag.errors import DataError, SetupError
 from rlrag.records import Passage, Question
 from rlrag.text_files import hidden_beside
 
-__all__ = ["QuestionSet", "cut_words", "load_corpus", "load_questions"]
+__all__ = ["QuestionSet", "corpus_stamp", "cut_words", "load_corpus", "load_questions"]
 
 _HUB_PREFIX = "hub:"
 _READING = 2
@@ -83,6 +83,19 @@ def load_corpus(spec: str, cache_dir: Path, passage_words: int) -> Corpus:
         corpus = write_disk_corpus(passages, directory, source=wanted, tally=tally)
     _log_report(corpus.report)
     return corpus
+
+
+def corpus_stamp(spec: str) -> str | None:
+    """Sizes and times of change of a corpus's files, as text; None where it is no file or folder.
+
+    Raises:
+        DataError: when it is missing.
+    """
+    if spec == BUILTIN_CORPUS or spec.startswith(_HUB_PREFIX):
+        return None
+    path = _path_of(spec)
+    check_exists(path)
+    return json.dumps(_file_fingerprint(path), sort_keys=True)
 
 
 def load_questions(spec: str, cache_dir: Path, corpus: Corpus | None = None) -> QuestionSet:
