@@ -71,7 +71,8 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def event_stream(description: str, example: str) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of a route that may answer with server-sent events."""
-    content = {"text/event-stream": {"schema": {"type": "string"}, "example": example}}
+    # Without a schema: what tools make of one, the whole text or an event, differs.
+    content = {"text/event-stream": {"example": example}}
     return {200: {"description": description, "content": content}}
 
 

@@ -104,10 +104,11 @@ def _check_parameters(body: ChatRequest) -> None:
 
 def _ask(service: Service, body: ChatRequest, record: RequestRecord) -> Ask:
     name = _known(service, body.model)
+    name_of_longest, longest = _longest(body, service.settings.limits.max_new_tokens)
     record.field_names = {
         "question": "messages",
         "version": "model",
-        "max_new_tokens": "max_completion_tokens" if body.max_completion_tokens else "max_tokens",
+        "max_new_tokens": name_of_longest,
     }
     seed = None if body.seed is None else body.seed % 2**63
     return Ask(
@@ -116,7 +117,7 @@ def _ask(service: Service, body: ChatRequest, record: RequestRecord) -> Ask:
         body.num_selected,
         body.num_candidates,
         filters_of(body.filters),
-        decoding_of(_longest(body), body.temperature, seed),
+        decoding_of(longest, body.temperature, seed),
         None if name == PIPELINE_MODEL else name,
     )
 
@@ -147,12 +148,24 @@ def _text(place: int, message: ChatMessage) -> str:
     return "\n".join(part.text or "" for part in message.content)
 
 
-def _longest(body: ChatRequest) -> int | None:
-    return body.max_completion_tokens or body.max_tokens
+def _longest(body: ChatRequest, most: int | None = None) -> tuple[str, int | None]:
+    """The lesser of the two bounds of an answer's tokens, with its name.
+
+    Raises:
+        RequestError: when one of them is more than `most`.
+    """
+    bounds = {name: getattr(body, name) for name in ("max_tokens", "max_completion_tokens")}
+    given = {name: value for name, value in bounds.items() if value is not None}
+    for name, value in given.items():
+        if most is not None and value > most:
+            raise RequestError.about(
+                name, f"is {value}, more than the {most} that the service allows"
+            )
+    return min(given.items(), key=lambda one: one[1], default=("max_tokens", None))
 
 
 def _finish(answered: Answered, body: ChatRequest) -> str:
-    longest = _longest(body)
+    _, longest = _longest(body)
     cut = longest is not None and answered.computed.num_tokens >= longest
     return "length" if cut else "stop"
 

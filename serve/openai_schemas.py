@@ -124,11 +124,16 @@ class ChatRequest(_ChatPart):
             for name, value in (self.model_extra or {}).items()
             if name not in _HARMLESS
             and value is not None
-            and value not in _UNFOLLOWED.get(name, ())
+            and not any(_same(value, other) for other in _UNFOLLOWED.get(name, ()))
         }
         if self.top_p not in (None, 1) and self.temperature != 0:
             found["top_p"] = self.top_p
         return found
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two JSON values are equal; `false` is no number."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 class Usage(Reply):

@@ -110,6 +110,7 @@ def test_an_openai_stream_ends_with_done_and_tells_of_failures() -> None:
         {"n": 2},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"logprobs": True},
+        {"extra_body": {"frequency_penalty": False}},
         {"top_logprobs": 3},
         {"stop": "."},
         {"response_format": {"type": "json_object"}},
@@ -184,6 +185,7 @@ def test_instructions_and_earlier_turns_are_refused_and_not_dropped(
     [
         ({"max_tokens": 5000}, "max_tokens"),
         ({"max_completion_tokens": 5000}, "max_completion_tokens"),
+        ({"max_completion_tokens": 5, "max_tokens": 5000}, "max_tokens"),
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 400}]}, "messages"),
     ],
