@@ -9,6 +9,7 @@ alike. Nothing is trained.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -207,8 +208,9 @@ def report(
         f"`{command}`; {len(candidates)} test questions, "
         f"{run.environment.num_selected} of {candidates.num_candidates} candidates of the "
         f"{run.retrieval.kind} retriever in the prompt, three worked examples before it, nothing "
-        f"trained. {platform.machine()}, {options.threads} threads an engine, vLLM on the CPU in "
-        f"{readers[0].dtype}, Python {platform.python_version()}.",
+        f"trained. {platform.machine()} with {os.cpu_count()} cores, "
+        f"{options.threads} threads an engine, vLLM on the CPU in {readers[0].dtype}, "
+        f"Python {platform.python_version()}.",
         "",
         "Exact match / F1. Best single: of all candidates, the one whose answer is best.",
         "",

@@ -23,11 +23,12 @@ import pytest
 from jobs.command_line import exit_code
 from jobs.doctor import machine
 from jobs.doctor.checks import ok, run_check
+from jobs.doctor.files import check_model
 from jobs.doctor.needs import Needs
-from jobs.doctor.packages import check_python
+from jobs.doctor.packages import check_python, extras_of
 from jobs.doctor.program import main
 from jobs.doctor.ray_cluster import check_cluster
-from rlrag.config import RunConfig, TrainingConfig
+from rlrag.config import BETTER_GENERATOR, GeneratorConfig, RunConfig, TrainingConfig
 from rlrag.errors import ConfigError, RlragError, SetupError
 from rlrag.training.run_directory import RunDirectory
 
@@ -412,3 +413,12 @@ def test_as_a_program_it_needs_neither_ray_nor_vllm_nor_a_hub(tmp_path, unused_p
     assert lines[-2].startswith(
         "failed   generator model  model 'someone/no-such-model' is neither"
     )
+
+
+def test_each_built_in_model_asks_for_the_extra_that_brings_it(tmp_path):
+    """The better generator is under terms of its own, so that nobody else is told to install it."""
+    usual = RunConfig()
+    better = RunConfig(generator=GeneratorConfig(model=BETTER_GENERATOR))
+    assert "gemma" not in extras_of(usual)
+    assert {"demo", "gemma"} <= set(extras_of(better))
+    assert "extra 'gemma'" in check_model(BETTER_GENERATOR, tmp_path).found
