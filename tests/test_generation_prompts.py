@@ -48,7 +48,8 @@ def tokenizer():
         special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    raw.train_from_iterator([PERU.text, CHILE.text, "Question: capital of Peru?\nAnswer:"], trainer)
+    texts = [PERU.text, CHILE.text, "Question: capital of Peru?\nAnswer:", *["\n\n"] * 9]
+    raw.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|end|>", chat_template=CHAT_TEMPLATE
     )
@@ -187,6 +188,7 @@ def test_decoding_a_target_stops_at_its_last_token_and_gives_the_answer(
 
 def test_the_end_of_a_target_has_the_tokens_of_the_worked_examples(tokenizer, joining_tokenizer):
     """Alone, a blank line is one token here and a full stop another; in the text they are not."""
+    assert len(tokenizer.tokenize("\n\n")) == 1
     full_stop = FewShotExample(title="Land", text="Big.", question="where?", answer="the U.S.")
     for each, answer in ((tokenizer, "blue"), (joining_tokenizer, "the U.S.")):
         shown = PromptConfig(instruction="", few_shot=(full_stop, EXAMPLE, full_stop))
