@@ -16,7 +16,7 @@ from rlrag.data.corpus import MemoryCorpus
 from rlrag.data.feedback import FeedbackStore
 from rlrag.data.questions import QuestionSet
 from rlrag.data.sample import sample_corpus, sample_questions
-from rlrag.errors import DataError
+from rlrag.errors import ConfigError, DataError
 from rlrag.pipeline import Library, candidates_of
 from rlrag.retrieval.build import open_retrievers
 from rlrag.training.logged_selections import open_logged_data
@@ -202,3 +202,8 @@ def test_selections_of_one_question_share_its_number(config, tmp_path):
     everything = changed(config, off_policy={"held_back_share": 0.0})
     part = open_logged_data(everything, library_of(table), log).train
     assert part.questions_Q.tolist() == [*range(24), *range(24)]
+
+
+def test_a_scale_without_a_width_is_refused(config):
+    with pytest.raises(ConfigError, match="reward_range is 1 to 1; give two numbers"):
+        changed(config, off_policy={"reward_range": [1.0, 1.0]})

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from retriever_tasks import (
     BATCH,
     NAN,
@@ -25,6 +26,7 @@ from retriever_tasks import (
 from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 
 from rlrag.algorithms.contrastive import vdr_loss
+from rlrag.config import OpenRAGConfig, RetrievalConfig, RunConfig, TrainingConfig
 from rlrag.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from rlrag.retrieval.trainable import Embedded, Role
 from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
@@ -300,3 +302,9 @@ def test_with_one_side_whole_the_gradient_is_that_of_the_loss_of_vdr(tmp_path):
 def test_one_side_whole_is_refused_for_an_encoder_whose_vectors_are_whole():
     with pytest.raises(ConfigError, match="'one_whole' is for"):
         make(vectors="one_whole")
+    with pytest.raises(ValidationError, match="'one_whole' is for semi_parametric"):
+        RunConfig(
+            retrieval=RetrievalConfig(kind="dense"),
+            training=TrainingConfig(parts=("retriever",)),
+            openrag=OpenRAGConfig(vectors="one_whole"),
+        )
