@@ -125,7 +125,7 @@ def test_peers_get_all_that_training_needs_and_no_answer_to_a_measured_question(
         assert record["golden_answers"]
         assert record["gold"]
         first, second, third = (text.splitlines()[-1] for text in titles[:3])
-        assert record["prompt"].index(first) < record["prompt"].rindex(second)
+        assert record["prompt"].index(second) < record["prompt"].rindex(first)
         assert third not in record["prompt"]
         assert second in record["candidate_prompts"][1]
         assert record["question"] in record["candidate_prompts"][1]
@@ -145,8 +145,8 @@ def test_all_are_measured_in_one_way(trial):
     assert trial.row("encoder")[quality] == baseline[quality]
     assert trial.row("generator")[quality] == baseline[quality]
     assert trial.row("generator")[3:5] == ["+0.000 (+0.000 to +0.000)", "1"]
-    assert trial.row("picks")[quality] == trial.row("retriever_order, best last")[quality]
-    assert trial.row("picks, best last")[quality] == baseline[quality]
+    assert trial.row("picks")[quality] == trial.row("retriever_order, best first")[quality]
+    assert trial.row("picks, best first")[quality] == baseline[quality]
     assert trial.row("picks")[5:7] == ["4", "12"]
     assert trial.arguments.output.read_text() == trial.text
 
