@@ -148,9 +148,13 @@ def test_a_directory_in_use_is_refused_and_left_as_it_is(tmp_path):
 
 def test_whoever_takes_the_directory_clears_what_killed_writers_left(tmp_path):
     run_dir = claimed(tmp_path / "run")
-    run_dir.experience.mkdir()
-    for place in (run_dir.metrics, run_dir.config, run_dir.experience / "worker-0.jsonl"):
-        hidden_beside(place).write_text("half of")
+    turn = RunDirectory(run_dir.rounds / "1-retriever")
+    for each in (run_dir, turn):
+        each.experience.mkdir(parents=True)
+        for place in (each.metrics, each.config, each.experience / "worker-0.jsonl"):
+            hidden_beside(place).write_text("half of")
+        for place in (each.bundle, each.checkpoints / "step-000060"):
+            hidden_beside(place).mkdir(parents=True)
     with run_dir.in_use(print):
         assert not list(run_dir.path.rglob(".*"))
 

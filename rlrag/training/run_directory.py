@@ -108,7 +108,8 @@ class RunDirectory:
     def in_use(self, say: Callable[[str], None]) -> Iterator[None]:
         """Keep other processes out of the directory during the block.
 
-        The process that launches a run does this; its workers write on its behalf.
+        The process that launches a run does this; its workers write on its behalf. What killed ones
+        left half-built or half-deleted is cleared.
 
         Args:
             say: Tells people from whom the directory was taken over.
@@ -121,8 +122,9 @@ class RunDirectory:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(held(self._lock, str(self.path), say))
-                for directory in (self.path, self.experience):
-                    delete_rubbish(directory, re.compile(r".*\.jsonl?"))
+                for place in (self.path, *self.rounds.glob("*")):
+                    for directory in (place, place / "checkpoints", place / "experience"):
+                        delete_rubbish(directory, re.compile(".*"))
             except InUseError:
                 raise
             except OSError as error:
