@@ -61,6 +61,43 @@ def hangs(answer):
         release.wait(60)
     return 1.0
 
+barrier = threading.Barrier(3)
+active = 0
+most_at_once = 0
+counting = threading.Lock()
+
+def meets(answer):
+    global active, most_at_once
+    with counting:
+        active += 1
+        most_at_once = max(most_at_once, active)
+    barrier.wait(20)
+    with counting:
+        active -= 1
+    barrier.wait(20)
+    return 1.0
+
+async_barrier = None
+
+async def meets_async(answer):
+    global active, most_at_once, async_barrier
+    if async_barrier is None:
+        async_barrier = asyncio.Barrier(3)
+    active += 1
+    most_at_once = max(most_at_once, active)
+    await async_barrier.wait()
+    active -= 1
+    await async_barrier.wait()
+    return 1.0
+
+def naps(answer):
+    time.sleep(0.15)
+    return 1.0
+
+async def naps_async(answer):
+    await asyncio.sleep(0.15)
+    return 1.0
+
 async def aware(answer):
     global together, most_together
     together += 1
@@ -105,10 +142,22 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     del sys.modules["composite_rewards"]
 
 
-def model(*names: str, weights: tuple[float, ...] | None = None, timeout_s: float = 20.0):
+def model(
+    *names: str,
+    weights: tuple[float, ...] | None = None,
+    timeout_s: float = 20.0,
+    max_concurrent: int = 1,
+):
     functions = tuple(name if name in BUILT_IN else f"composite_rewards:{name}" for name in names)
     weights = weights or (1.0,) * len(names)
-    return RewardModel(RewardConfig(functions=functions, weights=weights, timeout_s=timeout_s))
+    return RewardModel(
+        RewardConfig(
+            functions=functions,
+            weights=weights,
+            timeout_s=timeout_s,
+            max_concurrent=max_concurrent,
+        )
+    )
 
 
 BUILT_IN = ("exact_match", "token_f1", "selection_cost", "selection_recall", "answer_logp")
@@ -241,10 +290,10 @@ def test_a_hung_function_is_named_and_not_called_again(custom) -> None:
     good, hung, after = rewards(batch)
     assert good.total == 1.0
     assert "'composite_rewards:hangs' for question 'q3': ran past its limit of 0.2 s" in str(hung)
-    assert "for question 'q4': an earlier call ran past its limit" in message(after)
-    assert "earlier call" in message(rewards([rollout("good", id_="q8")])[0])
-    custom.release.set()
-    assert "earlier call" in message(rewards([rollout("good")])[0])
+    assert "for question 'q4': earlier calls ran past their limit" in message(after)
+    assert "earlier calls ran" in message(rewards([rollout("good", id_="q8")])[0])
+    custom.release.set()  # the call ends after all, and with it what kept the thread
+    assert rewards([rollout("good")])[0].total == 1.0
 
 
 def test_a_function_that_was_slow_once_goes_on(custom) -> None:
@@ -289,6 +338,28 @@ def test_calls_of_one_synchronous_function_share_one_thread(custom) -> None:
     assert threading.get_ident() not in custom.threads
 
 
+@pytest.mark.parametrize("name", ["meets", "meets_async"])
+def test_calls_run_side_by_side_up_to_the_bound(custom, name) -> None:
+    """Each call waits until three are under way; a fourth at the same time would be counted."""
+    rewards = model(name, max_concurrent=3)
+    assert [result.total for result in rewards([rollout("x") for _ in range(9)])] == [1.0] * 9
+    assert custom.most_at_once == 3
+
+
+@pytest.mark.parametrize("name", ["naps", "naps_async"])
+def test_the_time_limit_is_that_of_a_call_and_not_of_its_queueing(custom, name) -> None:
+    results = model(name, timeout_s=0.5, max_concurrent=2)([rollout("x") for _ in range(12)])
+    assert [result.total for result in results] == [1.0] * 12
+
+
+def test_other_threads_go_on_beside_a_hung_call(custom) -> None:
+    rewards = model("hangs", timeout_s=0.2, max_concurrent=2)
+    results = rewards([rollout("hang"), *(rollout("good") for _ in range(4))])
+    assert "ran past its limit" in message(results[0])
+    assert [result.total for result in results[1:]] == [1.0] * 4
+    custom.release.set()
+
+
 def test_threads_end_with_their_model(custom) -> None:
     before = set(threading.enumerate())
     rewards = model("length", "aware")
@@ -302,7 +373,9 @@ def test_threads_end_with_their_model(custom) -> None:
 
 
 def test_async_calls_of_a_batch_run_together(custom) -> None:
-    results = model("aware")([rollout("x" * i, id_=str(i)) for i in range(5)] + [rollout("bad")])
+    results = model("aware", max_concurrent=8)(
+        [rollout("x" * i, id_=str(i)) for i in range(5)] + [rollout("bad")]
+    )
     assert [result.total for result in results[:5]] == list(range(5))
     assert results[0].terms == {"composite_rewards:aware/length": 0.0}
     assert "ValueError: too bad" in message(results[5])
@@ -324,7 +397,7 @@ def test_an_async_call_that_refuses_to_be_cancelled_does_not_hold_the_batch(cust
 def test_an_async_function_that_blocks_its_loop_counts_as_broken(custom) -> None:
     rewards = model("blocks", timeout_s=0.2)
     assert "blocked its event loop" in message(rewards([rollout()])[0])
-    assert "earlier call" in message(rewards([rollout()])[0])
+    assert "earlier calls ran" in message(rewards([rollout()])[0])
 
 
 def test_an_empty_batch(custom) -> None:

@@ -1,9 +1,7 @@
-"""Calls of one custom function in, its values or why there are none out, in bounded time.
+"""Calls of custom functions, several at once and each in bounded time.
 
-A Python thread cannot be killed. A call that runs past its time therefore keeps its thread. The
-next call waits for it as long again: where it has ended by then it was merely slow, and its
-function goes on; otherwise the function counts as broken, and every later call fails at once. All
-threads are daemons, so that a hung one does not keep the process from ending. A call that holds the
+A Python thread cannot be killed, so that a call that runs past its time keeps its thread. All
+threads are daemons: a hung one does not keep the process from ending. A call that holds the
 interpreter's lock (an endless loop inside a C extension) cannot be bounded from within the process.
 """
 
@@ -11,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import queue
 import threading
+import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 LOOP_GRACE_S = 1.0
 """An event loop that answers this much later than its calls' time limit counts as blocked."""
@@ -47,50 +48,87 @@ def describe_exception(error: BaseException) -> str:
 
 def _still_running(timeout_s: float) -> CallFailure:
     return CallFailure(
-        f"an earlier call ran past its limit of {timeout_s:g} s and cannot be ended, so the "
+        f"earlier calls ran past their limit of {timeout_s:g} s and cannot be ended, so the "
         "function is not called again; mend it or raise reward.timeout_s, and start anew"
     )
 
 
 class ThreadCalls:
-    """Calls a synchronous function in a thread of its own, one call at a time."""
+    """Calls a synchronous function in threads, several calls at once.
 
-    def __init__(self, function: Callable[..., Any], timeout_s: float) -> None:
+    Each call may take the time limit, counted from its own start. One that overruns keeps its
+    thread until it ends; where every thread is kept so, the rest waits for them once more, and then
+    the function counts as broken.
+    """
+
+    def __init__(self, function: Callable[..., Any], timeout_s: float, at_once: int) -> None:
         self._function = function
         self._timeout_s = timeout_s
         self._turn = threading.Lock()
-        self._requests: queue.SimpleQueue[_Request | None] | None = None
-        self._late: concurrent.futures.Future[Any] | None = None
-        self._is_broken = False
+        self._free: list[queue.SimpleQueue[_Request | None]] = []
+        self._late: dict[concurrent.futures.Future[Any], queue.SimpleQueue[_Request | None]] = {}
+        self._num_unstarted = at_once
 
     def __call__(self, calls: Sequence[Keywords]) -> list[Any]:
         """One value or `CallFailure` for each call, in order."""
-        return [self._call(keywords) for keywords in calls]
+        outcomes: list[Any] = [_still_running(self._timeout_s)] * len(calls)
+        waiting = deque(enumerate(calls))
+        running: dict[concurrent.futures.Future[Any], _Running] = {}
+        with self._turn:
+            while waiting or running:
+                while waiting and (lane := self._lane()) is not None:
+                    place, keywords = waiting.popleft()
+                    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+                    lane.put((future, self._function, keywords))
+                    running[future] = _Running(place, lane, time.monotonic() + self._timeout_s)
+                if not running:  # every thread is kept by a call that overran
+                    concurrent.futures.wait(self._late, self._timeout_s, "FIRST_COMPLETED")
+                    if not any(future.done() for future in self._late):
+                        break
+                    continue
+                self._collect(running, outcomes)
+        return outcomes
 
-    def _call(self, keywords: Keywords) -> Any:
-        with self._turn:  # held for at most twice the time limit
-            if self._late is not None:
-                concurrent.futures.wait([self._late], timeout=self._timeout_s)
-                self._is_broken = not self._late.done()
-                self._late = None
-            if self._is_broken:
-                return _still_running(self._timeout_s)
-            if self._requests is None:
-                self._requests = self._start()
-            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-            self._requests.put((future, self._function, keywords))
-            concurrent.futures.wait([future], timeout=self._timeout_s)
-            if not future.done():
-                self._late = future
-                return CallFailure(f"ran past its limit of {self._timeout_s:g} s")
-        error = future.exception()
-        return future.result() if error is None else CallFailure(describe_exception(error))
+    def _collect(
+        self, running: dict[concurrent.futures.Future[Any], _Running], outcomes: list[Any]
+    ) -> None:
+        """Wait until a call ends or overruns, and note what became of it."""
+        first = min(call.deadline for call in running.values())
+        left_s = max(0.0, first - time.monotonic())
+        done, _ = concurrent.futures.wait(running, left_s, "FIRST_COMPLETED")
+        for future in done:
+            call, error = running.pop(future), future.exception()
+            self._free.append(call.lane)
+            outcomes[call.place] = (
+                future.result() if error is None else CallFailure(describe_exception(error))
+            )
+        now = time.monotonic()
+        for future in [f for f, call in running.items() if call.deadline <= now]:
+            call = running.pop(future)
+            self._late[future] = call.lane
+            outcomes[call.place] = CallFailure(f"ran past its limit of {self._timeout_s:g} s")
 
-    def _start(self) -> queue.SimpleQueue[_Request | None]:
+    def _lane(self) -> queue.SimpleQueue[_Request | None] | None:
+        """The requests of a thread that is free, None where all are busy."""
+        for future in [future for future in self._late if future.done()]:
+            self._free.append(self._late.pop(future))
+        if self._free:
+            return self._free.pop()
+        if not self._num_unstarted:
+            return None
+        self._num_unstarted -= 1
         requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         threading.Thread(target=_serve, args=(requests,), name="custom-reward", daemon=True).start()
         weakref.finalize(self, requests.put, None)
         return requests
+
+
+class _Running(NamedTuple):
+    """A call under way: its place in the batch, its thread, and when it overruns."""
+
+    place: int
+    lane: queue.SimpleQueue[_Request | None]
+    deadline: float
 
 
 def _serve(requests: queue.SimpleQueue[_Request | None]) -> None:
@@ -105,14 +143,16 @@ def _serve(requests: queue.SimpleQueue[_Request | None]) -> None:
 class LoopCalls:
     """Calls an `async def` function concurrently, in an event loop that lives in its own thread.
 
-    All calls of a batch start together and each may take the time limit. One that overruns is
-    cancelled and the function may be called again. A function that blocks the loop itself counts
-    as broken.
+    Each call may take the time limit, counted from its own start. One that overruns is cancelled
+    and the function may be called again. A function that blocks the loop itself counts as broken.
     """
 
-    def __init__(self, function: Callable[..., Awaitable[Any]], timeout_s: float) -> None:
+    def __init__(
+        self, function: Callable[..., Awaitable[Any]], timeout_s: float, at_once: int
+    ) -> None:
         self._function = function
         self._timeout_s = timeout_s
+        self._at_once = at_once
         self._turn = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_broken = False
@@ -126,12 +166,13 @@ class LoopCalls:
                 return [_still_running(self._timeout_s)] * len(calls)
             if self._loop is None:
                 self._loop = self._start()
-            batch = _gather(self._function, calls, self._timeout_s)
+            batch = _gather(self._function, calls, self._timeout_s, self._at_once)
             future = asyncio.run_coroutine_threadsafe(batch, self._loop)
-            concurrent.futures.wait([future], timeout=self._timeout_s + LOOP_GRACE_S)
+            longest_s = self._timeout_s * math.ceil(len(calls) / self._at_once)
+            concurrent.futures.wait([future], timeout=longest_s + LOOP_GRACE_S)
             if not future.done():
                 self._is_broken = True
-                cause = f"blocked its event loop past the limit of {self._timeout_s:g} s"
+                cause = f"blocked its event loop past the limit of {self._timeout_s:g} s a call"
                 return [CallFailure(cause)] * len(calls)
         return future.result()
 
@@ -160,17 +201,32 @@ async def _cancel_the_rest() -> None:
 
 
 async def _gather(
-    function: Callable[..., Awaitable[Any]], calls: Sequence[Keywords], timeout_s: float
+    function: Callable[..., Awaitable[Any]],
+    calls: Sequence[Keywords],
+    timeout_s: float,
+    at_once: int,
 ) -> list[Any]:
-    tasks = [asyncio.create_task(_await_one(function(**keywords))) for keywords in calls]
-    await asyncio.wait(tasks, timeout=timeout_s)
-    outcomes = [_outcome(task, timeout_s) for task in tasks]
-    for task in tasks:
-        task.cancel()
-    return outcomes
+    room = asyncio.Semaphore(at_once)
+    return await asyncio.gather(
+        *(_await_one(function, keywords, timeout_s, room) for keywords in calls)
+    )
 
 
-async def _await_one(call: Awaitable[Any]) -> Any:
+async def _await_one(
+    function: Callable[..., Awaitable[Any]],
+    keywords: Keywords,
+    timeout_s: float,
+    room: asyncio.Semaphore,
+) -> Any:
+    async with room:
+        task = asyncio.create_task(_shielded(function(**keywords)))
+        await asyncio.wait([task], timeout=timeout_s)
+        outcome = _outcome(task, timeout_s)
+        task.cancel()  # not awaited: a call may refuse
+        return outcome
+
+
+async def _shielded(call: Awaitable[Any]) -> Any:
     try:
         return await call
     except (SystemExit, KeyboardInterrupt) as error:

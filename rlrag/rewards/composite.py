@@ -1,4 +1,4 @@
-"""What is known of each rollout in, the weighted sum of rewards with every term apart out."""
+"""The weighted sum of reward functions, with every term apart."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ class RewardModel:
     term `name/key` for each entry, and its value is their sum. Terms are recorded unweighted; one
     with weight 0 is recorded and does not count.
 
-    A built-in function runs in the calling thread. A custom one runs in a thread of its own, or in
-    an event loop if it is `async def`, and may take `timeout_s` a call. One that raises, returns
+    A built-in function runs in the calling thread. A custom one runs in threads of its own, or in
+    an event loop if it is `async def`: `max_concurrent` calls at once, each of which may take
+    `timeout_s`. One that raises, returns
     anything but finite numbers, or overruns gives its rollout a `RewardError` that names the
     function, the question's id and the cause, and the remaining functions are not called for it.
 
@@ -91,7 +92,10 @@ class RewardModel:
                 f"reward.golden_answers is 'all', but none of reward.functions {config.functions} "
                 "asks for answer_logp; add it, with weight 0 if it is not to count"
             )
-        self._callers = tuple(_caller(function, config.timeout_s) for function in self.functions)
+        self._callers = tuple(
+            _caller(function, config.timeout_s, config.max_concurrent)
+            for function in self.functions
+        )
 
     @property
     def wants(self) -> frozenset[str]:
@@ -141,12 +145,12 @@ class RewardModel:
 
 
 def _caller(
-    function: RewardFunction, timeout_s: float
+    function: RewardFunction, timeout_s: float, at_once: int
 ) -> Callable[[Sequence[Keywords]], list[Any]]:
     if function.is_builtin:
         return _BuiltinCalls(function.function)
     kind = LoopCalls if function.is_async else ThreadCalls
-    return kind(function.function, timeout_s)
+    return kind(function.function, timeout_s, at_once)
 
 
 class _BuiltinCalls:

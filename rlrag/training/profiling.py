@@ -64,7 +64,7 @@ def save_ray_timeline(run_dir: RunDirectory) -> None:
         ray.timeline(str(staging))
         staging.replace(path)
 
-    (outcome,) = ThreadCalls(write, _TIMELINE_TIMEOUT_S)([{}])
+    (outcome,) = ThreadCalls(write, _TIMELINE_TIMEOUT_S, at_once=1)([{}])
     if isinstance(outcome, CallFailure):
         logger.warning("Ray's timeline could not be written to %s: %s", path, outcome.cause)
 
