@@ -32,7 +32,7 @@ from benchmarks.runs import own_cluster
 if TYPE_CHECKING:
     from rlrag.config import RunConfig
     from rlrag.retrieval.candidates import CandidateTable
-    from rlrag.selection.protocol import SelectionPolicy
+    from rlrag.selection.protocol import Policy
 
 RESULTS_FILE = Path(__file__).parent / "results" / "estep.md"
 TARGETS = {"untrained": 2.0, "trained": 3.0}
@@ -156,9 +156,7 @@ def measure(options: argparse.Namespace) -> str:
     return _report(run, rows, options)
 
 
-def _train(
-    policy: SelectionPolicy, candidates: CandidateTable, run: RunConfig, num_steps: int
-) -> None:
+def _train(policy: Policy, candidates: CandidateTable, run: RunConfig, num_steps: int) -> None:
     """Teach the policy to pick passages that hold the golden answer; the last 500 questions."""
     import copy
 
@@ -238,7 +236,7 @@ def _prompts(requests: Sequence[Request]) -> list[Any]:
 
 def _measure_policy(
     name: str,
-    policy: SelectionPolicy,
+    policy: Policy,
     candidates: CandidateTable,
     ways: _Ways,
     options: argparse.Namespace,
@@ -282,22 +280,29 @@ def _measure_policy(
 
 
 def _draw(
-    policy: SelectionPolicy,
+    policy: Any,
     candidates: CandidateTable,
     ways: _Ways,
     num_samples: int,
     first: int,
     num_questions: int,
 ) -> list[Request]:
-    rows = range(first, first + num_questions)
-    drawn = policy.sample(candidates.batch(rows), num_samples, [[1, row] for row in rows])
+    import numpy as np
+
+    from rlrag.config import EnvironmentConfig
+    from rlrag.environment.episodes import open_episodes
+    from rlrag.environment.rollout import Unrewarded, play
+    from rlrag.selection.protocol import Draws
+
+    rows = np.arange(first, first + num_questions)
+    environment = EnvironmentConfig(num_selected=policy.num_selected)
+    episodes = open_episodes(environment, num_questions * num_samples, candidates, Unrewarded())
+    drawn = play(episodes, policy, rows, Draws([[1, row] for row in rows.tolist()], num_samples))
     requests = []
-    for row, positions_MK in zip(rows, drawn.positions_BMK, strict=True):
-        question, passages = candidates.questions[row], candidates.passages(row)
+    for row, evidence in zip(drawn.question_rows_E.tolist(), drawn.evidence, strict=True):
+        question = candidates.questions[row]
         answer = ways.prompts.encode_answer(question.golden_answers[0])
-        for positions in positions_MK:
-            prompt = ways.prompts.build(question, [passages[n] for n in positions])
-            requests.append((prompt.token_ids, answer))
+        requests.append((ways.prompts.build(question, evidence).token_ids, answer))
     return requests
 
 

@@ -110,10 +110,18 @@ def _derivatives(
     policy: TrainablePolicy, candidates: CandidateTable, rows: np.ndarray, selections_SK: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log p(z | x) of all selections, (B, S), and its derivatives by the parameters, (B, S, P)."""
+    from rlrag.config import EnvironmentConfig
+    from rlrag.environment.rollout import replay
+
+    environment = EnvironmentConfig(num_selected=selections_SK.shape[1])
     parameters = [p for p in policy.parameters() if p.requires_grad]
     logp, jacobian = [], []
     for row in rows:
-        logp_S = policy.log_prob(candidates.batch([row]), selections_SK[None])[0]
+        environment = EnvironmentConfig(num_selected=selections_SK.shape[1])
+        trajectories = replay(
+            environment, candidates, np.repeat(row, len(selections_SK)), selections_SK
+        )
+        logp_S = policy.log_prob(trajectories).sum(dim=1)
         logp.append(logp_S.detach().double())
         gradients = [
             torch.autograd.grad(one, parameters, retain_graph=True, allow_unused=True)

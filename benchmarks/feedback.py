@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rlrag.pipeline import Library
     from rlrag.retrieval.candidates import CandidateTable
     from rlrag.rewards.protocol import SelectionReward
-    from rlrag.selection.protocol import SelectionPolicy
+    from rlrag.selection.protocol import Policy
     from rlrag.training.logged_selections import LoggedPart
 
 RESULTS = Path(__file__).parent / "results" / "feedback.md"
@@ -75,22 +75,29 @@ class Enumeration:
             rewards.append([result.total for result in results])
         self.rewards_QZ = np.array(rewards)
 
-    def probabilities(self, policy: SelectionPolicy) -> tuple[np.ndarray, np.ndarray]:
+    def probabilities(self, policy: Policy) -> tuple[np.ndarray, np.ndarray]:
         """Of each selection when the policy draws, (Q, Z), and its best selection, (Q,)."""
         import torch
 
-        found, best = [], []
-        for start in range(0, len(self.candidates), _CHUNK):
-            rows = range(start, min(start + _CHUNK, len(self.candidates)))
-            batch = self.candidates.batch(rows)
-            with torch.no_grad():
-                logp_BZ = policy.log_prob(batch, np.tile(self.picks_ZK, (len(rows), 1, 1)))
-            found.append(logp_BZ.cpu().double().softmax(dim=1).numpy())
-            same_BZ = (policy.greedy(batch)[:, None] == self.picks_ZK).all(axis=2)
-            best.append(same_BZ.argmax(axis=1))
-        return np.concatenate(found), np.concatenate(best)
+        from rlrag.config import EnvironmentConfig
+        from rlrag.environment.rollout import play_greedy, replay
 
-    def values(self, policy: SelectionPolicy, weights_Q: np.ndarray | None = None) -> Values:
+        found, (num_selections, num_selected) = [], self.picks_ZK.shape
+        environment = EnvironmentConfig(num_selected=num_selected)
+        for start in range(0, len(self.candidates), _CHUNK):
+            rows = np.arange(start, min(start + _CHUNK, len(self.candidates)))
+            picks_EK = np.tile(self.picks_ZK, (len(rows), 1))
+            each = np.repeat(rows, num_selections)
+            trajectories = replay(environment, self.candidates, each, picks_EK)
+            with torch.no_grad():
+                logp_E = policy.log_prob(trajectories).sum(dim=1)
+            logp_BZ = logp_E.cpu().double().view(len(rows), -1)
+            found.append(logp_BZ.softmax(dim=1).numpy())
+        greedy_QK = play_greedy(environment, policy, self.candidates).actions_ET
+        best_Q = (greedy_QK[:, None] == self.picks_ZK).all(axis=2).argmax(axis=1)
+        return np.concatenate(found), best_Q
+
+    def values(self, policy: Policy, weights_Q: np.ndarray | None = None) -> Values:
         """The policy's exact value; `weights_Q` says how often each question is asked."""
         drawn_QZ, best_Q = self.probabilities(policy)
         per_question = (drawn_QZ * self.rewards_QZ).sum(axis=1)
@@ -102,7 +109,7 @@ class Enumeration:
 
 
 def serve(
-    policy: SelectionPolicy,
+    policy: Policy,
     truth: Enumeration,
     reward: SelectionReward,
     log: Path,
@@ -117,7 +124,7 @@ def serve(
 
     candidates = truth.candidates
     env = gymnasium.make(
-        "envs:rlrag/DocumentSelection-v1",
+        "rlrag/DocumentSelection-v1",
         candidates=candidates,
         reward=reward,
         num_selected=truth.picks_ZK.shape[1],
@@ -142,7 +149,7 @@ def serve(
                 version="simulated",
                 question=candidates.questions[row].question,
                 candidate_ids=tuple(passage.id for passage in candidates.passages(row)),
-                positions=positions,
+                actions=positions,
                 propensity_logp=math.log(propensity),
                 explored=explored,
                 answer="",
@@ -236,20 +243,22 @@ def measure(
     )
 
 
-def estimate(
-    policy: SelectionPolicy, part: LoggedPart, confidence: float
-) -> tuple[Estimate, float]:
+def estimate(policy: Policy, part: LoggedPart, confidence: float) -> tuple[Estimate, float]:
     """What logged selections say about a policy that draws, and their effective sample size."""
     import torch
 
     from rlrag.algorithms import off_policy
+    from rlrag.config import EnvironmentConfig
+    from rlrag.environment.rollout import replay
 
     logp = []
     for start in range(0, len(part), _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, len(part)))
         with torch.no_grad():
-            batch = part.candidates.batch(rows)
-            logp.append(policy.log_prob(batch, part.positions_QK[rows][:, None])[:, 0].cpu())
+            actions = part.actions_QT[rows]
+            environment = EnvironmentConfig(num_selected=actions.shape[1])
+            trajectories = replay(environment, part.candidates, rows, actions)
+            logp.append(policy.log_prob(trajectories).sum(dim=1).cpu())
     ratios_Q = off_policy.importance_ratios(
         torch.cat(logp), torch.from_numpy(part.propensity_logp_Q)
     )

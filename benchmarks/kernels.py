@@ -57,12 +57,11 @@ def _sampling() -> Kernel:
 
 
 def _log_prob() -> Kernel:
-    from rlrag.selection.plackett_luce import log_prob
+    from rlrag.selection.plackett_luce import action_logp
 
-    logits, positions = _positions()
-    logits_BN = torch.tensor(logits, requires_grad=True)
-    positions_BMK = torch.tensor(positions)
-    return lambda: log_prob(logits_BN, positions_BMK).sum().backward()
+    logits_EA = torch.tensor(np.repeat(_positions()[0], 8, axis=0), requires_grad=True)
+    allowed_EA = torch.ones(logits_EA.shape, dtype=torch.bool)
+    return lambda: action_logp(logits_EA, allowed_EA)[:, 0].sum().backward()
 
 
 def _objective() -> Kernel:

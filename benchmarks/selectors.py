@@ -20,6 +20,7 @@ import torch
 from benchmarks.runs import finished_run
 from rlrag.bundle import load_bundle
 from rlrag.config import BUILTIN_GENERATOR
+from rlrag.environment.rollout import play_greedy
 from rlrag.pipeline import open_evaluation_data, open_library
 from rlrag.retrieval.candidates import CandidateTable
 
@@ -50,13 +51,14 @@ def cost(run_dir: Path, table: CandidateTable, threads: int) -> dict[str, float]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "learn_s" in record]
     batch_size = json.loads((run_dir / "config.json").read_text())["training"]["batch_size"]
-    policy = load_bundle(run_dir / "bundle").policy
+    bundle = load_bundle(run_dir / "bundle")
+    policy, environment = bundle.policy, bundle.config.environment
     torch.set_num_threads(threads)
-    batches = [table.batch(range(n, n + 8)) for n in range(0, _TIMED_QUESTIONS, 8)]
-    policy.greedy(batches[0])
+    batches = [range(n, n + 8) for n in range(0, _TIMED_QUESTIONS, 8)]
+    play_greedy(environment, policy, table, batches[0])
     started = time.perf_counter()
-    for batch in batches:
-        policy.greedy(batch)
+    for rows in batches:
+        play_greedy(environment, policy, table, rows)
     pick_s = time.perf_counter() - started
     return {
         "trained": sum(p.numel() for p in policy.parameters() if p.requires_grad),

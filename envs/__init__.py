@@ -1,14 +1,3 @@
-"""Gymnasium environments; importing this package registers `rlrag/DocumentSelection-v1`.
+"""Registers the project's Gymnasium environments when it is imported."""
 
-The registration names its classes as text, so that the import loads Gymnasium and nothing else.
-Where this package is not imported, the id with its module does both:
-`gymnasium.make("envs:rlrag/DocumentSelection-v1")`.
-"""
-
-from gymnasium.envs.registration import register
-
-register(
-    id="rlrag/DocumentSelection-v1",
-    entry_point="envs.document_selection:DocumentSelectionEnv",
-    vector_entry_point="envs.vector:DocumentSelectionVectorEnv",
-)
+import rlrag.environment  # noqa: F401 - its import registers them

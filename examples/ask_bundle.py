@@ -1,4 +1,4 @@
-"""A bundle and a question in; the answer and the passages that it was made from out.
+"""Asks a bundle questions, and shows each answer with the passages that it was made from.
 
     python -m examples.ask_bundle --bundle runs/quickstart/bundle "What is the capital of Mongolia?"
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from rlrag.bundle import load_bundle
 from rlrag.data.checks import DataReport
 from rlrag.data.questions import QuestionSet
+from rlrag.environment.rollout import play_greedy
 from rlrag.errors import RlragError
 from rlrag.generation.build import open_generator, resolve_config
 from rlrag.pipeline import candidates_of, open_library, open_reward
@@ -41,11 +42,7 @@ def ask(bundle_dir: Path, texts: Sequence[str]) -> list[Answered]:
     questions = [Question(f"asked-{n}", text, ()) for n, text in enumerate(texts)]
     asked = QuestionSet.of(questions, DataReport("asked", len(texts), len(texts)))
     table = candidates_of(open_library(config, bundle.index_dir), asked, config)
-    picks_BK = bundle.policy.greedy(table.batch(range(len(table))))
-    selections = [
-        tuple(table.passages(row)[position] for position in picks)
-        for row, picks in enumerate(picks_BK)
-    ]
+    selections = play_greedy(config.environment, bundle.policy, table).evidence
     generator, prompts = open_generator(config.generator, "local", config.cache_path)
     try:
         weights = bundle.generator_weights(resolve_config(config.generator, "local").dtype)

@@ -1,79 +1,86 @@
-"""A policy of your own, trained by DRO on the environment; nothing in, its mean reward out.
+"""A policy of your own, trained by DRO on the environment.
 
     python -m examples.own_policy
 
 The task is the built-in one, which needs no language model, so that this takes seconds. Shape
-letters: B questions, M samples, N candidates, K selected.
+letters: B questions, M samples, E = B * M episodes, N candidates, A actions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import gymnasium
 import numpy as np
 import torch
 from torch import nn
 
-import envs  # noqa: F401 - its import registers the environment
-from envs.sample_task import sample_candidates
 from rlrag.algorithms import dro
-from rlrag.retrieval.candidates import CandidateBatch
-from rlrag.selection.plackett_luce import PlackettLucePolicy
+from rlrag.config import EnvironmentConfig
+from rlrag.environment.episodes import EpisodeBatch, open_episodes
+from rlrag.environment.rollout import play
+from rlrag.environment.sample_task import sample_candidates
+from rlrag.records import Columns, Trajectories
+from rlrag.rewards.answering import PassageReward
+from rlrag.selection.plackett_luce import action_logp
+from rlrag.selection.protocol import Actions, Draws, Turn
 
-NUM_SELECTED, NUM_SAMPLES, TEMPERATURE = 1, 8, 0.3
+NUM_SAMPLES, TEMPERATURE = 8, 0.3
 
 
-class Scorer(nn.Module):
-    """The retriever's order, and a learned view of how question and passage vectors agree."""
+class AgreementPolicy(nn.Module):
+    """Picks by the retriever's rank and a learned view of how question and passage agree."""
 
     def __init__(self, vector_size: int) -> None:
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(vector_size))
 
-    def forward(self, batch: CandidateBatch) -> torch.Tensor:
-        """Logits of the candidates, shape (B, N); untrained, they rank as the retriever does."""
-        question_B1D = torch.from_numpy(batch.question_vectors_BD)[:, None]
-        passage_BND = torch.from_numpy(batch.passage_vectors_BND)
-        rank_N = torch.arange(passage_BND.shape[1])
-        return (question_B1D * passage_BND) @ self.weights - 0.5 * rank_N
+    def act(self, observations: Columns, infos: Columns, turn: Turn) -> Actions:
+        """The most probable action, or one that is drawn."""
+        with torch.no_grad():
+            logp_EA = self._logp(observations)
+        values_EA = logp_EA.double().numpy()
+        if turn.draws is not None:
+            generators = turn.notes.setdefault(
+                "generators", [np.random.default_rng(seed) for seed in turn.draws.seeds]
+            )
+            shape = (turn.draws.num_samples, values_EA.shape[1])
+            values_EA = values_EA + np.concatenate([g.gumbel(size=shape) for g in generators])
+        actions_E = values_EA.argmax(axis=1)
+        logp_E = logp_EA.numpy()[np.arange(len(actions_E)), actions_E]
+        return Actions(actions_E, logp_E, np.zeros(len(actions_E)))
+
+    def log_prob(self, trajectories: Trajectories) -> torch.Tensor:
+        """Log-probability of each action; every episode has one."""
+        actions_E1 = torch.from_numpy(trajectories.actions_ET)
+        return self._logp(trajectories.observations[0]).gather(1, actions_E1)
+
+    def _logp(self, observations: Columns) -> torch.Tensor:
+        question_E1D = torch.from_numpy(observations["question_embedding"])[:, None]
+        passage_END = torch.from_numpy(observations["candidate_embeddings"])
+        rank_N = torch.arange(passage_END.shape[1])
+        logits_EN = (question_E1D * passage_END) @ self.weights - 0.5 * rank_N
+        never_E1 = torch.full((len(logits_EN), 1), -1e9)  # it does not stop by itself
+        allowed_EA = torch.from_numpy(observations["action_mask"]).bool()
+        return action_logp(torch.cat([logits_EN, never_E1], dim=1), allowed_EA)
 
 
-def play(env: gymnasium.Env, question_row: int, picks: Sequence[int]) -> float:
-    """The reward of one episode."""
-    env.reset(options={"question_row": question_row})
-    for pick in picks:
-        _, reward, *_ = env.step(int(pick))
-    return float(reward)
-
-
-def mean_reward(env: gymnasium.Env, policy: PlackettLucePolicy, rows: np.ndarray) -> float:
-    """Of the policy's best selections."""
-    picks_BK = policy.greedy(sample_candidates().batch(rows))
-    return float(
-        np.mean([play(env, row, picks) for row, picks in zip(rows, picks_BK, strict=True)])
-    )
+def mean_reward(episodes: EpisodeBatch, policy: AgreementPolicy, rows: np.ndarray) -> float:
+    """Of the policy's most probable episodes."""
+    return float(play(episodes, policy, rows).rewards_E.mean())
 
 
 def train(num_steps: int = 60, seed: int = 0) -> tuple[float, float]:
     """Mean reward of the untrained and of the trained policy, on the questions trained on."""
-    table = sample_candidates()
-    env = gymnasium.make("rlrag/DocumentSelection-v1", num_selected=NUM_SELECTED)
-    policy = PlackettLucePolicy(Scorer(table.vector_size), NUM_SELECTED)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
+    table, config = sample_candidates(), EnvironmentConfig(num_selected=1)
+    policy, reward = AgreementPolicy(table.vector_size), PassageReward(cost_per_passage=0.1)
     rows = np.arange(len(table))
-    batch = table.batch(rows)
-    before = mean_reward(env, policy, rows)
+    one = open_episodes(config, len(rows), table, reward)
+    many = open_episodes(config, len(rows) * NUM_SAMPLES, table, reward)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
+    before = mean_reward(one, policy, rows)
     for step in range(num_steps):
-        # E-step: draw selections, play them, weigh them by their rewards.
-        drawn = policy.sample(batch, NUM_SAMPLES, [[seed, step, int(row)] for row in rows])
-        rewards_BM = torch.tensor(
-            [
-                [play(env, row, picks) for picks in drawn.positions_BMK[place]]
-                for place, row in enumerate(rows)
-            ]
-        )
-        log_weights_BM = torch.from_numpy(drawn.log_weights_BM)
+        # E-step: draw episodes and weigh them by their rewards.
+        drawn = play(many, policy, rows, Draws([[seed, step, r] for r in rows], NUM_SAMPLES))
+        rewards_BM = torch.from_numpy(drawn.rewards_E).view(-1, NUM_SAMPLES)
+        log_weights_BM = torch.from_numpy(drawn.log_weights_E).view(-1, NUM_SAMPLES)
         weights_BM = dro.importance_weights(
             rewards_BM, log_weights_BM, TEMPERATURE, "self_normalised"
         )
@@ -81,10 +88,10 @@ def train(num_steps: int = 60, seed: int = 0) -> tuple[float, float]:
         coefficients_BM = dro.coefficients(weights_BM, log_weights_BM, valid_BM, "mean")
         # M-step: make the good ones likelier.
         optimizer.zero_grad()
-        logp_BM = policy.log_prob(batch, drawn.positions_BMK)
+        logp_BM = policy.log_prob(drawn).sum(dim=1).view(-1, NUM_SAMPLES)
         dro.selector_loss(logp_BM, coefficients_BM).mean().backward()
         optimizer.step()
-    return before, mean_reward(env, policy, rows)
+    return before, mean_reward(one, policy, rows)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from rlrag.errors import ConfigError
 if TYPE_CHECKING:  # they bring torch, which --help does without
     from rlrag.bundle import Bundle
     from rlrag.retrieval.candidates import CandidateTable
-    from rlrag.selection.protocol import SelectionPolicy
+    from rlrag.selection.protocol import Policy
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _evaluate(arguments: EvaluateArguments) -> None:
         write_output(arguments.output, json.dumps(record, indent=2) + "\n")
 
 
-def _policy(bundle: Bundle, config: RunConfig, candidates: CandidateTable) -> SelectionPolicy:
+def _policy(bundle: Bundle, config: RunConfig, candidates: CandidateTable) -> Policy:
     """The bundle's; one that keeps the retriever's order where another number is to be picked.
 
     That is allowed of a run of the retriever alone, which trained no selector.

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # they bring torch, which --help does without
     from rlrag.evaluation.robustness import GoldQuestions
     from rlrag.pipeline import Library
     from rlrag.retrieval.candidates import CandidateTable
-    from rlrag.selection.protocol import SelectionPolicy
+    from rlrag.selection.protocol import Policy
 
 
 @dataclass(frozen=True)
@@ -204,12 +204,12 @@ def _possible(
     return [name for name in names if name not in refused], left_out
 
 
-def _trained(own: Searched, opened: OpenedGenerator, policy: SelectionPolicy) -> Picked:
+def _trained(own: Searched, opened: OpenedGenerator, policy: Policy) -> Picked:
     """What the bundle picks, for its own generator."""
     from rlrag.evaluation.picked import policy_picks
 
     opened.tune()
-    picked = policy_picks(policy, own.candidates)
+    picked = policy_picks(own.config.environment, policy, own.candidates)
     return replace(picked, parts=_parts(own, opened, picked, policy))
 
 
@@ -225,9 +225,10 @@ def _parts(
     searched: Searched,
     opened: OpenedGenerator,
     picked: Picked,
-    policy: SelectionPolicy | None = None,
+    policy: Policy | None = None,
 ) -> dict[str, Part]:
     """The parts of a system as they work without caches."""
+    from rlrag.environment.rollout import play_greedy
     from rlrag.pipeline import sampling_of
     from rlrag.retrieval.tables import retrieve
 
@@ -241,7 +242,8 @@ def _parts(
         )
     }
     if policy is not None:
-        parts["selection"] = lambda rows: policy.greedy(candidates.batch(rows))
+        environment = searched.config.environment
+        parts["selection"] = lambda rows: play_greedy(environment, policy, candidates, rows)
     parts["generation"] = lambda rows: opened.generator.inner.generate(
         [build(questions[row], picked.selections[row]) for row in rows], sampling
     )

@@ -48,6 +48,10 @@ class RewardError(RlragError, RuntimeError):
     """A reward function raised, returned something that is not a finite number, or hung."""
 
 
+class EpisodeError(RlragError, RuntimeError):
+    """An environment or policy breaks its contract, or raises in the middle of an episode."""
+
+
 class NonFiniteLossError(RlragError, FloatingPointError):
     """A loss or gradient is NaN or infinite; the run ends rather than train on it."""
 

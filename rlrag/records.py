@@ -1,14 +1,20 @@
 """The values that flow through the pipeline, in the order in which they arise.
 
-Question -> Selection -> Prompt -> Generation | Score -> RewardResult. All are frozen. Numbers are
-in the units that their names give; log-probabilities are sums in nats.
+Question -> Prompt -> Generation | Score -> RewardResult -> Trajectories. All are frozen. Numbers
+are in the units that their names give; log-probabilities are sums in nats.
+
+Shape letters: E episodes, T actions of the longest one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+from rlrag.errors import RlragError
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +106,6 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """An ordered pick of passages: `positions` index the question's candidates, best first.
-
-    Example:
-        >>> Selection(question_id="q1", positions=(2, 0), passage_ids=("p9", "p4")).positions
-        (2, 0)
-    """
-
-    question_id: str
-    positions: tuple[int, ...]
-    passage_ids: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class RewardResult:
     """The reward of one selection: `total` is what is trained on, `terms` its parts unweighted.
 
@@ -127,3 +119,103 @@ class RewardResult:
     answer: str | None = None
     answer_logp: float | None = None
     golden_logps: tuple[float, ...] | None = None
+
+
+Columns = Mapping[str, np.ndarray]
+"""Arrays by name, one row an episode."""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """E episodes of any length: what the policy saw, what it did and what it got.
+
+    `observations[t]` and `infos[t]` are what it saw before action t, a row an episode, where that
+    is kept; a row means nothing from the end of its episode on. `actions_ET` is -1 there. `logp_ET`
+    are the actions' log-probabilities under the policy, and `log_weights_E` the logarithms of
+    sample weights that correct for how they were drawn (`rlrag.selection.protocol.Draws`).
+
+    `rewards_E` sum an episode's rewards, NaN where one could not be computed, for the reason in
+    `errors`. `evidence` are the passages that an episode ended with, in order; `answers` what the
+    environment said was answered from them, None where nothing was, and `golden_logps` the
+    log-likelihoods of the distinct golden answers, where the reward counts them all. `terms` are
+    the parts of the reward before weighting, NaN for episodes that have no such part.
+    """
+
+    question_rows_E: np.ndarray
+    observations: tuple[Columns, ...]
+    infos: tuple[Columns, ...]
+    actions_ET: np.ndarray
+    logp_ET: np.ndarray
+    log_weights_E: np.ndarray
+    rewards_E: np.ndarray
+    terms: Columns
+    evidence: tuple[tuple[Passage, ...], ...]
+    answers: tuple[str | None, ...]
+    golden_logps: tuple[tuple[float, ...] | None, ...]
+    errors: tuple[RlragError | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.actions_ET)
+
+    @property
+    def acts_ET(self) -> np.ndarray:
+        """Where an episode has an action: bool (E, T)."""
+        return self.actions_ET >= 0
+
+    @property
+    def logp_E(self) -> np.ndarray:
+        """Log-probability of each whole episode under the policy that acted, in nats."""
+        return self.logp_ET.sum(axis=1)
+
+    def of(self, episodes: Sequence[int] | np.ndarray | slice) -> Trajectories:
+        """Some of the episodes, in this order."""
+        rows = np.arange(len(self))[episodes]
+        return Trajectories(
+            question_rows_E=self.question_rows_E[rows],
+            observations=tuple(_rows(columns, rows) for columns in self.observations),
+            infos=tuple(_rows(columns, rows) for columns in self.infos),
+            actions_ET=self.actions_ET[rows],
+            logp_ET=self.logp_ET[rows],
+            log_weights_E=self.log_weights_E[rows],
+            rewards_E=self.rewards_E[rows],
+            terms=_rows(self.terms, rows),
+            evidence=tuple(self.evidence[row] for row in rows),
+            answers=tuple(self.answers[row] for row in rows),
+            golden_logps=tuple(self.golden_logps[row] for row in rows),
+            errors=tuple(self.errors[row] for row in rows),
+        )
+
+
+def joined(parts: Sequence[Trajectories]) -> Trajectories:
+    """The episodes of several batches together, without what was seen in them.
+
+    Terms that a batch has not are NaN in its rows.
+    """
+    longest = max(part.actions_ET.shape[1] for part in parts)
+    names = dict.fromkeys(name for part in parts for name in part.terms)
+
+    def padded(values_ET: np.ndarray, filler: float) -> np.ndarray:
+        missing = longest - values_ET.shape[1]
+        return np.pad(values_ET, ((0, 0), (0, missing)), constant_values=filler)
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([p.terms.get(name, np.full(len(p), np.nan)) for p in parts])
+
+    return Trajectories(
+        question_rows_E=np.concatenate([part.question_rows_E for part in parts]),
+        observations=(),
+        infos=(),
+        actions_ET=np.concatenate([padded(part.actions_ET, -1) for part in parts]),
+        logp_ET=np.concatenate([padded(part.logp_ET, 0) for part in parts]),
+        log_weights_E=np.concatenate([part.log_weights_E for part in parts]),
+        rewards_E=np.concatenate([part.rewards_E for part in parts]),
+        terms={name: column(name) for name in names},
+        evidence=tuple(evidence for part in parts for evidence in part.evidence),
+        answers=tuple(answer for part in parts for answer in part.answers),
+        golden_logps=tuple(logps for part in parts for logps in part.golden_logps),
+        errors=tuple(error for part in parts for error in part.errors),
+    )
+
+
+def _rows(columns: Columns, rows: np.ndarray) -> Columns:
+    return {name: array[rows] for name, array in columns.items()}

@@ -329,7 +329,7 @@ def _event_of(ask: Ask, answered: Answered) -> SelectionEvent:
         version=answered.version,
         question=ask.question,
         candidate_ids=tuple(passage.id for passage in computed.chosen.candidates),
-        positions=picked.positions,
+        actions=picked.actions,
         propensity_logp=picked.propensity_logp,
         explored=picked.explored,
         answer=computed.text,

@@ -76,15 +76,17 @@ class Retrieved:
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """An ordered pick of candidates.
+    """An ordered pick of candidates, the end of an episode.
 
-    `probs` holds for each pick its probability under the policy, given the picks before it.
-    `propensity_logp` is the log-probability, in nats, with which this very selection was drawn,
-    exploration included; 0 where nothing was left to chance.
+    `probs` holds for each pick its probability under the policy, given the picks before it;
+    `actions` are all that the policy did, a stop included. `propensity_logp` is the
+    log-probability, in nats, with which this very episode was drawn, exploration included; 0 where
+    nothing was left to chance.
     """
 
     positions: tuple[int, ...]
     probs: tuple[float, ...]
+    actions: tuple[int, ...]
     propensity_logp: float
     explored: bool
 

@@ -1,4 +1,4 @@
-"""Bundle versions and candidates in; the passages that each version's policy picks out.
+"""Selection in the service: each version's policy plays an episode on a question's candidates.
 
 Exploration. With probability e (`feedback.explore_share`) the selection z is drawn from the policy
 p, else it is the policy's most probable one, g. Whatever coin fell, its propensity is
@@ -7,7 +7,7 @@ p, else it is the policy's most probable one, g. Whatever coin fell, its propens
 
 which is what a log of selections must hold to be trained on (Horvitz and Thompson, 1952).
 
-Shape letters: B questions, M samples, N candidates, K selected.
+Shape letters: N candidates, T actions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from rlrag.bundle import load_bundle
-from rlrag.errors import OverloadedError, RequestError, RlragError
-from rlrag.retrieval.candidates import CandidateBatch
-from rlrag.selection.protocol import SelectionPolicy
+from rlrag.config import EnvironmentConfig
+from rlrag.environment.episodes import open_episodes
+from rlrag.environment.rollout import Unrewarded, play, play_greedy
+from rlrag.errors import EpisodeError, OverloadedError, RequestError, RlragError
+from rlrag.records import Passage, Question, Trajectories
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.selection.protocol import Draws, Policy
 from serve.records import Picked, Retrieved
 from serve.versions import check_version
 
@@ -53,7 +57,7 @@ class SelectorPart:
 
     def __init__(self, explore_share: float = 0.0) -> None:
         self._explore_share = explore_share
-        self._policies: dict[str, SelectionPolicy] = {}
+        self._policies: dict[str, tuple[Policy, EnvironmentConfig]] = {}
         self._loading = threading.Lock()
 
     def loaded(self) -> tuple[str, ...]:
@@ -70,12 +74,13 @@ class SelectorPart:
             bundle = load_bundle(directory)
             check_version(version, bundle.version, directory)
             bundle.policy.eval()
-            self._policies = {**self._policies, version: bundle.policy}
+            loaded = bundle.policy, bundle.config.environment
+            self._policies = {**self._policies, version: loaded}
 
     def drop(self, version: str) -> None:
         """Forget a version."""
         with self._loading:
-            self._policies = {v: policy for v, policy in self._policies.items() if v != version}
+            self._policies = {v: loaded for v, loaded in self._policies.items() if v != version}
 
     def select(self, version: str, choices: Sequence[Choice]) -> list[Picked | RlragError]:
         """The pick of each question, or what is wrong with its request.
@@ -85,50 +90,72 @@ class SelectorPart:
         Raises:
             OverloadedError: when the version is not loaded here yet.
         """
-        policy = self._policies.get(version)
-        if policy is None:
+        loaded = self._policies.get(version)
+        if loaded is None:
             raise OverloadedError(f"version {version} is being loaded here; try again")
+        policy, environment = loaded
+        most = environment.num_selected
         found: dict[int, Picked | RlragError] = {}
         together: dict[tuple[int, int], list[int]] = {}
         for place, choice in enumerate(choices):
-            wanted = policy.num_selected
+            wanted = most
             if choice.num_selected is not None:
                 wanted = choice.num_selected
             num_candidates = len(choice.retrieved.passages)
-            if not 1 <= wanted <= policy.num_selected or policy.num_selected > num_candidates:
-                found[place] = _impossible(wanted, policy.num_selected, num_candidates)
+            if not 1 <= wanted <= most or most > num_candidates:
+                found[place] = _impossible(wanted, most, num_candidates)
             else:
                 together.setdefault((num_candidates, wanted), []).append(place)
         for (_, wanted), places in together.items():
-            picked = self._pick(policy, [choices[place] for place in places], wanted)
+            fewer = environment.model_copy(update={"num_selected": wanted})
+            picked = self._pick(policy, fewer, [choices[place] for place in places])
             found.update(zip(places, picked, strict=True))
         return [found[place] for place in range(len(choices))]
 
     def _pick(
-        self, policy: SelectionPolicy, choices: Sequence[Choice], wanted: int
+        self, policy: Policy, environment: EnvironmentConfig, choices: Sequence[Choice]
     ) -> list[Picked]:
-        batch = _batch(choices)
-        greedy_BK = policy.greedy(batch)[:, :wanted]
-        explored = [choice.explore for choice in choices]
-        picks_BK = greedy_BK.copy()
-        if any(explored):
-            seeds = [choice.seed for choice in choices]
-            drawn_BK = policy.sample(batch, 1, seeds).positions_BMK[:, 0, :wanted]
-            picks_BK[explored] = drawn_BK[explored]
-        pick_logp_BK = policy.pick_log_prob(batch, picks_BK)
-        return [
-            Picked(
-                positions=tuple(picks_BK[b].tolist()),
-                probs=tuple(np.exp(pick_logp_BK[b]).tolist()),
-                propensity_logp=propensity_logp(
-                    float(pick_logp_BK[b].sum()),
-                    is_greedy=bool((picks_BK[b] == greedy_BK[b]).all()),
-                    explore_share=self._explore_share,
-                ),
-                explored=explored[b],
+        table = _table(choices)
+        greedy = play_greedy(environment, policy, table)
+        explored = np.flatnonzero([choice.explore for choice in choices])
+        drawn = {}
+        if len(explored):
+            seeds = [choices[place].seed for place in explored]
+            episodes = open_episodes(environment, len(explored), table, Unrewarded())
+            found = play(episodes, policy, explored, Draws(seeds))
+            episodes.close()
+            drawn = {int(place): (found, row) for row, place in enumerate(explored)}
+        picked = []
+        for place, choice in enumerate(choices):
+            played, row = drawn.get(place, (greedy, place))
+            actions, logp_T = _acted(played, row)
+            propensity = propensity_logp(
+                float(logp_T.sum()),
+                is_greedy=actions == _acted(greedy, place)[0],
+                explore_share=self._explore_share,
             )
-            for b in range(len(choices))
-        ]
+            positions = _positions(choice, played.evidence[row])
+            probs = tuple(np.exp(logp_T[: len(positions)]).tolist())
+            picked.append(Picked(positions, probs, actions, propensity, choice.explore))
+        return picked
+
+
+def _acted(played: Trajectories, row: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """The actions of an episode and their log-probabilities."""
+    acts_T = played.acts_ET[row]
+    return tuple(played.actions_ET[row][acts_T].tolist()), played.logp_ET[row][acts_T]
+
+
+def _positions(choice: Choice, evidence: Sequence[Passage]) -> tuple[int, ...]:
+    """Where the passages that an episode ended with stand among the candidates."""
+    places = {passage.id: n for n, passage in enumerate(choice.retrieved.passages)}
+    unknown = [passage.id for passage in evidence if passage.id not in places]
+    if unknown:
+        raise EpisodeError(
+            f"the environment ended with passages {unknown[:3]}, which are no candidates of the "
+            "question; a service answers from candidates"
+        )
+    return tuple(places[passage.id] for passage in evidence)
 
 
 def propensity_logp(logp: float, is_greedy: bool, explore_share: float) -> float:
@@ -163,13 +190,29 @@ def _impossible(wanted: int, trained: int, num_candidates: int) -> RequestError:
     )
 
 
-def _batch(choices: Sequence[Choice]) -> CandidateBatch:
-    return CandidateBatch(
-        question_texts=tuple(choice.question for choice in choices),
-        passage_texts=tuple(
-            tuple(passage.contents for passage in choice.retrieved.passages) for choice in choices
+def _table(choices: Sequence[Choice]) -> CandidateTable:
+    """The candidates of these questions, each a row of its own."""
+    passages = [passage for choice in choices for passage in choice.retrieved.passages]
+    num_candidates = len(choices[0].retrieved.passages)
+    scores_QNC = np.stack([choice.retrieved.scores_NC for choice in choices])
+    return CandidateTable(
+        questions=tuple(Question(str(q), c.question, ()) for q, c in enumerate(choices)),
+        corpus=_Candidates(passages),
+        rows_QN=np.arange(len(passages)).reshape(-1, num_candidates),
+        scores_QNC=scores_QNC,
+        score_names=("",) * scores_QNC.shape[2],
+        question_vectors_QD=np.stack([choice.retrieved.question_vector_D for choice in choices]),
+        passage_vectors_PD=np.concatenate(
+            [choice.retrieved.passage_vectors_ND for choice in choices]
         ),
-        scores_BNC=np.stack([choice.retrieved.scores_NC for choice in choices]),
-        question_vectors_BD=np.stack([choice.retrieved.question_vector_D for choice in choices]),
-        passage_vectors_BND=np.stack([choice.retrieved.passage_vectors_ND for choice in choices]),
     )
+
+
+class _Candidates(list[Passage]):
+    """The candidates of several questions one after another; a passage may be there twice."""
+
+    content_hash = ""
+
+    def row_of(self, passage_id: str) -> int | None:
+        """The first row with this passage."""
+        return next((row for row, passage in enumerate(self) if passage.id == passage_id), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import episodes
 import numpy as np
 import torch
 
@@ -96,15 +97,11 @@ class EnumerableCase:
 
     def policy_draws(self, num_samples: int, repeats: int, **way) -> tuple[torch.Tensor, ...]:
         """Indices of permutations and log sample weights as the policy draws them, (R, M)."""
-        batch = CandidateBatch(
-            ("?",) * repeats,
-            (("",) * NUM_CANDIDATES,) * repeats,
-            np.zeros((repeats, NUM_CANDIDATES, 1), dtype=np.float32),
-            np.zeros((repeats, 0), dtype=np.float32),
-            np.zeros((repeats, NUM_CANDIDATES, 0), dtype=np.float32),
-        )
+        batch = episodes.blank_batch(repeats, NUM_CANDIDATES)
         policy = PlackettLucePolicy(FixedLogits(self.logits), NUM_SELECTED)
-        drawn = policy.sample(batch, num_samples, [[11, r] for r in range(repeats)], **way)
+        drawn = episodes.sample(
+            policy, batch, num_samples, [[11, r] for r in range(repeats)], **way
+        )
         index = np.zeros((NUM_CANDIDATES, NUM_CANDIDATES), dtype=np.int64)
         index[tuple(np.array(PERMUTATIONS).T)] = np.arange(len(PERMUTATIONS))
         draws_RM = torch.from_numpy(index[drawn.positions_BMK[..., 0], drawn.positions_BMK[..., 1]])

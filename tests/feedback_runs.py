@@ -91,7 +91,7 @@ def event(table: CandidateTable, row: int, number: int, **changes: Any) -> Selec
         "version": "v1",
         "question": table.questions[row].question,
         "candidate_ids": ids,
-        "positions": (number % len(ids),),
+        "actions": (number % len(ids),),
         "propensity_logp": -float(np.log(len(ids))),
         "explored": True,
         "answer": "",
@@ -115,8 +115,8 @@ def even_log(path: Path, num_questions: int = 24, times: int = 10) -> tuple[Path
     store = FeedbackStore(path)
     for number in range(num_questions * times):
         row, place = divmod(number, times)
-        found = event(table, row, number, positions=(place % table.num_candidates,))
+        found = event(table, row, number, actions=(place % table.num_candidates,))
         store.record_selection(found)
-        gold = found.candidate_ids[found.positions[0]] in table.questions[row].gold_ids
+        gold = found.candidate_ids[found.actions[0]] in table.questions[row].gold_ids
         store.record_feedback(found.request_id, thumbs="up" if gold else "down")
     return path, table

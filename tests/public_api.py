@@ -37,9 +37,9 @@ MODULES = (
     "rlrag.rewards.protocol",
     "rlrag.selection.plackett_luce",
     "rlrag.selection.protocol",
-    "envs.document_selection",
-    "envs.task",
-    "envs.vector",
+    "rlrag.environment.document_selection",
+    "rlrag.environment.task",
+    "rlrag.environment.vector",
 )
 
 

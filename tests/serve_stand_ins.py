@@ -75,7 +75,7 @@ class NumberPipeline:
             raise RequestError(f"num_selected is {number} of {len(retrieved.passages)} candidates")
         order = tuple(range(len(retrieved.passages)))
         picked = order[::-1][:number] if explore else order[:number]
-        return Picked(picked, (0.5,) * number, -1.5 if explore else 0.0, explore)
+        return Picked(picked, (0.5,) * number, picked, -1.5 if explore else 0.0, explore)
 
     async def generate(
         self, version: str, question: str, passages: tuple[Passage, ...], decoding: Decoding

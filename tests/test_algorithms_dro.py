@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
+import episodes
 import numpy as np
 import pytest
 import torch
 from enumerable_case import PERMUTATIONS, EnumerableCase, independent, mean_and_error
 
 from rlrag.algorithms import dro
-from rlrag.selection import plackett_luce
 
 NAN, INF = float("nan"), float("inf")
 
@@ -25,7 +25,7 @@ def test_enumeration_is_a_distribution_and_agrees_with_the_policy():
     case = EnumerableCase()
     assert case.probability_Z.sum().item() == pytest.approx(1.0, abs=1e-12)
     positions = torch.tensor(PERMUTATIONS)[None]
-    logp = plackett_luce.log_prob(case.logits[None], positions)[0]
+    logp = episodes.log_prob_of(case.logits[None], positions)[0]
     assert torch.allclose(logp.exp(), case.probability_Z, atol=1e-12)
 
 
@@ -158,7 +158,7 @@ def test_autograd_through_the_loss_gives_the_same_numbers(baseline):
     log_weights = independent(case.likelihood_Z[draws])
     coefficient = case.coefficients(draws, log_weights, "self_normalised", baseline)
     logits = case.logits.clone().requires_grad_()
-    loss = dro.selector_loss(plackett_luce.log_prob(logits[None], positions), coefficient).sum()
+    loss = dro.selector_loss(episodes.log_prob_of(logits[None], positions), coefficient).sum()
     loss.backward()
     by_hand = -(coefficient[0][:, None] * case.score_ZN[draws[0]]).sum(dim=0)
     assert torch.allclose(logits.grad, by_hand, atol=1e-12)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+import episodes
 import pytest
 import torch
 from enumerable_case import PERMUTATIONS, EnumerableCase, independent, mean_and_error
 
 from rlrag.algorithms import dro
-from rlrag.selection import plackett_luce
 
 INF = float("inf")
 
@@ -17,7 +17,7 @@ INF = float("inf")
 def exact_policy(case: EnumerableCase) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits that want a gradient and the log-probabilities of all permutations, (1, Z)."""
     logits = case.logits.clone().requires_grad_()
-    return logits, plackett_luce.log_prob(logits[None], torch.tensor(PERMUTATIONS)[None])
+    return logits, episodes.log_prob_of(logits[None], torch.tensor(PERMUTATIONS)[None])
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.7])
@@ -27,9 +27,9 @@ def test_regularisers_have_the_gradient_that_autograd_finds_by_enumeration(kind,
     case = EnumerableCase()
     positions = torch.tensor(PERMUTATIONS)[None]
     initial, step = torch.tensor([[0.4, -0.2, 0.1, 0.9], [1.0, -1.0, 0.5, 0.0]]).double()
-    initial = plackett_luce.log_prob(initial[None], positions)
+    initial = episodes.log_prob_of(initial[None], positions)
     now = (case.logits + moved * step).requires_grad_()
-    logp = plackett_luce.log_prob(now[None], positions)
+    logp = episodes.log_prob_of(now[None], positions)
     gain = -(logp.exp() * (logp if kind == "entropy" else logp - initial)).sum()
     (exact,) = torch.autograd.grad(gain, now, retain_graph=True)
     behaviour = case.probability_Z.log()[None]
@@ -83,7 +83,7 @@ def test_merged_duplicates_equal_unmerged_in_value_and_gradient():
 
     def value_and_gradient(constants: torch.Tensor, clipped: bool) -> tuple[torch.Tensor, ...]:
         logits = case.logits.clone().requires_grad_()
-        logp = plackett_luce.log_prob(logits.expand(2, -1), positions)
+        logp = episodes.log_prob_of(logits.expand(2, -1), positions)
         behaviour = case.probability_Z.log()[draws] + 0.1
         loss = (
             dro.clipped_selector_loss(logp, behaviour, constants, 0.2)
@@ -111,7 +111,7 @@ def test_the_clipped_loss_on_policy_has_the_gradient_of_the_plain_one():
     gradients = []
     for clipped in (True, False):
         logits = case.logits.clone().requires_grad_()
-        logp = plackett_luce.log_prob(logits[None], positions)
+        logp = episodes.log_prob_of(logits[None], positions)
         behaviour = logp.detach()
         assert torch.equal((logp - behaviour).exp(), torch.ones_like(logp)), "on-policy ratios"
         loss = (

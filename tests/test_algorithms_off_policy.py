@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from rlrag.algorithms.off_policy import (
     off_policy_losses,
     snips,
 )
-from rlrag.selection.plackett_luce import log_prob
 
 INF = math.inf
 
@@ -204,7 +204,7 @@ def gradient(case: Case, losses_of) -> torch.Tensor:
     """Of the loss of every selection, weighed by how often it is logged, in the target's logits."""
     logits = case.target_logits.clone().requires_grad_()
     positions = torch.tensor(PERMUTATIONS)[None]
-    logp_Z = log_prob(logits[None], positions)[0]
+    logp_Z = episodes.log_prob_of(logits[None], positions)[0]
     (case.behaviour_Z * losses_of(logp_Z, case.behaviour_Z.log())).sum().backward()
     return logits.grad
 

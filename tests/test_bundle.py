@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from rlrag import __version__
 from rlrag.bundle import FORMAT, Bundle, bundle_version, load_bundle, save_bundle
 from rlrag.config import GeneratorTrainingConfig, RetrievalConfig, RunConfig
 from rlrag.errors import CheckpointError, ModelNotFoundError
-from rlrag.evaluation.systems import greedy_picks
 from rlrag.generation.protocol import Sampling
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.generation.weights import pack_weights
@@ -117,9 +117,9 @@ def test_a_bundle_gives_back_policy_configuration_and_facts(config, saved):
     for name, tensor in written.state_dict().items():
         assert torch.equal(tensor, bundle.policy.state_dict()[name]), name
     unseen = make_table(30, seed=3)
-    assert (greedy_picks(bundle.policy, unseen) == greedy_picks(written, unseen)).all()
+    assert (episodes.picks(bundle.policy, unseen) == episodes.picks(written, unseen)).all()
     untrained = open_policy(config, unseen)
-    assert (greedy_picks(written, unseen) != greedy_picks(untrained, unseen)).any()
+    assert (episodes.picks(written, unseen) != episodes.picks(untrained, unseen)).any()
 
 
 def test_nothing_is_pickled(saved):

@@ -11,8 +11,8 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
 import envs  # noqa: F401  registers the environment
-from envs.document_selection import DocumentSelectionEnv
 from rlrag.data.corpus import MemoryCorpus
+from rlrag.environment.document_selection import DocumentSelectionEnv
 from rlrag.errors import ConfigError, DataError, GenerationError, RewardError
 from rlrag.records import Passage, Question, RewardResult
 from rlrag.retrieval.candidates import CandidateTable

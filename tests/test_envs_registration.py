@@ -31,6 +31,6 @@ def test_importing_the_package_loads_no_model_library():
 
 def test_the_registration_names_both_entry_points():
     spec = gym.spec(ID)
-    assert spec.entry_point == "envs.document_selection:DocumentSelectionEnv"
-    assert spec.vector_entry_point == "envs.vector:DocumentSelectionVectorEnv"
+    assert spec.entry_point == "rlrag.environment.document_selection:DocumentSelectionEnv"
+    assert spec.vector_entry_point == "rlrag.environment.vector:DocumentSelectionVectorEnv"
     assert spec.max_episode_steps is None

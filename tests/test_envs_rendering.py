@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from envs.rendering import render_episode
-from envs.task import EpisodeTexts, Outcome
+from rlrag.environment.rendering import render_episode
+from rlrag.environment.task import EpisodeTexts, Outcome
 from rlrag.errors import GenerationError
 from rlrag.records import Passage, Question
 
@@ -23,7 +23,7 @@ def test_a_running_episode():
 
 
 def test_a_finished_episode_lists_picks_best_first_and_names_untitled_ones_by_id():
-    outcome = Outcome(0.8, ("p1", "p0"), True, "one", {"contained": 1.0, "cost": 0.2})
+    outcome = Outcome(0.8, PASSAGES[::-1], True, "one", {"contained": 1.0, "cost": 0.2})
     assert render_episode(TEXTS, (1, 0), num_selected=2, outcome=outcome) == (
         "Question q0: what?\n"
         "Picked 2 of at most 2:\n"
@@ -35,7 +35,7 @@ def test_a_finished_episode_lists_picks_best_first_and_names_untitled_ones_by_id
 
 
 def test_an_invalid_end_without_answer_or_terms():
-    text = render_episode(TEXTS, (1,), 2, Outcome(-1.0, ("p1",), False, None, {}))
+    text = render_episode(TEXTS, (1,), 2, Outcome(-1.0, PASSAGES[1:], False, None, {}))
     assert text.endswith("Ended by a candidate that was already picked.\nReward: -1.000\n")
     assert "Answer" not in text
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs.sample_task import (
+from rlrag.environment.sample_task import (
     NUM_CANDIDATES,
     VECTOR_SIZE,
     hashed_vectors,
@@ -75,7 +75,7 @@ def test_vectors_have_unit_length_or_are_zero():
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_another_process_builds_the_same_table(hash_seed):
     program = (
-        "import hashlib; from envs.sample_task import sample_candidates as s; t = s();"
+        "import hashlib; from rlrag.environment.sample_task import sample_candidates as s; t = s();"
         "h = hashlib.sha256();"
         "[h.update(a.tobytes()) for a in (t.rows_QN, t.scores_QNC, t.question_vectors_QD,"
         " t.passage_vectors_PD)]; print(h.hexdigest())"

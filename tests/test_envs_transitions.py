@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs import transitions
+from rlrag.environment import transitions
 
 ALL = np.array([True])
 

@@ -17,9 +17,9 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.document_selection import DocumentSelectionEnv
-from envs.vector import DocumentSelectionVectorEnv
 from rlrag.data.corpus import MemoryCorpus
+from rlrag.environment.document_selection import DocumentSelectionEnv
+from rlrag.environment.vector import DocumentSelectionVectorEnv
 from rlrag.errors import GenerationError
 from rlrag.records import Passage, Question, RewardResult
 from rlrag.retrieval.candidates import CandidateTable

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gymnasium.error import InvalidAction, ResetNeeded
 
-from envs.sample_task import NUM_CANDIDATES, sample_candidates
-from envs.vector import DocumentSelectionVectorEnv
+from rlrag.environment.sample_task import NUM_CANDIDATES, sample_candidates
+from rlrag.environment.vector import DocumentSelectionVectorEnv
 from rlrag.errors import ConfigError
 
 

@@ -20,7 +20,7 @@ def picks(*parts: tuple[tuple[int, ...], int]) -> np.ndarray:
 
 
 def test_sets_orders_and_places_are_counted_by_hand() -> None:
-    choices = Choices.of(picks(((0, 1), 3), ((1, 0), 4), ((2, 0), 2), ((3, 4), 1)), 5)
+    choices = Choices.of(picks(((0, 1), 3), ((1, 0), 4), ((2, 0), 2), ((3, 4), 1)), 5, 2)
     assert (choices.num_questions, choices.num_selected) == (10, 2)
     assert (choices.num_other_set, choices.num_other_order) == (3, 4)
     assert choices.first == (3, 4, 2, 1, 0)
@@ -53,12 +53,18 @@ def test_sets_orders_and_places_are_counted_by_hand() -> None:
     ],
 )
 def test_what_is_the_same_for_nearly_every_question_is_named(found, said) -> None:
-    constant = Choices.of(found, 5).constant
+    constant = Choices.of(found, 5, found.shape[1]).constant
     assert constant is None if said is None else said in constant
 
 
+def test_fewer_picks_than_allowed_are_another_set() -> None:
+    choices = Choices.of([(0,), (), (0, 1), (1, 0)], 5, 2)
+    assert (choices.num_other_set, choices.num_other_order) == (2, 1)
+    assert (choices.first, choices.last) == ((2, 1, 0, 0, 0), (2, 1, 0, 0, 0))
+
+
 def test_one_candidate_leaves_nothing_to_choose() -> None:
-    assert Choices.of(picks(((0,), 50)), 1).constant is None
+    assert Choices.of(picks(((0,), 50)), 1, 1).constant is None
 
 
 def test_what_a_trained_policy_picks_is_counted():
@@ -71,7 +77,7 @@ def test_what_a_trained_policy_picks_is_counted():
 def test_a_result_says_what_it_is_compared_with_and_what_the_policy_picked():
     found = evaluation() | {
         "baselines": baselines_to_json([Baseline("retriever_order", UNTRAINED, 5, 60)]),
-        "choices": Choices.of(np.array([[1, 0]] * 39 + [[2, 0]]), 5).to_json(),
+        "choices": Choices.of(np.array([[1, 0]] * 39 + [[2, 0]]), 5, 2).to_json(),
     }
     text = Page(render_report([run_record(evaluation=found)])).text
     strongest = "trained minus retriever_order, the strongest untrained system on 60 validation"

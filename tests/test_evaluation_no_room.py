@@ -53,10 +53,12 @@ def test_evaluation_leaves_it_out_and_names_it(small_config, table):
 
 def test_validation_is_that_of_the_others(small_config, table):
     policy, reward = open_policy(small_config, table), answering(small_config, table, 0)
-    found = validate(policy, table, reward, SingleWorker())
+    environment = small_config.environment
+    found = validate(environment, policy, table, reward, SingleWorker())
     assert found["validation/answer_words"] > 0
+    nobody = answering(small_config, table, -1)
     with pytest.raises(PromptTooLongError, match="leaves no room"):
-        validate(policy, table, answering(small_config, table, -1), SingleWorker())
+        validate(environment, policy, table, nobody, SingleWorker())
 
 
 def test_validation_of_a_retriever_is_that_of_the_others(small_config, table):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from rlrag.config import (
 )
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, GenerationError
-from rlrag.evaluation.systems import evaluate, greedy_picks
+from rlrag.evaluation.systems import evaluate
 from rlrag.evaluation.table import EvaluationTable, plain_text
 from rlrag.pipeline import open_policy, open_reward
 from rlrag.records import Passage, Question
@@ -225,14 +226,14 @@ def test_greedy_picks_do_not_depend_on_batches(small_config, num_questions):
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(torch.randn_like(parameter))
-    picks = greedy_picks(policy, table)
+    picks = episodes.picks(policy, table)
     assert picks.shape == (num_questions, 1)
-    one_by_one = [policy.greedy(table.batch([row]))[0] for row in range(num_questions)]
+    one_by_one = [episodes.greedy(policy, table.batch([row]))[0] for row in range(num_questions)]
     assert picks.tolist() == np.stack(one_by_one).tolist()
 
 
 def test_an_untrained_policy_is_the_retriever(small_config):
-    picks = greedy_picks(open_policy(small_config, make_table(20)), make_table(20))
+    picks = episodes.picks(open_policy(small_config, make_table(20)), make_table(20))
     assert picks.tolist() == [[0]] * 20
 
 

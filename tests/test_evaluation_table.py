@@ -151,7 +151,7 @@ def test_the_drawn_table_fits_a_terminal_without_folding() -> None:
 
 
 def test_the_comparison_says_why_it_is_made_and_what_was_picked() -> None:
-    choices = Choices.of(np.array([[1, 0]] * 30), 5)
+    choices = Choices.of([(1, 0)] * 30, 5, 2)
     table = build(SYSTEMS, 2, 200, baselines=CHOSEN, choices=choices)
     text = " ".join(plain_text(table).split())
     assert (

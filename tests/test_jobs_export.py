@@ -6,15 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import episodes
 import pytest
 import torch
 from huggingface_hub.repocard import metadata_load
 from stand_ins import fill_disk, make_table
 from tiny_models import save_tiny_llama
 
-from jobs import evaluate, export, train
+from jobs import export, train
 from jobs.model_card import model_card
-from jobs.single_run import best_step, evaluate_bundle, run_once
+from jobs.single_run import best_step, evaluate_bundle
 from rlrag.bundle import load_bundle, save_bundle
 from rlrag.bundle_files import bundle_version, parse_bundle, read_bundle
 from rlrag.config import (
@@ -25,9 +26,6 @@ from rlrag.config import (
     TrainingConfig,
 )
 from rlrag.errors import CheckpointError, ConfigError, DataError
-from rlrag.evaluation.baselines import FIXED_ORDER, UNTRAINED
-from rlrag.evaluation.question_records import read_questions
-from rlrag.evaluation.systems import greedy_picks
 from rlrag.generation.build import open_generator
 from rlrag.pipeline import open_evaluation_data, open_library, open_policy, open_reward
 from rlrag.training.checkpoints import CheckpointStore
@@ -118,7 +116,7 @@ def test_golden_questions_are_what_the_bundle_answers(run):
     candidates, _ = open_evaluation_data(config, open_library(config))
     generator, prompts = open_generator(config.generator, "local", config.cache_path)
     generator.load_weights(bundle.generator_weights("float32"))
-    picks = greedy_picks(bundle.policy, candidates)
+    picks = episodes.picks(bundle.policy, candidates)
     selections = [
         [candidates.passages(row)[position] for position in picks[row]]
         for row in range(len(candidates))
@@ -354,32 +352,3 @@ def test_a_run_in_turns_is_exported_when_it_is_finished(tmp_path, folder):
 
 def test_the_best_step_is_that_of_the_newest_checkpoint(run):
     assert best_step(CheckpointStore(run.checkpoints)) == NUM_STEPS
-
-
-def test_a_run_chooses_its_baselines_and_a_later_evaluation_keeps_them(folder, tmp_path) -> None:
-    """Of a trained selector and generator, with the systems that fit them."""
-    source = RunConfig.from_json((folder / "run" / "config.json").read_text())
-    values = source.model_dump()
-    values["data"]["num_validation_questions"] = 4
-    values["training"]["batch_size"] = 4
-    values["evaluation"]["systems"] = None
-    config, directory = RunConfig.model_validate(values), RunDirectory(tmp_path / "run")
-    directory.claim(config)
-    run_once(config, directory)
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    chosen = found["baselines"]
-    assert [(b["kind"], b["num_systems"], b["num_questions"]) for b in chosen] == [
-        (UNTRAINED, 5, 4),
-        (FIXED_ORDER, 3, 4),
-    ]
-    names = [baseline["system"] for baseline in chosen]
-    assert list(found["paired"]) == [f"trained_vs_{name}" for name in names]
-    assert found["choices"]["num_questions"] == found["num_questions"]
-    words = [
-        *("--bundle", str(tmp_path / "run" / "bundle"), "--output", str(tmp_path / "again.json")),
-        *("--corpus", source.data.corpus, "--questions", source.data.eval_questions),
-    ]
-    evaluate.main([*words, "--limit", "3"])
-    again = json.loads((tmp_path / "again.json").read_text())
-    assert again["baselines"] == chosen
-    assert read_questions(tmp_path / "again.questions.jsonl").facts["baselines"] == chosen

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 from openrag_runs import make_questions, write_files
@@ -241,12 +242,14 @@ def test_picks_of_a_policy_carry_their_probabilities(bundle):
         }
     )
     policy = open_policy(config, table)
-    few, found = policy_picks(policy, table), policy_picks(policy, many)
-    assert few.pick_logp_QK is not None
-    assert found.pick_logp_QK is not None
-    assert few.pick_logp_QK.shape == (6, 2)
-    assert found.pick_logp_QK == pytest.approx(few.pick_logp_QK[rows])
+    environment = config.environment
+    few = policy_picks(environment, policy, table)
+    found = policy_picks(environment, policy, many)
+    assert few.action_logp_QT is not None
+    assert found.action_logp_QT is not None
+    assert few.action_logp_QT.shape == (6, 2)
+    assert found.action_logp_QT == pytest.approx(few.action_logp_QT[rows])
     picks = np.tile([[0, 1]], (6, 1))
-    whole = policy.log_prob(table.batch(range(6)), picks[:, None])[:, 0]
-    assert few.pick_logp_QK.sum(axis=1) == pytest.approx(whole.detach().numpy(), abs=1e-5)
-    assert few.selections == [list(of) for of in first_picks(table, 2).selections]
+    whole = episodes.log_prob(policy, table.batch(range(6)), picks[:, None])[:, 0]
+    assert few.action_logp_QT.sum(axis=1) == pytest.approx(whole.detach().numpy(), abs=1e-5)
+    assert list(few.selections) == list(first_picks(table, 2).selections)

@@ -10,11 +10,16 @@ import pytest
 
 from rlrag.errors import ConfigError
 from rlrag.selection.gumbel_top_k import log_inclusion, perturb_below, sample_distinct
-from rlrag.selection.plackett_luce import next_pick
+from rlrag.selection.plackett_luce import next_action
 
 LOGITS_N = np.random.default_rng(0).normal(size=4)
 SELECTIONS = list(itertools.permutations(range(4), 2))
 NUM_REPEATS = 5_000
+
+
+def next_pick_of(logits_N: np.ndarray):
+    """What follows given picks where all picks share their logits."""
+    return next_action(logits_N[None], may_stop=False)
 
 
 def probability(selection: tuple[int, ...]) -> float:
@@ -37,7 +42,7 @@ def which(positions_MK: np.ndarray) -> list[int]:
 def draws(num_samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices into SELECTIONS and sample weights of many draws, each of shape (R, M)."""
     drawn = [
-        sample_distinct(next_pick(LOGITS_N), num_samples, 2, [num_samples, seed])
+        sample_distinct(next_pick_of(LOGITS_N), num_samples, 2, [num_samples, seed])
         for seed in range(NUM_REPEATS)
     ]
     indices_RM = np.array([which(d.positions_MK) for d in drawn])
@@ -79,7 +84,7 @@ def test_the_first_draw_follows_the_distribution():
 
 @pytest.mark.parametrize("num_samples", [12, 15])
 def test_where_all_selections_fit_each_weighs_its_probability_and_the_rest_nothing(num_samples):
-    drawn = sample_distinct(next_pick(LOGITS_N), num_samples, 2, seed=0)
+    drawn = sample_distinct(next_pick_of(LOGITS_N), num_samples, 2, seed=0)
     assert drawn.positions_MK.shape == (num_samples, 2)
     indices = which(drawn.positions_MK)
     assert sorted(indices[:12]) == list(range(12))
@@ -90,14 +95,14 @@ def test_where_all_selections_fit_each_weighs_its_probability_and_the_rest_nothi
 
 
 def test_eleven_of_twelve_leave_one_out():
-    drawn = sample_distinct(next_pick(LOGITS_N), 11, 2, seed=0)
+    drawn = sample_distinct(next_pick_of(LOGITS_N), 11, 2, seed=0)
     assert len(set(which(drawn.positions_MK))) == 11
     assert np.all(drawn.log_inclusion_M < 0)
 
 
 def test_one_seed_repeats_and_two_differ():
     first, again, other = (
-        sample_distinct(next_pick(LOGITS_N), 4, 2, seed) for seed in ([7, 1], [7, 1], [7, 2])
+        sample_distinct(next_pick_of(LOGITS_N), 4, 2, seed) for seed in ([7, 1], [7, 1], [7, 2])
     )
     assert np.array_equal(first.positions_MK, again.positions_MK)
     assert np.array_equal(first.log_inclusion_M, again.log_inclusion_M)
@@ -106,7 +111,7 @@ def test_one_seed_repeats_and_two_differ():
 
 def test_logits_far_apart_neither_overflow_nor_repeat():
     steep_N = np.array([0.0, -900.0, -1800.0, -2700.0])
-    drawn = sample_distinct(next_pick(steep_N), 6, 2, seed=3)
+    drawn = sample_distinct(next_pick_of(steep_N), 6, 2, seed=3)
     assert drawn.positions_MK[0].tolist() == [0, 1], "the only one of noticeable probability"
     assert len(set(which(drawn.positions_MK))) == 6
     assert np.all(np.isfinite(drawn.logp_M))
@@ -116,18 +121,18 @@ def test_logits_far_apart_neither_overflow_nor_repeat():
 
 
 def test_selections_of_probability_zero_are_never_drawn():
-    drawn = sample_distinct(next_pick(np.array([0.0, 0.0, -np.inf])), 3, 2, seed=0)
+    drawn = sample_distinct(next_pick_of(np.array([0.0, 0.0, -np.inf])), 3, 2, seed=0)
     assert sorted(drawn.positions_MK[:2].tolist()) == [[0, 1], [1, 0]]
     assert drawn.log_inclusion_M.tolist() == [0.0, 0.0, math.inf]
     with pytest.raises(ConfigError, match="no selection of 3 different candidates"):
-        sample_distinct(next_pick(np.zeros(2)), 1, 3, seed=0)
-    nothing = sample_distinct(next_pick(np.zeros(2)), 2, 0, seed=0)
+        sample_distinct(next_pick_of(np.zeros(2)), 1, 3, seed=0)
+    nothing = sample_distinct(next_pick_of(np.zeros(2)), 2, 0, seed=0)
     assert nothing.positions_MK.shape == (2, 0)
     assert nothing.log_inclusion_M.tolist() == [0.0, math.inf]
 
 
 def test_next_picks_are_those_left_in_proportion():
-    logp_PN = next_pick(np.log([4.0, 2.0, 1.0]))(np.array([[0], [2]]))
+    logp_PN = next_pick_of(np.log([4.0, 2.0, 1.0]))(np.array([[0], [2]]))
     assert np.exp(logp_PN) == pytest.approx(np.array([[0, 2 / 3, 1 / 3], [2 / 3, 1 / 3, 0]]))
 
 

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_probabilities_of_all_selections_sum_to_one(policy, num_candidates, num_
     selections = all_selections(num_candidates, num_selected)
     batch = make_batch(2, num_candidates)
     with torch.no_grad():
-        logp = policy.log_prob(batch, np.tile(selections, (2, 1, 1)))
+        logp = episodes.log_prob(policy, batch, np.tile(selections, (2, 1, 1)))
     assert logp.shape == (2, math.perm(num_candidates, num_selected))
     assert logp.double().exp().sum(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
@@ -131,7 +132,10 @@ def test_in_bfloat16_it_is_a_distribution_near_that_in_float32(policy, model_dir
     half = ListwiseLMPolicy(model_dir, policy.num_selected, MAX_TOKENS, precision="bfloat16")
     batch = make_batch(2, 4)
     selections = np.tile(all_selections(4, policy.num_selected), (2, 1, 1))
-    exact, rounded = policy.log_prob(batch, selections), half.log_prob(batch, selections)
+    exact, rounded = (
+        episodes.log_prob(policy, batch, selections),
+        episodes.log_prob(half, batch, selections),
+    )
     assert rounded.dtype == torch.float32
     assert rounded.double().exp().sum(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
     assert not torch.equal(rounded, exact)
@@ -152,7 +156,7 @@ def test_log_prob_equals_reading_token_by_token(
         positions[:, 0, 1], positions[0, 1, 0] = 9, 10  # [10] and [11] begin as [1] does
     prompts = RankingPrompt(model_dir, MAX_TOKENS, 2)
     with torch.no_grad():
-        found = policy.log_prob(batch, positions)
+        found = episodes.log_prob(policy, batch, positions)
     for b, m in itertools.product(range(3), range(2)):
         prompt = prompts.encode(batch.question_texts[b], batch.passage_texts[b])
         expected = naive_logp(plain_model, tokenizer, prompt, positions[b, m], num_candidates)
@@ -171,24 +175,19 @@ def test_a_number_of_one_token_has_its_softmax_probability_by_hand(
     digits = tokenizer.convert_tokens_to_ids(["1", "2", "3"])
     with torch.no_grad():
         logits = plain_model(torch.tensor([[*prompt, *opening]])).logits[0, -1, digits]
-    assert np.allclose(policy.first_pick_probabilities(batch), logits.softmax(0), atol=TOLERANCE)
-
-
-def test_first_picks_are_marginals_of_whole_selections(policy):
-    batch, selections = make_batch(2, 11), all_selections(11, 2)
-    with torch.no_grad():
-        p = policy.log_prob(batch, np.tile(selections, (2, 1, 1))).exp().numpy()
-    marginal = np.stack([p[:, selections[:, 0] == first].sum(axis=1) for first in range(11)], 1)
-    assert np.allclose(policy.first_pick_probabilities(batch), marginal, atol=TOLERANCE)
+    single = ListwiseLMPolicy(model_dir, 1, MAX_TOKENS)
+    single._prompt = RankingPrompt(model_dir, MAX_TOKENS, 2)  # the same prompt, one pick of it
+    found = episodes.log_prob(single, batch, np.array([[[0], [1], [2]]])).exp()
+    assert np.allclose(found.detach()[0], logits.softmax(0), atol=TOLERANCE)
 
 
 def test_greedy_takes_the_most_probable_candidate_at_each_pick(policy):
     batch, selections = make_batch(4, 11), all_selections(11, 2)
     with torch.no_grad():
-        p = policy.log_prob(batch, np.tile(selections, (4, 1, 1))).exp().numpy()
-    found = policy.greedy(batch)
+        p = episodes.log_prob(policy, batch, np.tile(selections, (4, 1, 1))).exp().numpy()
+    found = episodes.greedy(policy, batch)
     for b in range(4):
-        first = policy.first_pick_probabilities(batch)[b].argmax()
+        first = max(range(11), key=lambda n: p[b, selections[:, 0] == n].sum())
         second = np.where(selections[:, 0] == first, p[b], -1).argmax()
         assert found[b].tolist() == selections[second].tolist()
 
@@ -196,16 +195,16 @@ def test_greedy_takes_the_most_probable_candidate_at_each_pick(policy):
 def test_greedy_ties_keep_the_candidates_order(model_dir):
     flat = ListwiseLMPolicy(model_dir, 3, MAX_TOKENS)
     torch.nn.init.zeros_(flat.model.lm_head.weight)
-    assert flat.greedy(make_batch(2, 5)).tolist() == [[0, 1, 2]] * 2
+    assert episodes.greedy(flat, make_batch(2, 5)).tolist() == [[0, 1, 2]] * 2
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_draws_have_their_exact_frequencies_and_weights(policy, temperature):
     """Observed counts by chi-square; weighted draws estimate the policy's own probabilities."""
     batch, selections, num_samples = make_batch(1, 4), all_selections(4, 2), 4000
-    drawn = policy.sample(batch, num_samples, [7], temperature=temperature)
+    drawn = episodes.sample(policy, batch, num_samples, [7], temperature=temperature)
     with torch.no_grad():
-        p = policy.log_prob(batch, selections[None]).double().exp().numpy()[0]
+        p = episodes.log_prob(policy, batch, selections[None]).double().exp().numpy()[0]
     first = np.array([p[selections[:, 0] == n].sum() for n in range(4)])
     tempered_first = first ** (1 / temperature) / (first ** (1 / temperature)).sum()
     second = p / first[selections[:, 0]]
@@ -229,51 +228,50 @@ def test_draws_have_their_exact_frequencies_and_weights(policy, temperature):
 @pytest.mark.parametrize("num_candidates", [5, 11])
 def test_sampled_logp_is_log_prob_of_the_same_selections(policy, num_candidates):
     batch = make_batch(3, num_candidates)
-    drawn = policy.sample(batch, 6, [1, 2, 3], temperature=1.7)
+    drawn = episodes.sample(policy, batch, 6, [1, 2, 3], temperature=1.7)
     assert all(len(set(z)) == 2 for z in drawn.positions_BMK.reshape(-1, 2).tolist())
     with torch.no_grad():
-        logp = policy.log_prob(batch, drawn.positions_BMK).numpy()
+        logp = episodes.log_prob(policy, batch, drawn.positions_BMK).numpy()
     assert np.allclose(drawn.logp_BM, logp, atol=TOLERANCE)
 
 
 def test_batch_and_micro_batch_change_nothing(policy, model_dir):
     batch, seeds = make_batch(5, 6), [[0, b] for b in range(5)]
-    whole = policy.sample(batch, 4, seeds)
+    whole = episodes.sample(policy, batch, 4, seeds)
     small = ListwiseLMPolicy(model_dir, 2, MAX_TOKENS, micro_batch=2)
-    parts = small.sample(batch, 4, seeds)
+    parts = episodes.sample(small, batch, 4, seeds)
     assert np.array_equal(whole.positions_BMK, parts.positions_BMK)
     assert np.allclose(whole.logp_BM, parts.logp_BM, atol=TOLERANCE)
     with torch.no_grad():
-        logp = policy.log_prob(batch, whole.positions_BMK)
-        reversed_ = policy.log_prob(rows_of(batch, [4, 3, 2, 1, 0]), whole.positions_BMK[::-1])
+        logp = episodes.log_prob(policy, batch, whole.positions_BMK)
+        reversed_ = episodes.log_prob(
+            policy, rows_of(batch, [4, 3, 2, 1, 0]), whole.positions_BMK[::-1]
+        )
     assert torch.allclose(logp, reversed_.flip(0), atol=TOLERANCE)
     for b in range(5):
-        alone = policy.sample(rows_of(batch, [b]), 4, [seeds[b]])
+        alone = episodes.sample(policy, rows_of(batch, [b]), 4, [seeds[b]])
         assert np.array_equal(alone.positions_BMK[0], whole.positions_BMK[b])
-        assert np.array_equal(policy.greedy(rows_of(batch, [b]))[0], policy.greedy(batch)[b])
+        assert np.array_equal(
+            episodes.greedy(policy, rows_of(batch, [b]))[0], episodes.greedy(policy, batch)[b]
+        )
 
 
 def test_a_seed_repeats_and_two_differ(policy):
     batch = rows_of(make_batch(1, 6), [0, 0, 0])
-    drawn = policy.sample(batch, 16, [1, 1, 2]).positions_BMK
+    drawn = episodes.sample(policy, batch, 16, [1, 1, 2]).positions_BMK
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
-    fewer = policy.sample(batch, 4, [1, 1, 2]).positions_BMK
+    fewer = episodes.sample(policy, batch, 4, [1, 1, 2]).positions_BMK
     assert np.array_equal(fewer, drawn[:, :4])
 
 
 def test_edges_of_log_prob(policy, model_dir):
     single = ListwiseLMPolicy(model_dir, 1, MAX_TOKENS)
     batch = make_batch(2, 1)
-    certain = single.log_prob(batch, np.zeros((2, 3, 1), dtype=np.int64))
+    certain = episodes.log_prob(single, batch, np.zeros((2, 3, 1), dtype=np.int64))
     assert certain.tolist() == [[0.0] * 3] * 2
     certain.sum().backward()
-    assert single.sample(batch, 2, [0, 1]).positions_BMK.tolist() == [[[0]] * 2] * 2
-    batch = make_batch(1, 3)
-    repeated = policy.log_prob(batch, np.array([[[1, 1], [0, 1]]]))
-    assert repeated[0, 0].item() == -math.inf
-    assert math.isfinite(repeated[0, 1].item())
-    assert policy.log_prob(batch, np.zeros((1, 2, 0), dtype=np.int64)).tolist() == [[0.0, 0.0]]
+    assert episodes.sample(single, batch, 2, [0, 1]).positions_BMK.tolist() == [[[0]] * 2] * 2
 
 
 def test_gradient_of_log_prob_by_finite_differences(model_dir):
@@ -284,7 +282,7 @@ def test_gradient_of_log_prob_by_finite_differences(model_dir):
     weights = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.3, -0.7]], dtype=torch.float64)
 
     def objective() -> torch.Tensor:
-        return (weights * double.log_prob(batch, positions)).sum()
+        return (weights * episodes.log_prob(double, batch, positions)).sum()
 
     objective().backward()
     step = 3e-3  # Llama normalises in float32, which would drown a smaller one
@@ -304,9 +302,11 @@ def test_gradient_of_log_prob_by_finite_differences(model_dir):
 def test_gradient_equals_that_of_reading_each_sample_alone(policy, model_dir):
     batch, positions = make_batch(2, 4), np.array([[[0, 1], [2, 3]], [[3, 1], [3, 0]]])
     alone, shared = copy.deepcopy(policy), copy.deepcopy(policy)
-    shared.log_prob(batch, positions).sum().backward()
+    episodes.log_prob(shared, batch, positions).sum().backward()
     for b, m in itertools.product(range(2), range(2)):
-        alone.log_prob(rows_of(batch, [b]), positions[b : b + 1, m : m + 1]).sum().backward()
+        episodes.log_prob(
+            alone, rows_of(batch, [b]), positions[b : b + 1, m : m + 1]
+        ).sum().backward()
     for one, other in zip(alone.parameters(), shared.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, atol=1e-3, rtol=1e-3)
 
@@ -371,7 +371,7 @@ def test_a_question_cannot_hold_control_tokens(chat_dir, tokenizer):
 def test_chat_policy_is_a_distribution_too(chat_dir):
     chat = ListwiseLMPolicy(chat_dir, 2, MAX_TOKENS)
     with torch.no_grad():
-        logp = chat.log_prob(make_batch(1, 4), all_selections(4, 2)[None])
+        logp = episodes.log_prob(chat, make_batch(1, 4), all_selections(4, 2)[None])
     assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
@@ -387,8 +387,8 @@ def test_adapter_alone_is_trained_saved_and_loaded(model_dir, tmp_path):
     batch, positions = make_batch(2, 4), np.array([[[0, 1]], [[2, 3]]])
     whole = ListwiseLMPolicy(model_dir, 2, MAX_TOKENS)
     with torch.no_grad():
-        before = whole.log_prob(batch, positions)
-        assert torch.equal(policies[0].log_prob(batch, positions), before)
+        before = episodes.log_prob(whole, batch, positions)
+        assert torch.equal(episodes.log_prob(policies[0], batch, positions), before)
     names = set(policies[0].state_dict())
     assert names
     assert all("lora_" in name for name in names)
@@ -400,12 +400,12 @@ def test_adapter_alone_is_trained_saved_and_loaded(model_dir, tmp_path):
         for parameter in policies[0].parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-        after = policies[0].log_prob(batch, positions)
+        after = episodes.log_prob(policies[0], batch, positions)
     assert not torch.allclose(after, before)
     save_weights(policies[0], tmp_path / "selector.safetensors")
     load_weights(policies[2], tmp_path / "selector.safetensors")
     with torch.no_grad():
-        assert torch.equal(policies[2].log_prob(batch, positions), after)
+        assert torch.equal(episodes.log_prob(policies[2], batch, positions), after)
     larger = ListwiseLMPolicy(model_dir, 2, MAX_TOKENS, adapter_rank=8)
     with pytest.raises(CheckpointError):
         load_weights(larger, tmp_path / "selector.safetensors")
@@ -444,6 +444,6 @@ def test_what_cannot_work_is_refused(policy, tmp_path):
     with pytest.raises(ConfigError, match=r"state in place of keys.*set selector\.model"):
         ListwiseLMPolicy(tmp_path / "conv", 1)
     with pytest.raises(ConfigError, match="draws with replacement only"):
-        policy.sample(make_batch(1, 4), 2, [0], replacement=False)
+        episodes.sample(policy, make_batch(1, 4), 2, [0], replacement=False)
     with pytest.raises(PromptTooLongError, match=r"lower selector\.max_tokens"):
-        policy.greedy(make_batch(1, 200))
+        episodes.greedy(policy, make_batch(1, 200))

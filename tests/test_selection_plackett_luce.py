@@ -7,12 +7,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, EpisodeError
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection import plackett_luce
 from rlrag.selection.feature_scorer import FeatureScorer
@@ -62,7 +63,7 @@ def make_policy(trained: bool, num_selected: int = 2) -> PlackettLucePolicy:
 def test_probabilities_of_all_permutations_sum_to_one(num_selected):
     logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     positions = torch.tensor(list(itertools.permutations(range(4), num_selected)))
-    logp = plackett_luce.log_prob(logits, positions.expand(2, -1, -1))
+    logp = episodes.log_prob_of(logits, positions.expand(2, -1, -1))
     assert logp.exp().sum(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=1e-12)
 
 
@@ -71,11 +72,9 @@ def test_log_prob_by_hand_and_at_its_edges():
     logits = torch.tensor([strengths]).log()
     positions = torch.tensor([[[2, 0], [0, 1]]])
     expected = [1 / 7 * 4 / 6, 4 / 7 * 2 / 3]
-    assert plackett_luce.log_prob(logits, positions).exp()[0].tolist() == pytest.approx(expected)
-    none = plackett_luce.log_prob(logits, torch.zeros(1, 2, 0, dtype=torch.long))
-    assert none.tolist() == [[0.0, 0.0]]
-    repeated = plackett_luce.log_prob(logits, torch.tensor([[[1, 1]]]))
-    assert repeated.item() == -math.inf
+    assert episodes.log_prob_of(logits, positions).exp()[0].tolist() == pytest.approx(expected)
+    with pytest.raises(EpisodeError, match="chose 1, which the environment's action_mask"):
+        episodes.log_prob_of(logits, torch.tensor([[[1, 1]]]))
 
 
 def test_samples_follow_the_distribution_and_their_seed():
@@ -84,7 +83,7 @@ def test_samples_follow_the_distribution_and_their_seed():
     assert np.array_equal(draws, plackett_luce.sample(logits, 60_000, 2, seeds=[3])[0])
     assert not np.array_equal(draws, plackett_luce.sample(logits, 60_000, 2, seeds=[4])[0])
     for permutation in itertools.permutations(range(3), 2):
-        expected = plackett_luce.log_prob(
+        expected = episodes.log_prob_of(
             torch.from_numpy(logits), torch.tensor([[permutation]])
         ).exp()
         share = np.mean(np.all(draws == permutation, axis=1))
@@ -103,9 +102,9 @@ WAYS_TO_DRAW = [
 def test_a_question_is_drawn_alike_in_any_batch(way):
     policy = make_policy(trained=True, num_selected=3)
     whole = make_batch(num_questions=8)
-    together = policy.sample(whole, 4, seeds=list(range(10, 18)), **way)
+    together = episodes.sample(policy, whole, 4, seeds=list(range(10, 18)), **way)
     for row in range(8):
-        alone = policy.sample(take(whole, [row]), 4, seeds=[10 + row], **way)
+        alone = episodes.sample(policy, take(whole, [row]), 4, seeds=[10 + row], **way)
         assert np.array_equal(alone.positions_BMK[0], together.positions_BMK[row])
         assert alone.logp_BM[0] == pytest.approx(together.logp_BM[row], abs=1e-5)
         assert alone.log_weights_BM[0] == pytest.approx(together.log_weights_BM[row], abs=1e-5)
@@ -115,7 +114,8 @@ def test_a_question_is_drawn_alike_in_any_batch(way):
 def test_one_seed_repeats_and_two_differ(way):
     policy = make_policy(trained=True, num_selected=3)
     first, again, other = (
-        policy.sample(make_batch(1), 6, seeds=[seed], **way) for seed in ([5, 1], [5, 1], [5, 2])
+        episodes.sample(policy, make_batch(1), 6, seeds=[seed], **way)
+        for seed in ([5, 1], [5, 1], [5, 2])
     )
     assert np.array_equal(first.positions_BMK, again.positions_BMK)
     assert np.array_equal(first.log_weights_BM, again.log_weights_BM)
@@ -125,9 +125,10 @@ def test_one_seed_repeats_and_two_differ(way):
 @pytest.mark.parametrize("way", WAYS_TO_DRAW)
 def test_sampled_log_probabilities_are_those_of_the_learner(way):
     policy = make_policy(trained=True, num_selected=3)
-    drawn = policy.sample(make_batch(), 6, seeds=[1, 2, 3], **way)
+    drawn = episodes.sample(policy, make_batch(), 6, seeds=[1, 2, 3], **way)
     ratio = (
-        policy.log_prob(make_batch(), drawn.positions_BMK) - torch.from_numpy(drawn.logp_BM)
+        episodes.log_prob(policy, make_batch(), drawn.positions_BMK)
+        - torch.from_numpy(drawn.logp_BM)
     ).exp()
     assert torch.equal(ratio, torch.ones_like(ratio))
 
@@ -145,7 +146,7 @@ class FixedLogits(nn.Module):
 
 def test_independent_draws_weigh_one_over_m_exactly():
     policy = make_policy(trained=True, num_selected=3)
-    drawn = policy.sample(make_batch(), 6, seeds=[1, 2, 3])
+    drawn = episodes.sample(policy, make_batch(), 6, seeds=[1, 2, 3])
     assert drawn.log_weights_BM.tolist() == [[-math.log(6)] * 6] * 3
     logits = policy.logits(make_batch()).detach().double().numpy()
     assert np.array_equal(
@@ -156,7 +157,7 @@ def test_independent_draws_weigh_one_over_m_exactly():
 def test_a_tempered_draw_weighs_the_ratio_of_both_probabilities():
     """p = (4, 1) / 5 and at temperature 2 q = (2, 1) / 3: a = p / (m q) = 1.2 / m or 0.6 / m."""
     policy = PlackettLucePolicy(FixedLogits([math.log(4.0), 0.0]), num_selected=1)
-    drawn = policy.sample(make_batch(1, 2), 3000, seeds=[0], temperature=2.0)
+    drawn = episodes.sample(policy, make_batch(1, 2), 3000, seeds=[0], temperature=2.0)
     picks_M = drawn.positions_BMK[0, :, 0]
     assert np.mean(picks_M == 0) == pytest.approx(2 / 3, abs=4 * math.sqrt(2 / 9 / 3000))
     expected_M = np.where(picks_M == 0, 1.2, 0.6) / 3000
@@ -167,13 +168,13 @@ def test_a_tempered_draw_weighs_the_ratio_of_both_probabilities():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_draws_without_replacement_differ_and_pad_when_there_are_too_few(temperature):
     policy = PlackettLucePolicy(FixedLogits([1.0, 0.0, -1.0]), num_selected=2)
-    some = policy.sample(
-        make_batch(2, 3), 4, seeds=[0, 1], temperature=temperature, replacement=False
+    some = episodes.sample(
+        policy, make_batch(2, 3), 4, seeds=[0, 1], temperature=temperature, replacement=False
     )
     for row in some.positions_BMK.tolist():
         assert len({tuple(selection) for selection in row}) == 4
-    every = policy.sample(
-        make_batch(2, 3), 8, seeds=[0, 1], temperature=temperature, replacement=False
+    every = episodes.sample(
+        policy, make_batch(2, 3), 8, seeds=[0, 1], temperature=temperature, replacement=False
     )
     assert every.positions_BMK.shape == (2, 8, 2)
     weights_BM = np.exp(every.log_weights_BM)
@@ -185,13 +186,13 @@ def test_draws_without_replacement_differ_and_pad_when_there_are_too_few(tempera
 
 def test_untrained_greedy_is_the_retrievers_order_exactly():
     policy = make_policy(trained=False, num_selected=5)
-    assert policy.greedy(make_batch()).tolist() == [[0, 1, 2, 3, 4]] * 3
+    assert episodes.greedy(policy, make_batch()).tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
 def test_trained_greedy_follows_the_logits():
     policy = make_policy(trained=True, num_selected=5)
     logits_BKN = policy.logits(make_batch()).detach().numpy()
-    for logits_KN, found in zip(logits_BKN, policy.greedy(make_batch()), strict=True):
+    for logits_KN, found in zip(logits_BKN, episodes.greedy(policy, make_batch()), strict=True):
         left = list(range(5))
         for logits_N, pick in zip(logits_KN, found, strict=True):
             assert pick == max(left, key=lambda n: logits_N[n])
@@ -202,7 +203,7 @@ def test_logits_of_each_pick_give_the_probability_of_a_loop():
     """The last place may want what the first place does not; one row of logits cannot say so."""
     logits_BKN = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2)).double()
     every = list(itertools.permutations(range(4), 3))
-    found = plackett_luce.log_prob(logits_BKN, torch.tensor([every] * 2))
+    found = episodes.log_prob_of(logits_BKN, torch.tensor([every] * 2))
     for logits_KN, logp_M in zip(logits_BKN.tolist(), found.tolist(), strict=True):
         for picks, logp in zip(every, logp_M, strict=True):
             expected, left = 0.0, set(range(4))
@@ -212,18 +213,19 @@ def test_logits_of_each_pick_give_the_probability_of_a_loop():
             assert logp == pytest.approx(expected)
     assert found.exp().sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
     last_first = torch.tensor([[[0.0, 1.0, 9.0], [9.0, 0.0, 0.0]]])
-    assert plackett_luce.greedy(last_first.numpy(), 2).tolist() == [[2, 0]]
+    policy = PlackettLucePolicy(episodes.GivenLogits(last_first), 2)
+    assert episodes.greedy(policy, make_batch(1, 3)).tolist() == [[2, 0]]
 
 
 def test_logits_of_each_pick_are_drawn_in_their_proportions():
     logits_BKN = np.random.default_rng(3).normal(size=(1, 2, 4))
     drawn = plackett_luce.sample(logits_BKN, 20_000, 2, seeds=[5])
     every = list(itertools.permutations(range(4), 2))
-    p_M = plackett_luce.log_prob(torch.from_numpy(logits_BKN), torch.tensor([every])).exp()[0]
+    p_M = episodes.log_prob_of(torch.from_numpy(logits_BKN), torch.tensor([every])).exp()[0]
     for picks, p in zip(every, p_M.tolist(), strict=True):
         share = (drawn[0] == picks).all(axis=1).mean()
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 20_000)
-    after = plackett_luce.next_pick(logits_BKN[0])
+    after = plackett_luce.next_action(logits_BKN[0], may_stop=False)
     for first, second in every:
         joint = np.exp(after(np.zeros((1, 0), dtype=int))[0, first])
         joint *= np.exp(after(np.array([[first]]))[0, second])
@@ -235,7 +237,7 @@ def test_equal_logits_at_every_pick_are_the_classical_model():
     positions = torch.tensor([list(itertools.permutations(range(5), 3))] * 2)
     repeated = logits_BN[:, None].expand(-1, 3, -1)
     assert torch.equal(
-        plackett_luce.log_prob(logits_BN, positions), plackett_luce.log_prob(repeated, positions)
+        episodes.log_prob_of(logits_BN, positions), episodes.log_prob_of(repeated, positions)
     )
     assert np.array_equal(
         plackett_luce.sample(logits_BN.numpy(), 4, 3, [1, 2]),
@@ -258,7 +260,7 @@ class ShapedScorer(nn.Module):
 def test_a_scorer_whose_logits_have_another_shape_is_refused(shape):
     policy = PlackettLucePolicy(ShapedScorer(*shape), num_selected=2)
     with pytest.raises(ConfigError, match=r"ShapedScorer gave .*give \(3, 5\).* or \(3, 2, 5\)"):
-        policy.sample(make_batch(), 4, [0, 1, 2])
+        episodes.sample(policy, make_batch(), 4, [0, 1, 2])
 
 
 def take(batch: CandidateBatch, rows: list[int]) -> CandidateBatch:
@@ -285,8 +287,8 @@ def test_permuting_the_logits_permutes_the_log_probabilities():
     logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(1))
     order = torch.tensor([3, 0, 4, 1, 2])
     positions = torch.tensor([list(itertools.permutations(range(5), 2))])
-    original = plackett_luce.log_prob(logits, order[positions])
-    assert torch.allclose(plackett_luce.log_prob(logits[:, order], positions), original)
+    original = episodes.log_prob_of(logits, order[positions])
+    assert torch.allclose(episodes.log_prob_of(logits[:, order], positions), original)
 
 
 def test_permuting_the_candidates_permutes_what_is_learned():
@@ -303,7 +305,7 @@ def test_permuting_the_candidates_permutes_what_is_learned():
 
 def test_gradient_reaches_every_parameter_after_a_step():
     policy = make_policy(trained=True, num_selected=2)
-    policy.log_prob(make_batch(), np.array([[[4, 1]]] * 3)).sum().backward()
+    episodes.log_prob(policy, make_batch(), np.array([[[4, 1]]] * 3)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
 
 
@@ -356,16 +358,16 @@ def test_encoder_scorers_start_at_the_retrievers_order_and_learn(kind, tiny_enco
     scorer = getattr(encoder_scorers, kind)(tiny_encoder, 32, num_selected=2, prior_scale=0.5)
     policy = PlackettLucePolicy(scorer, num_selected=2)
     batch = make_batch()
-    assert policy.greedy(batch).tolist() == [[0, 1]] * 3
+    assert episodes.greedy(policy, batch).tolist() == [[0, 1]] * 3
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     target = np.array([[[3, 1]]] * 3)
-    before = policy.log_prob(batch, target).sum().item()
+    before = episodes.log_prob(policy, batch, target).sum().item()
     for _ in range(3):
         optimizer.zero_grad()
-        loss = -policy.log_prob(batch, target).sum()
+        loss = -episodes.log_prob(policy, batch, target).sum()
         loss.backward()
         optimizer.step()
-    assert policy.log_prob(batch, target).sum().item() > before
+    assert episodes.log_prob(policy, batch, target).sum().item() > before
     alone = policy.logits(take(batch, [1]))
     assert torch.allclose(alone[0], policy.logits(batch)[1], atol=1e-4), "padding changes nothing"
 

@@ -302,7 +302,7 @@ def test_selections_are_recorded_with_their_propensities(tmp_path: Path) -> None
     event = row.event
     assert (event.request_id, event.version, event.question) == ("r1", "v1", "what?")
     assert event.candidate_ids == ("p5", "p6", "p7", "p0", "p1")
-    assert event.positions == (4, 3)
+    assert event.actions == (4, 3)
     assert event.explored
     assert event.propensity_logp == -1.5
     assert event.answer == "v1 says 1. 0."

@@ -36,7 +36,7 @@ class EchoPipeline:
         return Retrieved(passages, np.zeros((3, 1)), np.zeros(0), np.zeros((3, 0)))
 
     async def select(self, version, question, retrieved, num_selected, explore) -> Picked:
-        return Picked(self._picks, (0.5, 0.5), 0.0, False)
+        return Picked(self._picks, (0.5, 0.5), self._picks, 0.0, False)
 
     async def generate(
         self, version, question, passages, decoding: Decoding

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 from serve_bundles import NUM_CANDIDATES, NUM_SELECTED, bundle_config, make_bundle
 
 from rlrag.bundle import bundle_version, load_bundle
 from rlrag.errors import CheckpointError, OverloadedError, RequestError
-from rlrag.evaluation.systems import greedy_picks
 from rlrag.pipeline import open_evaluation_data, open_library
 from serve.records import Filters, Picked, Retrieved
 from serve.retrieving import Ask, RetrieverPart
@@ -72,7 +72,7 @@ def test_picks_are_those_of_evaluation(bundle, version, table, retrieved):
     part = SelectorPart()
     part.load(version, bundle)
     found = part.select(version, choices(table, retrieved))
-    expected = greedy_picks(load_bundle(bundle).policy, table)
+    expected = episodes.picks(load_bundle(bundle).policy, table)
     assert [list(picked.positions) for picked in found] == expected.tolist()
     assert {picked.propensity_logp for picked in found} == {0.0}
     assert not any(picked.explored for picked in found)
@@ -83,9 +83,9 @@ def test_probabilities_are_those_of_each_pick_given_those_before(bundle, version
     part.load(version, bundle)
     policy = load_bundle(bundle).policy
     for row, picked in enumerate(part.select(version, choices(table, retrieved))[:4]):
-        whole = policy.log_prob(table.batch([row]), np.array([[picked.positions]])).item()
-        first = policy.log_prob(table.batch([row]), np.array([[picked.positions[:1]]])).item()
-        assert np.log(picked.probs) == pytest.approx([first, whole - first], abs=1e-5)
+        picks_BMK = np.array([[picked.positions]])
+        expected = episodes.pick_log_prob(policy, table.batch([row]), picks_BMK)[0, 0]
+        assert np.log(picked.probs) == pytest.approx(expected.detach().numpy(), abs=1e-5)
 
 
 def test_fewer_picks_are_the_first_of_more(bundle, version, table, retrieved):

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import episodes
 import httpx
 import pytest
 from serve_bundles import bundle_config, make_bundle
@@ -20,7 +21,6 @@ from serve_load import Load, processes_of, wait_for
 
 from rlrag.bundle import load_bundle
 from rlrag.bundle_files import read_bundle
-from rlrag.evaluation.systems import greedy_picks
 from rlrag.generation.build import open_generator
 from rlrag.pipeline import open_evaluation_data, open_library, open_reward
 from rlrag.rewards.answering import AnsweringReward
@@ -97,7 +97,7 @@ def evaluated(openrag_files, bundles) -> dict[Path, list[dict]]:
         config = bundle_config(openrag_files, bundle.parent / "cache")
         generator, prompts = open_generator(config.generator, "local", config.cache_path)
         table = open_evaluation_data(config, open_library(config))[0]
-        picks = greedy_picks(load_bundle(bundle).policy, table)
+        picks = episodes.picks(load_bundle(bundle).policy, table)
         selections = [
             [table.passages(row)[position] for position in pick] for row, pick in enumerate(picks)
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -91,7 +92,7 @@ class Case:
         size = self.config.training.batch_size
         seeds = [self.schedule.sampling_seed(step, place) for place in range(size)]
         batch = TABLE.batch(self.schedule.rows(step))
-        return policy.sample(batch, self.config.dro.num_samples, seeds).positions_BMK
+        return episodes.sample(policy, batch, self.config.dro.num_samples, seeds).positions_BMK
 
 
 def policies_before_each_step(config: RunConfig, num_steps: int) -> list:
@@ -120,12 +121,12 @@ def test_the_drawing_policy_is_renewed_when_an_estep_begins(small_config, dro, d
     for step, drawer in enumerate(drawers):
         experience, metrics = case.collect(step)
         expected = case.drawn_by(policies[drawer], step)
-        assert (experience.positions_BMK == expected).all(), step
+        assert (experience.actions_BMT == expected).all(), step
         assert experience.question_rows.tolist() == case.schedule.rows(step).tolist()
         assert experience.policy_version == case.schedule.estep(step)
         assert metrics["staleness"] == metrics["num_stale"] == 0.0
         if drawer != step:
-            assert (experience.positions_BMK != case.drawn_by(policies[step], step)).any()
+            assert (experience.actions_BMT != case.drawn_by(policies[step], step)).any()
     case.collection.close()
 
 
@@ -135,7 +136,7 @@ def test_behaviour_probabilities_are_those_of_the_policy_that_drew(small_config)
     for step in range(3):
         experience, _ = case.collect(step)
         batch = TABLE.batch(experience.question_rows)
-        logp_BM = drawer.log_prob(batch, experience.positions_BMK).detach().numpy()
+        logp_BM = episodes.log_prob(drawer, batch, experience.actions_BMT).detach().numpy()
         assert np.array_equal(experience.behaviour_logp_BM, logp_BM)
 
 
@@ -178,7 +179,7 @@ def test_a_batch_that_runs_ahead_is_drawn_by_the_policy_before_the_update(ahead)
     for step in range(12):
         experience, metrics = case.collect(step)
         drawer = max(step - 1, 0)
-        assert (experience.positions_BMK == case.drawn_by(policies[drawer], step)).all()
+        assert (experience.actions_BMT == case.drawn_by(policies[drawer], step)).all()
         assert experience.policy_version == drawer
         assert metrics["staleness"] == step - drawer
         assert metrics["num_stale"] == 0.0
@@ -196,7 +197,7 @@ def test_nothing_runs_ahead_of_a_pause(ahead):
             calls = case.generator.num_calls
             case.collection.publish(3)
             assert case.generator.num_calls == calls
-        assert (experience.positions_BMK == case.drawn_by(policies[drawer], step)).all()
+        assert (experience.actions_BMT == case.drawn_by(policies[drawer], step)).all()
         assert experience.generator_version == drawer
         assert metrics["staleness"] == step - drawer
     case.collection.close()
@@ -220,7 +221,7 @@ def test_a_batch_of_weights_that_are_too_old_is_collected_again_and_counted(ahea
         assert metrics["num_stale"] == 8 * 8
         assert metrics["staleness"] == 0.0
         assert experience.generator_version == experience.policy_version == step
-        assert (experience.positions_BMK == case.drawn_by(policies[step], step)).all()
+        assert (experience.actions_BMT == case.drawn_by(policies[step], step)).all()
         spent += metrics["generator_tokens_spent"]
     case.collection.close()
     assert case.generator.given == [1, 2]
@@ -331,7 +332,7 @@ def test_workers_share_a_batch(small_config):
     whole, _ = Case(small_config).collect(0)
     parts = [Case(small_config, workers=Member(rank, [])).collect(0)[0] for rank in range(2)]
     for rank, part in enumerate(parts):
-        for name in ("question_rows", "positions_BMK", "behaviour_logp_BM", "rewards_BM"):
+        for name in ("question_rows", "actions_BMT", "behaviour_logp_BM", "rewards_BM"):
             assert np.array_equal(getattr(part, name), getattr(whole, name)[rank::2]), name
 
 
@@ -344,7 +345,7 @@ def test_sft_takes_the_untrained_policys_order_with_weight_one_and_asks_nobody(s
     case = Case(config, with_generator=True)
     for step in range(2):
         experience, metrics = case.collect(step)
-        assert experience.positions_BMK.tolist() == [[[0, 1, 2]]] * 8  # the retriever's order
+        assert experience.actions_BMT.tolist() == [[[0, 1, 2]]] * 8  # the retriever's order
         assert experience.question_rows.tolist() == case.schedule.rows(step).tolist()
         assert experience.log_weights_BM.tolist() == [[0.0]] * 8
         assert experience.errors == ()

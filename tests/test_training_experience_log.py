@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import episodes
 import numpy as np
 import pytest
 from stand_ins import make_table
@@ -17,17 +18,8 @@ from rlrag.training.workers import SingleWorker
 
 
 def batch(rows: list[int], positions, rewards, generator_version: int = 0) -> Experience:
-    positions = np.array(positions)
-    zeros = np.zeros(positions.shape[:2])
-    return Experience(
-        question_rows=np.array(rows),
-        positions_BMK=positions,
-        behaviour_logp_BM=zeros,
-        log_weights_BM=zeros,
-        rewards_BM=np.array(rewards, dtype=np.float64),
-        terms_BM={},
-        policy_version=3,
-        generator_version=generator_version,
+    return episodes.experience(
+        make_table(max(rows) + 1), rows, positions, rewards, version=generator_version
     )
 
 

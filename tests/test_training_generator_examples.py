@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -36,7 +37,9 @@ def renamed(table: CandidateTable, golden: dict[int, tuple[str, ...]]) -> Candid
 
 
 def examples(table: CandidateTable, weights_BM: torch.Tensor = WEIGHTS_BM, prompts=None):
-    return weighted_examples(table, prompts or WordPrompts(), ROWS, POSITIONS_BMK, weights_BM)
+    rewards_BM = np.zeros(WEIGHTS_BM.shape)
+    drawn = episodes.experience(table, ROWS, POSITIONS_BMK, rewards_BM)
+    return weighted_examples(table.questions, prompts or WordPrompts(), drawn, weights_BM)
 
 
 def test_each_selection_of_weight_above_zero_is_an_example_with_its_weight():
@@ -157,13 +160,11 @@ def test_a_set_of_answers_has_the_gradient_of_its_enumerated_likelihood():
     )
     rewards_BM = logp_MY.detach().logsumexp(dim=1)[None]
     weights_BM = dro.importance_weights(rewards_BM, prior_logp_M[None], 1.0, "self_normalised")
-    golden_logps_BM = np.empty((1, 3), dtype=object)
-    for m, logps in enumerate(logp_MY.tolist()):
-        golden_logps_BM[0, m] = tuple(logps)
-    positions_BMK = np.arange(3).reshape(1, 3, 1)
-    found = weighted_examples(
-        table, WordPrompts(), np.array([4]), positions_BMK, weights_BM, golden_logps_BM
-    )
+    drawn = episodes.experience(table, [4], np.arange(3).reshape(1, 3, 1), rewards_BM)
+    golden_logps = tuple(tuple(logps) for logps in logp_MY.tolist())
+    trajectories = replace(drawn.trajectories, golden_logps=golden_logps)
+    drawn = replace(drawn, trajectories=trajectories)
+    found = weighted_examples(table.questions, WordPrompts(), drawn, weights_BM)
     places = [(m, y) for m in range(3) for y in range(2)]
     assert [bytes(e.answer_ids) for e in found] == [b"one\n", b"two\n"] * 3
     gain = sum(e.weight * logp_MY[place] for e, place in zip(found, places, strict=True))
@@ -182,16 +183,16 @@ def test_the_likelihoods_of_a_set_come_from_the_rewards_through_the_environment(
     )
     found = collector.collect(policy, ROWS, [[0, 0], [0, 1]], 0, 0)
     collector.close()
-    assert found.golden_logps_BM is not None
-    assert all(len(logps) == 2 for logps in found.golden_logps_BM[0])
-    assert set(found.golden_logps_BM[0]) | set(found.golden_logps_BM[1]) <= {
+    golden_logps = found.trajectories.golden_logps
+    assert all(len(logps) == 2 for logps in golden_logps[:4])
+    assert set(golden_logps) <= {
         (-0.5, -6.0),
         (-6.0, -6.0),
         (-0.5,),
         (-6.0,),
     }
-    expected = [[np.logaddexp.reduce(logps) for logps in row] for row in found.golden_logps_BM]
-    assert np.allclose(found.rewards_BM, expected, atol=1e-12)
+    expected = [np.logaddexp.reduce(logps) for logps in golden_logps]
+    assert np.allclose(found.trajectories.rewards_E, expected, atol=1e-12)
     likeliest = AnsweringReward(
         ReadingGenerator(), WordPrompts(), RewardModel(RewardConfig()), Sampling()
     )

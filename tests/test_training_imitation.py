@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -41,7 +42,8 @@ def open_policy(model_dir: Path, adapter_rank: int | None = None):
 
 def target_logp(policy, table, orders: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        return policy.log_prob(table.batch(range(len(table))), orders[:, None])[:, 0].numpy()
+        batch = table.batch(range(len(table)))
+        return episodes.log_prob(policy, batch, orders[:, None])[:, 0].numpy()
 
 
 @pytest.mark.parametrize("adapter_rank", [None, 8])
@@ -55,7 +57,7 @@ def test_the_greedy_order_becomes_the_retrievers(model_dir, table, adapter_rank)
     assert len(losses) == 15
     assert losses[-1] < 0.1 < losses[0]
     assert (target_logp(policy, table, orders) > before).all()
-    assert policy.greedy(table.batch(range(NUM_QUESTIONS))).tolist() == orders.tolist()
+    assert episodes.picks(policy, table).tolist() == orders.tolist()
     assert all(torch.equal(p, policy.get_parameter(n)) for n, p in frozen.items())
 
 
@@ -82,7 +84,11 @@ def test_drawn_targets_make_the_policy_the_prior_of_the_others(model_dir, table)
     policy = open_policy(model_dir)
     losses = imitate(policy, table, 40, NUM_QUESTIONS, 0.01, seed=0, prior_scale=1.0)
     prior = torch.softmax(-torch.arange(float(NUM_CANDIDATES)), dim=0).numpy()
-    found = policy.first_pick_probabilities(table.batch(range(NUM_QUESTIONS)))
+    single = ListwiseLMPolicy(model_dir, 1, 16)
+    single.model, single._prompt = policy.model, policy._prompt  # the first of its two picks
+    every = np.tile(np.arange(NUM_CANDIDATES)[:, None], (NUM_QUESTIONS, 1, 1))
+    batch = table.batch(range(NUM_QUESTIONS))
+    found = episodes.log_prob(single, batch, every).detach().exp().numpy()
     assert np.abs(found.mean(axis=0) - prior).max() < 0.1
     # The losses end near the entropy of both picks, which is more than that of the first.
     assert np.mean(losses[-10:]) > -(prior * np.log(prior)).sum()
@@ -187,7 +193,7 @@ def test_a_run_that_reverses_the_retriever_is_imitated(config, table, tmp_path, 
         parts = warm(config, table, reversed_run(tmp_path / "run"))
     last = [[NUM_CANDIDATES - 1, NUM_CANDIDATES - 2]] * NUM_QUESTIONS
     for policy in (parts.policy, parts.initial):
-        assert policy.greedy(table.batch(range(NUM_QUESTIONS))).tolist() == last
+        assert episodes.picks(policy, table).tolist() == last
     assert not [record for record in caplog.records if "imitation_run" in record.message]
 
 

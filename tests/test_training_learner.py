@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 import torch
 from stand_ins import make_table
-from two_candidates import LIKELIER_FIRST, FixedLogits, drawn, two_candidates
+from two_candidates import LIKELIER_FIRST, FixedLogits, drawn
 
 from rlrag.algorithms import dro
 from rlrag.config import DROConfig, TrainingConfig
@@ -44,7 +44,6 @@ class Case:
         self.learner = SelectorLearner(
             PlackettLucePolicy(self.scorer, 1),
             PlackettLucePolicy(FixedLogits(initial or logits), 1),
-            two_candidates(),
             self.dro,
             TrainingConfig(**SETTINGS | (training or {})),
             num_steps,
@@ -350,15 +349,12 @@ def test_a_step_on_the_real_policy_follows_the_gradient_of_the_loss(
     learner = SelectorLearner(
         policy,
         initial,
-        table,
         config,
         TrainingConfig(batch_size=3, max_grad_norm=1e9),
         10,
         SingleWorker(),
     )
-    experience = replace(
-        drawn(rewards_BM.tolist()), positions_BMK=positions_BMK[..., :num_selected]
-    )
+    experience = episodes.experience(table, range(3), positions_BMK[..., :num_selected], rewards_BM)
     learner.update(experience, importance_weights(experience, config), step=0)
     logits_BKN = plain.scorer(table.batch(range(3)))
     loss = torch.zeros(())

@@ -48,7 +48,7 @@ def test_candidates_are_those_that_were_served_as_if_just_retrieved(tmp_path):
     assert batch.passage_texts == expected.passage_texts
     assert np.allclose(batch.scores_BNC, expected.scores_BNC)
     assert found.candidates.score_names == table.score_names
-    assert found.positions_QK.tolist() == [[0], [1], [2], [3], [4]]
+    assert found.actions_QT.tolist() == [[0], [1], [2], [3], [4]]
     assert np.allclose(found.propensity_logp_Q, -np.log(6))
 
 
@@ -117,10 +117,10 @@ def test_what_says_nothing_is_left_out_and_counted(config, tmp_path):
     events += [
         event(table, 0, 100, propensity_logp=0.0, explored=False),
         event(table, 1, 101, propensity_logp=0.0, explored=False),
-        event(table, 0, 102, candidate_ids=(*ids[:-1], "gone"), positions=(0,)),
-        event(table, 0, 103, candidate_ids=ids[:3], positions=(0,)),
-        event(table, 0, 104, positions=(0, 1)),
-        event(table, 0, 105, positions=(2, 1)),
+        event(table, 0, 102, candidate_ids=(*ids[:-1], "gone"), actions=(0,)),
+        event(table, 0, 103, candidate_ids=ids[:3], actions=(0,)),
+        event(table, 0, 104, actions=(0, 1)),
+        event(table, 0, 105, actions=(2, 1)),
     ]
     data = open_logged_data(config, library_of(table), write_log(tmp_path / "log.sqlite", events))
     assert (data.num_certain, data.num_unknown, data.num_other_shape) == (2, 1, 3)

@@ -7,6 +7,7 @@ import logging
 import math
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,6 @@ from stand_ins import make_table
 from benchmarks.feedback import Enumeration, measure
 from rlrag.config import RunConfig
 from rlrag.errors import DataError, NonFiniteLossError
-from rlrag.evaluation.systems import greedy_picks
 from rlrag.pipeline import open_policy
 from rlrag.rewards.answering import PassageReward
 from rlrag.storage import save_weights
@@ -109,7 +109,7 @@ def test_the_first_estimate_is_by_hand(config, data, tmp_path):
     part = data.held_back
     assert part is not None
     rank_N = np.exp(-config.selector.prior_scale * np.arange(5))
-    ratio_Q = 5 * (rank_N / rank_N.sum())[part.positions_QK[:, 0]]
+    ratio_Q = 5 * (rank_N / rank_N.sum())[part.actions_QT[:, 0]]
     assert found["validation/value"] == pytest.approx(
         (ratio_Q * part.rewards_Q).sum() / ratio_Q.sum(), rel=1e-5
     )
@@ -117,7 +117,7 @@ def test_the_first_estimate_is_by_hand(config, data, tmp_path):
         ratio_Q.sum() ** 2 / (ratio_Q**2).sum(), rel=1e-5
     )
     assert found["validation/mean_ratio"] == pytest.approx(1.0, rel=1e-5)
-    first = part.positions_QK[:, 0] == 0
+    first = part.actions_QT[:, 0] == 0
     assert found["validation/greedy_value"] == pytest.approx(part.rewards_Q[first].mean())
     assert found["validation/greedy_ess"] == pytest.approx(first.sum())
     assert found["validation/score"] == found["validation/value_low"]
@@ -128,8 +128,8 @@ def test_the_first_step_is_by_hand(config, data, tmp_path):
     trainer = LoggedTrainer(config, data, SingleWorker())
     before = open_policy(config, data.train.candidates)
     rows = np.arange(len(data.train))[trainer._schedule.rows(0)]
-    batch, positions = data.train.candidates.batch(rows), data.train.positions_QK[rows][:, None]
-    ratios = 5 * before.log_prob(batch, positions)[:, 0].exp()
+    batch, positions = data.train.candidates.batch(rows), data.train.actions_QT[rows][:, None]
+    ratios = 5 * episodes.log_prob(before, batch, positions)[:, 0].exp()
     rewards = torch.from_numpy(data.train.rewards_Q)
     loss = -(ratios * (rewards[rows] - rewards.mean())).mean()
     loss.backward()
@@ -180,8 +180,10 @@ def test_workers_share_a_batch_and_the_held_back_selections(config, data):
     again = LoggedTrainer(config, data, SingleWorker())
     ratios = (
         5
-        * again.policy.log_prob(
-            data.train.candidates.batch(rows), data.train.positions_QK[rows][:, None]
+        * episodes.log_prob(
+            again.policy,
+            data.train.candidates.batch(rows),
+            data.train.actions_QT[rows][:, None],
         ).exp()
     )
     assert found["mean_ratio"] == pytest.approx(ratios.mean().item(), rel=1e-5)
@@ -272,7 +274,8 @@ def test_the_truth_of_a_policy_is_its_mean_reward_by_simulation(config):
     table, reward = make_table(6), PassageReward()
     policy = open_policy(config, table)
     exact = Enumeration(table, reward, 1).values(policy)
-    drawn = policy.sample(table.batch(range(6)), 4000, [[9, q] for q in range(6)]).positions_BMK
+    seeds = [[9, q] for q in range(6)]
+    drawn = episodes.sample(policy, table.batch(range(6)), 4000, seeds).positions_BMK
     worth = [
         [result.total for result in reward([q] * 5, [[p] for p in table.passages(row)])]
         for row, q in enumerate(table.questions)
@@ -280,6 +283,6 @@ def test_the_truth_of_a_policy_is_its_mean_reward_by_simulation(config):
     worth_QN = np.array(worth)
     mean = np.mean([worth_QN[q][drawn[q, :, 0]].mean() for q in range(6)])
     assert exact.drawn == pytest.approx(mean, abs=0.02)
-    greedy = greedy_picks(policy, table)[:, 0]
+    greedy = episodes.greedy(policy, table.batch(range(6)))[:, 0]
     assert exact.greedy == pytest.approx(worth_QN[np.arange(6), greedy].mean())
     assert exact.served(0.25) == pytest.approx(0.25 * exact.drawn + 0.75 * exact.greedy)

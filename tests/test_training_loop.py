@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError, NonFiniteLossError
-from rlrag.evaluation.systems import evaluate, greedy_picks
+from rlrag.evaluation.systems import evaluate
 from rlrag.pipeline import TrainingData, open_reward
 from rlrag.records import Generation, Score
 from rlrag.training.checkpoints import CheckpointStore
@@ -30,9 +31,9 @@ def test_training_finds_the_passages_that_answer(small_config, training_data, tm
             for q in range(40)
         ]
     )
-    before = (greedy_picks(loop.trainer.parts.policy, unseen)[:, 0] == gold).mean()
+    before = (episodes.picks(loop.trainer.parts.policy, unseen)[:, 0] == gold).mean()
     parts = loop.run().parts
-    after = (greedy_picks(parts.policy, unseen)[:, 0] == gold).mean()
+    after = (episodes.picks(parts.policy, unseen)[:, 0] == gold).mean()
     assert before < 0.5 < 0.8 < after
     metrics = steps_of(tmp_path / "run")
     assert [line["step"] for line in metrics] == list(range(13))

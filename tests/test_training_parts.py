@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -51,15 +52,13 @@ def batch(step: int, places: slice = slice(None)) -> Experience:
     orders = rng.permuted(np.tile(np.arange(NUM_CANDIDATES), (*shape, 1)), axis=2)
     rewards_BM = -5 * rng.random(shape)[places]
     behaviour_BM = np.full(shape, -np.log(20.0), dtype=np.float32)[places]
-    return Experience(
-        question_rows=rows[places],
-        positions_BMK=orders[places, :, :NUM_SELECTED],
-        behaviour_logp_BM=behaviour_BM,
-        log_weights_BM=np.full(shape, -np.log(NUM_SAMPLES))[places],
-        rewards_BM=rewards_BM,
-        terms_BM={"answer_logp": rewards_BM},
-        policy_version=step,
-        generator_version=step,
+    return episodes.experience(
+        make_table(12),
+        rows[places],
+        orders[places, :, :NUM_SELECTED],
+        rewards_BM,
+        behaviour_BM,
+        version=step,
     )
 
 
@@ -235,7 +234,7 @@ def test_a_language_model_starts_from_the_retrievers_order(config, model_dir):
 
     def logp(policy) -> float:
         with torch.no_grad():
-            return policy.log_prob(rows, retriever).mean().item()
+            return episodes.log_prob(policy, rows, retriever).mean().item()
 
     before = logp(parts.policy)
     parts.warm_start()

@@ -6,6 +6,7 @@ import copy
 import shutil
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 import torch
@@ -86,7 +87,7 @@ def disturb(parts: TrainedParts) -> TrainedParts:
 
 
 def selector_logp(parts: TrainedParts) -> torch.Tensor:
-    return parts.policy.log_prob(TABLE.batch(ROWS), POSITIONS)
+    return episodes.log_prob(parts.policy, TABLE.batch(ROWS), POSITIONS)
 
 
 def answer_logp(parts: TrainedParts) -> torch.Tensor:
@@ -178,16 +179,16 @@ def test_one_copy_of_the_base_is_held(config, model_dir, tmp_path, tied):
 def test_a_copy_is_trained_apart(config):
     policy = open_parts(shared(config)).policy
     other = copy.deepcopy(policy)
-    before = policy.log_prob(TABLE.batch(ROWS), POSITIONS)
-    assert torch.equal(other.log_prob(TABLE.batch(ROWS), POSITIONS), before)
+    before = episodes.log_prob(policy, TABLE.batch(ROWS), POSITIONS)
+    assert torch.equal(episodes.log_prob(other, TABLE.batch(ROWS), POSITIONS), before)
     with torch.no_grad():
         for parameter in other.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-    assert torch.equal(policy.log_prob(TABLE.batch(ROWS), POSITIONS), before)
-    assert not torch.equal(other.log_prob(TABLE.batch(ROWS), POSITIONS), before)
+    assert torch.equal(episodes.log_prob(policy, TABLE.batch(ROWS), POSITIONS), before)
+    assert not torch.equal(episodes.log_prob(other, TABLE.batch(ROWS), POSITIONS), before)
     other.load_state_dict(policy.state_dict())
-    assert torch.equal(other.log_prob(TABLE.batch(ROWS), POSITIONS), before)
+    assert torch.equal(episodes.log_prob(other, TABLE.batch(ROWS), POSITIONS), before)
 
 
 def test_what_is_not_frozen_is_copied():
@@ -206,15 +207,13 @@ def experience(step: int, places: slice = slice(None)) -> Experience:
     rng = np.random.default_rng(step)
     orders = rng.permuted(np.tile(np.arange(NUM_CANDIDATES), (4, 2, 1)), axis=2)
     rewards_BM = -5 * rng.random((4, 2))[places]
-    return Experience(
-        question_rows=rng.permutation(NUM_QUESTIONS)[:4][places],
-        positions_BMK=orders[places, :, :2],
-        behaviour_logp_BM=np.full((4, 2), -np.log(20.0), dtype=np.float32)[places],
-        log_weights_BM=np.full((4, 2), -np.log(2.0))[places],
-        rewards_BM=rewards_BM,
-        terms_BM={"answer_logp": rewards_BM},
-        policy_version=step,
-        generator_version=step,
+    return episodes.experience(
+        make_table(NUM_QUESTIONS),
+        rng.permutation(NUM_QUESTIONS)[:4][places],
+        orders[places, :, :2],
+        rewards_BM,
+        np.full((4, 2), -np.log(20.0))[places],
+        version=step,
     )
 
 
@@ -281,7 +280,9 @@ def test_what_is_written_with_one_base_loads_with_two_and_back(config, tmp_path)
     save_weights(updated.policy, tmp_path / "selector.safetensors")
     policy = open_policy(config, TABLE)
     load_weights(policy, tmp_path / "selector.safetensors")
-    assert torch.equal(policy.log_prob(TABLE.batch(ROWS), POSITIONS), selector_logp(updated))
+    assert torch.equal(
+        episodes.log_prob(policy, TABLE.batch(ROWS), POSITIONS), selector_logp(updated)
+    )
 
 
 def test_published_and_bundled_weights_hold_the_generators_adapter_alone(config):

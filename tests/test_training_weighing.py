@@ -90,7 +90,7 @@ def test_a_failed_reward_is_left_out_and_counted():
 
 def test_a_term_has_its_mean_over_the_selections_that_have_it():
     terms = {"b": np.array([[1.0, 0.0]]), "a": np.array([[3.0, NAN]])}
-    metrics = described(replace(drawn(LIKELIER_FIRST), terms_BM=terms))
+    metrics = described(with_terms(drawn(LIKELIER_FIRST), terms))
     assert (metrics["reward/b"], metrics["reward/a"]) == (0.5, 3.0)
     assert "reward/answer_logp" not in metrics
 
@@ -120,18 +120,14 @@ REWARDS = [[-1.0, -3.0], [-0.5, NAN], [-2.0, -2.0], [-4.0, -0.1]]
 
 
 def part(rows: slice) -> Experience:
-    whole = drawn(REWARDS, [[0, 1], [1, 1], [0, 1], [1, 0]])
-    rewards_BM = whole.rewards_BM[rows]
-    return replace(
-        whole,
-        question_rows=whole.question_rows[rows],
-        positions_BMK=whole.positions_BMK[rows],
-        behaviour_logp_BM=whole.behaviour_logp_BM[rows],
-        log_weights_BM=whole.log_weights_BM[rows],
-        rewards_BM=rewards_BM,
-        terms_BM={"answer_logp": rewards_BM},
-        errors=FAILED * int(np.isnan(rewards_BM).sum()),
-    )
+    whole = drawn(REWARDS, [[0, 1], [1, 1], [0, 1], [1, 0]], FAILED)
+    mine_E = whole.by_question(np.arange(len(whole.trajectories)))[rows].ravel()
+    return replace(whole, trajectories=whole.trajectories.of(mine_E))
+
+
+def with_terms(experience: Experience, terms_BM: dict[str, np.ndarray]) -> Experience:
+    terms = {name: values.ravel() for name, values in terms_BM.items()}
+    return replace(experience, trajectories=replace(experience.trajectories, terms=terms))
 
 
 def together(parts: Sequence[Experience], **settings) -> list[dict[str, float]]:
@@ -160,11 +156,11 @@ def test_a_worker_without_failures_ends_with_the_others_too():
 def test_workers_may_have_met_other_terms():
     """Of a custom reward that says more of some selections than of others."""
     mine, theirs = part(slice(0, 2)), part(slice(2, 4))
-    mine = replace(mine, terms_BM={"long": np.array([[1.0, NAN], [NAN, 3.0]])})
-    theirs = replace(theirs, terms_BM={"a": np.full((2, 2), 5.0), "näher": np.full((2, 2), 7.0)})
+    mine = with_terms(mine, {"long": np.array([[1.0, NAN], [NAN, 3.0]])})
+    theirs = with_terms(theirs, {"a": np.full((2, 2), 5.0), "näher": np.full((2, 2), 7.0)})
     for found in together([mine, theirs], batch_size=4, max_failed_share=0.5):
         terms = {name: value for name, value in found.items() if name.startswith("reward/")}
         assert terms == {"reward/a": 5.0, "reward/long": 2.0, "reward/näher": 7.0}
-    nothing = replace(mine, terms_BM={})
+    nothing = with_terms(mine, {})
     for found in together([nothing, theirs], batch_size=4, max_failed_share=0.5):
         assert found["reward/a"] == 5.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import episodes
 import numpy as np
 import torch
 
@@ -54,17 +55,13 @@ def drawn(
 
     `behaviour` are the candidates' probabilities when the samples were drawn.
     """
-    rewards_BM = np.array(rewards, dtype=np.float64)
     positions_BM = np.array(positions if positions is not None else [[0, 1]] * len(rewards))
-    equal_BM = np.full_like(rewards_BM, -math.log(rewards_BM.shape[1]))
-    return Experience(
-        question_rows=np.arange(len(rewards)),
-        positions_BMK=positions_BM[..., None],
-        behaviour_logp_BM=np.log(np.array(behaviour, dtype=np.float32))[positions_BM],
-        log_weights_BM=equal_BM if log_weights is None else np.array(log_weights),
-        rewards_BM=rewards_BM,
-        terms_BM={"answer_logp": rewards_BM},
-        policy_version=0,
-        generator_version=0,
-        errors=errors,
+    return episodes.experience(
+        two_candidates(max(2, len(rewards))),
+        range(len(rewards)),
+        positions_BM[..., None],
+        rewards,
+        np.log(np.array(behaviour, dtype=np.float32))[positions_BM],
+        None if log_weights is None else np.array(log_weights),
+        errors,
     )

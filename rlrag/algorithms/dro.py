@@ -10,7 +10,7 @@ minimises, for the selector and for the generator,
 
 Samples carry the logarithm of a sample weight a_i such that sum_i a_i f(z_i) estimates
 E_{z~p}[f(z)]: 1/m for independent draws from p, else what corrects for the proposal
-(`rlrag.selection.protocol.SampledSelections`). -inf marks padding.
+(`rlrag.selection.protocol.Draws`). -inf marks padding.
 
 Departures from the paper and its released scripts:
 

@@ -124,10 +124,11 @@ class RetrievalConfig(Section):
 class EnvironmentConfig(Section):
     """The Gymnasium environment that turns selections into rewards."""
 
-    id: str = "envs:rlrag/DocumentSelection-v1"
-    """Gymnasium id, with the module that registers it."""
+    id: str = "rlrag/DocumentSelection-v1"
+    """Gymnasium id of the environment; `module:namespace/Name-v0` for one that a module of yours
+    registers."""
     num_selected: int = Field(default=1, ge=1)
-    """Passages picked in one episode (K)."""
+    """Most passages picked in one episode (K)."""
 
 
 class SelectorConfig(Section):
@@ -140,6 +141,8 @@ class SelectorConfig(Section):
     """Width of the feature network."""
     projection_size: int = Field(default=32, ge=1, le=65_536)
     """Length to which frozen question and passage embeddings are projected."""
+    may_stop: bool = False
+    """Let the policy end an episode with fewer passages; not for `listwise_lm`."""
     prior_scale: float = Field(default=0.5, gt=0)
     """Logit lost per retriever rank before training; larger means less exploration."""
     model: str = BUILTIN_ENCODER
@@ -169,6 +172,11 @@ class SelectorConfig(Section):
             raise ValueError(
                 f"selector.imitation_steps is {self.imitation_steps}, but selector.kind "
                 f"{self.kind!r} starts from the retriever's order by itself; set it to 0"
+            )
+        if self.may_stop and self.kind == "listwise_lm":
+            raise ValueError(
+                "selector.may_stop is True, but selector.kind 'listwise_lm' writes whole rankings; "
+                "use another kind, or set it to False"
             )
         if self.imitation_run is not None and not self.imitation_steps:
             raise ValueError(
@@ -279,7 +287,9 @@ class RewardConfig(Section):
     the first. `all` is the exact form for a set: `answer_logp` is the log of their summed
     likelihoods, and a generator trained by DRO learns each, weighted by its share of that sum."""
     timeout_s: float = Field(default=30, gt=0)
-    """Longest time that one call of a custom function may take."""
+    """Longest time that one call of a custom function may take, from its own start."""
+    max_concurrent: int = Field(default=8, ge=1)
+    """Calls of a custom function that run at once; 1 for a function that is not thread-safe."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:

@@ -59,7 +59,8 @@ _COLUMNS = (
 class SelectionEvent:
     """One request that was answered.
 
-    `positions` index `candidate_ids`, best first. `propensity_logp` is the log-probability, in
+    `actions` are what the policy did: positions in `candidate_ids` that it picked, in order, and
+    their number where it stopped before it had to. `propensity_logp` is the log-probability, in
     nats, with which this very selection was drawn, exploration included; 0 where nothing was left
     to chance. `answer_logp` is the answer's own, in nats. `time_s` counts from the Unix epoch.
     """
@@ -69,7 +70,7 @@ class SelectionEvent:
     version: str
     question: str
     candidate_ids: tuple[str, ...]
-    positions: tuple[int, ...]
+    actions: tuple[int, ...]
     propensity_logp: float
     explored: bool
     answer: str
@@ -148,7 +149,7 @@ class FeedbackStore:
             event.version,
             event.question,
             json.dumps(event.candidate_ids),
-            json.dumps(event.positions),
+            json.dumps(event.actions),
             min(event.propensity_logp, 0.0),
             int(event.explored),
             event.answer,
@@ -323,11 +324,12 @@ def _check_event(event: SelectionEvent) -> None:
     for text in (event.request_id, event.version, event.question, event.answer):
         checked_text(text, place)
     num_candidates = len(event.candidate_ids)
-    inside = all(0 <= position < num_candidates for position in event.positions)
-    if not event.positions or not inside or len(set(event.positions)) < len(event.positions):
+    picks = event.actions[:-1] if num_candidates in event.actions[-1:] else event.actions
+    inside = all(0 <= position < num_candidates for position in picks)
+    if not event.actions or not inside or len(set(picks)) < len(picks):
         raise DataError(
-            f"{place} has positions {event.positions} among {num_candidates} candidates; give "
-            "different positions that the candidates have, at least one"
+            f"{place} has actions {event.actions} among {num_candidates} candidates; give "
+            f"different positions that the candidates have, and {num_candidates} last for a stop"
         )
     if not math.isfinite(event.propensity_logp) or event.propensity_logp > _ROUNDING:
         raise DataError(

@@ -10,11 +10,10 @@ Shape letters: Q questions, N candidates, K selected.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import numpy as np
 
 from rlrag.errors import DataError
 
@@ -49,23 +48,23 @@ class Choices:
     num_usual: int
 
     @classmethod
-    def of(cls, picks_QK: np.ndarray, num_candidates: int) -> Choices:
-        """Count picks, which are positions from 0."""
-        num_questions, num_selected = picks_QK.shape
-        kept_QK = np.arange(num_selected)
-        other_set_Q = (np.sort(picks_QK, axis=1) != kept_QK).any(axis=1)
-        changed_Q = (picks_QK != kept_QK).any(axis=1)
-        rows, counts = np.unique(picks_QK, axis=0, return_counts=True)
-        most = int(counts.argmax())
+    def of(cls, picks: Sequence[Sequence[int]], num_candidates: int, num_selected: int) -> Choices:
+        """Count picks: for each question positions from 0, of which there may be fewer than K."""
+        kept = tuple(range(num_selected))
+        usual, num_usual = Counter(map(tuple, picks)).most_common(1)[0]
+        first = Counter(found[0] for found in picks if len(found))
+        last = Counter(found[-1] for found in picks if len(found))
         return cls(
-            num_questions=num_questions,
+            num_questions=len(picks),
             num_selected=num_selected,
-            num_other_set=int(other_set_Q.sum()),
-            num_other_order=int((changed_Q & ~other_set_Q).sum()),
-            first=tuple(np.bincount(picks_QK[:, 0], minlength=num_candidates).tolist()),
-            last=tuple(np.bincount(picks_QK[:, -1], minlength=num_candidates).tolist()),
-            usual=tuple((rows[most] + 1).tolist()),
-            num_usual=int(counts[most]),
+            num_other_set=sum(set(found) != set(kept) for found in picks),
+            num_other_order=sum(
+                set(found) == set(kept) and tuple(found) != kept for found in picks
+            ),
+            first=tuple(first[n] for n in range(num_candidates)),
+            last=tuple(last[n] for n in range(num_candidates)),
+            usual=tuple(int(position) + 1 for position in usual),
+            num_usual=num_usual,
         )
 
     @property

@@ -1,6 +1,6 @@
-"""A policy and candidates in; what a system shows the generator, how surely, how fast, out.
+"""What a system shows the generator for each question, how surely and how fast.
 
-Shape letters: Q questions, K selected.
+Shape letters: Q questions, T actions of the longest episode.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rlrag.evaluation.systems import greedy_picks, policy_batches
+from rlrag.config import EnvironmentConfig
+from rlrag.environment.rollout import play_greedy
 from rlrag.records import Passage
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.selection.protocol import SelectionPolicy
+from rlrag.selection.protocol import Policy
 
 NUM_TIMED = 32
 
@@ -26,12 +27,13 @@ Part = Callable[[Sequence[int]], object]
 class Picked:
     """What one system shows the generator, question by question, best first.
 
-    `pick_logp_QK` are the log-probabilities of its picks in nats, None where it has no
-    distribution. `parts` are what the system consists of, by name, to be timed.
+    `action_logp_QT` are the log-probabilities of its actions in nats, 0 beyond the end of an
+    episode, None where it has no distribution. `parts` are what the system consists of, by name,
+    to be timed.
     """
 
     selections: Sequence[Sequence[Passage]]
-    pick_logp_QK: np.ndarray | None = None
+    action_logp_QT: np.ndarray | None = None
     parts: Mapping[str, Part] = field(default_factory=dict)
 
 
@@ -40,20 +42,12 @@ def first_picks(candidates: CandidateTable, num_selected: int) -> Picked:
     return Picked([candidates.passages(row)[:num_selected] for row in range(len(candidates))])
 
 
-def policy_picks(policy: SelectionPolicy, candidates: CandidateTable) -> Picked:
-    """The policy's most probable selections, with the probability of each pick."""
-    picks_QK = greedy_picks(policy, candidates)
-    selections = [
-        [candidates.passages(row)[position] for position in picks]
-        for row, picks in enumerate(picks_QK.tolist())
-    ]
-    logp_QK = np.concatenate(
-        [
-            policy.pick_log_prob(candidates.batch(rows), picks_QK[rows])
-            for rows in policy_batches(candidates)
-        ]
-    )
-    return Picked(selections, logp_QK)
+def policy_picks(
+    environment: EnvironmentConfig, policy: Policy, candidates: CandidateTable
+) -> Picked:
+    """What the policy's most probable episodes end with, and the probability of each action."""
+    found = play_greedy(environment, policy, candidates)
+    return Picked(found.evidence, found.logp_ET)
 
 
 def seconds_per_question(part: Part, num_questions: int, num_timed: int = NUM_TIMED) -> float:

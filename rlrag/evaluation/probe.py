@@ -283,10 +283,10 @@ def _calibration(probe: Probe) -> dict[str, Measured]:
         for row, answer in probe.answers.items()
     ]
     found = {"calibration_answer": _calibrated(probe, rows, [a.logp for a in answers], right)}
-    logp_QK = probe.picked.pick_logp_QK
-    if logp_QK is None:
+    logp_QT = probe.picked.action_logp_QT
+    if logp_QT is None:
         return found
-    selection_logp = logp_QK[rows].sum(axis=1).tolist()
+    selection_logp = logp_QT[rows].sum(axis=1).tolist()
     found["calibration_selection"] = _calibrated(probe, rows, selection_logp, right)
     named = [row for row, question in enumerate(probe.questions) if question.gold_ids]
     if named:
@@ -294,7 +294,7 @@ def _calibration(probe: Probe) -> dict[str, Measured]:
             float(probe.picked.selections[row][0].id in probe.questions[row].gold_ids)
             for row in named
         ]
-        first_logp = logp_QK[named, 0].tolist()
+        first_logp = logp_QT[named, 0].tolist()
         found["calibration_first_pick"] = _calibrated(probe, named, first_logp, first_is_gold)
     return found
 

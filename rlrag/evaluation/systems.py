@@ -23,6 +23,7 @@ from types import MappingProxyType
 import numpy as np
 
 from rlrag.config import RunConfig
+from rlrag.environment.rollout import play_greedy
 from rlrag.errors import ConfigError, RlragError
 from rlrag.evaluation.baselines import (
     FIXED_CHOICES,
@@ -40,14 +41,10 @@ from rlrag.records import Generation, Passage, Question
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
-from rlrag.selection.protocol import SelectionPolicy
+from rlrag.selection.protocol import Policy
 
-_POLICY_BATCH = 64
 _BY_TUNED_GENERATOR = (*FIXED_CHOICES[FIXED_ORDER], TRAINED)
 _RETRIEVERS = ("bm25", "dense", "hybrid", "original_retriever", "tuned_retriever")
-
-Picks = Sequence[Sequence[int]] | np.ndarray
-"""For each question the positions of the picked candidates, best first."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class HeldBack:
 
 def evaluate(
     config: RunConfig,
-    policy: SelectionPolicy,
+    policy: Policy,
     candidates: CandidateTable,
     answering: AnsweringReward,
     progress: Callable[[str], None] = lambda text: None,
@@ -143,10 +140,10 @@ def evaluate(
             answered = _oracle(table, answering, by_reward)
             found[name] = _measure(answered, 0)
         else:
-            picks = _picks(name, policy, table, num_selected, config.seed)
+            shown = _selections(name, config, policy, table)
             if name == TRAINED and config.trains_selector:
-                choices = Choices.of(np.asarray(picks), table.num_candidates)
-            answered = _answered(table, picks, answering, by_reward)
+                choices = choices_of(shown, table, num_selected)
+            answered = answered_with(answering, table.questions, shown, by_reward)
             found[name] = _measure(answered, 0 if name == "no_retrieval" else num_selected)
         if name != "no_retrieval":
             answered = replace(answered, candidates=table, retriever=retriever)
@@ -155,9 +152,9 @@ def evaluate(
         if held_back is not None and name in rivals:
             others = held_back.retrievers
             table = others[source]() if source in others else held_back.candidates
-            picks = _picks(name, policy, table, num_selected, config.seed)
             judged = judged_by_reward(config, held_back.candidates)
-            tried = _measure(_answered(table, picks, answering, judged), 0)
+            shown = _selections(name, config, policy, table)
+            tried = _measure(answered_with(answering, table.questions, shown, judged), 0)
             values = (tried.reward,) if judged else (tried.em, tried.f1)
             measured[name] = [values_Q for values_Q in values if values_Q is not None]
     answered_Q = np.array([q not in errors for q in range(len(candidates))])
@@ -184,45 +181,39 @@ def judged_by_reward(config: RunConfig, candidates: CandidateTable) -> bool:
     return wants_more or not candidates.has_golden_answers
 
 
-def greedy_picks(policy: SelectionPolicy, candidates: CandidateTable) -> np.ndarray:
-    """The policy's most probable selection for every question, shape (Q, K)."""
-    batches = policy_batches(candidates)
-    return np.concatenate([policy.greedy(candidates.batch(batch)) for batch in batches])
+def choices_of(
+    evidence: Sequence[Sequence[Passage]], candidates: CandidateTable, num_selected: int
+) -> Choices | None:
+    """What a policy chose of the candidates; None where it ended with other passages."""
+    picks = []
+    for row, passages in enumerate(evidence):
+        places = {passage.id: n for n, passage in enumerate(candidates.passages(row))}
+        if any(passage.id not in places for passage in passages):
+            return None
+        picks.append(tuple(places[passage.id] for passage in passages))
+    return Choices.of(picks, candidates.num_candidates, num_selected)
 
 
-def policy_batches(candidates: CandidateTable) -> list[range]:
-    """The questions' rows in the batches that a policy reads."""
-    rows = range(len(candidates))
-    return [rows[start : start + _POLICY_BATCH] for start in rows[::_POLICY_BATCH]]
-
-
-def _picks(
-    name: str, policy: SelectionPolicy, candidates: CandidateTable, num_selected: int, seed: int
-) -> Picks:
-    num_questions = len(candidates)
+def _selections(
+    name: str, config: RunConfig, policy: Policy, candidates: CandidateTable
+) -> Sequence[Sequence[Passage]]:
+    """The passages that a system shows for each question, in order."""
+    num_selected, rows = config.environment.num_selected, range(len(candidates))
+    if name in (TRAINED, "tuned_selector"):
+        return play_greedy(config.environment, policy, candidates).evidence
     if name == "no_retrieval":
-        return [()] * num_questions
-    if name in ("retriever_order", "tuned_generator", *_RETRIEVERS):
-        return [tuple(range(num_selected))] * num_questions
+        return [()] * len(candidates)
     if name in ("retriever_first", "tuned_generator_first"):
-        return [(0,)] * num_questions
-    if name in ("retriever_reversed", "tuned_generator_reversed"):
-        return [tuple(range(num_selected))[::-1]] * num_questions
+        num_selected = 1
     if name == "random_order":
-        rng = np.random.default_rng(seed)
-        orders = [rng.permutation(candidates.num_candidates) for _ in range(num_questions)]
-        return np.stack(orders)[:, :num_selected]
-    return greedy_picks(policy, candidates)
-
-
-def _answered(
-    candidates: CandidateTable, picks: Picks, answering: AnsweringReward, with_reward: bool
-) -> Answered:
-    selections = [
-        [candidates.passages(question)[position] for position in positions]
-        for question, positions in enumerate(picks)
-    ]
-    return answered_with(answering, candidates.questions, selections, with_reward)
+        rng = np.random.default_rng(config.seed)
+        orders = [rng.permutation(candidates.num_candidates)[:num_selected] for _ in rows]
+        return [
+            [candidates.passages(row)[n] for n in order]
+            for row, order in zip(rows, orders, strict=True)
+        ]
+    step = -1 if name in ("retriever_reversed", "tuned_generator_reversed") else 1
+    return [candidates.passages(row)[:num_selected][::step] for row in rows]
 
 
 def answered_with(

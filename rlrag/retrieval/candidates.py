@@ -33,6 +33,17 @@ class CandidateBatch:
     def __len__(self) -> int:
         return len(self.scores_BNC)
 
+    def of(self, questions: Sequence[int] | np.ndarray | slice) -> CandidateBatch:
+        """Some of the questions, in this order."""
+        rows = np.arange(len(self))[questions]
+        return CandidateBatch(
+            question_texts=tuple(self.question_texts[row] for row in rows),
+            passage_texts=tuple(self.passage_texts[row] for row in rows),
+            scores_BNC=self.scores_BNC[rows],
+            question_vectors_BD=self.question_vectors_BD[rows],
+            passage_vectors_BND=self.passage_vectors_BND[rows],
+        )
+
 
 @dataclass(frozen=True)
 class CandidateTable:

@@ -1,4 +1,4 @@
-"""A configuration and the shape of the candidates in; an untrained selection policy out."""
+"""Builds the selection policy that a configuration describes."""
 
 from __future__ import annotations
 
@@ -66,4 +66,4 @@ def build_policy(
             kind = BiEncoderScorer if config.kind == "bi_encoder" else CrossEncoderScorer
             model_dir = resolve_model(config.model, cache_dir)
             scorer = kind(model_dir, config.max_tokens, num_selected, config.prior_scale)
-    return PlackettLucePolicy(scorer, num_selected)
+    return PlackettLucePolicy(scorer, num_selected, config.may_stop)

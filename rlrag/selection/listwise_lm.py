@@ -1,4 +1,4 @@
-"""Questions and passages in; selections that a causal language model writes, and their log p, out.
+"""A policy that is a causal language model, which writes the order of the passages.
 
 The DRO paper's selector (arXiv 2505.03075, Eq. 1, section 8.3): a language model reads the question
 and n numbered passages and writes `[2] > [1] > ...`. At each fork (`listwise_prompt`) the model's
@@ -28,12 +28,14 @@ from torch import nn
 
 from rlrag.adapters import add_adapter, copy_around_frozen
 from rlrag.causal_lm import differ, load_causal_lm, probe_tokens
-from rlrag.errors import ConfigError, GenerationError, PromptTooLongError
+from rlrag.errors import ConfigError, EpisodeError, GenerationError, PromptTooLongError
 from rlrag.models import resolve_dtype
+from rlrag.records import Columns, Trajectories
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.branches import ReadPrompts, read_branches, read_prompts
 from rlrag.selection.listwise_prompt import Draft, RankingPrompt, Rankings
-from rlrag.selection.protocol import SampledSelections, Seed
+from rlrag.selection.observed import Observed, observed
+from rlrag.selection.protocol import Actions, Draws, Turn
 
 ATTENTION = "sdpa"
 """The implementation of attention that takes a mask of branches as it is."""
@@ -44,7 +46,7 @@ _ADVICE = (
 
 
 class ListwiseLMPolicy(nn.Module):
-    """A causal language model that writes the order; implements `SelectionPolicy`.
+    """A causal language model that writes the order; implements `Policy`.
 
     It is always in evaluation mode: dropout would make draws and gradients of one step disagree.
     With an adapter, the adapter's tensors alone are trained, saved and loaded; all others come from
@@ -99,96 +101,109 @@ class ListwiseLMPolicy(nn.Module):
         """Stay in evaluation mode whatever `mode` is."""
         return super().train(False)
 
-    def sample(
-        self,
-        batch: CandidateBatch,
-        num_samples: int,
-        seeds: Sequence[Seed],
-        temperature: float = 1.0,
-        replacement: bool = True,
-    ) -> SampledSelections:
-        """See `SelectionPolicy.sample`; the temperature applies to the logits at each fork.
+    def act(self, observations: Columns, infos: Columns, turn: Turn) -> Actions:
+        """See `Policy.act`; the whole ranking is written before the first action.
+
+        The temperature of draws applies to the logits at each fork. The stop is no action of this
+        policy, and it wants candidates that stay as they are.
 
         Raises:
             ConfigError: when asked for draws without replacement.
+            EpisodeError: when the environment changes its candidates, or goes on after K actions.
             PromptTooLongError: when a prompt does not fit into the model's context.
         """
-        if not replacement:
+        if "written" not in turn.notes:
+            seen = observed(observations, infos)
+            with torch.no_grad():
+                turn.notes["written"] = seen, self._write(seen, turn.draws)
+        seen, (positions_EK, logp_EK, log_ratios_E) = turn.notes["written"]
+        if turn.step >= self.num_selected or not seen.still_shown(observations, infos):
+            raise EpisodeError(
+                "selector.kind 'listwise_lm' ranks the candidates that it is shown first, but the "
+                f"environment changes them or goes on after {self.num_selected} actions; use "
+                "selector.kind features there"
+            )
+        first = turn.step == 0
+        return Actions(
+            actions_E=positions_EK[:, turn.step],
+            logp_E=logp_EK[:, turn.step],
+            log_ratios_E=log_ratios_E if first else np.zeros_like(log_ratios_E),
+        )
+
+    def log_prob(self, trajectories: Trajectories) -> torch.Tensor:
+        """See `Policy.log_prob`.
+
+        Raises:
+            PromptTooLongError: when a prompt does not fit into the model's context.
+        """
+        seen = observed(trajectories.observations[0], trajectories.infos[0])
+        picks = [tuple(a for a in row if a >= 0) for row in trajectories.actions_ET.tolist()]
+        num_actions = trajectories.actions_ET.shape[1]
+        parts, order = [], []
+        for rows, read in self._read(seen.batch):
+            mine = np.flatnonzero((seen.places_E >= rows.start) & (seen.places_E < rows.stop))
+            asked = [(int(seen.places_E[e]) - rows.start, picks[e]) for e in mine]
+            parts.append(self._score(read, seen.batch, asked, num_actions))
+            order.append(mine)
+        back_E = torch.from_numpy(np.concatenate(order).argsort())
+        return torch.cat(parts)[back_E.to(parts[0].device)]
+
+    def _write(
+        self, seen: Observed, draws: Draws | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rankings of E episodes (E, K), the log-probability of each pick, and log ratios (E,)."""
+        if draws is None:
+            picks_UK, logp_UK = self._best(seen.batch)
+            places_E = seen.places_E
+            return picks_UK[places_E], logp_UK[places_E], np.zeros(len(places_E))
+        if not draws.replacement:
             raise ConfigError(
                 "selector.kind 'listwise_lm' draws with replacement only, but dro.replacement is "
                 "False; set it to True or use another selector.kind"
             )
-        shape = (len(batch), num_samples)
-        positions_BMK = np.zeros((*shape, self.num_selected), dtype=np.int64)
-        logp_BM, proposal_logp_BM = np.zeros(shape), np.zeros(shape)
-        rankings = self._prompt.rankings(batch.scores_BNC.shape[1], self.num_selected)
-        with torch.no_grad():
-            for rows, read in self._read(batch, rankings):
-                draws_BMU = np.stack(
-                    [
-                        np.random.default_rng(seed).random((num_samples, rankings.longest))
-                        for seed in seeds[rows]
-                    ]
-                )
-                drawn = self._draw(read, rankings, draws_BMU, temperature)
-                positions_BMK[rows], logp_BM[rows], proposal_logp_BM[rows] = drawn
-        log_weights_BM = logp_BM - proposal_logp_BM - np.log(num_samples)
-        return SampledSelections(positions_BMK, logp_BM.astype(np.float32), log_weights_BM)
+        batch = seen.batch.of(seen.places_E[:: draws.num_samples])
+        rankings = self._rankings(batch)
+        found = []
+        for rows, read in self._read(batch):
+            draws_BMU = np.stack(
+                [
+                    np.random.default_rng(seed).random((draws.num_samples, rankings.longest))
+                    for seed in draws.seeds[rows]
+                ]
+            )
+            found.append(self._draw(read, rankings, draws_BMU, draws.temperature))
+        positions, logp, proposal_logp = (np.concatenate(part) for part in zip(*found, strict=True))
+        return positions, logp.astype(np.float32), (logp - proposal_logp).sum(axis=1)
 
-    def log_prob(self, batch: CandidateBatch, positions_BMK: np.ndarray) -> torch.Tensor:
-        """See `SelectionPolicy.log_prob`.
-
-        Fewer than `num_selected` positions give the probability that a ranking begins with them. A
-        repeated position has log-probability -inf.
-
-        Raises:
-            PromptTooLongError: when a prompt does not fit into the model's context.
-        """
-        rankings = self._prompt.rankings(batch.scores_BNC.shape[1], positions_BMK.shape[2])
-        parts = [
-            self._score(read, rankings, positions_BMK[rows].tolist())
-            for rows, read in self._read(batch, rankings)
-        ]
-        return torch.cat(parts)
-
-    def pick_log_prob(self, batch: CandidateBatch, positions_BK: np.ndarray) -> np.ndarray:
-        """See `SelectionPolicy.pick_log_prob`; each longer beginning is scored anew."""
-        lengths = range(1, positions_BK.shape[1] + 1)
-        with torch.no_grad():
-            sums_KB = [self.log_prob(batch, positions_BK[:, None, :k])[:, 0] for k in lengths]
-        return np.diff(torch.stack(sums_KB, dim=1).double().cpu().numpy(), prepend=0.0)
-
-    def greedy(self, batch: CandidateBatch) -> np.ndarray:
-        """See `SelectionPolicy.greedy`: the most probable candidate at each pick, not token."""
+    def _best(self, batch: CandidateBatch) -> tuple[np.ndarray, np.ndarray]:
+        """The most probable candidate at each pick, not token, (B, K), with its log-probability."""
         num_candidates = batch.scores_BNC.shape[1]
-        rankings = self._prompt.rankings(num_candidates, self.num_selected)
-        picks_BK: list[list[int]] = []
-        with torch.no_grad():
-            for rows, read in self._read(batch, rankings):
-                chosen: list[list[int]] = [[] for _ in range(len(batch))[rows]]
-                for step in range(self.num_selected):
-                    longer = [
-                        [[*picks, n] for n in range(num_candidates) if n not in picks]
-                        for picks in chosen
-                    ]
-                    begun = self._prompt.rankings(num_candidates, step + 1)
-                    best_B = self._score(read, begun, longer).cpu().numpy().argmax(axis=1)
-                    chosen = [options[i] for options, i in zip(longer, best_B, strict=True)]
-                picks_BK += chosen
-        return np.array(picks_BK, dtype=np.int64)
+        picks_BK, logp_BK = np.zeros((2, len(batch), self.num_selected))
+        for rows, read in self._read(batch):
+            chosen: list[tuple[int, ...]] = [()] * (rows.stop - rows.start)
+            for step in range(self.num_selected):
+                asked = [
+                    (b, (*picks, n))
+                    for b, picks in enumerate(chosen)
+                    for n in range(num_candidates)
+                    if n not in picks
+                ]
+                logp_SK = self._score(read, batch, asked, step + 1)
+                last_BN = logp_SK[:, step].double().cpu().numpy().reshape(len(chosen), -1)
+                best_B = last_BN.argmax(axis=1)
+                width = num_candidates - step
+                chosen = [asked[b * width + best][1] for b, best in enumerate(best_B)]
+                logp_BK[rows, step] = last_BN[np.arange(len(chosen)), best_B]
+            picks_BK[rows] = chosen
+        return picks_BK.astype(np.int64), logp_BK
 
-    def first_pick_probabilities(self, batch: CandidateBatch) -> np.ndarray:
-        """Probability that each candidate is picked first, shape (B, N)."""
-        num_candidates = batch.scores_BNC.shape[1]
-        positions_N1 = np.arange(num_candidates)[:, None]
-        with torch.no_grad():
-            logp_BN = self.log_prob(batch, np.tile(positions_N1, (len(batch), 1, 1)))
-        return logp_BN.exp().cpu().numpy()
+    def _rankings(self, batch: CandidateBatch) -> Rankings:
+        return self._prompt.rankings(batch.scores_BNC.shape[1], self.num_selected)
 
     def _draw(
         self, read: ReadPrompts, rankings: Rankings, draws_BMU: np.ndarray, temperature: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Selections, their log-probabilities, and those under the proposal.
+        """Rankings (B * M, K), the log-probabilities of their picks, and those under the proposal.
 
         The u-th fork of a sample inverts the cumulative distribution at the u-th uniform draw.
         """
@@ -196,7 +211,8 @@ class ListwiseLMPolicy(nn.Module):
         drafts = {
             (b, m): rankings.begin() for b in range(num_questions) for m in range(num_samples)
         }
-        logp_BM, proposal_logp_BM = np.zeros((2, num_questions, num_samples))
+        shape = (num_questions, num_samples, self.num_selected)
+        logp_BMK, proposal_logp_BMK = np.zeros((2, *shape))
         turn = 0
         while going := [place for place, draft in drafts.items() if not rankings.ended(draft)]:
             forks = [(b, drafts[b, m]) for b, m in going]
@@ -209,37 +225,44 @@ class ListwiseLMPolicy(nn.Module):
                 # Rounding may put the level at the very top; the last option is meant then.
                 found = np.searchsorted(cumulative_FO[row], level, side="right")
                 taken = min(int(found), len(options) - 1)
-                logp_BM[b, m] += logp_FO[row, taken].item()
-                proposal_logp_BM[b, m] += proposal_logp_FO[row, taken].item()
+                pick = len(drafts[b, m].picks)
+                logp_BMK[b, m, pick] += logp_FO[row, taken].item()
+                proposal_logp_BMK[b, m, pick] += proposal_logp_FO[row, taken].item()
                 drafts[b, m] = rankings.follow(drafts[b, m], options[taken])
             turn += 1
         positions = np.array([draft.picks for draft in drafts.values()])
-        return positions.reshape(num_questions, num_samples, -1), logp_BM, proposal_logp_BM
+        flat = (num_questions * num_samples, self.num_selected)
+        return positions, logp_BMK.reshape(flat), proposal_logp_BMK.reshape(flat)
 
     def _score(
-        self, read: ReadPrompts, rankings: Rankings, picks_BM: Sequence[Sequence[Sequence[int]]]
+        self,
+        read: ReadPrompts,
+        batch: CandidateBatch,
+        asked: Sequence[tuple[int, Sequence[int]]],
+        num_picks: int,
     ) -> torch.Tensor:
-        """Log-probabilities of given selections, shape (B, M)."""
-        shape = (len(picks_BM), len(picks_BM[0]))
-        flat = [(b, picks) for b, picks_M in enumerate(picks_BM) for picks in picks_M]
-        repeated = torch.tensor([len(set(picks)) < len(picks) for _, picks in flat])
+        """Log-probabilities of the picks of S beginnings of rankings, (S, num_picks).
+
+        Each names its question and its picks, of which there may be fewer; the rest is 0.
+        """
+        rankings = self._prompt.rankings(batch.scores_BNC.shape[1], num_picks)
         forks: list[tuple[int, Draft]] = []
         taken: list[int] = []
         places: list[int] = []
-        for place, (b, picks) in enumerate(flat):
-            for draft, token in [] if repeated[place] else rankings.forks(picks):
+        for place, (b, picks) in enumerate(asked):
+            for draft, token in rankings.forks(picks):
                 forks.append((b, draft))
                 taken.append(rankings.options(draft).index(token))
-                places.append(place)
+                places.append(place * num_picks + len(draft.picks))
         logp_FO = self._fork_logp(read, rankings, forks)
         device = logp_FO.device
         taken_F1 = torch.tensor(taken, dtype=torch.long, device=device).unsqueeze(1)
-        logp_BM = logp_FO.new_zeros(len(flat)).index_add(
+        logp = logp_FO.new_zeros(len(asked) * num_picks).index_add(
             0,
             torch.tensor(places, dtype=torch.long, device=device),
             logp_FO.gather(1, taken_F1).squeeze(1),
         )
-        return logp_BM.masked_fill(repeated.to(device), float("-inf")).view(shape)
+        return logp.view(len(asked), num_picks)
 
     def _fork_logp(
         self, read: ReadPrompts, rankings: Rankings, forks: Sequence[tuple[int, Draft]]
@@ -274,10 +297,9 @@ class ListwiseLMPolicy(nn.Module):
         exact = torch.promote_types(logits_FO.dtype, torch.float32)
         return logits_FO.to(exact).log_softmax(dim=1)
 
-    def _read(
-        self, batch: CandidateBatch, rankings: Rankings
-    ) -> Iterator[tuple[slice, ReadPrompts]]:
+    def _read(self, batch: CandidateBatch) -> Iterator[tuple[slice, ReadPrompts]]:
         """Read the prompts of `micro_batch` questions after another."""
+        rankings = self._rankings(batch)
         opening = rankings.begin().path
         for start in range(0, len(batch), self.micro_batch):
             rows = slice(start, min(start + self.micro_batch, len(batch)))

@@ -104,9 +104,9 @@ class Rankings:
         return self._settle(Draft((*draft.path, token), draft.picks, left, draft.depth + 1))
 
     def forks(self, picks: Sequence[int]) -> list[tuple[Draft, int]]:
-        """Each fork on the way to a ranking of distinct candidates, with the token taken there."""
+        """Each fork on the way to these distinct candidates, with the token taken there."""
         found, draft = [], self.begin()
-        while not self.ended(draft):
+        while len(draft.picks) < min(len(picks), self._num_picks):
             token = self._numbers(draft)[picks[len(draft.picks)]][draft.depth]
             found.append((draft, token))
             draft = self.follow(draft, token)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlrag.config import RunConfig
+from rlrag.environment.episodes import open_episodes
+from rlrag.environment.rollout import Unrewarded, play
 from rlrag.errors import PromptTooLongError
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.pipeline import TrainingData, open_policy
 from rlrag.records import Passage, Prompt, Question
+from rlrag.selection.protocol import Draws
 from rlrag.training.schedule import (
     BatchSchedule,
     answerable_rows,
@@ -67,16 +70,19 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     rows = np.linspace(0, len(data.train) - 1, min(_SAMPLE, len(data.train))).astype(int)
     passes = schedule.epoch(schedule.num_steps)
     num_draws = max(1, round(passes * config.dro.num_samples))
-    drawn = policy.sample(data.train.batch(rows), num_draws, [[config.seed, int(r)] for r in rows])
-    distinct = [np.unique(draws, axis=0) for draws in drawn.positions_BMK]
+    draws = Draws([[config.seed, int(r)] for r in rows], num_draws)
+    episodes = open_episodes(config.environment, len(rows) * num_draws, data.train, Unrewarded())
+    evidence = play(episodes, policy, rows, draws).evidence
+    episodes.close()
+    distinct = [
+        sorted(set(evidence[start : start + num_draws]), key=lambda found: [p.id for p in found])
+        for start in range(0, len(evidence), num_draws)
+    ]
     sample = _sample_prompts(
         prompts,
-        (
-            (data.train.questions[row], [data.train.passages(int(row))[i] for i in picks[0]])
-            for row, picks in zip(rows, distinct, strict=True)
-        ),
+        ((data.train.questions[row], found[0]) for row, found in zip(rows, distinct, strict=True)),
     )
-    per_question = float(np.mean([len(picks) for picks in distinct]))
+    per_question = float(np.mean([len(found) for found in distinct]))
     num_validation = len(data.validation) if data.validation else 0
     num_rollouts = round(passes * len(data.train)) * config.dro.num_samples
     if config.training.objective == "sft":

@@ -2,7 +2,7 @@
 
     begin of an E-step   the drawing policy is renewed; the trained generator's weights go to the
                          engines
-    collect              selections are drawn and rewarded
+    collect              episodes are drawn and rewarded
     run ahead            with `training.overlap` the next batch is drawn while this one trains
 
 Engines are never given new weights while a batch is on its way through them, so no batch mixes two
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from rlrag.config import RunConfig
+from rlrag.environment.rollout import play_greedy
 from rlrag.generation.protocol import Generator
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import AnsweringReward
@@ -157,21 +158,10 @@ class Collection:
         return np.array([self._generator.tokens.spent, self._generator.tokens.saved], np.float64)
 
     def _own_order(self, step: int) -> Experience:
-        """The untrained policy's best selection of each question, as one sample of weight 1."""
+        """The untrained policy's best episode of each question, as one sample of weight 1."""
         rows = self._schedule.rows(step)[self._places()]
-        with torch.no_grad():
-            positions_BK = self._parts.initial.greedy(self._candidates.batch(rows))
-        zeros_B1 = np.zeros((len(rows), 1))
-        return Experience(
-            question_rows=rows,
-            positions_BMK=positions_BK[:, None],
-            behaviour_logp_BM=zeros_B1,
-            log_weights_BM=zeros_B1,
-            rewards_BM=zeros_B1,
-            terms_BM={},
-            policy_version=0,
-            generator_version=self._generator.version,
-        )
+        greedy = play_greedy(self._config.environment, self._parts.initial, self._candidates, rows)
+        return Experience(greedy, 1, policy_version=0, generator_version=self._generator.version)
 
     def _places(self) -> range:
         """This worker's places in every batch."""

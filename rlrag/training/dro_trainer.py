@@ -112,7 +112,12 @@ class DROTrainer:
             return {}
         self._collection.publish(self._schedule.estep(step))
         return validate(
-            self.parts.policy, self._validation, self._reward, self._workers, self._by_reward
+            self._config.environment,
+            self.parts.policy,
+            self._validation,
+            self._reward,
+            self._workers,
+            self._by_reward,
         )
 
     def tensors(self) -> Files:

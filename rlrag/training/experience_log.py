@@ -42,12 +42,16 @@ class ExperienceLog:
         lines = []
         for place, question in enumerate(experience.question_rows.tolist()):
             rewards = experience.rewards_BM[place]
+            rows = self._candidates.rows_QN[question].tolist()
             lines.append(
                 {
                     "step": step,
                     "question": self._candidates.questions[question].id,
-                    "candidates": self._candidates.rows_QN[question].tolist(),
-                    "selections": experience.positions_BMK[place].tolist(),
+                    "candidates": rows,
+                    "selections": [
+                        [action for action in actions if 0 <= action < len(rows)]
+                        for actions in experience.actions_BMT[place].tolist()
+                    ],
                     "rewards": [None if np.isnan(reward) else float(reward) for reward in rewards],
                     "policy_version": experience.policy_version,
                     "generator_version": experience.generator_version,

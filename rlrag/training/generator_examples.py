@@ -1,59 +1,57 @@
-"""Selections with their importance weights in; what the generator's M-step trains on out.
+"""Examples that the generator's M-step trains on: episodes with their importance weights.
 
-Shape letters: B questions, M samples, K selected.
+Shape letters: B questions, M samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from rlrag.algorithms.resampling import resample
 from rlrag.errors import PromptTooLongError
 from rlrag.generation.prompts import PromptBuilder
-from rlrag.retrieval.candidates import CandidateTable
+from rlrag.records import Question
 from rlrag.rewards.answering import distinct_answers
+from rlrag.training.experience import Experience
 from rlrag.training.generator_learner import WeightedExample
 
 
 def weighted_examples(
-    candidates: CandidateTable,
+    questions: Sequence[Question],
     prompts: PromptBuilder,
-    question_rows: np.ndarray,
-    positions_BMK: np.ndarray,
+    experience: Experience,
     weights_BM: torch.Tensor,
-    golden_logps_BM: np.ndarray | None = None,
 ) -> list[WeightedExample]:
-    """One example for each selection of weight above 0, or for each of its golden answers.
+    """One example for each episode of weight above 0, or for each of its golden answers.
 
     The target is a question's first golden answer and what ends it, behind the same prompt that the
-    selection was rewarded with. With the log-likelihoods of the distinct golden answers behind each
-    selection, every one of them is a target and shares the selection's weight in proportion to its
-    likelihood. A question without a golden answer gives no example, nor does a selection whose
+    episode was rewarded with. With the log-likelihoods of the distinct golden answers behind each
+    episode, every one of them is a target and shares the episode's weight in proportion to its
+    likelihood. A question without a golden answer gives no example, nor does an episode whose
     prompt cannot be built: its reward failed and was counted.
     """
     examples = []
-    for place, row in enumerate(question_rows.tolist()):
-        question = candidates.questions[row]
+    trajectories, num_samples = experience.trajectories, experience.num_samples
+    for place, row in enumerate(experience.question_rows.tolist()):
+        question = questions[row]
         targets = [prompts.encode_target(text) for text in distinct_answers(prompts, question)]
         if not targets:
             continue
-        passages = candidates.passages(row)
         for sample, weight in enumerate(weights_BM[place].tolist()):
             if weight == 0:
                 continue
+            episode = place * num_samples + sample
             try:
-                prompt = prompts.build(
-                    question, [passages[n] for n in positions_BMK[place, sample]]
-                )
+                prompt = prompts.build(question, trajectories.evidence[episode])
             except PromptTooLongError:
                 continue
-            if golden_logps_BM is None:
+            golden_logps = trajectories.golden_logps[episode]
+            if golden_logps is None:
                 examples.append(WeightedExample(prompt.token_ids, targets[0], weight))
                 continue
-            logps = torch.tensor(golden_logps_BM[place, sample], dtype=torch.float64)
+            logps = torch.tensor(golden_logps, dtype=torch.float64)
             shares = (weight * logps.softmax(dim=0)).tolist()
             examples += [
                 WeightedExample(prompt.token_ids, target, share)

@@ -1,4 +1,4 @@
-"""Candidates and orders of them in; a policy that ranks by these orders, and its losses, out.
+"""Supervised training of a selection policy on given orders, before the first E-step.
 
 An untrained language model ranks by habit, not by use. Supervised steps on the order of a ranker
 give it a start from which rewards can teach it, as the warm-up of the DRO paper's code does (arXiv
@@ -27,7 +27,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlrag.config import EnvironmentConfig
 from rlrag.data.ranking_run import read_ranking_run
+from rlrag.environment.rollout import replay
 from rlrag.errors import DataError, NonFiniteLossError
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection import plackett_luce
@@ -161,8 +163,15 @@ def _accumulate(
     total = 0.0
     for start in range(0, len(rows), _QUESTIONS_PER_PASS):
         part = slice(start, start + _QUESTIONS_PER_PASS)
-        logp_BM = policy.log_prob(candidates.batch(rows[part]), targets_BMK[part])
-        loss = -logp_BM.mean(dim=1).sum() / len(rows)
+        num_questions, num_targets, num_selected = targets_BMK[part].shape
+        trajectories = replay(
+            EnvironmentConfig(num_selected=num_selected),
+            candidates,
+            np.repeat(rows[part], num_targets),
+            targets_BMK[part].reshape(-1, num_selected),
+        )
+        logp_E = policy.log_prob(trajectories).sum(dim=1)
+        loss = -logp_E.view(num_questions, num_targets).mean(dim=1).sum() / len(rows)
         loss.backward()
         total += loss.item()
     return total

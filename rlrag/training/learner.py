@@ -1,6 +1,6 @@
-"""Experience in; an updated selection policy and the numbers that describe the update out (M-step).
+"""One optimiser step of the selection policy on a batch of experience (M-step).
 
-Shape letters: B questions, M samples, K selected.
+Shape letters: B questions, M samples, E = B * M episodes.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from rlrag.algorithms import dro
 from rlrag.config import DROConfig, TrainingConfig
 from rlrag.errors import NonFiniteLossError
-from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.build import TrainablePolicy
 from rlrag.training.experience import Experience
 from rlrag.training.gradients import clip_gradient, share_gradient
@@ -31,7 +31,6 @@ class SelectorLearner(SavesOptimizer):
     Args:
         policy: What is trained.
         initial: The policy before training, which `kl_to_initial` is measured against.
-        candidates: The training questions with their candidates.
         dro_config: Which loss.
         config: Batch size, learning rate and limits.
         num_steps: Steps of the whole run, for the learning rate.
@@ -42,7 +41,6 @@ class SelectorLearner(SavesOptimizer):
         self,
         policy: TrainablePolicy,
         initial: TrainablePolicy,
-        candidates: CandidateTable,
         dro_config: DROConfig,
         config: TrainingConfig,
         num_steps: int,
@@ -50,7 +48,6 @@ class SelectorLearner(SavesOptimizer):
     ) -> None:
         self._policy = policy
         self._initial = initial
-        self._candidates = candidates
         self._dro = dro_config
         self._config = config
         self._num_steps = num_steps
@@ -65,8 +62,8 @@ class SelectorLearner(SavesOptimizer):
     ) -> dict[str, float]:
         """One optimiser step; returns metrics averaged over the whole batch, as before the step.
 
-        `policy_entropy` is that of the first pick and `kl_to_initial` an estimate from the samples,
-        both in nats.
+        `policy_entropy` and `kl_to_initial` are estimates from the samples for whole episodes, in
+        nats.
 
         Args:
             experience: This worker's share of the batch.
@@ -76,22 +73,21 @@ class SelectorLearner(SavesOptimizer):
         Raises:
             NonFiniteLossError: when the loss or the gradient is not finite.
         """
-        batch = self._candidates.batch(experience.question_rows)
         log_weights_BM = torch.from_numpy(experience.log_weights_BM)
         behaviour_BM = torch.from_numpy(experience.behaviour_logp_BM).double()
         with torch.no_grad():
-            initial_BM = self._initial.log_prob(batch, experience.positions_BMK).cpu().double()
+            initial_BM = self._logp(self._initial, experience, slice(None)).cpu().double()
         coefficients_BM = self._coefficients(experience, weights_BM)
         self.optimizer.zero_grad()
         constants = (coefficients_BM, behaviour_BM, initial_BM, log_weights_BM)
         loss, logp_BM = self._backward(experience, constants)
         kl_BM = dro.kl_coefficients(logp_BM, behaviour_BM, initial_BM, log_weights_BM)
-        first_pick_BN = torch.from_numpy(self._policy.first_pick_probabilities(batch))
+        entropy_BM = dro.entropy_coefficients(logp_BM, behaviour_BM, log_weights_BM)
         metrics = self._mean(
             {
                 "loss": loss,
                 "kl_to_initial": -kl_BM.sum().item(),
-                "policy_entropy": torch.special.entr(first_pick_BN).sum().item(),
+                "policy_entropy": entropy_BM.sum().item(),
             }
         )
         rate = linear_schedule(
@@ -114,24 +110,33 @@ class SelectorLearner(SavesOptimizer):
         the gradient would otherwise grow with the batch.
         """
         num_questions = len(experience.question_rows)
-        at_once = self._policy.micro_batch or num_questions
+        at_once = getattr(self._policy, "micro_batch", None) or num_questions
         loss, parts = 0.0, []
         for start in range(0, num_questions, at_once):
             rows = slice(start, start + at_once)
-            batch = self._candidates.batch(experience.question_rows[rows])
-            logp_BM = self._policy.log_prob(batch, experience.positions_BMK[rows])
+            logp_BM = self._logp(self._policy, experience, rows)
             loss_B = self._loss(logp_BM, *(each_BM[rows].to(logp_BM) for each_BM in constants))
             (loss_B.sum() / self._config.batch_size).backward()
             loss += loss_B.detach().sum().item()
             parts.append(logp_BM.detach().cpu().double())
         return loss, torch.cat(parts)
 
+    @staticmethod
+    def _logp(policy: TrainablePolicy, experience: Experience, questions: slice) -> torch.Tensor:
+        """Log-probabilities of the episodes of some questions, shape (B, M)."""
+        num_samples = experience.num_samples
+        rows_E = experience.by_question(np.arange(len(experience.trajectories)))[questions].ravel()
+        trajectories = experience.trajectories
+        if len(rows_E) < len(trajectories):
+            trajectories = trajectories.of(rows_E)
+        return policy.log_prob(trajectories).sum(dim=1).view(-1, num_samples)
+
     def _coefficients(self, experience: Experience, weights_BM: torch.Tensor) -> torch.Tensor:
-        """What the reward makes of the weights to multiply log p(z | x), duplicates merged."""
+        """What multiplies log p of an episode by its reward, duplicates merged."""
         log_weights_BM = torch.from_numpy(experience.log_weights_BM)
         valid_BM = dro.valid_samples(torch.from_numpy(experience.rewards_BM), log_weights_BM)
         found_BM = dro.coefficients(weights_BM, log_weights_BM, valid_BM, self._dro.baseline)
-        return dro.merge_duplicates(torch.from_numpy(experience.positions_BMK), found_BM)
+        return dro.merge_duplicates(torch.from_numpy(experience.actions_BMT), found_BM)
 
     def _loss(
         self,

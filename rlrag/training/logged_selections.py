@@ -1,4 +1,4 @@
-"""The selections of a feedback log that a selection policy can be trained on.
+"""Logged selections of a service, as episodes that a policy can be trained on.
 
 A policy is judged on the candidates that the one which served had, in their order. The log names
 them by id; their scores and vectors are computed anew by the configured retriever.
@@ -13,7 +13,7 @@ decide every estimate and gradient. Within the range one selection of Q moves th
 estimate by at most its share of the weight times the range.
 
 Shape letters: Q logged selections, U different lists of candidates, B those of a chunk,
-N candidates, C retriever scores, D vector length, K selected.
+N candidates, C retriever scores, D vector length, T actions of the longest episode.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from rlrag.config import RunConfig
-from rlrag.data.feedback import LoggedSelection, count_selections, read_feedback
+from rlrag.data.feedback import LoggedSelection, SelectionEvent, count_selections, read_feedback
 from rlrag.errors import DataError
 from rlrag.pipeline import Library
 from rlrag.records import Question
@@ -43,11 +43,12 @@ _MAX_CLIPPED_SHARE = 0.05
 class LoggedPart:
     """Q logged selections; row q of the candidates belongs to selection q.
 
-    `propensity_logp_Q` are the log-probabilities, in nats, with which they were drawn.
+    `actions_QT` are the picks, and -1 beyond the end of an episode. `propensity_logp_Q` are the
+    log-probabilities, in nats, with which they were drawn.
     """
 
     candidates: CandidateTable
-    positions_QK: np.ndarray
+    actions_QT: np.ndarray
     propensity_logp_Q: np.ndarray
     rewards_Q: np.ndarray
 
@@ -119,7 +120,7 @@ def open_logged_data(config: RunConfig, library: Library, path: Path) -> LoggedD
             "feedback.explore_share above 0"
         )
     shape = (config.retrieval.num_candidates, config.environment.num_selected)
-    fitting = [r for r in drawn if (len(r.event.candidate_ids), len(r.event.positions)) == shape]
+    fitting = [r for r in drawn if _fits(r.event, shape, config.selector.may_stop)]
     known = [
         record
         for record in fitting
@@ -173,7 +174,7 @@ def _nothing_left(
         f"none of the {num_certain + len(drawn):,} selections of {path} can be trained on: "
         f"{num_certain:,} have propensity 1; {num_other_shape:,} have another shape than "
         f"retrieval.num_candidates {shape[0]} and environment.num_selected {shape[1]} (the first "
-        f"has {len(first.candidate_ids)} and {len(first.positions)}); {num_unknown:,} name a "
+        f"has {len(first.candidate_ids)} and {len(first.actions)}); {num_unknown:,} name a "
         "passage that the corpus lacks; give the corpus and the numbers that were served"
     )
 
@@ -218,7 +219,7 @@ def _part(
             question_vectors_QD=question_vectors_UD[places_Q],
             passage_vectors_PD=library.retrievers.passage_vectors,
         ),
-        positions_QK=np.array([record.event.positions for record in records], dtype=np.int64),
+        actions_QT=_padded([record.event.actions for record in records]),
         propensity_logp_Q=np.array([record.event.propensity_logp for record in records]),
         rewards_Q=np.clip([reward_of(record) for record in records], *reward_range),
     )
@@ -236,6 +237,21 @@ def _describe(
         scores.append(np.stack(columns, axis=-1))
         vectors.append(retrievers.question_vectors(chunk))
     return np.concatenate(scores), np.concatenate(vectors)
+
+
+def _fits(event: SelectionEvent, shape: tuple[int, int], may_stop: bool) -> bool:
+    """Whether a policy for so many candidates and picks could have done the same."""
+    num_candidates, num_selected = shape
+    stopped = event.actions[-1] == num_candidates
+    num_picks = len(event.actions) - stopped
+    right = num_picks < num_selected if stopped else num_picks == num_selected
+    return len(event.candidate_ids) == num_candidates and right and may_stop >= stopped
+
+
+def _padded(actions: Sequence[Sequence[int]]) -> np.ndarray:
+    """Actions of episodes as an array, -1 beyond the end of an episode."""
+    longest = max(map(len, actions))
+    return np.array([[*one, *[-1] * (longest - len(one))] for one in actions], dtype=np.int64)
 
 
 def _content_hash(records: Iterable[LoggedSelection]) -> str:

@@ -1,4 +1,4 @@
-"""A configuration and logged selections in; steps that train the selector on them out.
+"""Training of the selector on what a service logged (off-policy).
 
     step      logged selections -> importance ratios -> one step on the gradient of IPS
     validate  the off-policy estimate of the policy's value on held-back questions
@@ -12,7 +12,7 @@ that always takes the most probable pick, which a service does by default. The c
 ends with has the highest lower end of the first one's interval. As it is the best of several, its
 estimate leans to the high side; an estimate on a later log does not.
 
-Shape letters: Q logged selections, B those of a batch or chunk, M = 1 sample, K selected.
+Shape letters: Q logged selections, B those of a batch or chunk, T actions of the longest one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 
 from rlrag.algorithms import off_policy
 from rlrag.config import DROConfig, RunConfig
+from rlrag.environment.rollout import play_greedy, replay
 from rlrag.errors import DataError, NonFiniteLossError
-from rlrag.evaluation.systems import greedy_picks
 from rlrag.pipeline import open_policy
 from rlrag.selection.build import TrainablePolicy
 from rlrag.storage import restore_weights
@@ -58,6 +58,7 @@ class LoggedTrainer(SavesOptimizer):
             CheckpointError: when `selector.weights` is missing or belongs to another policy.
             DataError: when the log says too little about that policy.
         """
+        self._environment = config.environment
         self._training = config.training
         self._settings = config.off_policy
         self._train = data.train
@@ -106,7 +107,7 @@ class LoggedTrainer(SavesOptimizer):
         mine = rows[self._workers.rank :: self._workers.size]
         behaviour_B = torch.from_numpy(self._train.propensity_logp_Q[mine])
         rewards_B = torch.from_numpy(self._train.rewards_Q[mine])
-        logp_B = _log_prob(self.policy, self._train, mine).cpu().double()
+        logp_B = self._log_prob(self._train, mine).cpu().double()
         losses_B = off_policy.off_policy_losses(
             logp_B, behaviour_B, rewards_B, self._baseline, self._settings.max_ratio
         )
@@ -150,7 +151,8 @@ class LoggedTrainer(SavesOptimizer):
             return {}
         behaviour_Q = torch.from_numpy(part.propensity_logp_Q)
         rewards_Q = torch.from_numpy(part.rewards_Q)
-        matches_Q = (greedy_picks(self.policy, part.candidates) == part.positions_QK).all(axis=1)
+        greedy = play_greedy(self._environment, self.policy, part.candidates)
+        matches_Q = (greedy.actions_ET == part.actions_QT).all(axis=1)
         certain_Q = torch.from_numpy(np.where(matches_Q, 0.0, -np.inf))
         metrics: Metrics = {}
         for name, logp_Q in (("", self._log_probs(part)), ("greedy_", certain_Q)):
@@ -205,8 +207,13 @@ class LoggedTrainer(SavesOptimizer):
         with torch.no_grad():
             for start in range(0, len(mine), _CHUNK):
                 rows = mine[start : start + _CHUNK]
-                logp_Q[rows] = _log_prob(self.policy, part, rows).cpu().double()
+                logp_Q[rows] = self._log_prob(part, rows).cpu().double()
         return self._workers.sum(logp_Q)
+
+    def _log_prob(self, part: LoggedPart, rows: np.ndarray) -> torch.Tensor:
+        """Log-probabilities of logged selections, shape (B,), with gradient."""
+        trajectories = replay(self._environment, part.candidates, rows, part.actions_QT[rows])
+        return self.policy.log_prob(trajectories).sum(dim=1)
 
     def _share_gradient(self, step: int) -> float:
         """Sum the gradient over the workers and clip it; returns its norm before clipping."""
@@ -243,8 +250,3 @@ def logged_schedule(config: RunConfig, num_selections: int) -> BatchSchedule:
     """The batches of a run: shuffled passes over the logged selections."""
     training = config.training.model_copy(update={"num_epochs": config.off_policy.num_epochs})
     return BatchSchedule(training, DROConfig(), num_selections, config.seed)
-
-
-def _log_prob(policy: TrainablePolicy, part: LoggedPart, rows: np.ndarray) -> torch.Tensor:
-    """Log p(z | x) of the logged selections, shape (B,)."""
-    return policy.log_prob(part.candidates.batch(rows), part.positions_QK[rows][:, None])[:, 0]

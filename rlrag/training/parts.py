@@ -64,7 +64,6 @@ class TrainedParts:
             self._selector = SelectorLearner(
                 self.policy,
                 self.initial,
-                data.train,
                 config.dro,
                 config.training,
                 schedule.num_steps,
@@ -129,7 +128,8 @@ class TrainedParts:
         if self._selector is not None:
             metrics |= self._selector.update(experience, weights_BM, step)
         if self._generator is not None:
-            if self._config.reward.golden_answers == "all" and experience.golden_logps_BM is None:
+            counted = any(experience.trajectories.golden_logps)
+            if self._config.reward.golden_answers == "all" and not counted:
                 raise ConfigError(
                     f"environment.id {self._config.environment.id!r} gives no golden_logps in its "
                     "info, which reward.golden_answers 'all' needs; use 'likeliest'"
@@ -137,12 +137,10 @@ class TrainedParts:
             seeds = [[self._config.seed, 2, step, int(row)] for row in experience.question_rows]
             limit = self._config.generator_training.sequences_per_question
             examples = weighted_examples(
-                self._data.train,
+                self._data.train.questions,
                 self._prompts,
-                experience.question_rows,
-                experience.positions_BMK,
+                experience,
                 thinned(weights_BM, limit, seeds),
-                experience.golden_logps_BM,
             )
             metrics |= self._generator.update(examples, self._config.training.batch_size, step)
         return metrics

@@ -1,4 +1,4 @@
-"""A policy and held-back questions in; how good its greedy selections are out."""
+"""Validation: answers to held-back questions from the policy's most probable episodes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlrag.config import EnvironmentConfig
+from rlrag.environment.rollout import play_greedy
 from rlrag.errors import GenerationError, RlragError
 from rlrag.evaluation.choices import Choices
-from rlrag.evaluation.systems import answered_with, greedy_picks
+from rlrag.evaluation.systems import answered_with, choices_of
 from rlrag.records import Generation
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
-from rlrag.selection.protocol import SelectionPolicy
+from rlrag.selection.protocol import Policy
 from rlrag.training.workers import Workers
 
 
 def validate(
-    policy: SelectionPolicy,
+    environment: EnvironmentConfig,
+    policy: Policy,
     candidates: CandidateTable,
     answering: AnsweringReward,
     workers: Workers,
     by_reward: bool = False,
 ) -> dict[str, Any]:
-    """EM, F1 and words an answer of greedy selections, and how these differ from the retriever's.
+    """EM, F1 and words an answer of greedy episodes, and how these differ from the retriever's.
 
     Where a policy treats nearly all questions alike and not as the retriever does,
     `constant_policy` says how.
@@ -38,11 +41,10 @@ def validate(
     Each worker answers a part of the questions; all return the mean over all of them. Repeated
     validations cost little, as unchanged selections are answered from the cache.
     """
-    picks = greedy_picks(policy, candidates)
+    evidence = play_greedy(environment, policy, candidates).evidence
     mine = range(workers.rank, len(candidates), workers.size)
     questions = [candidates.questions[row] for row in mine]
-    selections = [[candidates.passages(row)[n] for n in picks[row]] for row in mine]
-    answered = answered_with(answering, questions, selections, by_reward)
+    answered = answered_with(answering, questions, [evidence[row] for row in mine], by_reward)
     rewards = answered.rewards_Q if answered.rewards_Q is not None else np.zeros(len(questions))
     scores = [
         (
@@ -61,12 +63,12 @@ def validate(
     if not num_answered:
         raise unanswered(answered.answers)
     em, f1, words, reward = (total / num_answered for total in sums)
-    choices = Choices.of(picks, candidates.num_candidates)
+    choices = choices_of(evidence, candidates, environment.num_selected)
     return {
         **({"validation/em": em, "validation/f1": f1} if candidates.has_golden_answers else {}),
         **({"validation/reward": reward} if by_reward else {}),
         "validation/answer_words": words,
-        **describe_choices(choices),
+        **(describe_choices(choices) if choices else {}),
     }
 
 

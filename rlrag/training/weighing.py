@@ -41,7 +41,7 @@ def describe_experience(
         GenerationError: when more rewards failed than `max_failed_share` allows.
     """
     rewards_BM = torch.from_numpy(experience.rewards_BM)
-    found = dro.diagnostics(weights_BM, rewards_BM, torch.from_numpy(experience.positions_BMK))
+    found = dro.diagnostics(weights_BM, rewards_BM, torch.from_numpy(experience.actions_BMT))
     # Sums over this worker's share, and of how many values.
     measures = {
         "ess": (found.ess.sum().item(), len(found.ess)),

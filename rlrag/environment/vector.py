@@ -5,7 +5,7 @@ Shape letters: B sub-environments, N candidates, K selected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -14,9 +14,9 @@ from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs import transitions
-from envs.rendering import check_render_mode, render_episode
-from envs.task import (
+from rlrag.environment import transitions
+from rlrag.environment.rendering import check_render_mode, render_episode
+from rlrag.environment.task import (
     DEFAULT_INVALID_REWARD,
     DEFAULT_NUM_SELECTED,
     EpisodeTexts,
@@ -259,11 +259,13 @@ class DocumentSelectionVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np
 
     def _outcome_infos(self, ended_B: np.ndarray) -> dict[str, Any]:
         """What the last step tells about the sub-environments in `ended_B`."""
-        infos: dict[str, Any] = {}
-        for i in np.flatnonzero(ended_B).tolist():
-            outcome = self._outcomes[i]
-            if outcome is not None:
-                infos = self._add_info(infos, outcome.info(), i)
+        rows = {
+            i: outcome.info() for i, outcome in enumerate(self._outcomes) if ended_B[i] and outcome
+        }
+        infos = _sparse_columns(rows, self.num_envs)
+        terms = {i: row["reward_terms"] for i, row in rows.items()}
+        if "reward_terms" in infos:
+            infos["reward_terms"] = _sparse_columns(terms, self.num_envs)
         return infos
 
     def _checked_actions(self, actions: np.ndarray | Sequence[int]) -> np.ndarray:
@@ -333,6 +335,23 @@ def _columns(texts: Sequence[EpisodeTexts]) -> dict[str, np.ndarray]:
             for i, row in enumerate(rows):
                 column[i] = row[name]
             columns[name] = column
+    return columns
+
+
+def _sparse_columns(rows: Mapping[int, Mapping[str, Any]], size: int) -> dict[str, Any]:
+    """Infos of some sub-environments in Gymnasium's form: `name`, and `_name` for who has it.
+
+    `VectorEnv._add_info` makes a mask at each call: quadratic in the sub-environments.
+    """
+    columns: dict[str, Any] = {}
+    for i, row in rows.items():
+        for name, value in row.items():
+            if name not in columns:
+                kind = type(value) if type(value) in (bool, float) else object
+                columns[name] = np.full(size, None if kind is object else 0, dtype=kind)
+                columns[f"_{name}"] = np.zeros(size, dtype=np.bool_)
+            columns[name][i] = value
+            columns[f"_{name}"][i] = True
     return columns
 
 

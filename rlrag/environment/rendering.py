@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from envs.task import EpisodeTexts, Outcome
+from rlrag.environment.task import EpisodeTexts, Outcome
 from rlrag.errors import ConfigError
 
 

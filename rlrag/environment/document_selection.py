@@ -8,9 +8,9 @@ import gymnasium
 import numpy as np
 from gymnasium.error import InvalidAction, ResetNeeded
 
-from envs import transitions
-from envs.rendering import check_render_mode, render_episode
-from envs.task import (
+from rlrag.environment import transitions
+from rlrag.environment.rendering import check_render_mode, render_episode
+from rlrag.environment.task import (
     DEFAULT_INVALID_REWARD,
     DEFAULT_NUM_SELECTED,
     EpisodeTexts,
@@ -18,7 +18,7 @@ from envs.task import (
     SelectionTask,
     check_options,
 )
-from envs.transitions import Episodes
+from rlrag.environment.transitions import Episodes
 from rlrag.errors import ConfigError
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.protocol import SelectionReward
@@ -97,7 +97,7 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
 
     At the last step also:
 
-    - `selection`: ids of the picked passages, best first (tuple of str).
+    - `evidence`, `selection`: the picked passages and their ids, best first (tuples).
     - `answer`: the generator's text, or None where the reward uses no generator.
     - `reward_terms`: the parts of the reward (dict of float); empty after an invalid action.
     - `golden_logps`: log-likelihoods of the distinct golden answers (tuple of float), where

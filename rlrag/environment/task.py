@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from envs import transitions
-from envs.sample_task import sample_candidates
-from envs.transitions import Episodes
+from rlrag.environment import transitions
+from rlrag.environment.sample_task import sample_candidates
+from rlrag.environment.transitions import Episodes
 from rlrag.errors import ConfigError, DataError, RewardError, RlragError
 from rlrag.records import Passage, Question, RewardResult
 from rlrag.retrieval.candidates import CandidateTable
@@ -59,7 +59,7 @@ class Outcome:
     """How one episode ended; `error` says why a reward could not be computed."""
 
     reward: float
-    selection: tuple[str, ...]
+    evidence: tuple[Passage, ...]
     valid: bool
     answer: str | None
     reward_terms: Mapping[str, float]
@@ -71,7 +71,8 @@ class Outcome:
         info: dict[str, Any] = {
             "answer": self.answer,
             "reward_terms": dict(self.reward_terms),
-            "selection": self.selection,
+            "evidence": self.evidence,
+            "selection": tuple(passage.id for passage in self.evidence),
             "valid": self.valid,
         }
         if self.error is not None:
@@ -183,12 +184,12 @@ class SelectionTask:
         result_of = dict(zip(asked, results, strict=True))
         outcomes = []
         for index, text in enumerate(texts):
-            selection = tuple(passage.id for passage in picked[index])
+            evidence = picked[index]
             result = result_of.get(index)
             if not valid[index]:
-                outcome = Outcome(self.invalid_reward, selection, False, None, {})
+                outcome = Outcome(self.invalid_reward, evidence, False, None, {})
             elif isinstance(result, RlragError):
-                outcome = Outcome(math.nan, selection, True, None, {}, error=result)
+                outcome = Outcome(math.nan, evidence, True, None, {}, error=result)
             elif not isinstance(result, RewardResult):
                 raise RewardError(
                     f"the reward {self.reward!r} gave {reprlib.repr(result)} for question "
@@ -200,12 +201,12 @@ class SelectionTask:
                     f"the reward of question {text.question.id!r} is {result.total}; "
                     "a reward must be a finite number"
                 )
-                outcome = Outcome(math.nan, selection, True, result.answer, {}, error=error)
+                outcome = Outcome(math.nan, evidence, True, result.answer, {}, error=error)
             else:
                 terms = {name: float(value) for name, value in result.terms.items()}
                 outcome = Outcome(
                     float(result.total),
-                    selection,
+                    evidence,
                     True,
                     result.answer,
                     terms,
