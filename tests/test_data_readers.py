@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import logging
+import lzma
 import os
 import sys
 from collections.abc import Callable
@@ -140,6 +142,10 @@ BAD_QUESTIONS = {
         {**GOOD_QUESTION, "metadata": {"gold_ids": "p1"}},
         "metadata: 'gold_ids'",
     ),
+    "true as gold id": (
+        {**GOOD_QUESTION, "metadata": {"gold_ids": [True]}},
+        "metadata: 'gold_ids' holds True",
+    ),
     "surrogate in an answer": ({**GOOD_QUESTION, "golden_answers": ["\ud800"]}, "surrogate"),
 }
 
@@ -151,6 +157,45 @@ def test_a_bad_question_line_is_named(tmp_path: Path, record: dict[str, object],
         load_questions(str(path), tmp_path)
     assert str(caught.value).startswith(f"{path}:2: ")
     assert message in str(caught.value)
+
+
+TABLE = b"id,question,golden_answers\nq1,Which city?,Rome\n"
+ARRAY = json.dumps([GOOD_QUESTION], indent=1).encode()
+OTHER_FORMATS = {
+    "parquet": (b"PAR1\x15\x04\x15 ", "is a Parquet file; .*read_parquet\\('.*q'\\)"),
+    "arrow": (b"ARROW1\0\0", "is an Arrow file; .*read_feather"),
+    "zip": (b"PK\x03\x04\x14\0", "is a zip archive or a spreadsheet; "),
+    "bzip2": (bz2.compress(TABLE), "is packed by bzip2; .*gzip"),
+    "xz": (lzma.compress(TABLE), "is packed by xz; "),
+    "zstd": (b"\x28\xb5\x2f\xfd\0", "is packed by zstd; "),
+    "UTF-16": (TABLE.decode().encode("utf-16"), "is UTF-16 text; .*iconv"),
+    "CSV": (TABLE, "is a table of columns .*read_csv\\('.*q'\\)"),
+    "packed CSV": (gzip.compress(TABLE), "is a table of columns"),
+    "TSV": (TABLE.replace(b",", b"\t"), r"read_csv\('.*q', sep='\\t'\)\.to_json\('.*q.jsonl'"),
+    "array": (ARRAY, r"is a JSON array; .*jq -c '\.\[\]' .*q > .*ql"),
+    "array in one line": (json.dumps([GOOD_QUESTION]).encode(), "is a JSON array"),
+    "object": (ARRAY.strip(b"[]\n ").replace(b"{", b"\n{\n", 1), "is JSON over several lines"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), OTHER_FORMATS.values(), ids=OTHER_FORMATS)
+def test_another_format_is_named_with_what_to_do(tmp_path: Path, content: bytes, said: str):
+    path = tmp_path / "q"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=said) as caught:
+        load_questions(str(path), tmp_path)
+    assert "; expected " in str(caught.value)
+    with pytest.raises(DataError, match=said):
+        load_corpus(str(path), tmp_path, 100)
+
+
+def test_integer_gold_ids_are_those_of_integer_ids(tmp_path: Path):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"id": 7, "contents": "Rome\nA city."}])
+    record = {**GOOD_QUESTION, "metadata": {"gold_ids": [7, "8"], "type": "city"}}
+    path = write_jsonl(tmp_path / "q.jsonl", [record])
+    found = load_questions(str(path), tmp_path, load_corpus(str(corpus), tmp_path, 100))
+    assert found.questions[0].metadata == {"gold_ids": ["7", "8"], "type": "city"}
+    assert found.report.unknown_gold == Finding(1, ("8",))
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -340,7 +385,7 @@ def test_without_the_datasets_library_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SetupError, match=r"rlrag\[hub\]"):
+    with pytest.raises(SetupError, match=r"pip install -e '\.\[hub\]'"):
         load_corpus("hub:someone/something", tmp_path, 100)
 
 

