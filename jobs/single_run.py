@@ -14,7 +14,12 @@ from rich.console import Console
 from jobs.opened_bundle import say, write_output
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
-from rlrag.generation.build import measure_speed, open_generator, resolve_config
+from rlrag.generation.build import (
+    check_positions,
+    measure_speed,
+    open_generator,
+    resolve_config,
+)
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.models import resolve_model
@@ -81,7 +86,7 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
     from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
     from rlrag.rewards.composite import RewardModel
 
-    resolve_model(config.generator.model, config.cache_path)
+    check_positions(config.generator, resolve_model(config.generator.model, config.cache_path))
     if config.selector.kind != "features":
         resolve_model(config.selector.model, config.cache_path)
     RewardModel(config.reward)

@@ -407,7 +407,12 @@ def test_prompts_without_the_first_token_of_training_are_noticed(
 
 def test_opening_a_generator_warns_of_a_missing_first_token(tmp_path, caplog):
     directory = save_family(tmp_path / "model", "gemma2")
-    config = GeneratorConfig(model=str(directory), backend="transformers", device="cpu")
+    config = GeneratorConfig(
+        model=str(directory),
+        backend="transformers",
+        device="cpu",
+        prompt=PromptConfig(max_prompt_tokens=500),
+    )
     opened, _ = open_generator(config, "local", tmp_path / "cache")
     opened.close()
     assert "lack the beginning-of-text token" in caplog.text

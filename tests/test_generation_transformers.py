@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from rlrag.config import GeneratorConfig
-from rlrag.errors import GenerationError, ModelNotFoundError
-from rlrag.generation.build import open_engine
+from rlrag.config import GeneratorConfig, PromptConfig
+from rlrag.errors import ConfigError, GenerationError, ModelNotFoundError
+from rlrag.generation.build import check_positions, measure_speed, open_engine
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.records import Prompt
@@ -109,6 +110,33 @@ def test_it_is_a_generator(generator):
     assert isinstance(generator, Generator)
     assert generator.score([], []) == []
     assert generator.generate([], Sampling()) == []
+
+
+def test_a_speed_is_measured_on_any_number_of_prompts(generator):
+    assert measure_speed(generator, prompts_of_many_lengths(1)) > 0
+    assert measure_speed(generator, prompts_of_many_lengths(3)) > 0
+    too_long = prompt(*range(1, 200))
+    with pytest.raises(GenerationError, match="reads at most 128"):
+        measure_speed(generator, [too_long, too_long])
+
+
+@pytest.mark.parametrize("place", ["max_position_embeddings", "n_positions", "text_config"])
+def test_prompts_that_the_model_has_no_positions_for_are_refused_at_the_start(tmp_path, place):
+    limit = {"max_position_embeddings": 128} if place == "text_config" else 128
+    (tmp_path / "config.json").write_text(json.dumps({place: limit}))
+
+    def config(prompt_tokens: int, new: int) -> GeneratorConfig:
+        prompt = PromptConfig(max_prompt_tokens=prompt_tokens)
+        return GeneratorConfig(prompt=prompt, max_new_tokens=new)
+
+    check_positions(config(116, 12), tmp_path)
+    with pytest.raises(ConfigError, match=r"reads at most 128 .*set max_prompt_tokens to 116 or"):
+        check_positions(config(117, 12), tmp_path)
+    with pytest.raises(ConfigError, match="max_new_tokens is 128; lower it"):
+        check_positions(config(16, 128), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({place: -1}))
+    if place != "text_config":
+        check_positions(config(117, 12), tmp_path)
 
 
 def test_score_equals_a_plain_loop(generator, plain_model):

@@ -110,8 +110,8 @@ def check_other_files(config: RunConfig, run_dir: RunDirectory) -> Answer:
 
 
 def models_of(config: RunConfig) -> dict[str, str]:
-    """The models that a run opens, by what they are for."""
-    found = {"generator": config.generator.model}
+    """The models that a run opens beside the generator, by what they are for."""
+    found: dict[str, str] = {}
     if config.retrieval.encoder is not None:
         found["encoder"] = config.retrieval.encoder
     if config.retrieval.kind == "semi_parametric":
@@ -159,6 +159,22 @@ def _hub_model(name: str) -> Answer:
             ) from error
         return ok(f"{name}: is fetched from the hub when the run starts")
     return ok(f"{name}: was fetched before")
+
+
+def check_generator(config: RunConfig) -> Answer:
+    """Whether the generator's model can be had, and reads prompts as long as they may get.
+
+    Raises:
+        ModelNotFoundError: when it cannot be had.
+        ConfigError: when prompts may be longer than it reads.
+    """
+    from rlrag.generation.build import check_positions
+
+    name = config.generator.model
+    answer = check_model(name, config.cache_path)
+    if answer.status == "ok" and Path(name).expanduser().is_dir():
+        check_positions(config.generator, Path(name).expanduser())
+    return answer
 
 
 def check_rewards(config: RunConfig) -> Answer:

@@ -109,6 +109,7 @@ def checks_of(config: RunConfig, arguments: DoctorArguments) -> dict[str, Callab
         "eval questions": lambda: files.check_questions(data.eval_questions, cache_dir),
         "other files": lambda: files.check_other_files(config, run_dir),
         "rewards": lambda: files.check_rewards(config),
+        "generator model": lambda: files.check_generator(config),
     }
     for purpose, model in files.models_of(config).items():
         checks[f"{purpose} model"] = partial(files.check_model, model, cache_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -34,12 +35,14 @@ def open_generator(
 
     Raises:
         ModelNotFoundError: when the model cannot be found.
-        ConfigError: when the configuration contradicts itself or the launcher.
+        ConfigError: when the configuration contradicts itself or the launcher, or when prompts may
+            be longer than the model reads.
         SetupError: when the back end is not installed.
         GenerationError: when the model or the cache cannot be opened.
     """
     config = resolve_config(config, launcher)
     model_dir = resolve_model(config.model, cache_dir)
+    check_positions(config, model_dir)
     prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
     if lacks_first_token(model_dir, prompts.prefix_ids):
         logger.warning(
@@ -61,6 +64,39 @@ def open_generator(
     identity = generator_identity(model_dir, config.backend, config.dtype, config.device)
     pool = GeneratorPool(config, engine, identity, environment, logs)
     return CachedGenerator(pool, cache_dir), prompts
+
+
+def check_positions(config: GeneratorConfig, model_dir: Path) -> None:
+    """Refuse prompts that the model has no positions for, as far as its configuration says so.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    limit = _num_positions(model_dir)
+    room = None if limit is None else limit - config.max_new_tokens
+    if room is not None and room < config.prompt.max_prompt_tokens:
+        raise ConfigError(
+            f"the model in {model_dir} reads at most {limit} tokens, but generator.prompt."
+            f"max_prompt_tokens {config.prompt.max_prompt_tokens} and generator.max_new_tokens "
+            f"{config.max_new_tokens} allow for more; set max_prompt_tokens to {room} or less"
+            if room > 0
+            else f"the model in {model_dir} reads at most {limit} tokens, and "
+            f"generator.max_new_tokens is {config.max_new_tokens}; lower it"
+        )
+
+
+def _num_positions(model_dir: Path) -> int | None:
+    """Tokens of prompt and answer that a model reads at most; None where it does not say."""
+    path = model_dir / "config.json"
+    if not path.is_file():  # opening the model says what it lacks
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for section in (values, values.get("text_config") or {}):
+        for key in ("max_position_embeddings", "n_positions"):
+            limit = section.get(key)
+            if isinstance(limit, int) and limit > 0:  # XLNet's -1 is no limit
+                return limit
+    return None
 
 
 def resolve_config(config: GeneratorConfig, launcher: str) -> GeneratorConfig:
@@ -140,18 +176,20 @@ def measure_speed(
     """Prompt and answer tokens a second of `generator`, measured on a handful of prompts.
 
     Give the generator itself, not a cache in front of it. The first prompt is asked alone and not
-    timed: it pays for the start of an engine and for shared prefixes.
+    timed: it pays for the start of an engine and for shared prefixes. A single one is asked again.
 
     Raises:
-        GenerationError: with fewer than two prompts, or from the generator.
+        GenerationError: from the generator, or why it answered none of the timed prompts.
     """
-    if len(prompts) < 2:
-        raise GenerationError(f"a speed needs at least 2 prompts to measure; got {len(prompts)}")
     sampling = sampling or Sampling()
     generator.generate(prompts[:1], sampling)
     before, start = generator.tokens.spent, time.perf_counter()
-    generator.generate(prompts[1:], sampling)
-    return (generator.tokens.spent - before) / (time.perf_counter() - start)
+    answers = generator.generate(prompts[1:] or prompts, sampling)
+    num_tokens, seconds = generator.tokens.spent - before, time.perf_counter() - start
+    if not num_tokens:
+        refused = (answer for answer in answers if isinstance(answer, GenerationError))
+        raise next(refused, GenerationError("no prompt was answered, so that no speed is known"))
+    return num_tokens / seconds
 
 
 def estimate_duration(num_tokens: int, tokens_per_s: float) -> float:
