@@ -32,7 +32,6 @@ from rlrag.data.corpus import Corpus, MemoryCorpus
 from rlrag.data.load import load_corpus, load_questions
 from rlrag.records import Question
 from rlrag.retrieval.bag_of_tokens import open_bag_of_tokens
-from rlrag.retrieval.bm25 import split_words
 from rlrag.retrieval.build import open_vocabulary_encoder
 from rlrag.retrieval.late_parametric import FrozenIndex, LateParametricRetriever
 from rlrag.retrieval.protocol import Hits
@@ -42,6 +41,7 @@ from rlrag.retrieval.semi_parametric import (
     vocabulary_manifest,
 )
 from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
+from rlrag.retrieval.words import split_words
 
 RESULTS_FILE = Path(__file__).parent / "results" / "retrieval.md"
 TARGET_RATIO = 0.5

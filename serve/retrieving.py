@@ -24,7 +24,7 @@ from rlrag.models import resolve_model, weights_hash
 from rlrag.pipeline import retrievers_of
 from rlrag.retrieval.build import RetrieverSet
 from rlrag.retrieval.role_directories import ROLES, role_directory
-from rlrag.retrieval.tables import retrieve
+from rlrag.retrieval.tables import retrieve, warn_of_unmatched
 from rlrag.retrieval.tuned import tuned_retrieval
 from serve.records import Filters, Retrieved
 from serve.versions import check_version
@@ -149,6 +149,14 @@ class RetrieverPart:
             texts = [asks[place].question for place in places]
             for place, retrieved in zip(places, _search(loaded.shelf, texts, wanted), strict=True):
                 found[place] = retrieved
+        warn_of_unmatched(
+            [
+                one.scores_NC
+                for place, one in found.items()
+                if isinstance(one, Retrieved) and not asks[place].filters.ids
+            ],
+            loaded.shelf.retrievers.primary.name,
+        )
         return [found[place] for place in range(len(asks))]
 
 

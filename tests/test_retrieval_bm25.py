@@ -9,9 +9,10 @@ import pytest
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, DataError
 from rlrag.records import Passage
-from rlrag.retrieval.bm25 import BM25Retriever, open_bm25, split_words
+from rlrag.retrieval.bm25 import BM25Retriever, open_bm25
 from rlrag.retrieval.manifest import Manifest
 from rlrag.retrieval.protocol import Retriever, best_rows
+from rlrag.retrieval.words import split_words
 
 TEXTS = (
     ("Niger", "Niger is a landlocked country. Its capital is Niamey."),

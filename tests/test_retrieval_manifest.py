@@ -189,6 +189,15 @@ def test_a_changed_parameter_builds_its_own_part_only(tmp_path: Path) -> None:
     assert names == ["bm25", "bm25", "vectors"]
 
 
+def test_an_index_of_other_words_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = opened(tmp_path, kind="bm25")
+    monkeypatch.setattr("rlrag.retrieval.build.WORDS_VERSION", 99)
+    assert opened(tmp_path, kind="bm25").manifest_hash != before.manifest_hash
+    assert len(list((tmp_path / "indexes").glob("bm25-*"))) == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "names", "primary"),
     [

@@ -104,6 +104,21 @@ def test_other_kinds(
     assert made.batch([1]).passage_vectors_BND.shape == (1, 5, size)
 
 
+def test_questions_that_match_no_passage_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strange = tuple(Question(text, text, ("",)) for text in ("xylophone", "東京", "town3"))
+    for _ in range(2):  # computed, then read from the cache
+        caplog.clear()
+        table(tmp_path, kind="bm25", encoder=None, questions=strange)
+        (warning,) = caplog.messages
+        assert warning.startswith("2 of 3 questions match no passage: bm25 scores all 0")
+    caplog.clear()
+    table(tmp_path, kind="hybrid", questions=strange[:1])
+    table(tmp_path, kind="bm25", encoder=None)
+    assert caplog.messages == []
+
+
 def test_questions_are_encoded_once_and_not_again_from_the_cache(tmp_path: Path) -> None:
     encoder = WordEncoder()
     first = table(tmp_path, encoder, kind="hybrid")

@@ -120,6 +120,14 @@ def test_a_bound_beyond_the_corpus_leaves_nothing_out(monkeypatch, bundle):
     assert scored.depths == [20, NUM_PASSAGES]
 
 
+def test_a_question_that_matches_no_passage_is_counted(monkeypatch, bundle, caplog):
+    part = scored_part(monkeypatch, bundle, 20, Scored("bm25", [0] * NUM_PASSAGES))
+    asked(part, bundle_version(bundle), ids=("unknown",))  # among named passages nothing is odd
+    assert "match no passage" not in caplog.text
+    asked(part, bundle_version(bundle))
+    assert "1 of 1 questions match no passage" in caplog.text
+
+
 def test_named_passages_are_looked_up_however_far_down_they_stand(monkeypatch, bundle):
     scored = Scored("bm25", range(NUM_PASSAGES))
     part = scored_part(monkeypatch, bundle, 20, scored)

@@ -11,8 +11,7 @@ P passages, df_w passages with w, tf_wd occurrences of w in d, len_d words of d.
 k1 + 1 in the numerator, and every idf is above zero, so a passage scores zero exactly when it
 shares no word with the question.
 
-Words are runs of two or more letters, digits or underscores, lower-cased, without English stop
-words and without stemming. Passages are indexed by `Passage.contents`: title and text.
+`words.py` says what a word is. Passages are indexed by `Passage.contents`: title and text.
 
 The library reads and searches the index; building it is done here, in the library's layout and to
 the library's numbers, as the library holds a corpus many times over while it builds. The postings
@@ -26,13 +25,11 @@ Shape letters: B questions, P passages, K hits, N given rows, V words, J posting
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -43,6 +40,7 @@ from rlrag.data.corpus import Corpus
 from rlrag.errors import DataError
 from rlrag.retrieval.manifest import Manifest, check_manifest, damaged, staged_directory
 from rlrag.retrieval.protocol import Hits, best_rows, check_num_hits
+from rlrag.retrieval.words import split_words
 
 if TYPE_CHECKING:
     import bm25s
@@ -52,8 +50,6 @@ logger = logging.getLogger(__name__)
 _BLOCK_PASSAGES = 2048
 _COUNT_TYPE = np.dtype(np.int32)
 
-_find_words = re.compile(r"\b\w\w+\b").findall
-
 
 def _library() -> Any:
     import bm25s
@@ -61,24 +57,6 @@ def _library() -> Any:
     # bm25s 0.3 sets its own logger to DEBUG, which would reach every handler of the program.
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a text that are indexed, in order.
-
-    Example:
-        >>> split_words("What is the capital of Guinea-Bissau?")
-        ['what', 'capital', 'guinea', 'bissau']
-    """
-    stop_words = _stop_words()
-    return [word for word in _find_words(text.lower()) if word not in stop_words]
-
-
-@cache
-def _stop_words() -> frozenset[str]:
-    from bm25s.stopwords import STOPWORDS_EN
-
-    return frozenset(STOPWORDS_EN)
 
 
 def open_bm25(corpus: Corpus, directory: Path, manifest: Manifest) -> BM25Retriever:
@@ -184,7 +162,8 @@ class _CountedCorpus:
 class BM25Retriever:
     """Ranks passages by the words that they share with the question.
 
-    A question without a known word scores every passage zero: the first rows are then its hits.
+    A question without a known word scores every passage zero: the first rows are then its hits, of
+    which `tables.warn_of_unmatched` tells.
     """
 
     name = "bm25"

@@ -29,6 +29,7 @@ from rlrag.retrieval.role_directories import has_encoder_each
 from rlrag.retrieval.shards import Shards, ShardSource, shard_sources
 from rlrag.retrieval.vector_index import check_index_fits, open_index
 from rlrag.retrieval.vectors import VECTORS_FILE, open_vectors
+from rlrag.retrieval.words import WORDS_VERSION
 
 if TYPE_CHECKING:
     from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
@@ -96,7 +97,7 @@ def open_retrievers(
     components: dict[str, Retriever] = {}
     manifests: list[Manifest] = []
     if config.kind in ("bm25", "hybrid") or config.bm25_scores:
-        manifest = _manifest("bm25", corpus, parameters={"k1": config.bm25_k1, "b": config.bm25_b})
+        manifest = _manifest("bm25", corpus, parameters=_bm25_parameters(config))
         components["bm25"] = open_bm25(corpus, places.of(manifest), manifest)
         manifests.append(manifest)
     vectors_PD: np.ndarray = np.zeros((len(corpus), 0), dtype=np.float32)
@@ -251,6 +252,10 @@ def _manifest(
         encoder_identity=encoder.identity if encoder else None,
         parameters=parameters or {},
     )
+
+
+def _bm25_parameters(config: RetrievalConfig) -> dict[str, float]:
+    return {"k1": config.bm25_k1, "b": config.bm25_b, "words_version": WORDS_VERSION}
 
 
 def _index_parameters(config: RetrievalConfig) -> dict[str, int]:

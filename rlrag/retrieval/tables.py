@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -71,6 +71,7 @@ def candidate_table(
         arrays = _compute(questions, retrievers, config.num_candidates)
         _save(path, arrays)
     rows_QN, scores_QNC, question_vectors_QD = arrays
+    warn_of_unmatched(scores_QNC, retrievers.score_names[0])
     return CandidateTable(
         questions=questions,
         corpus=corpus,
@@ -97,6 +98,25 @@ def retrieve(
     ]
     scores_BNC = np.stack([hits.scores_BK, *others], axis=-1)
     return hits.rows_BK, scores_BNC, retrievers.question_vectors(questions)
+
+
+def warn_of_unmatched(scores_NC: Iterable[np.ndarray], retriever: str) -> None:
+    """Log how many questions match no passage: all their ranking scores are zero.
+
+    Args:
+        scores_NC: Scores of each question's candidates; those of the ranking are the first column.
+        retriever: What ranked them.
+    """
+    matched = [bool(scores[:, 0].any()) for scores in scores_NC]
+    if not all(matched):
+        logger.warning(
+            "%d of %d questions match no passage: %s scores all 0, so their candidates are merely "
+            "the first of the corpus; check that questions and corpus are of one language, or use "
+            "retrieval.kind dense or hybrid",
+            matched.count(False),
+            len(matched),
+            retriever,
+        )
 
 
 def _compute(
