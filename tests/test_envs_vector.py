@@ -115,15 +115,18 @@ def test_the_mode_is_in_the_metadata_of_the_instance_alone(mode):
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_it_equals_gymnasiums_own_vectorisation(mode):
-    """With one question nothing is drawn, so both run the same episodes whatever the mode."""
-    num_envs, table = 3, make_table(num_questions=1)
-    ours = make_batch(num_envs, num_questions=1, autoreset_mode=mode)
+    """Many questions, drawn in the order of the sub-environments from generators that are equal."""
+    num_envs, table = 3, make_table(num_questions=5)
+    ours = make_batch(num_envs, num_questions=5, autoreset_mode=mode)
     theirs = SyncVectorEnv(
         [lambda: DocumentSelectionEnv(table, OrderReward(), num_selected=2)] * num_envs,
         autoreset_mode=mode,
     )
     ours.action_space.seed(1)
-    assert_same(ours.reset(seed=0), theirs.reset(seed=0))
+    ours.np_random, shared = np.random.default_rng(0), np.random.default_rng(0)
+    for env in theirs.envs:
+        env.unwrapped.np_random = shared
+    assert_same(ours.reset(), theirs.reset())
     for _ in range(60):
         actions = ours.action_space.sample()
         ours_now, theirs_now = ours.step(actions), theirs.step(actions)

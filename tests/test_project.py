@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("rlrag", "envs", "jobs")
+PACKAGES = ("rlrag", "envs", "jobs", "serve")
 MAX_LINES = 450
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
