@@ -91,7 +91,7 @@ def _evaluate(arguments: EvaluateArguments) -> None:
     launcher = arguments.launcher or bundle.config.training.launcher
     config = _configured(bundle.config, arguments)
     recorder = QuestionRecorder(config.environment.num_selected)
-    with opened_generator(bundle, config, launcher, "rlrag-evaluate.log") as opened:
+    with opened_generator(bundle, config, launcher, "rlrag-evaluate") as opened:
         library = open_library(config, bundle.index_dir)
         candidates, questions_hash = open_evaluation_data(config, library)
         table = evaluate(

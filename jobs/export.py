@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +118,7 @@ def _export_checkpoint(
 ) -> None:
     from rlrag.bundle_files import ADAPTER
     from rlrag.training.checkpoints import CheckpointStore
-    from rlrag.training.reporting import library_chatter_in
+    from rlrag.training.reporting import private_library_chatter
 
     store = CheckpointStore(run_dir.checkpoints)
     step = best_step(store) if step is None else _existing(store, step)
@@ -133,7 +132,7 @@ def _export_checkpoint(
         if arguments.hub:
             write_card(staging)
 
-    with library_chatter_in(Path(tempfile.gettempdir()) / "rlrag-export.log"):
+    with private_library_chatter("rlrag-export"):
         data = _open_data(config, run_dir)
         bundle_checkpoint(arguments.output, config, data, step, files, evaluated, finish)
         if arguments.index:

@@ -7,7 +7,6 @@ and, where results are written, the end of `jobs.train`.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ class OpenedGenerator:
 
 @contextmanager
 def opened_generator(
-    bundle: Bundle, config: RunConfig, launcher: str, log_name: str
+    bundle: Bundle, config: RunConfig, launcher: str, program: str
 ) -> Iterator[OpenedGenerator]:
     """The bundle's generator while the block runs, and the cluster that it needs.
 
@@ -53,12 +52,12 @@ def opened_generator(
         bundle: Loaded.
         config: Its configuration, changed as the program wants.
         launcher: Where the generator runs.
-        log_name: File in the folder for temporary files that takes what libraries print.
+        program: Names the temporary log that takes what libraries print.
     """
     from rlrag.generation.build import open_generator, resolve_config
-    from rlrag.training.reporting import library_chatter_in
+    from rlrag.training.reporting import private_library_chatter
 
-    with library_chatter_in(Path(tempfile.gettempdir()) / log_name), cluster(launcher):
+    with private_library_chatter(program), cluster(launcher):
         generator, prompts = open_generator(config.generator, launcher, config.cache_path)
         try:
             dtype = resolve_config(config.generator, launcher).dtype

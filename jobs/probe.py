@@ -115,7 +115,7 @@ def _probe(arguments: ProbeArguments) -> None:
     launcher = arguments.launcher or bundle.config.training.launcher
     config = _configured(bundle.config, arguments)
     settings = replace(settings, seed=config.seed)
-    with opened_generator(bundle, config, launcher, "rlrag-probe.log") as opened:
+    with opened_generator(bundle, config, launcher, "rlrag-probe") as opened:
         own = _search(_tuned(config, bundle), bundle)
         gold = gold_questions(own.candidates, settings.needed_distractors)
         names, left_out = _possible(named or tuple(MEASURES), bool(named), own, gold, settings)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import stat
+import tempfile
 import warnings
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from rlrag.errors import SetupError
 from rlrag.json_logs import JsonLines
-from rlrag.training.reporting import following, library_chatter_in
+from rlrag.training.reporting import (
+    following,
+    library_chatter_in,
+    private_library_chatter,
+)
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.run_logs import note_step, worker_log
 
@@ -138,3 +145,47 @@ def test_outside_of_a_run_the_file_stands_for_it(tmp_path):
         logging.getLogger("rlrag").info("said")
     (line,) = lines(tmp_path / "rlrag-evaluate.log")
     assert line["run"] == "rlrag-evaluate"
+
+
+def test_a_log_in_the_shared_temporary_folder_is_private_and_follows_no_link(
+    tmp_path, monkeypatch, capsys
+):
+    """Another user may have put a link at any name that could be foreseen."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    for name in ("rlrag-evaluate.log", "rlrag-evaluate"):
+        (tmp_path / name).symlink_to(target)
+    before = set(tmp_path.iterdir())
+
+    def made() -> list[Path]:
+        return sorted(set(tmp_path.iterdir()) - before)
+
+    with private_library_chatter("rlrag-evaluate"), private_library_chatter("rlrag-evaluate"):
+        first, second = made()
+        assert {stat.S_IMODE(folder.stat().st_mode) for folder in (first, second)} == {0o700}
+    assert made() == []
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="too few"), private_library_chatter("rlrag-evaluate"):
+        raise ValueError("too few")
+    (kept,) = made()
+    (line,) = lines(kept / "rlrag-evaluate.log")
+    assert line["message"] == "ended by ValueError"
+    assert f"is in {kept / 'rlrag-evaluate.log'}" in capsys.readouterr().err
+    assert target.read_text() == "precious"
+
+    def full(prefix: str) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with (
+        pytest.raises(SetupError, match="No space left on device; free space.*TMPDIR"),
+        private_library_chatter("rlrag-evaluate"),
+    ):
+        pass
+
+
+def test_programs_give_no_fixed_name_in_the_shared_temporary_folder():
+    root = Path(__file__).parents[1]
+    files = [path for part in ("rlrag", "jobs", "serve") for path in (root / part).rglob("*.py")]
+    assert [path for path in files if "gettempdir" in path.read_text()] == []

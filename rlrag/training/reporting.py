@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -276,6 +278,33 @@ def library_chatter_in(path: Path) -> Iterator[None]:
             stack.callback(transformers_logging.enable_progress_bar)
             transformers_logging.disable_progress_bar()
         yield
+
+
+@contextmanager
+def private_library_chatter(program: str) -> Iterator[None]:
+    """`library_chatter_in` a file that no other user can read, foresee or put a link at.
+
+    For programs that have no directory of their own. The file is deleted when the block ends well;
+    otherwise it stays, and a line on stderr says where.
+
+    Raises:
+        SetupError: when no temporary directory can be made.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f"{program}-"))
+    except OSError as error:
+        raise SetupError(
+            f"cannot make a temporary directory for the log: {error.strerror or error}; free "
+            "space, or name another place by the environment variable TMPDIR"
+        ) from error
+    path = folder / f"{program}.log"
+    try:
+        with library_chatter_in(path):
+            yield
+    except BaseException:
+        _say(f"what libraries said is in {path}")
+        raise
+    shutil.rmtree(folder, ignore_errors=True)  # the work is done, whatever became of its log
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
