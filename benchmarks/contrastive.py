@@ -92,6 +92,7 @@ class Library:
             str(model_dir),
             device=resolve_device("auto"),
             local_files_only=True,
+            trust_remote_code=False,
             model_kwargs={"dtype": torch.float32},
         )
         self._model.max_seq_length = max_tokens

@@ -51,7 +51,7 @@ class PlainScorer:
         from transformers import AutoModelForCausalLM
 
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=getattr(torch, dtype)
+            model_dir, dtype=getattr(torch, dtype), trust_remote_code=False
         ).eval()
 
     def run(self, requests: list[Request]) -> tuple[float, list[float]]:

@@ -51,6 +51,7 @@ class BareEngine:
             max_num_seqs=max_num_seqs,
             block_size=32,
             seed=0,
+            trust_remote_code=False,
         )
 
     def run(

@@ -239,7 +239,9 @@ def _copy_bytes(config: GeneratorConfig, cache: Path) -> int:
 def _parameters(directory: Path, dtype: str) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 

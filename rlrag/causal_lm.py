@@ -39,7 +39,9 @@ def load_causal_lm(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
         check_causal(config, model_dir, advice)
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float):
@@ -50,6 +52,7 @@ def load_causal_lm(
             config=config,
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=False,
             **({"attn_implementation": chosen} if chosen else {}),
         )
     except ConfigError:

@@ -136,6 +136,7 @@ def _read_gguf(file: Path, target: Path) -> None:
             file.parent,
             gguf_file=file.name,
             dtype="float32",
+            trust_remote_code=False,
             quantization_config=GgufConfig(dequantize=True),
         )
         # The file's weights have no more than the 8 bits of precision that bfloat16 has.
@@ -143,7 +144,9 @@ def _read_gguf(file: Path, target: Path) -> None:
     # transformers 5.19 does not read whether the model was trained with a token at the beginning.
     bos = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
     options = {"add_bos_token": True} if bos is not None and bos.contents() else {}
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **options)
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False, **options
+    )
     tokenizer.save_pretrained(target)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import re
@@ -104,3 +105,26 @@ def test_names_say_what_they_hold():
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             assert not vague & set(path.relative_to(ROOT).with_suffix("").parts), path
+
+
+_MODEL_LOADERS = {"LLM", "SentenceTransformer", "CrossEncoder", "SparseEncoder", "from_config"}
+_MODEL_LOADERS |= {"from_pretrained", "EngineArgs", "AsyncEngineArgs"}
+
+
+def test_no_model_brings_code_of_its_own():
+    """Left unset, transformers asks on standard input whether it may run what a model names."""
+    found, open_calls = 0, []
+    folders = ("rlrag", "jobs", "serve", "envs", "examples", "benchmarks")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", None))
+            if name not in _MODEL_LOADERS:
+                continue
+            found += 1
+            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            if given.get("trust_remote_code") != "False":
+                open_calls.append(f"{path.relative_to(ROOT)}:{call.lineno} {name}")
+    assert found > 20
+    assert open_calls == []

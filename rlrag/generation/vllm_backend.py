@@ -96,6 +96,7 @@ class VllmGenerator:
                 max_model_len=config.max_model_len,
                 max_num_seqs=config.batch_size,
                 enable_prefix_caching=True,
+                trust_remote_code=False,
                 seed=0,
                 **_device_options(config, device),
             )

@@ -140,6 +140,7 @@ class TextEncoder:
             str(role_directory(self._model_dir, role)),
             device=self._device,
             local_files_only=True,
+            trust_remote_code=False,
             model_kwargs={"dtype": getattr(torch, dtype)},
         )
         limit = getattr(model.tokenizer, "model_max_length", None)

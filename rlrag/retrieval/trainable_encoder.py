@@ -41,6 +41,7 @@ class TrainableTextEncoder(nn.Module):
             str(model_dir),
             device=resolve_device(device),
             local_files_only=True,
+            trust_remote_code=False,
             model_kwargs={"dtype": torch.float32},
         )
         limit = getattr(self.model.tokenizer, "model_max_length", None)

@@ -40,7 +40,9 @@ class Vocabulary:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                model_dir, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{model_dir} has no tokenizer that transformers reads ({error}); name a masked "

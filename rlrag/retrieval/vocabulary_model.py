@@ -119,7 +119,11 @@ def _load(model_dir: Path) -> Any:
 
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
-            model_dir, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            model_dir,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(

@@ -28,10 +28,12 @@ class _TextEncoder(nn.Module):
         from transformers import AutoModel, AutoTokenizer
 
         super().__init__()
-        self.model = AutoModel.from_pretrained(model_dir, dtype=torch.float32)
+        self.model = AutoModel.from_pretrained(
+            model_dir, dtype=torch.float32, trust_remote_code=False
+        )
         self.model.eval()  # dropout would make draws and gradients of one step disagree
         self.max_tokens = max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         limit = min(
             getattr(self.model.config, "max_position_embeddings", max_tokens),
             self._tokenizer.model_max_length,

@@ -153,7 +153,9 @@ class RankingPrompt:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                model_dir, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"selector.model: {model_dir} holds no tokenizer that transformers can load "

@@ -49,7 +49,12 @@ def main() -> None:
     pairs = labelled_pairs(json.loads((work / "train.json").read_text()))
     positives = sum(pair["label"] for pair in pairs)
     torch.manual_seed(plan["seed"])  # the new head is drawn when the model is opened
-    model = CrossEncoder(plan["encoder"], num_labels=1, max_length=plan["encoder_max_tokens"] + 32)
+    model = CrossEncoder(
+        plan["encoder"],
+        num_labels=1,
+        max_length=plan["encoder_max_tokens"] + 32,
+        trust_remote_code=False,
+    )
     weight = torch.tensor((len(pairs) - positives) / positives)
     trainer = CrossEncoderTrainer(
         model=model,

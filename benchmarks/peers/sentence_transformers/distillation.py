@@ -34,8 +34,10 @@ class Teacher:
     """The generator; `tokens` counts what it has read, prompts and answers."""
 
     def __init__(self, directory: str) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", trust_remote_code=False
+        ).eval()
         self.tokens = 0
 
     @torch.inference_mode()
@@ -78,7 +80,7 @@ def main() -> None:
         if len(rows) % 10 == 0:
             print(f"{len(rows)} questions, {teacher.tokens:,} tokens", flush=True)
 
-    model = SentenceTransformer(plan["encoder"])
+    model = SentenceTransformer(plan["encoder"], trust_remote_code=False)
     model.max_seq_length = plan["encoder_max_tokens"]
     trainer = SentenceTransformerTrainer(
         model=model,

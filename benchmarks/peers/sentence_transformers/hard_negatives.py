@@ -35,7 +35,7 @@ def main() -> None:
     work, output = Path(sys.argv[1]), Path(sys.argv[2])
     plan = json.loads((work / "plan.json").read_text())
     records = [r for r in json.loads((work / "train.json").read_text()) if r["gold"]]
-    model = SentenceTransformer(plan["encoder"])
+    model = SentenceTransformer(plan["encoder"], trust_remote_code=False)
     model.max_seq_length = plan["encoder_max_tokens"]
 
     pairs = Dataset.from_list(

@@ -83,8 +83,12 @@ def main() -> None:
     started = time.monotonic() - seconds_before
     plan = json.loads((work / "plan.json").read_text())
     records = json.loads((work / "train.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(plan["generator"], padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(plan["generator"], dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(
+        plan["generator"], padding_side="left", trust_remote_code=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        plan["generator"], dtype="auto", trust_remote_code=False
+    )
     trl.trainer.utils._use_triton = lambda device: True  # asked there for which positions to score
 
     # An answer ends with its line; TRL ends it at every token that the model declares as an end.
@@ -135,7 +139,9 @@ def main() -> None:
     trained = trainer.model.merge_and_unload()
     trained.generation_config.eos_token_id = ends
     trained.save_pretrained(output / "generator")
-    AutoTokenizer.from_pretrained(plan["generator"]).save_pretrained(output / "generator")
+    AutoTokenizer.from_pretrained(plan["generator"], trust_remote_code=False).save_pretrained(
+        output / "generator"
+    )
     result = {
         "generator": "generator",
         "generator_tokens": int(trainer.state.num_input_tokens_seen),
