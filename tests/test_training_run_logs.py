@@ -179,7 +179,7 @@ def test_a_log_in_the_shared_temporary_folder_is_private_and_follows_no_link(
 
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     with (
-        pytest.raises(SetupError, match="No space left on device; free space.*TMPDIR"),
+        pytest.raises(SetupError, match=r"No space left on device; free space.*TMPDIR"),
         private_library_chatter("rlrag-evaluate"),
     ):
         pass
