@@ -36,6 +36,7 @@ def evaluated(bundle_dir: Path, num_questions: int) -> tuple[list[Question], lis
     from rlrag.pipeline import open_evaluation_data, open_library, open_reward, other_retrievers
 
     bundle = load_bundle(bundle_dir)
+    bundle.check_code("reward.functions", ())
     values = bundle.config.model_dump()
     values["data"]["max_eval_questions"] = num_questions
     values["evaluation"]["systems"] = ("trained",)

@@ -18,7 +18,7 @@ from rlrag.data.questions import QuestionSet
 from rlrag.environment.rollout import play_greedy
 from rlrag.errors import RlragError
 from rlrag.generation.build import open_generator, resolve_config
-from rlrag.pipeline import candidates_of, open_library, open_reward
+from rlrag.pipeline import candidates_of, open_answering, open_library
 from rlrag.records import Passage, Question
 from rlrag.retrieval.tuned import tuned_retrieval
 
@@ -32,9 +32,12 @@ class Answered:
     answer: str
 
 
-def ask(bundle_dir: Path, texts: Sequence[str]) -> list[Answered]:
-    """Answer questions as the bundle was evaluated: retrieve, select greedily, generate."""
-    bundle = load_bundle(bundle_dir)
+def ask(bundle_dir: Path, texts: Sequence[str], allow_code: Sequence[str] = ()) -> list[Answered]:
+    """Answer questions as the bundle was evaluated: retrieve, select greedily, generate.
+
+    An environment of one's own, `module:namespace/Name-v0`, has to be named in `allow_code`.
+    """
+    bundle = load_bundle(bundle_dir, allow_code)
     config = bundle.config
     if bundle.retriever_dir is not None:
         retrieval = tuned_retrieval(config.retrieval, bundle.retriever_dir)
@@ -48,7 +51,7 @@ def ask(bundle_dir: Path, texts: Sequence[str]) -> list[Answered]:
         weights = bundle.generator_weights(resolve_config(config.generator, "local").dtype)
         if weights is not None:
             generator.load_weights(weights)
-        answers = open_reward(config, generator, prompts).answer(questions, selections)
+        answers = open_answering(config, generator, prompts).answer(questions, selections)
     finally:
         generator.close()
     for answer in answers:
@@ -64,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print each answer above its passages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--allow-code", action="append", default=[], metavar="NAME")
     parser.add_argument("questions", nargs="+")
     arguments = parser.parse_args(argv)
-    for answered in ask(arguments.bundle, arguments.questions):
+    for answered in ask(arguments.bundle, arguments.questions, arguments.allow_code):
         print(f"{answered.question}\n  {answered.answer}")
         for number, passage in enumerate(answered.passages, start=1):
             print(f"    [{number}] {passage.title}: {passage.text[:100]}")

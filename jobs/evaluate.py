@@ -19,6 +19,7 @@ from rich.console import Console
 
 from jobs.command_line import parse, run_program
 from jobs.opened_bundle import (
+    OpenedGenerator,
     check_flags,
     is_stream,
     on_other_data,
@@ -33,6 +34,7 @@ from rlrag.errors import ConfigError
 if TYPE_CHECKING:  # they bring torch, which --help does without
     from rlrag.bundle import Bundle
     from rlrag.retrieval.candidates import CandidateTable
+    from rlrag.rewards.answering import AnsweringReward
     from rlrag.selection.protocol import Policy
 
 
@@ -61,6 +63,9 @@ class EvaluateArguments:
     systems: tuple[System, ...] = ()
     """Systems to compare, also ones that the run did not; those of `evaluation.systems` when
     unset."""
+    allow_code: tuple[str, ...] = ()
+    """Code that the bundle names and that may run here, as it names it: a reward
+    `package.module:function`, an environment `module:namespace/Name-v0`."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,16 +83,13 @@ def _evaluate(arguments: EvaluateArguments) -> None:
     from rlrag.bundle import load_bundle
     from rlrag.evaluation.baselines import baselines_from_json
     from rlrag.evaluation.question_records import QuestionRecorder, questions_path
-    from rlrag.evaluation.systems import evaluate
+    from rlrag.evaluation.systems import evaluate, prefers_reward
     from rlrag.evaluation.table import render
-    from rlrag.pipeline import (
-        open_evaluation_data,
-        open_library,
-        open_reward,
-        other_retrievers,
-    )
+    from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
 
-    bundle = load_bundle(arguments.bundle)
+    bundle = load_bundle(arguments.bundle, arguments.allow_code)
+    if prefers_reward(bundle.config):
+        bundle.check_code("reward.functions", arguments.allow_code)
     launcher = arguments.launcher or bundle.config.training.launcher
     config = _configured(bundle.config, arguments)
     recorder = QuestionRecorder(config.environment.num_selected)
@@ -98,7 +100,7 @@ def _evaluate(arguments: EvaluateArguments) -> None:
             config,
             _policy(bundle, config, candidates),
             candidates,
-            open_reward(config, opened.generator, opened.prompts),
+            _answering(config, opened, candidates, arguments.allow_code),
             progress=lambda name: print(name, file=sys.stderr, flush=True),
             tune_generator=opened.tune,
             retrievers=other_retrievers(config, library, bundle.retriever_dir),
@@ -116,6 +118,22 @@ def _evaluate(arguments: EvaluateArguments) -> None:
         if not is_stream(arguments.output):
             recorder.write(questions_path(arguments.output), record)
         write_output(arguments.output, json.dumps(record, indent=2) + "\n")
+
+
+def _answering(
+    config: RunConfig,
+    opened: OpenedGenerator,
+    candidates: CandidateTable,
+    allow_code: Sequence[str],
+) -> AnsweringReward:
+    """What answers, with the reward where answers are judged by it."""
+    from rlrag.evaluation.systems import judged_by_reward
+    from rlrag.pipeline import open_answering, open_reward
+
+    if not judged_by_reward(config, candidates):
+        return open_answering(config, opened.generator, opened.prompts)
+    opened.bundle.check_code("reward.functions", allow_code)
+    return open_reward(config, opened.generator, opened.prompts)
 
 
 def _policy(bundle: Bundle, config: RunConfig, candidates: CandidateTable) -> Policy:

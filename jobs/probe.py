@@ -77,6 +77,8 @@ class ProbeArguments:
     """Orders that `order` tries: all of them, or so many drawn ones where there are more."""
     launcher: Literal["ray", "local"] | None = None
     """Where the generator runs; as in training when unset."""
+    allow_code: tuple[str, ...] = ()
+    """An environment `module:namespace/Name-v0` that the bundle names and that may run here."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _probe(arguments: ProbeArguments) -> None:
         arguments.contradictions,
         arguments.max_orders,
     )
-    bundle = load_bundle(arguments.bundle)
+    bundle = load_bundle(arguments.bundle, arguments.allow_code)
     launcher = arguments.launcher or bundle.config.training.launcher
     config = _configured(bundle.config, arguments)
     settings = replace(settings, seed=config.seed)
@@ -263,9 +265,9 @@ def _measure(
     The untrained system comes first, as the generator is tuned only once.
     """
     from rlrag.evaluation.probe import Probe, measure
-    from rlrag.pipeline import open_reward
+    from rlrag.pipeline import open_answering
 
-    answering = open_reward(own.config, opened.generator, opened.prompts)
+    answering = open_answering(own.config, opened.generator, opened.prompts)
     questions = own.candidates.questions
     results: dict[str, dict[str, Measured]] = {}
     errors: dict[str, str] = {}

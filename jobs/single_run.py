@@ -328,7 +328,7 @@ def _evaluate(
     prompts: PromptBuilder,
 ) -> None:
     from rlrag.bundle import add_evaluation, load_bundle
-    from rlrag.bundle_files import Evaluated, GoldenQuestion, golden_sample
+    from rlrag.bundle_files import Evaluated, GoldenQuestion, code_named_by, golden_sample
     from rlrag.evaluation.question_records import QuestionRecorder
     from rlrag.evaluation.systems import Answered, HeldBack, evaluate
     from rlrag.evaluation.table import render
@@ -340,7 +340,7 @@ def _evaluate(
         validation_questions,
     )
 
-    bundle = load_bundle(run_dir.bundle)
+    bundle = load_bundle(run_dir.bundle, code_named_by(config)["environment.id"])
     candidates, questions_hash = open_evaluation_data(config, library)
     weights = bundle.generator_weights(
         resolve_config(config.generator, config.training.launcher).dtype

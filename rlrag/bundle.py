@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -155,15 +155,23 @@ def copy_bundle(
         finish(staging)
 
 
-def load_bundle(directory: Path) -> Bundle:
+def load_bundle(directory: Path, allow_code: Collection[str] = ()) -> Bundle:
     """Check every file and rebuild the policy.
+
+    Args:
+        directory: The bundle.
+        allow_code: An environment `module:namespace/Name-v0` that the bundle may have imported;
+            without it a bundle that names one is refused. Its reward functions are for
+            `BundleFiles.check_code` to look at, where they are used.
 
     Raises:
         CheckpointError: when the bundle is absent, damaged, of another format, holds weights that
             are not finite, or a model has other weights than it was trained with.
-        ConfigError: when its configuration is none of this version.
+        ConfigError: when its configuration is none of this version, or names an environment's
+            module that the caller does not.
     """
     files = read_bundle(directory)
+    files.check_code("environment.id", allow_code)
     config, facts = files.config, files.facts
     generator_hash = weights_hash(resolve_model(config.generator.model, config.cache_path))
     for model, here, expected in (

@@ -14,7 +14,8 @@ bundle/README.md              a model card, where asked for
 bundle/manifest.json          SHA-256 of each of these
 
 Nothing in a bundle runs: it holds tensors, arrays and text alone, arrays are read without pickle,
-and models are loaded without code of their own.
+and models are loaded without code of their own. What its configuration names of other code, an
+environment's module or a reward function, runs only where the caller names it too.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors.torch import load_file
 
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError, RlragError
+from rlrag.errors import CheckpointError, ConfigError, RlragError
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.licences import LICENCES_FILE, PartLicence
 from rlrag.records import Generation, Passage, Question
@@ -115,6 +116,29 @@ class BundleFiles:
     adapter_dir: Path | None
     index_dir: Path | None
 
+    def check_code(
+        self, field: Literal["environment.id", "reward.functions"], allow_code: Collection[str]
+    ) -> None:
+        """Refuse code that the configuration names and the caller does not.
+
+        To be called before the field is used: whoever made the bundle chose the names, and to
+        import a module is to run it.
+
+        Args:
+            field: What is about to be used.
+            allow_code: Names that the caller gives, as the configuration writes them.
+
+        Raises:
+            ConfigError: naming the first that the caller did not give.
+        """
+        for name in code_named_by(self.config)[field]:
+            if name not in allow_code:
+                raise ConfigError(
+                    f"bundle {self.directory} names code that is not its own, {field} {name!r}, "
+                    f"which would run here; if you trust it, say so by --allow-code {name} (of a "
+                    "service the setting allow_code, in Python load_bundle's argument allow_code)"
+                )
+
     def generator_weights(self, dtype: str) -> GeneratorWeights | None:
         """The trained generator for engines that run in `dtype`; None where none was trained.
 
@@ -144,6 +168,20 @@ def bundle_version(directory: Path) -> str:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); give the bundle directory of a finished run"
         ) from error
+
+
+def code_named_by(config: RunConfig) -> Mapping[str, tuple[str, ...]]:
+    """By field, what a configuration names of modules to import; built-in names are none.
+
+    Example:
+        >>> code_named_by(RunConfig())
+        {'environment.id': (), 'reward.functions': ()}
+    """
+    named = {
+        "environment.id": (config.environment.id,),
+        "reward.functions": config.reward.functions,
+    }
+    return {field: tuple(n for n in names if ":" in n) for field, names in named.items()}
 
 
 def read_bundle(directory: Path) -> BundleFiles:

@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rlrag.config import RetrievalConfig, RunConfig
+from rlrag.config import RetrievalConfig, RewardConfig, RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import QuestionSet, load_corpus, load_questions
 from rlrag.errors import ConfigError, DataError
@@ -231,6 +231,17 @@ def open_policy(config: RunConfig, candidates: CandidateTable, base: Any = None)
 def open_reward(config: RunConfig, generator: Generator, prompts: PromptBuilder) -> AnsweringReward:
     """The reward that answers from a selection and applies the configured functions."""
     return AnsweringReward(generator, prompts, RewardModel(config.reward), sampling_of(config))
+
+
+def open_answering(
+    config: RunConfig, generator: Generator, prompts: PromptBuilder
+) -> AnsweringReward:
+    """`open_reward` for those who ask it for answers alone.
+
+    No reward function that the configuration names is imported; a built-in one takes their place.
+    """
+    config = config.model_copy(update={"reward": RewardConfig()})
+    return open_reward(config, generator, prompts)
 
 
 def sampling_of(config: RunConfig) -> Sampling:

@@ -59,7 +59,7 @@ def _build(arguments: Mapping[str, Any]) -> Application:
     # To a type checker a decorated class is still the class.
     decorated: Any = deployments
     settings = _located(parse_settings(arguments))
-    read_bundle(Path(settings.bundle))
+    read_bundle(Path(settings.bundle)).check_code("environment.id", settings.allow_code)
     limits = settings.limits
     registry = decorated.RegistryReplica.options(
         user_config={"bundle": settings.bundle},

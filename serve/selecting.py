@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +53,12 @@ class SelectorPart:
 
     Args:
         explore_share: With which probability callers mark a choice `explore`.
+        allow_code: Environments `module:namespace/Name-v0` that bundles may have imported.
     """
 
-    def __init__(self, explore_share: float = 0.0) -> None:
+    def __init__(self, explore_share: float = 0.0, allow_code: Collection[str] = ()) -> None:
         self._explore_share = explore_share
+        self._allow_code = allow_code
         self._policies: dict[str, tuple[Policy, EnvironmentConfig]] = {}
         self._loading = threading.Lock()
 
@@ -71,7 +73,7 @@ class SelectorPart:
             RlragError: what is wrong with the bundle.
         """
         with self._loading:
-            bundle = load_bundle(directory)
+            bundle = load_bundle(directory, self._allow_code)
             check_version(version, bundle.version, directory)
             bundle.policy.eval()
             loaded = bundle.policy, bundle.config.environment

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from rlrag.config.sections import Section
 from rlrag.errors import ConfigError
+
+Words = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: tuple(value.split()) if isinstance(value, str) else value),
+]
+"""A list in YAML; on the command line, where all is text, words between white space."""
 
 
 class PartSettings(Section):
@@ -69,10 +75,10 @@ class AccessSettings(Section):
     """File with one key a line for `/admin`; unset closes `/admin`."""
     admin_keys_variable: str | None = None
     """Environment variable with keys for `/admin`, split by white space."""
-    hosts: tuple[str, ...] = ()
+    hosts: Words = ()
     """Names under which clients may ask, besides `localhost` and addresses; `*` takes any. A page
     elsewhere could otherwise have its own name point here, and its visitors' browsers ask."""
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: Words = ()
     """Web origins whose pages may call the service."""
 
 
@@ -108,6 +114,9 @@ class ServeSettings(Section):
     """Bundle directory to serve."""
     corpus: str | None = None
     """Corpus in any form that `data.corpus` takes; that of the bundle when unset."""
+    allow_code: Words = ()
+    """Environments `module:namespace/Name-v0` that bundles name and that may run here; a bundle
+    that names another is refused. Reward functions are never run."""
     state_dir: str | None = None
     """Folder that keeps which bundles serve over a restart; beside the caches when unset."""
     ingress: PartSettings = PartSettings()

@@ -198,8 +198,8 @@ def everywhere(
     validate(config.environment, policy, table, answering, SingleWorker())
     evaluate(config, policy, table, answering)
     save_bundle(folder, config, policy, table, {"corpus": "c"}, 1)
-    part = SelectorPart()
-    version = load_bundle(folder).version
+    part = SelectorPart(allow_code=(config.environment.id,))
+    version = load_bundle(folder, (config.environment.id,)).version
     part.load(version, folder)
     choices = [
         Choice(

@@ -177,8 +177,12 @@ def judged_by_reward(config: RunConfig, candidates: CandidateTable) -> bool:
     So it is with a reward that wants something else than agreement with golden answers, and where
     there are no golden answers: silence would count as right.
     """
-    wants_more = not config.reward.follows_golden_answers and config.training.objective == "dro"
-    return wants_more or not candidates.has_golden_answers
+    return prefers_reward(config) or not candidates.has_golden_answers
+
+
+def prefers_reward(config: RunConfig) -> bool:
+    """Whether the run was trained to something else than agreement with golden answers."""
+    return not config.reward.follows_golden_answers and config.training.objective == "dro"
 
 
 def choices_of(
