@@ -83,6 +83,7 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
         RlragError: naming what cannot be opened.
     """
     from rlrag.data.load import load_questions
+    from rlrag.data.split import remarks, training_questions
     from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
     from rlrag.rewards.composite import RewardModel
 
@@ -90,10 +91,13 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
     if config.selector.kind != "features":
         resolve_model(config.selector.model, config.cache_path)
     RewardModel(config.reward)
-    if config.training.experience is None:
-        load_questions(config.data.train_questions, config.cache_path)
+    evaluation = None
     if evaluate:
-        load_questions(config.data.eval_questions, config.cache_path)
+        evaluation = load_questions(config.data.eval_questions, config.cache_path)
+        evaluation = evaluation.sample(config.data.max_eval_questions, seed=0)
+    if config.training.experience is None:
+        for sentence in remarks(config, training_questions(config), evaluation):
+            say(f"warning: {sentence}")
     say(f"{config.recipe}: reading {config.data.corpus} and its index")
     library = open_library(config)
     if evaluate:

@@ -15,7 +15,8 @@ from typing import Any
 from rlrag.config import RetrievalConfig, RewardConfig, RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import QuestionSet, load_corpus, load_questions
-from rlrag.errors import ConfigError, DataError
+from rlrag.data.split import training_questions
+from rlrag.errors import ConfigError
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.retrieval.build import OpenShards, RetrieverSet, open_retrievers
@@ -90,17 +91,12 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
 
     Raises:
         ConfigError: when the corpus has fewer passages than the offline stage labels.
-        DataError: when fewer questions are left than one batch needs.
+        DataError: when no question has the golden answers that the run learns from, or fewer are
+            left than one batch needs.
     """
-    sampled, chosen, held_back = _training_questions(config, library)
-    hashes = {"corpus": library.corpus.content_hash, "train_questions": sampled.content_hash}
-    if len(chosen.questions) < config.training.batch_size:
-        raise DataError(
-            f"{config.data.train_questions} leaves {len(chosen.questions)} questions to train on, "
-            f"fewer than training.batch_size {config.training.batch_size}; lower it or "
-            "data.num_validation_questions"
-        )
-    _check_golden_answers(config, chosen)
+    found = training_questions(config, library.corpus)
+    chosen, held_back = found.train, found.held_back
+    hashes = {"corpus": library.corpus.content_hash, "train_questions": found.sampled.content_hash}
     if config.trains_by_openrag:
         num_offline = config.openrag.num_offline
         if num_offline > len(library.corpus):
@@ -123,35 +119,7 @@ def validation_questions(config: RunConfig, library: Library) -> QuestionSet | N
     """
     if config.training.experience is not None:
         return None
-    return _training_questions(config, library)[2]
-
-
-def _training_questions(
-    config: RunConfig, library: Library
-) -> tuple[QuestionSet, QuestionSet, QuestionSet | None]:
-    """The sampled questions, and the two parts of them: to train on, and held back."""
-    found = load_questions(config.data.train_questions, config.cache_path, library.corpus)
-    sampled = found.sample(config.data.max_train_questions, seed=0)
-    if not config.data.num_validation_questions:
-        return sampled, sampled, None
-    return sampled, *sampled.split(config.data.num_validation_questions, seed=0)
-
-
-def _check_golden_answers(config: RunConfig, questions: QuestionSet) -> None:
-    """Refuse a reward that compares with golden answers where no question has any.
-
-    Exact match and its like would then be 1 for an empty answer, and teach silence.
-    """
-    by_selections = config.training.objective == "dro" and not config.trains_by_openrag
-    if not by_selections or any(question.golden_answers for question in questions.questions):
-        return
-    if config.reward.follows_golden_answers:
-        raise DataError(
-            f"none of the {len(questions)} questions of {config.data.train_questions} has "
-            f"golden_answers, but reward.functions {', '.join(config.reward.functions)} compare "
-            "with them; give golden answers, or a reward that needs none: selection_recall where "
-            "metadata names gold_ids, or a function of your own"
-        )
+    return training_questions(config, library.corpus).held_back
 
 
 def open_evaluation_data(config: RunConfig, library: Library) -> tuple[CandidateTable, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from rlrag.config import RunConfig
 from rlrag.data.checks import DataReport
 from rlrag.data.questions import QuestionSet
+from rlrag.data.split import TrainingQuestions, remarks
 from rlrag.errors import DataError
 from rlrag.records import Question
 
@@ -67,3 +69,19 @@ def test_a_split_is_disjoint_and_complete():
     assert questions.split(0, seed=3)[0].questions == questions.questions
     with pytest.raises(DataError, match="cannot hold out 30 of the 30"):
         questions.split(30, seed=3)
+
+
+def test_questions_of_training_that_are_asked_again_are_named():
+    def a_set(**texts: str) -> QuestionSet:
+        questions = [Question(name, text, ("v",)) for name, text in texts.items()]
+        return QuestionSet.of(questions, DataReport("a.jsonl", len(texts), len(texts)))
+
+    train = a_set(a="Who wrote \u201cEmma\u201d?", b="Where is Rome?", c="???")
+    held_back = a_set(d="where is rome", e="!!!", f="Where is Rome now?")
+    found = TrainingQuestions(train, train, held_back, 6, 0)
+    evaluation = a_set(a="Who wrote it?", x="who  wrote Emma", c="???", z="Why?")
+    held, asked = remarks(RunConfig(), found, evaluation)
+    assert held.startswith("1 of 3 held-back questions are training questions too: 1 by their text")
+    assert "3 of 4 evaluation questions are training questions too: " in asked
+    assert "2 by their text and 1 by their id alone (x, c, a)" in asked
+    assert remarks(RunConfig(), TrainingQuestions(train, train, None, 3, 0), a_set(z="Why?")) == []

@@ -56,7 +56,10 @@ def examine(tmp_path, model_dir, capsys, monkeypatch):
         {"id": f"q{i}", "question": f"what is value {i}?", "golden_answers": [f"v{i}"]}
         for i in range(5)
     ]
-    for name, records in (("corpus", passages), ("questions", questions)):
+    others = [
+        {**question, "id": f"e{n}", "question": f"{n}?"} for n, question in enumerate(questions)
+    ]
+    for name, records in (("corpus", passages), ("questions", questions), ("others", others)):
         lines = [json.dumps(record) + "\n" for record in records]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     usual: dict[str, object] = {
@@ -64,7 +67,9 @@ def examine(tmp_path, model_dir, capsys, monkeypatch):
         "cache-dir": tmp_path / "cache",
         "data.corpus": tmp_path / "corpus.jsonl",
         "data.train-questions": tmp_path / "questions.jsonl",
-        "data.eval-questions": tmp_path / "questions.jsonl",
+        "data.eval-questions": tmp_path / "others.jsonl",
+        "data.num-validation-questions": 2,
+        "training.batch-size": 2,
         "retrieval.kind": "bm25",
         "retrieval.encoder": None,
         "generator.model": model_dir,
@@ -98,6 +103,7 @@ def test_a_run_that_can_work_has_nothing_to_complain_of(examine, tmp_path):
     found = {name: finding["found"] for name, finding in seen.findings.items()}
     assert found["corpus"] == f"{tmp_path / 'corpus.jsonl'}: the first 5 passages are well-formed"
     assert found["train questions"].endswith("all 5 questions are well-formed")
+    assert found["split"] == "3 of 5 questions are trained on"
     assert found["run directory"] == f"{tmp_path / 'run'}: free for a run"
     assert found["compiler"] == "not needed: no vLLM engine on a CPU"
     assert {"python", "packages", "memory", "disk", "gpu", "generator model"} <= found.keys()
@@ -316,6 +322,28 @@ def test_a_malformed_question_file(examine, tmp_path):
     assert f"{path}:1" in found["found"]
     assert "golden_answers" in found["found"]
     assert found["kind"] == "data"
+
+
+def test_questions_without_golden_answers(examine, tmp_path):
+    records = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    for record in records[:2]:
+        record["golden_answers"] = []
+    half, none = tmp_path / "half.jsonl", tmp_path / "none.jsonl"
+    half.write_text("".join(json.dumps(record) + "\n" for record in records))
+    bare = ({**record, "golden_answers": []} for record in records)
+    none.write_text("".join(json.dumps(record) + "\n" for record in bare))
+    seen = examine(data__train_questions=half, data__num_validation_questions=1)
+    assert (seen.code, seen.findings["split"]["status"]) == (0, "warning")
+    assert "2 of 5 questions of" in seen.findings["split"]["found"]
+    seen = examine(data__train_questions=none)
+    assert (seen.code, seen.failed()) == (3, {"split"})
+    assert "none of the 5 questions of" in seen.findings["split"]["found"]
+
+
+def test_the_same_questions_in_training_and_evaluation(examine, tmp_path):
+    found = examine(data__eval_questions=tmp_path / "questions.jsonl").findings["split"]
+    assert found["status"] == "warning"
+    assert "5 of 5 evaluation questions are training questions too" in found["found"]
 
 
 def test_a_file_that_is_not_there(examine, tmp_path):

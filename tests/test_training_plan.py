@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_every_recipe_has_a_plan(recipe, tmp_path):
     parts = " and ".join(config.training.parts)
     assert lines[0] == f"{recipe}: trains {parts}"
     found = [line.split()[0] for line in lines[1:]]
-    assert [word for word in found if word != "data"] == headings(config)
+    assert [word for word in found if word not in ("data", "warning")] == headings(config)
     assert found.count("data") == 1 + config.trains_in_turns
 
 
@@ -87,6 +88,37 @@ def test_the_steps_are_counted_where_the_questions_are(tmp_path):
     assert "data        600 questions, 25 steps, 1 passes, 24 a step" in plan
     assert "4 selections of 2 from 5 candidates a question; renewed every 1 step(s)" in plan
     assert "rollouts    4 a training question" in plan
+
+
+def test_a_plan_counts_the_questions_that_are_here(tmp_path):
+    """82 of the 300 that are asked for, less 48 held back: two batches of 16."""
+    path = tmp_path / "few.jsonl"
+    lines = [
+        json.dumps({"id": f"q{i}", "question": f"what is {i}?", "golden_answers": ["v"]})
+        for i in range(82)
+    ]
+    path.write_text("\n".join(lines))
+    data = {
+        "train_questions": str(path),
+        "eval_questions": str(path),
+        "max_train_questions": 300,
+        "num_validation_questions": 48,
+    }
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path)),
+        data=data,
+        generator={"model": "somebody/model-1b"},
+        training={"batch_size": 16, "num_epochs": 1},
+    )
+    plan = describe_plan(config)
+    assert "data        34 questions, 2 steps, 1 passes, 16 a step" in plan
+    warnings = [line for line in plan.splitlines() if line.startswith("  warning     ")]
+    assert len(warnings) == 2
+    assert "holds back 48 of 82 questions, more than the 34 that are left to train on" in plan
+    assert "82 of 82 evaluation questions are training questions too: 82 by their text (q0" in plan
+    missing = changed(config, data={"train_questions": str(tmp_path / "none.jsonl")})
+    assert "252 questions, 15 steps" in describe_plan(missing)
+    assert "none.jsonl is not here: it may have fewer questions" in describe_plan(missing)
 
 
 @pytest.mark.parametrize(

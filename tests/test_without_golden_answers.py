@@ -13,13 +13,14 @@ from test_evaluation_systems import LastFirst, three_questions
 
 from jobs.model_card import _with_interval
 from rlrag.config import EnvironmentConfig, EvaluationConfig, RewardConfig, RunConfig
+from rlrag.data.split import remarks, training_questions
 from rlrag.errors import DataError
 from rlrag.evaluation.question_records import QuestionRecorder, read_questions
 from rlrag.evaluation.report import render_report
 from rlrag.evaluation.run_record import RunRecord
 from rlrag.evaluation.systems import HeldBack, evaluate, judged_by_reward
 from rlrag.evaluation.table import EvaluationTable, plain_text
-from rlrag.pipeline import TrainingData, _check_golden_answers, open_reward
+from rlrag.pipeline import TrainingData, open_reward
 from rlrag.records import Question
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import _unscorable
@@ -145,21 +146,84 @@ def test_the_default_reward_still_chooses_by_f1(small_config, training_data, tmp
     assert loop.trainer.best_by == "validation/f1"
 
 
-def test_a_reward_that_silence_would_win_is_refused() -> None:
-    class Questions:
-        questions = without_answers(three_questions()).questions
-
-        def __len__(self) -> int:
-            return 3
-
+def test_a_reward_that_silence_would_win_is_refused(question_file) -> None:
+    spec = question_file(0, 3)
     for functions in (("exact_match",), ("answer_logp",)):
-        config = RunConfig(reward=RewardConfig(functions=functions))
         with pytest.raises(DataError, match=f"golden_answers, but .* {functions[0]} compare"):
-            _check_golden_answers(config, Questions())
-    _check_golden_answers(RunConfig(reward=RECALL), Questions())
-    said = str(_unscorable(Questions.questions[0]))
+            training_questions(over(spec, reward={"functions": functions}))
+    for changes, said in (
+        ({"training": {"objective": "sft", "parts": ("generator",)}}, "learns from; give golden"),
+        ({"training": {"parts": ("retriever",)}}, "learns from.*, or use openrag.labels gold"),
+    ):
+        with pytest.raises(DataError, match=said):
+            training_questions(over(spec, **changes))
+    found = training_questions(over(spec, reward={"functions": ("selection_recall",)}))
+    assert (len(found.train), found.num_left_out) == (3, 0)
+    said = str(_unscorable(Question("q", "?", ())))
     assert "selection_recall" in said
     assert "exact_match" not in said
+
+
+@pytest.fixture
+def question_file(tmp_path):
+    """Writes a file of questions, the first of them with golden answers."""
+
+    def write(num_with: int, num_without: int) -> str:
+        path = tmp_path / "questions.jsonl"
+        records = [
+            {"id": f"q{i}", "question": f"what is {i}?", "golden_answers": ["v"] * (i < num_with)}
+            for i in range(num_with + num_without)
+        ]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(path)
+
+    return write
+
+
+def over(spec: str, **changes) -> RunConfig:
+    values = {"parts": ("selector",), "batch_size": 2} | changes.pop("training", {})
+    data = {"train_questions": spec, "num_validation_questions": 0} | changes.pop("data", {})
+    dense = {"retrieval": {"kind": "dense"}} if values["parts"] == ("retriever",) else {}
+    return changed(RunConfig(), data=data, training=values, **dense, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "leaves_out"),
+    [
+        ({}, True),
+        ({"reward": {"functions": ("exact_match",)}}, True),
+        (
+            {"reward": {"functions": ("answer_logp", "selection_cost"), "weights": (0.0, 1.0)}},
+            True,
+        ),
+        (
+            {"reward": {"functions": ("exact_match", "selection_cost"), "weights": (0.0, 1.0)}},
+            False,
+        ),
+        ({"reward": {"functions": ("selection_recall",)}}, False),
+        ({"training": {"objective": "sft", "parts": ("generator",)}}, True),
+        ({"training": {"parts": ("retriever",)}}, True),
+        ({"training": {"parts": ("retriever",)}, "openrag": {"labels": "gold"}}, False),
+        (
+            {"training": {"parts": ("retriever",)}, "openrag": {"labels": "generator_else_gold"}},
+            True,
+        ),
+    ],
+)
+def test_questions_without_golden_answers_are_left_out_and_counted(
+    question_file, changes, leaves_out
+) -> None:
+    config = over(question_file(6, 5), **changes, data={"num_validation_questions": 2})
+    found = training_questions(config)
+    assert (found.num_found, found.num_left_out) == (11, 5 if leaves_out else 0)
+    assert len(found.train) == (4 if leaves_out else 9)
+    assert found.held_back is not None
+    assert len(found.held_back) == 2
+    with_answers = [q for q in found.sampled.questions if q.golden_answers]
+    assert len(with_answers) == 6
+    said = " ".join(remarks(config, found))
+    assert ("5 of 11 questions of" in said) == leaves_out
+    assert ("no golden answers and are left out of training" in said) == leaves_out
 
 
 def test_a_retriever_is_chosen_by_recall_where_nothing_says_what_is_right() -> None:

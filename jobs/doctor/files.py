@@ -15,10 +15,10 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from jobs.doctor.checks import Answer, failed, ok
+from jobs.doctor.checks import Answer, failed, ok, warning
 from jobs.doctor.machine import existing
 from rlrag.config import BUILTIN_CORPUS, BUILTIN_MODELS, RunConfig
-from rlrag.errors import ModelNotFoundError, RunDirectoryError
+from rlrag.errors import ModelNotFoundError, RlragError, RunDirectoryError
 from rlrag.models import resolve_model
 from rlrag.sqlite_files import Journal
 from rlrag.submitted_job import where_to_look
@@ -70,6 +70,36 @@ def check_questions(spec: str, cache_dir: Path) -> Answer:
     from rlrag.data.load import load_questions
 
     return ok(f"{spec}: all {len(load_questions(spec, cache_dir)):,} questions are well-formed")
+
+
+def check_split(config: RunConfig) -> Answer:
+    """Whether enough questions can be learned from, and what is to be known of them.
+
+    Raises:
+        DataError: when too few can.
+    """
+    from rlrag.data.load import load_questions
+    from rlrag.data.split import are_here, remarks, training_questions
+
+    data = config.data
+    if config.training.experience is not None:
+        return ok("not needed: the run learns from a log")
+    if not are_here(data.train_questions):
+        return ok(f"not looked at: {data.train_questions} is not here")
+    evaluation = None
+    try:
+        load_questions(data.train_questions, config.cache_path)
+        if config.systems and are_here(data.eval_questions):
+            evaluation = load_questions(data.eval_questions, config.cache_path)
+            evaluation = evaluation.sample(data.max_eval_questions, seed=0)
+    except RlragError:  # the checks of these files say why
+        return ok("not looked at: not all questions can be read")
+    found = training_questions(config)
+    counted = f"{len(found.train):,} of {found.num_found:,} questions are trained on"
+    said = remarks(config, found, evaluation)
+    if said:
+        return warning("; ".join([counted, *said]), "see that this is what you want")
+    return ok(counted)
 
 
 def _hub_data(spec: str) -> Answer:

@@ -107,6 +107,7 @@ def checks_of(config: RunConfig, arguments: DoctorArguments) -> dict[str, Callab
         "corpus": lambda: files.check_corpus(data.corpus),
         "train questions": lambda: files.check_questions(data.train_questions, cache_dir),
         "eval questions": lambda: files.check_questions(data.eval_questions, cache_dir),
+        "split": lambda: files.check_split(config),
         "other files": lambda: files.check_other_files(config, run_dir),
         "rewards": lambda: files.check_rewards(config),
         "generator model": lambda: files.check_generator(config),

@@ -312,6 +312,20 @@ class RunConfig(Section):
         return self.trains_retriever and self.training.objective != "jsa"
 
     @property
+    def needs_golden_answers(self) -> bool:
+        """Whether questions without golden answers are left out of training before it begins.
+
+        JSA keeps them among its held-back questions, and leaves them out of its batches.
+        """
+        if self.training.experience is not None or self.training.objective == "jsa":
+            return False
+        if self.training.objective == "sft":
+            return True
+        judges = self.trains_by_openrag and self.openrag.labels != "gold"
+        rewards = self.training.parts != ("retriever",)
+        return judges or (rewards and self.reward.needs_golden_answers)
+
+    @property
     def num_trained_encoders(self) -> int:
         """Copies of the retriever's encoder that a worker trains."""
         return 1 if self.trains_by_openrag and self.openrag.tied else 2

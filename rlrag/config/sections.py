@@ -308,6 +308,19 @@ class RewardConfig(Section):
         return self
 
     @property
+    def needs_golden_answers(self) -> bool:
+        """Whether a built-in term compares with golden answers or scores them.
+
+        Without one, scoring fails whatever its weight; a comparison that does not count may give
+        what it likes.
+        """
+        counted = zip(self.functions, self.weights, strict=True)
+        return any(
+            name in _BY_GOLDEN_ANSWERS and (weight != 0 or name.startswith("answer_logp"))
+            for name, weight in counted
+        )
+
+    @property
     def follows_golden_answers(self) -> bool:
         """Whether it says how well answers agree with golden ones, as exact match and F1 do.
 

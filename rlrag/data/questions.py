@@ -43,6 +43,15 @@ class QuestionSet:
             return self
         return self._part(_draw(self.questions, n, f"sample:{seed}"))
 
+    def answerable(self) -> QuestionSet:
+        """Those with a golden answer that has a text, in their order."""
+        kept = [
+            index
+            for index, question in enumerate(self.questions)
+            if any(text.strip() for text in question.golden_answers)
+        ]
+        return self if len(kept) == len(self) else self._part(kept)
+
     def split(self, num_held_out: int, seed: int) -> tuple[QuestionSet, QuestionSet]:
         """Two disjoint parts in their original order: the rest, and `num_held_out` questions.
 

@@ -1,6 +1,7 @@
 """A configuration in; what a run of it will do, hold in memory and occupy, as text, out.
 
-Nothing is loaded. Sizes of models that are not on this machine are read from their names.
+No model is loaded, and nothing is fetched: sizes of models that are not on this machine are read
+from their names, and questions that are not are not counted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import re
 from pathlib import Path
 
 from rlrag.config import BUILTIN_ENCODER, BUILTIN_MODELS, RunConfig
+from rlrag.data.load import load_questions
+from rlrag.data.split import are_here, remarks, training_questions
 from rlrag.errors import ConfigError
 
 GIB = 2**30
@@ -23,12 +26,14 @@ def describe_plan(config: RunConfig) -> str:
 
     Raises:
         ConfigError: when the size of a model is neither on this machine nor in its name.
+        DataError: when the training questions are here and cannot be trained on.
     """
     lines = [f"{config.recipe}: trains {' and '.join(config.training.parts)}", *_steps(config)]
     if config.training.experience is None:
         lines += _generator_memory(config)
     lines += _learner_memory(config)
     lines += _placement(config)
+    lines += _remarks(config)
     return "\n".join(lines)
 
 
@@ -76,14 +81,39 @@ def _on_this_machine(name: str, cache_dir: Path) -> Path:
         ) from error
 
 
+def _questions(config: RunConfig) -> tuple[str, int | None]:
+    """The questions to train on, in words and counted; None where their number is not known."""
+    data = config.data
+    if are_here(data.train_questions):
+        trained = len(training_questions(config).train)
+    elif data.max_train_questions is None:
+        return f"all questions of {data.train_questions}", None
+    else:
+        trained = max(data.max_train_questions - data.num_validation_questions, 0)
+    return f"{trained:,} questions", trained
+
+
+def _remarks(config: RunConfig) -> list[str]:
+    """What is to be known of the questions before the run."""
+    data = config.data
+    if config.training.experience is not None:
+        return []
+    if not are_here(data.train_questions):
+        said = [f"{data.train_questions} is not here: it may have fewer questions"]
+    else:
+        evaluation = None
+        if config.systems and are_here(data.eval_questions):
+            evaluation = load_questions(data.eval_questions, config.cache_path)
+            evaluation = evaluation.sample(data.max_eval_questions, seed=0)
+        said = remarks(config, training_questions(config), evaluation)
+    return [f"  warning     {sentence}" for sentence in said]
+
+
 def _retriever_steps(config: RunConfig) -> list[str]:
-    data, openrag, training = config.data, config.openrag, config.training
-    questions = data.max_train_questions
-    amount = f"all questions of {data.train_questions}"
+    openrag, training = config.openrag, config.training
+    amount, trained = _questions(config)
     judged = f"{openrag.num_offline} a question"
-    if questions is not None:
-        trained = max(questions - data.num_validation_questions, 0)
-        amount = f"{trained:,} questions"
+    if trained is not None:
         judged += f", {trained * openrag.num_offline:,} in all"
     epochs = {"offline": openrag.offline_epochs, "online": openrag.online_epochs}
     stages = ", then ".join(f"{epochs[stage]} passes {stage}" for stage in openrag.stages)
@@ -103,12 +133,10 @@ def _retriever_steps(config: RunConfig) -> list[str]:
 
 
 def _jsa_steps(config: RunConfig) -> list[str]:
-    data, jsa, training = config.data, config.jsa, config.training
-    amount = f"all questions of {data.train_questions}"
-    if data.max_train_questions is not None:
-        trained = max(data.max_train_questions - data.num_validation_questions, 0)
-        steps = training.num_epochs * trained // training.batch_size
-        amount = f"{trained:,} questions, {steps:,} steps"
+    jsa, training = config.jsa, config.training
+    amount, trained = _questions(config)
+    if trained is not None:
+        amount += f", {training.num_epochs * trained // training.batch_size:,} steps"
     return [
         f"  data        {amount}, {training.num_epochs} passes, {training.batch_size} a step",
         f"  retriever   {config.retrieval.kind}, its encoder of questions, and a posterior that "
@@ -139,14 +167,11 @@ def _steps(config: RunConfig) -> list[str]:
             f"{off_policy.held_back_share:.0%} of their questions held back; "
             f"{off_policy.num_epochs} passes, {config.training.batch_size} a step; no generator"
         ]
-    data, dro, training = config.data, config.dro, config.training
-    questions = data.max_train_questions
-    if questions is None:
-        amount = f"all questions of {data.train_questions}"
-    else:
-        trained = max(questions - data.num_validation_questions, 0)
+    dro, training = config.dro, config.training
+    amount, trained = _questions(config)
+    if trained is not None:
         steps = training.num_epochs * trained // training.batch_size * dro.passes
-        amount = f"{trained:,} questions, {steps:,} steps"
+        amount += f", {steps:,} steps"
     estep = "once a pass" if dro.refresh_every is None else f"every {dro.refresh_every} step(s)"
     return [
         f"  data        {amount}, {training.num_epochs} passes, {training.batch_size} a step",
