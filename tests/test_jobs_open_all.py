@@ -7,7 +7,14 @@ import json
 import pytest
 
 from jobs import train
-from rlrag.config import DataConfig, EvaluationConfig, GeneratorConfig, RetrievalConfig, RunConfig
+from rlrag.config import (
+    DataConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    RetrievalConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from rlrag.errors import ConfigError, DataError
 from rlrag.training.run_directory import RunDirectory
 
@@ -56,7 +63,9 @@ def test_a_typo_costs_nothing(flags, tmp_path, flag, value, kind, said):
     assert not RunDirectory(tmp_path / "run").config.exists()
 
 
-def test_candidates_of_the_comparison_are_found_before_the_generator_starts(tmp_path, flags):
+def test_candidates_of_the_comparison_are_found_before_the_generator_starts(
+    tmp_path, flags, capsys
+):
     from jobs.single_run import open_all
 
     config = RunConfig(
@@ -65,7 +74,9 @@ def test_candidates_of_the_comparison_are_found_before_the_generator_starts(tmp_
             corpus=str(tmp_path / "corpus.jsonl"),
             train_questions=str(tmp_path / "questions.jsonl"),
             eval_questions=str(tmp_path / "questions.jsonl"),
+            num_validation_questions=0,
         ),
+        training=TrainingConfig(batch_size=2),
         retrieval=RetrievalConfig(kind="bm25", encoder=None, num_candidates=3),
         generator=GeneratorConfig(model=str(tmp_path / "model")),
         evaluation=EvaluationConfig(systems=("bm25", "trained")),
@@ -75,6 +86,8 @@ def test_candidates_of_the_comparison_are_found_before_the_generator_starts(tmp_
     assert not tables.exists()
     open_all(config, evaluate=True)
     assert len(list(tables.iterdir())) == 1
+    captured = capsys.readouterr()
+    assert "warning: 5 of 5 evaluation questions are training" in captured.out + captured.err
     too_many = config.model_copy(
         update={"retrieval": config.retrieval.model_copy(update={"num_candidates": 6})}
     )
