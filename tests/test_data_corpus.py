@@ -17,7 +17,7 @@ import pytest
 import rlrag
 from rlrag.data import corpus as corpus_module
 from rlrag.data import corpus_writer, load
-from rlrag.data.checks import Finding, Tally
+from rlrag.data.checks import DataReport, Finding, Tally
 from rlrag.data.corpus import Corpus, DiskCorpus, MemoryCorpus
 from rlrag.data.corpus_writer import write_disk_corpus
 from rlrag.data.load import load_corpus
@@ -265,6 +265,25 @@ def write_jsonl(path: Path, num_passages: int) -> Path:
         for passage in many(num_passages):
             file.write(json.dumps({"id": passage.id, "contents": passage.contents}) + "\n")
     return path
+
+
+def test_words_that_are_cut_are_counted_and_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path = tmp_path / "corpus.jsonl"
+    texts = [" ".join(["word"] * num) for num in (4, 10, 6)]
+    path.write_text("".join(json.dumps({"id": text, "contents": text}) + "\n" for text in texts))
+    for _ in range(2):  # read, then from the copy
+        caplog.clear()
+        report = load_corpus(str(path), tmp_path / "cache", 5).report
+        assert (report.cut.count, report.cut.first) == (2, (texts[1], texts[2]))
+        assert report.cut_share == 6 / 20
+        (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert "30.0% of all words" in warning.message
+    caplog.clear()
+    assert load_corpus(str(path), tmp_path / "cache", 10).report.is_clean
+    assert "cut" not in caplog.text
+    assert DataReport("a", 3, 3, cut=report.cut, cut_share=0.01).is_clean  # hardly any
 
 
 def test_the_cache_is_used_until_the_source_changes(tmp_path: Path):

@@ -30,8 +30,8 @@ _LOCK_TIMEOUT_S = 10.0
 _HUB_PREFIX = "hub:"
 
 
-def check_corpus(spec: str) -> Answer:
-    """Whether the first passages of a corpus can be read.
+def check_corpus(spec: str, passage_words: int) -> Answer:
+    """Whether the first passages of a corpus can be read, and how much of them is cut.
 
     Raises:
         DataError: naming what is missing, or the malformed line.
@@ -42,6 +42,7 @@ def check_corpus(spec: str) -> Answer:
     from rlrag.data.checks import Tally
     from rlrag.data.factbook import factbook_passages
     from rlrag.data.lines import check_exists
+    from rlrag.data.load import cut_passages
     from rlrag.data.readers import read_passages
 
     if spec == BUILTIN_CORPUS:
@@ -50,12 +51,20 @@ def check_corpus(spec: str) -> Answer:
         path = Path(spec).expanduser()
         check_exists(path)
         passages = read_passages(path, Tally())
-    num_found = sum(1 for _ in islice(passages, _NUM_FIRST))
+    tally = Tally()
+    num_found = sum(1 for _ in cut_passages(islice(passages, _NUM_FIRST), passage_words, tally))
     if not num_found:
         return failed(
             f"{spec} has no passages with text", "check that it is the right file", "data"
         )
-    return ok(f"{spec}: the first {num_found:,} passages are well-formed")
+    cut = tally.report(spec, num_found)
+    said = f"{spec}: the first {num_found:,} passages are well-formed"
+    if cut.cut:
+        said += (
+            f"; data.passage_words {passage_words} cuts {cut.cut.count:,} of them, "
+            f"{cut.cut_share:.1%} of their words"
+        )
+    return ok(said)
 
 
 def check_questions(spec: str, cache_dir: Path) -> Answer:

@@ -104,7 +104,7 @@ def checks_of(config: RunConfig, arguments: DoctorArguments) -> dict[str, Callab
         on_this_machine = dict.fromkeys(on_this_machine, _of_the_cluster)
     checks |= on_this_machine
     checks |= {
-        "corpus": lambda: files.check_corpus(data.corpus),
+        "corpus": lambda: files.check_corpus(data.corpus, data.passage_words),
         "train questions": lambda: files.check_questions(data.train_questions, cache_dir),
         "eval questions": lambda: files.check_questions(data.eval_questions, cache_dir),
         "split": lambda: files.check_split(config),

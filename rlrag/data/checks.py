@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MAX_NAMED = 5
+MAX_CUT_SHARE = 0.01
+"""Share of words or tokens that may be cut away before it is worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,16 @@ class DataReport:
     """Gold passage ids that the corpus lacks; their questions were kept."""
     unknown_questions: Finding = field(default_factory=Finding)
     """Question ids of a relevance file that the question file lacks."""
+    cut: Finding = field(default_factory=Finding)
+    """Ids of passages of which only the first words were kept."""
+    cut_share: float = 0.0
+    """Share of the words of all passages that was not kept, from 0 to 1."""
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing odd was found."""
-        return not (self.duplicates or self.empty or self.unknown_gold or self.unknown_questions)
+        """Whether nothing odd was found, and hardly a word was cut."""
+        odd = self.duplicates or self.empty or self.unknown_gold or self.unknown_questions
+        return not odd and self.cut_share <= MAX_CUT_SHARE
 
     def summary(self) -> str:
         """The report as one line."""
@@ -63,6 +70,11 @@ class DataReport:
         ):
             if finding:
                 parts.append(f"{text}: {finding}")
+        if self.cut:
+            parts.append(
+                f"passages cut: {self.cut}, {self.cut_share:.1%} of all words; split long passages "
+                "or raise data.passage_words to keep them"
+            )
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,6 +118,9 @@ class Tally:
         self.empty = FindingCounter()
         self.unknown_gold = FindingCounter()
         self.unknown_questions = FindingCounter()
+        self.cut = FindingCounter()
+        self.num_words = 0
+        self.num_cut_words = 0
 
     def report(self, source: str, num_kept: int) -> DataReport:
         """Freeze the counts."""
@@ -117,4 +132,6 @@ class Tally:
             empty=self.empty.finding(),
             unknown_gold=self.unknown_gold.finding(),
             unknown_questions=self.unknown_questions.finding(),
+            cut=self.cut.finding(),
+            cut_share=self.num_cut_words / max(self.num_words, 1),
         )

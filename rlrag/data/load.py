@@ -41,7 +41,7 @@ from rlrag.text_files import hidden_beside
 __all__ = ["QuestionSet", "corpus_stamp", "cut_words", "load_corpus", "load_questions"]
 
 _HUB_PREFIX = "hub:"
-_READING = 2
+_READING = 3
 """Counts the changes of what is read from equal files, so that older copies are made again."""
 _logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def load_corpus(spec: str, cache_dir: Path, passage_words: int) -> Corpus:
     corpus = _open_cached(directory, wanted)
     if corpus is None:
         tally = Tally()
-        passages = _cut_passages(source.read(tally), passage_words)
+        passages = cut_passages(source.read(tally), passage_words, tally)
         corpus = write_disk_corpus(passages, directory, source=wanted, tally=tally)
     _log_report(corpus.report)
     return corpus
@@ -135,8 +135,14 @@ def cut_words(text: str, num_words: int) -> str:
     return match.group() if match else text
 
 
-def _cut_passages(passages: Iterable[Passage], num_words: int) -> Iterator[Passage]:
+def cut_passages(passages: Iterable[Passage], num_words: int, tally: Tally) -> Iterator[Passage]:
+    """The passages with the first words of their texts; what is cut is counted."""
     for passage in passages:
+        num_found = len(passage.text.split())
+        tally.num_words += num_found
+        if num_found > num_words:
+            tally.num_cut_words += num_found - num_words
+            tally.cut.add(passage.id)
         yield Passage(passage.id, passage.title, cut_words(passage.text, num_words))
 
 

@@ -20,6 +20,7 @@ from rlrag.data.corpus import Corpus
 from rlrag.errors import ConfigError
 from rlrag.models import resolve_device, resolve_model
 from rlrag.retrieval.bm25 import open_bm25
+from rlrag.retrieval.cut_tokens import cut_share
 from rlrag.retrieval.dense import DenseRetriever, ShardedDenseRetriever
 from rlrag.retrieval.encoder import Encoder, TextEncoder
 from rlrag.retrieval.hybrid import HybridRetriever
@@ -103,6 +104,8 @@ def open_retrievers(
     vectors_PD: np.ndarray = np.zeros((len(corpus), 0), dtype=np.float32)
     if config.encoder is not None:
         encoder = encoder or _configured_encoder(config, config.encoder, cache_dir)
+        if isinstance(encoder, TextEncoder):
+            cut_share(corpus, encoder.count_tokens, encoder.identity.max_tokens)
         manifest = _manifest("vectors", corpus, config.encoder, encoder)
         vectors_dir = places.of(manifest)
         # Before hours of encoding. An encoder is loaded by asking its size, hence only then.
@@ -202,6 +205,7 @@ def _semi_parametric(
     )
 
     encoder = encoder or open_vocabulary_encoder(config, cache_dir)
+    cut_share(corpus, encoder.vocabulary.count_tokens, encoder.max_tokens)
     manifest = vocabulary_manifest(corpus, encoder, config.vocabulary_encoder)
     passages = open_vocabulary_vectors(corpus, encoder, places.of(manifest), manifest)
     return SemiParametricRetriever(encoder, passages), manifest

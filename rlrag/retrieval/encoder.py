@@ -5,6 +5,7 @@ Shape letters: B texts, D vector length.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,6 +152,22 @@ class TextEncoder:
             )
         model.max_seq_length = self._identity.max_tokens
         return model
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each passage, those beyond the longest text read included.
+
+        The model itself is not loaded for it.
+        """
+        from transformers import AutoTokenizer
+
+        directory = role_directory(self._model_dir, "passage")
+        modules = directory / "modules.json"  # older models lie in the folder of their first module
+        first = json.loads(modules.read_text())[0]["path"] if modules.is_file() else ""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory / first, local_files_only=True)
+        except (OSError, ValueError):  # a tokenizer of another library, which comes with the model
+            tokenizer = self._for_passages.tokenizer
+        return [len(ids) for ids in tokenizer(list(texts), truncation=False)["input_ids"]]
 
     def encode(self, texts: Sequence[str], role: Role = "passage") -> np.ndarray:
         """One float32 vector of Euclidean length 1 for each text, shape (B, D).

@@ -93,6 +93,10 @@ class Vocabulary:
             "input_ids"
         ]
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, those beyond the longest text read included."""
+        return [len(ids) for ids in self._tokenizer(list(texts), truncation=False)["input_ids"]]
+
     def padded(self, token_ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids of shape (B, T), and where they are no padding."""
         lengths_B = torch.tensor([len(ids) for ids in token_ids])
