@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import gymnasium
 import pytest
@@ -115,6 +116,27 @@ def test_an_environment_tells_its_spec_without_a_second_generator() -> None:
     env = gymnasium.make("envs:rlrag/DocumentSelection-v1", reward=reward, num_selected=1)
     assert env.spec is not None
     assert env.spec.kwargs["reward"] is reward
+
+
+class ShortPrompts(CharacterPrompts):
+    """Shows the first passage only."""
+
+    def build(self, question: Question, passages: Sequence[Passage]) -> Prompt:
+        cut = sum(len(passage.contents) + 1 for passage in passages[1:])
+        return replace(super().build(question, passages[:1]), num_cut_tokens=cut)
+
+
+def test_what_prompts_leave_out_is_counted() -> None:
+    config = RewardConfig(functions=("answer_logp",), weights=(1.0,))
+    reward = AnsweringReward(LastWordGenerator(), ShortPrompts(), RewardModel(config), SAMPLING)
+    reward([CAPITAL, CAPITAL, TOO_LONG], [[FRANCE, ITALY], [FRANCE], PASSAGES])
+    reward.answer([EITHER], [[ITALY]])
+    counts = reward.prompt_counts
+    assert (counts.num_given, counts.num_dropped) == (4, 1)
+    assert counts.num_cut_tokens == len(ITALY.contents) + 1
+    shown = [(CAPITAL, FRANCE), (CAPITAL, FRANCE), (EITHER, ITALY)]
+    assert counts.num_tokens == sum(len(p.contents) + 1 + len(q.question) for q, p in shown)
+    assert counts.shares()["dropped_passage_share"] == 1 / 4
 
 
 def test_answers_and_scores_by_hand() -> None:

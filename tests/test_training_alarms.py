@@ -222,3 +222,23 @@ def test_rewards_that_failed_are_named_once():
     assert alarms.update({"step": 3, **failed}) == []
     (elsewhere,) = Alarms(config()).update({"step": 1, "num_failed": 1.0})
     assert "the log of another worker" in elsewhere.text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "passages", "told"),
+    [
+        (0.0, 0.0, None),
+        (0.01, 0.01, None),
+        (0.25, 0.0, "no room for 25.0 % of their tokens"),
+        (0.0, 0.5, "showed nothing of 50.0 % of the passages"),
+    ],
+)
+def test_prompts_without_room_are_told_once(tokens: float, passages: float, told: str | None):
+    alarms = Alarms(config())
+    record = {"step": 1, "prompt_cut_share": tokens, "dropped_passage_share": passages}
+    new = alarms.update(record)
+    assert [alarm.name for alarm in new] == (["cut_prompts"] if told else [])
+    if told:
+        assert told in new[0].text
+        assert "max_prompt_tokens" in new[0].text
+    assert alarms.update(record | {"step": 2}) == []

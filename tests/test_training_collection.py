@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 
 import episodes
 import numpy as np
@@ -16,6 +18,7 @@ from rlrag.config import RunConfig
 from rlrag.errors import GenerationError
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.pipeline import open_policy, open_reward
+from rlrag.records import Passage, Prompt, Question
 from rlrag.training.collection import Collection
 from rlrag.training.experience import Experience
 from rlrag.training.schedule import BatchSchedule
@@ -66,6 +69,7 @@ class Case:
         with_generator: bool = False,
         generator: ReadingGenerator | None = None,
         workers: SingleWorker | None = None,
+        prompts: WordPrompts | None = None,
     ) -> None:
         self.config = config
         self.generator = generator or Recording()
@@ -74,7 +78,7 @@ class Case:
         self.collection = Collection(
             config,
             TABLE,
-            open_reward(config, self.generator, WordPrompts()),
+            open_reward(config, self.generator, prompts or WordPrompts()),
             self.generator,
             self.parts,
             self.schedule,
@@ -102,6 +106,29 @@ def policies_before_each_step(config: RunConfig, num_steps: int) -> list:
         found.append(copy.deepcopy(parts.policy))
         parts.learn()
     return found
+
+
+class WithoutTheLast(WordPrompts):
+    """Shows every passage but the last, and counts as many tokens cut as there are left."""
+
+    def build(self, question: Question, passages: Sequence[Passage]) -> Prompt:
+        prompt = super().build(question, passages[:-1])
+        return replace(prompt, num_cut_tokens=len(prompt.token_ids))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_tells_what_its_prompts_left_out(small_config, overlap):
+    config = changed(small_config, training={"overlap": overlap}, dro={"baseline": "none"})
+    for prompts, cut, dropped in (
+        (WithoutTheLast(), 0.5, 1 / config.environment.num_selected),
+        (WordPrompts(), 0.0, 0.0),
+    ):
+        case = Case(config, prompts=prompts)
+        for step in range(3):
+            metrics = case.collect(step)[1]
+            assert metrics["prompt_cut_share"] == cut
+            assert metrics["dropped_passage_share"] == pytest.approx(dropped)
+        case.collection.close()
 
 
 @pytest.mark.parametrize(

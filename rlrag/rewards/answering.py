@@ -14,6 +14,7 @@ from rlrag.errors import (
     RewardError,
     RlragError,
 )
+from rlrag.generation.prompt_counts import PromptCounts
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.records import Generation, Passage, Prompt, Question, RewardResult, Score
 from rlrag.rewards.answer_match import passages_contain_answer
@@ -49,6 +50,8 @@ class AnsweringReward:
         self._prompts = prompts
         self._rewards = rewards
         self._sampling = sampling
+        self.prompt_counts = PromptCounts()
+        """Of all prompts that were built for rewards and answers."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> AnsweringReward:
         """Itself: Gymnasium copies an environment's arguments to tell its `spec`.
@@ -109,6 +112,8 @@ class AnsweringReward:
                 prompts[row] = self._prompts.build(rollout.question, rollout.passages)
             except PromptTooLongError as error:
                 too_long[row] = error
+            else:
+                self.prompt_counts.add(prompts[row], len(rollout.passages))
         return prompts, too_long
 
     def _generate(self, prompts: Sequence[Prompt]) -> Sequence[Generation | GenerationError]:

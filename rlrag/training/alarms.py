@@ -10,6 +10,7 @@ of them does not grow with the run.
     constant_policy          the policy does the same with nearly every question
     length_drift             validation answers are far longer or shorter than at the start
     failures                 rewards could not be computed and were left out
+    cut_prompts              prompts had no room for all tokens of the passages picked
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _WATCHED = (
     "constant_policy",
     "num_failed",
     "failures",
+    "prompt_cut_share",
+    "dropped_passage_share",
 )
 
 
@@ -58,6 +61,8 @@ class AlarmLimits:
     """`reward_up_quality_down`: EM and F1 fell by more than this many standard errors."""
     max_length_ratio: float = 2.0
     """`length_drift`: answers are more than this many times longer or shorter."""
+    max_cut_share: float = 0.01
+    """`cut_prompts`: more than this share of the tokens, or of the passages, was left out."""
     constant_validations: int = 2
     """`constant_policy`: so many validations in a row found it so."""
 
@@ -169,6 +174,7 @@ class Alarms:
             "constant_policy": lambda seen: _constant_policy(seen, limits),
             "length_drift": lambda seen: _length_drift(seen, limits),
             "failures": _failures,
+            "cut_prompts": lambda seen: _cut_prompts(seen, limits),
         }
         self._seen = _Seen(deque(maxlen=limits.window))
         self._raised: list[Alarm] = []
@@ -297,4 +303,18 @@ def _failures(seen: _Seen) -> str | None:
     return (
         f"{last['num_failed']:.0f} rewards could not be computed and do not count; the first: "
         f"{named[0]}"
+    )
+
+
+def _cut_prompts(seen: _Seen, limits: AlarmLimits) -> str | None:
+    """At the first step where it is so: rewards say less than is thought from then on."""
+    tokens = seen.last.get("prompt_cut_share", 0.0)
+    passages = seen.last.get("dropped_passage_share", 0.0)
+    if not max(tokens, passages) > limits.max_cut_share:
+        return None
+    return (
+        f"prompts had no room for {100 * tokens:.1f} % of their tokens and showed nothing of "
+        f"{100 * passages:.1f} % of the passages picked: the generator answers without them. Raise "
+        "generator.prompt.max_prompt_tokens, or lower data.passage_words or "
+        "environment.num_selected"
     )

@@ -20,6 +20,7 @@ import torch
 
 from rlrag.config import RunConfig
 from rlrag.environment.rollout import play_greedy
+from rlrag.generation.prompt_counts import shares_of
 from rlrag.generation.protocol import Generator
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import AnsweringReward
@@ -32,14 +33,16 @@ from rlrag.training.workers import Workers
 
 
 class _Batch(NamedTuple):
-    """Experience, and the generator tokens that this worker computed and was saved for it.
+    """Experience, the generator tokens that this worker computed and was saved for it, its prompts.
 
-    The tokens are counted by whoever draws the batch: beside the learner, a batch that runs ahead
+    These are counted by whoever draws the batch: beside the learner, a batch that runs ahead
     falls into one step or the next as the clock will have it.
     """
 
     experience: Experience
     num_tokens: np.ndarray
+    prompt_counts: np.ndarray
+    """Of `PromptCounts.values`."""
 
 
 class Collection:
@@ -61,6 +64,7 @@ class Collection:
         self._parts = parts
         self._schedule = schedule
         self._workers = workers
+        self._prompt_counts = reward.prompt_counts
         self._collector = ExperienceCollector(
             config.environment, config.dro, candidates, reward, len(self._places())
         )
@@ -101,6 +105,7 @@ class Collection:
             "staleness": float(self._schedule.estep(step) - experience.policy_version),
             "num_stale": float(num_stale),
             **_described(tokens),
+            **shares_of(self._workers.sum(torch.from_numpy(batch.prompt_counts)).numpy()),
         }
 
     def publish(self, version: int, again: bool = False) -> None:
@@ -143,7 +148,7 @@ class Collection:
 
     def _draw(self, step: int, policy: TrainablePolicy) -> _Batch:
         places = self._places()
-        before = self._tokens()
+        tokens, prompts = self._tokens(), self._prompt_counts.values()
         experience = self._collector.collect(
             policy,
             self._schedule.rows(step)[places],
@@ -151,7 +156,7 @@ class Collection:
             policy_version=self._drawing_version,
             generator_version=self._generator.version,
         )
-        return _Batch(experience, self._tokens() - before)
+        return _Batch(experience, self._tokens() - tokens, self._prompt_counts.values() - prompts)
 
     def _tokens(self) -> np.ndarray:
         """Tokens that this worker's generator computed and was saved so far."""
