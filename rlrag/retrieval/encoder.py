@@ -164,7 +164,9 @@ class TextEncoder:
         modules = directory / "modules.json"  # older models lie in the folder of their first module
         first = json.loads(modules.read_text())[0]["path"] if modules.is_file() else ""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory / first, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory / first, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError):  # a tokenizer of another library, which comes with the model
             tokenizer = self._for_passages.tokenizer
         return [len(ids) for ids in tokenizer(list(texts), truncation=False)["input_ids"]]
