@@ -17,6 +17,8 @@ _OBJECT_STORE_BYTES = 512 * 2**20
 _WORKER_START_TIMEOUT_S = "300"
 _PROBE_TIMEOUT_S = 10.0
 _CONNECT_TRIES = "3"
+_LONG_PATH = "AF_UNIX path length"
+"""Of Ray's error where TMPDIR is longer than the path of a socket may be."""
 _QUIET: dict[str, Any] = {
     "log_to_driver": False,
     "logging_level": logging.ERROR,
@@ -104,11 +106,17 @@ def start_twice(start: Callable[[], object], end: Callable[[], object]) -> None:
     Processes of the failed start that `end` does not know of end with this process.
 
     Raises:
-        SetupError: when the second start fails too.
+        SetupError: when the second start fails too, or paths of sockets are too long for any.
     """
     try:
         start()
-    except Exception as first:  # noqa: BLE001 - Ray raises the bare class when a node is late
+    except Exception as first:
+        if _LONG_PATH in str(first):  # which no second start makes shorter
+            end()
+            raise SetupError(
+                f"Ray's sockets cannot be made, as their paths get too long: {_one_line(first)}; "
+                "set RAY_TMPDIR to a short path on this machine, such as /tmp, in place of TMPDIR"
+            ) from first
         print(
             f"Ray did not start on this machine ({_one_line(first)}); trying once more",
             file=sys.stderr,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -185,3 +186,19 @@ def test_a_container_has_the_cpus_that_it_may_use(limit, found, tmp_path, monkey
 def test_a_machine_that_limits_nothing_has_all_its_cpus(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     assert machine.read_cpus() == os.cpu_count()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_busy_port_of_the_metrics(host):
+    def check(**more: Any) -> tuple[str, str]:
+        values = {"loggers": ("prometheus",), "metrics_host": host, "metrics_port": port} | more
+        answer = machine.check_metrics_port(RunConfig(training=TrainingConfig(**values)))
+        return answer.status, answer.found
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert check() == ("failed", f"{host}:{port} is taken")
+        assert check(loggers=())[0] == check(metrics_port=0)[0] == "ok"
+    assert check() == ("ok", f"{host}:{port} is free")

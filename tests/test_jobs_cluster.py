@@ -74,6 +74,21 @@ def test_a_cluster_that_fails_twice_is_an_error_that_says_what_to_do(capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_a_path_too_long_for_sockets_is_not_tried_twice(capsys):
+    """In the words of the installed Ray."""
+    from ray._private.utils import validate_socket_filepath
+
+    def start() -> None:
+        calls.append("start")
+        validate_socket_filepath("/long" * 30 + "/sockets/plasma_store")
+
+    calls: list[str] = []
+    with pytest.raises(SetupError, match=r"paths get too long.*; set RAY_TMPDIR to a short path"):
+        start_twice(start, lambda: calls.append("end"))
+    assert calls == ["start", "end"]
+    assert "trying once more" not in capsys.readouterr().err
+
+
 def test_an_unreachable_cluster_is_named_in_bounded_time(tmp_path, unused_port):
     address = f"127.0.0.1:{unused_port}"
     flags = ["--generator.backend", "transformers"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from rlrag.config import DROConfig, RunConfig
 from rlrag.errors import ConfigError, DataError, InUseError, RunDirectoryError
@@ -283,3 +285,16 @@ def test_a_full_disk_loses_no_record_and_no_configuration(tmp_path):
         "logs",
         "metrics.jsonl",
     ]
+
+
+def test_a_folder_named_in_latin_1_is_refused_at_the_start(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode("réseau".encode("latin-1"))
+    with pytest.raises(RunDirectoryError, match=r"seau' is not named in UTF-8; rename"):
+        RunDirectory(folder).check(RunConfig())
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(RunDirectoryError, match="is not named in UTF-8"):
+        RunDirectory(Path("run")).check(RunConfig())
+    RunDirectory(tmp_path / "réseau").check(RunConfig())
+    with pytest.raises(ValidationError, match="unicode string"):
+        RunConfig(cache_dir=str(folder))

@@ -199,6 +199,20 @@ def existing(path: Path) -> Path:
     return path
 
 
+def check_metrics_port(config: RunConfig) -> Answer:
+    """Whether the address can be listened on where Prometheus is to find the run's metrics."""
+    host, port = config.training.metrics_host, config.training.metrics_port
+    if "prometheus" not in config.training.loggers:
+        return ok("not needed: training.loggers does not name prometheus")
+    if port and (reason := _refusal(port, host)):
+        return failed(
+            f"{host}:{port} {reason}",
+            "end what listens there, or set --training.metrics-port to another port, where 0 takes "
+            "any free one",
+        )
+    return ok(f"{host}:{port} is free" if port else "any free port")
+
+
 def check_ports(asked: Sequence[int]) -> Answer:
     """Whether the ports can be listened on that Ray and the service want.
 
@@ -219,11 +233,12 @@ def check_ports(asked: Sequence[int]) -> Answer:
     )
 
 
-def _refusal(port: int) -> str | None:
-    with socket.socket() as listener:
+def _refusal(port: int, host: str = "") -> str | None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("", port))
+            listener.bind((host, port))
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             return "is taken" if taken else f"cannot be used ({error.strerror})"

@@ -103,6 +103,8 @@ def checks_of(config: RunConfig, arguments: DoctorArguments) -> dict[str, Callab
     if ray_cluster.is_elsewhere(config):
         on_this_machine = dict.fromkeys(on_this_machine, _of_the_cluster)
     checks |= on_this_machine
+    # This process serves them wherever the workers are.
+    checks["metrics port"] = lambda: machine.check_metrics_port(config)
     checks |= {
         "corpus": lambda: files.check_corpus(data.corpus, data.passage_words),
         "train questions": lambda: files.check_questions(data.train_questions, cache_dir),

@@ -83,8 +83,15 @@ class RunDirectory:
 
         Raises:
             RunDirectoryError: when it holds a run with another configuration, naming the fields, or
-                files that are no run.
+                files that are no run, or when its path is no Unicode text.
         """
+        try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError as error:  # bundles and records are written with it
+            raise RunDirectoryError(
+                f"--run-dir {os.fsencode(self.path.absolute())!r} is not named in UTF-8; rename "
+                "the folder, or choose another --run-dir"
+            ) from error
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file; choose another --run-dir")
         if self.config.is_file():
