@@ -226,6 +226,15 @@ def test_questions_without_golden_answers_are_left_out_and_counted(
     assert ("no golden answers and are left out of training" in said) == leaves_out
 
 
+def test_questions_that_jsa_leaves_out_are_counted(question_file) -> None:
+    jsa = {"parts": ("retriever",), "objective": "jsa"}
+    config = over(question_file(6, 5), training=jsa)
+    found = training_questions(config)
+    assert len(found.train) == 11
+    [said] = remarks(config, found)
+    assert said.startswith("5 of 11 questions of")
+
+
 def test_a_retriever_is_chosen_by_recall_where_nothing_says_what_is_right() -> None:
     table = without_answers(three_questions())
     answering = open_reward(RunConfig(), Silent(), WordPrompts())

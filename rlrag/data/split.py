@@ -97,9 +97,12 @@ def remarks(
         evaluation: The questions of its comparison, where it has one.
     """
     said, num_train = [], len(found.train)
-    if found.num_left_out:
+    num_left_out = found.num_left_out
+    if config.training.objective == "jsa":  # whose batches leave them out
+        num_left_out = num_train - len(found.train.answerable())
+    if num_left_out:
         said.append(
-            f"{found.num_left_out:,} of {found.num_found:,} questions of "
+            f"{num_left_out:,} of {found.num_found:,} questions of "
             f"{config.data.train_questions} have no golden answers and are left out of training"
         )
     if found.held_back is not None:
