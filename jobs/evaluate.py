@@ -85,6 +85,7 @@ def _evaluate(arguments: EvaluateArguments) -> None:
     from rlrag.evaluation.question_records import QuestionRecorder, questions_path
     from rlrag.evaluation.systems import evaluate, prefers_reward
     from rlrag.evaluation.table import render
+    from rlrag.generation.prompt_counts import cut_warning
     from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
 
     bundle = load_bundle(arguments.bundle, arguments.allow_code)
@@ -96,11 +97,12 @@ def _evaluate(arguments: EvaluateArguments) -> None:
     with opened_generator(bundle, config, launcher, "rlrag-evaluate") as opened:
         library = open_library(config, bundle.index_dir)
         candidates, questions_hash = open_evaluation_data(config, library)
+        answering = _answering(config, opened, candidates, arguments.allow_code)
         table = evaluate(
             config,
             _policy(bundle, config, candidates),
             candidates,
-            _answering(config, opened, candidates, arguments.allow_code),
+            answering,
             progress=lambda name: print(name, file=sys.stderr, flush=True),
             tune_generator=opened.tune,
             retrievers=other_retrievers(config, library, bundle.retriever_dir),
@@ -111,7 +113,10 @@ def _evaluate(arguments: EvaluateArguments) -> None:
         "hashes": {"corpus": library.corpus.content_hash, "questions": questions_hash},
         "bundle_step": bundle.facts.step,
         "generator": config.generator.model,
+        "prompts": answering.prompt_counts.shares(),
     }
+    if warning := cut_warning(record["prompts"]):
+        print(warning, file=sys.stderr, flush=True)
     try:
         Console().print(render(table))
     finally:  # also where nobody reads the table any more

@@ -336,6 +336,7 @@ def _evaluate(
     from rlrag.evaluation.question_records import QuestionRecorder
     from rlrag.evaluation.systems import Answered, HeldBack, evaluate
     from rlrag.evaluation.table import render
+    from rlrag.generation.prompt_counts import cut_warning
     from rlrag.pipeline import (
         candidates_of,
         open_evaluation_data,
@@ -364,11 +365,12 @@ def _evaluate(
         if name == _golden_system(config):
             golden = golden_sample(answered.questions, answered.selections, answered.answers)
 
+    answering = open_reward(config, generator, prompts)
     table = evaluate(
         config,
         bundle.policy,
         candidates,
-        open_reward(config, generator, prompts),
+        answering,
         progress=lambda name: say(f"  {name}"),
         tune_generator=lambda: generator.load_weights(weights) if weights else None,
         retrievers=other_retrievers(config, library, bundle.retriever_dir),
@@ -378,11 +380,14 @@ def _evaluate(
     record = table.to_json() | {
         "hashes": {**bundle.facts.hashes, "questions": questions_hash},
         "bundle_step": bundle.facts.step,
+        "prompts": answering.prompt_counts.shares(),
     }
     add_evaluation(run_dir.bundle, Evaluated(golden, record))
     recorder.write(run_dir.questions, record)
     write_output(run_dir.evaluation, json.dumps(record, indent=2) + "\n")
     Console().print(render(table))
+    if warning := cut_warning(record["prompts"]):
+        say(warning)
     say(f"written to {run_dir.evaluation}")
 
 

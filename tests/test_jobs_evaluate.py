@@ -81,7 +81,9 @@ def test_a_bundle_without_systems_is_refused_before_its_generator_is_opened(mode
 def test_systems_that_the_run_did_not_compare_can_be_named(model_dir, tmp_path):
     bundle = trained_bundle(tmp_path, model_dir)
     evaluate.main(words(bundle, tmp_path / "out.json", "--systems", "bm25", "trained"))
-    assert set(json.loads((tmp_path / "out.json").read_text())["systems"]) == {"bm25", "trained"}
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert set(record["systems"]) == {"bm25", "trained"}
+    assert record["prompts"] == {"prompt_cut_share": 0.0, "dropped_passage_share": 0.0}
     with pytest.raises(ConfigError, match="asks for tuned_retriever, but training"):
         evaluate.main(words(bundle, tmp_path / "out.json", "--systems", "tuned_retriever"))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 import numpy as np
 
+from rlrag.data.checks import MAX_CUT_SHARE
 from rlrag.records import Prompt
 
 
@@ -51,3 +53,17 @@ class PromptCounts:
 def shares_of(values: np.ndarray) -> dict[str, float]:
     """`PromptCounts.shares` of summed or subtracted `values`."""
     return PromptCounts(*map(int, values)).shares()
+
+
+def cut_warning(shares: Mapping[str, float], max_share: float = MAX_CUT_SHARE) -> str | None:
+    """What to tell where more than `max_share` of the tokens or of the passages was left out."""
+    tokens = shares.get("prompt_cut_share", 0.0)
+    passages = shares.get("dropped_passage_share", 0.0)
+    if not max(tokens, passages) > max_share:
+        return None
+    return (
+        f"prompts had no room for {100 * tokens:.1f} % of their tokens and showed nothing of "
+        f"{100 * passages:.1f} % of the passages picked: the generator answers without them. Raise "
+        "generator.prompt.max_prompt_tokens, or lower data.passage_words or "
+        "environment.num_selected"
+    )

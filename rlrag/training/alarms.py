@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from rlrag.config import RunConfig
+from rlrag.generation.prompt_counts import cut_warning
 
 Record = Mapping[str, Any]
 """What the rules read of one step's metrics."""
@@ -174,7 +175,7 @@ class Alarms:
             "constant_policy": lambda seen: _constant_policy(seen, limits),
             "length_drift": lambda seen: _length_drift(seen, limits),
             "failures": _failures,
-            "cut_prompts": lambda seen: _cut_prompts(seen, limits),
+            "cut_prompts": lambda seen: cut_warning(seen.last, limits.max_cut_share),
         }
         self._seen = _Seen(deque(maxlen=limits.window))
         self._raised: list[Alarm] = []
@@ -303,18 +304,4 @@ def _failures(seen: _Seen) -> str | None:
     return (
         f"{last['num_failed']:.0f} rewards could not be computed and do not count; the first: "
         f"{named[0]}"
-    )
-
-
-def _cut_prompts(seen: _Seen, limits: AlarmLimits) -> str | None:
-    """At the first step where it is so: rewards say less than is thought from then on."""
-    tokens = seen.last.get("prompt_cut_share", 0.0)
-    passages = seen.last.get("dropped_passage_share", 0.0)
-    if not max(tokens, passages) > limits.max_cut_share:
-        return None
-    return (
-        f"prompts had no room for {100 * tokens:.1f} % of their tokens and showed nothing of "
-        f"{100 * passages:.1f} % of the passages picked: the generator answers without them. Raise "
-        "generator.prompt.max_prompt_tokens, or lower data.passage_words or "
-        "environment.num_selected"
     )
