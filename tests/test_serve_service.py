@@ -155,7 +155,7 @@ def test_the_curl_commands_of_the_readme_work(service, bundles):
     version = read_bundle(bundles[1]).version
     try:
         said = run_in_shell(change.replace("/bundles/new", str(bundles[1])), service)
-        assert said == {"version": version, "role": "canary"}
+        assert said == {"version": version, "role": "canary", "already_loaded": False}
         assert service.get("/v1/versions").json()["canary"] == version
     finally:
         service.delete("/admin/bundle/canary", headers=AS_OPERATOR)
