@@ -2,23 +2,28 @@
 
 Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 75 preempted and 130
 interrupted by Ctrl-C (the same command continues), 1 anything else. The last line on stderr is then
-`error: ...`.
+`error: ...`. Where nobody reads the output any more, as after `| head`, the code is 141 and nothing
+is said.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import itertools
+import os
 import re
+import select
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import tyro
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rlrag.config import RunConfig, describe_validation_error
 from rlrag.errors import (
@@ -60,9 +65,8 @@ def parse(
             parsed: Arguments = tyro.cli(
                 kind,
                 default=tyro.MISSING_NONPROP if default is None else default,
-                args=list(argv),
+                args=list(_as_switches(argv, set(_switches(kind)))),
                 prog=prog,
-                config=(tyro.conf.FlagConversionOff,),
             )
         return parsed
     except ValidationError as error:
@@ -77,6 +81,37 @@ def parse(
             sys.stderr.write(complaint.getvalue())
             print(f"error: {_in_one_line(complaint.getvalue())}", file=sys.stderr)
         raise
+
+
+def _switches(kind: type[Any], before: str = "") -> Iterator[str]:
+    """Dotted names of the fields that are true or false, of nested sections too."""
+    for name, hint in typing.get_type_hints(kind).items():
+        dotted = f"{before}{name.replace('_', '-')}"
+        if hint is bool:
+            yield dotted
+        elif isinstance(hint, type) and (
+            issubclass(hint, BaseModel) or dataclasses.is_dataclass(hint)
+        ):
+            yield from _switches(hint, f"{dotted}.")
+
+
+def _as_switches(argv: Sequence[str], switches: set[str]) -> Iterator[str]:
+    """`--x True` as `--x` and `--x False` as `--no-x`, which the parser knows."""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("_", "-")
+        # A section may be left out of its flags, as the configuration is in those of a run.
+        is_switch = any(f".{switch}".endswith(f".{name}") for switch in switches)
+        if not (flag.startswith("--") and is_switch):
+            yield word
+            continue
+        if not equals and words and words[0] in ("True", "False"):
+            value = words.pop(0)
+        section, dot, last = name.rpartition(".")
+        spelt = {"": flag, "True": flag, "False": f"--{section}{dot}no-{last}"}
+        yield spelt.get(value, word)
 
 
 def _in_one_line(box: str) -> str:
@@ -121,7 +156,10 @@ def _summary(make: Callable[[], RunConfig]) -> str:
 def run_program(main: Callable[[Sequence[str]], None]) -> None:
     """Run `main` on the command line's words and end the process with the right code."""
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
     except RlragError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(exit_code(error)) from None
@@ -129,6 +167,10 @@ def run_program(main: Callable[[Sequence[str]], None]) -> None:
         print("error: stopped; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            # What is still to be written when the interpreter ends goes nowhere, in silence.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(
@@ -136,6 +178,13 @@ def run_program(main: Callable[[Sequence[str]], None]) -> None:
             file=sys.stderr,
         )
         raise SystemExit(1) from error
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of standard output is closed; other pipes and sockets may be broken."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # an error is always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def exit_code(error: RlragError) -> int:

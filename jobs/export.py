@@ -1,7 +1,7 @@
 """Write a bundle from any checkpoint of a run.
 
     python -m jobs.export --checkpoint runs/nq/checkpoints/step-000040 --output bundles/nq-40
-    python -m jobs.export --run-dir runs/nq --output bundles/nq --hub True
+    python -m jobs.export --run-dir runs/nq --output bundles/nq --hub
 
 `--run-dir` takes the checkpoint that was best on the held-back questions. What the run's final
 evaluation found goes along where it was of the same checkpoint.

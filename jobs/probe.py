@@ -1,7 +1,7 @@
 """Find out how a trained bundle's answers stand up to other contexts, and where they come from.
 
     python -m jobs.probe --bundle runs/nq/bundle --output probe.json
-    python -m jobs.probe --bundle runs/nq/bundle --measures mirage,order --baseline True \
+    python -m jobs.probe --bundle runs/nq/bundle --measures mirage,order --baseline \
         --corpus FILE --questions FILE --limit 200 --output probe.json
 
 The bundle answers as `jobs.evaluate` lets its system `trained` answer, but greedily, whatever

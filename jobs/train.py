@@ -2,7 +2,7 @@ r"""Train a recipe, evaluate what came out and print the comparison.
 
     python -m jobs.train quickstart
     python -m jobs.train nq --run-dir runs/nq --seed 1 --dro.num-samples 8
-    python -m jobs.train dro-paper --dry-run True
+    python -m jobs.train dro-paper --dry-run
     python -m jobs.train quickstart --run-dir runs/served --experience feedback.sqlite \
         --selector.weights runs/quickstart/bundle/selector.safetensors
     python -m jobs.train nq --run-dir runs/fork --from runs/nq/checkpoints/step-000120

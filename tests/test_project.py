@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -90,6 +91,14 @@ def test_files_stay_small():
     }
     assert len(sizes) > 80
     assert {name: size for name, size in sizes.items() if size > MAX_LINES} == {}
+
+
+def test_no_module_hides_one_of_the_standard_library():
+    """A program that is run by its path finds the modules beside it first."""
+    folders = ("benchmarks", "examples", "tests", "docs", "deploy", *PACKAGES)
+    names = {path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert {"serve", "train", "test_project"} <= names
+    assert names & sys.stdlib_module_names == set()
 
 
 def test_every_module_says_what_it_is_for():

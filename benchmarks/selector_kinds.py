@@ -1,10 +1,10 @@
 """A network on features, or a language model that writes the order: quality and cost of a selector.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.selectors nq`. Both train on the same questions with
-the same generator, frozen, and the same rewards. The feature network ranks by Plackett-Luce from
-frozen embeddings and retriever scores; the language model reads the passages and writes
-`[2] > [1]`, as in the DRO paper, and imitates the retriever's order before the first reward. A
-finished run in the folder is taken as it is.
+Run `RLRAG_DATA_DIR=... python -m benchmarks.selector_kinds nq`. Both train on the same questions
+with the same generator, frozen, and the same rewards. The feature network ranks by Plackett-Luce
+from frozen embeddings and retriever scores; the language model reads the passages and writes `[2] >
+[1]`, as in the DRO paper, and imitates the retriever's order before the first reward. A finished
+run in the folder is taken as it is.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def report(
     lines = [
         f"# {name}: a feature network or a language model as the selector",
         "",
-        f"`python -m benchmarks.selectors {name}`; seed 0, 240 training questions, 10 steps, "
+        f"`python -m benchmarks.selector_kinds {name}`; seed 0, 240 training questions, 10 steps, "
         f"frozen generator, {first['num_questions']} test questions; two threads. The first row "
         "is the retriever's order.",
         "",
