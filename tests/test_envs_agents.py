@@ -47,6 +47,19 @@ def test_maskable_ppo_learns_without_an_adapter():
     assert env.action_space.contains(action[()])
 
 
+def test_stable_baselines_makes_it_from_its_id_and_gets_pictures():
+    """Its helpers ask every environment that they make for `render_mode="rgb_array"`."""
+    from sb3_contrib import MaskablePPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    batch = make_vec_env(ID, n_envs=2, seed=0)
+    batch.reset()
+    assert [picture.shape for picture in batch.get_images()] == [(3 * 16 + 1, 8 * 16 + 1, 3)] * 2
+    agent = MaskablePPO("MultiInputPolicy", ID, n_steps=4, batch_size=4, n_epochs=1, seed=0)
+    agent.learn(4)
+    assert agent.num_timesteps == 4
+
+
 def test_masks_follow_the_conventions_of_masking_agents():
     """RLlib reads an `action_mask` of zeros and ones beside the other parts of the observation.
 

@@ -395,7 +395,7 @@ def test_ansi_shows_question_picks_answer_and_reward():
 
 
 def test_render_needs_a_mode_and_an_episode():
-    with pytest.warns(UserWarning, match="render_mode='ansi'"):
+    with pytest.warns(UserWarning, match="render_mode='ansi' or 'rgb_array'"):
         assert make_env().render() is None
     with pytest.raises(ResetNeeded):
         make_env(render_mode="ansi").render()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlrag.environment.rendering import render_episode
+from rlrag.environment.rendering import draw_episode, render_episode
 from rlrag.environment.task import EpisodeTexts, Outcome
 from rlrag.errors import GenerationError
 from rlrag.records import Passage, Question
@@ -44,3 +44,20 @@ def test_a_failed_reward_says_why():
     error = GenerationError("out of memory")
     outcome = Outcome(float("nan"), (), True, None, {}, error=error)
     assert render_episode(TEXTS, (), 2, outcome).endswith("Reward: not computed: out of memory\n")
+
+
+def cells(picture) -> list[list[tuple[int, ...]]]:
+    return [[tuple(pixel) for pixel in row] for row in picture[8::16, 8::16].tolist()]
+
+
+def test_a_picture_has_a_row_for_each_place_and_a_column_for_each_candidate():
+    free, picked, invalid = (205, 205, 205), (40, 90, 200), (210, 50, 40)
+    running = draw_episode((2,), num_candidates=3, num_selected=2, outcome=None)
+    assert (running.shape, running.dtype.name) == ((33, 49, 3), "uint8")
+    assert cells(running) == [[free, free, picked], [free] * 3]
+    assert (running[[0, 16, 32]] == 255).all()
+    assert (running[:, [0, 16, 32, 48]] == 255).all()
+    ended = draw_episode((1, 0), 2, 2, Outcome(0.8, PASSAGES[::-1], True, None, {}))
+    assert cells(ended) == [[free, picked], [picked, free]]
+    refused = draw_episode((1,), 2, 2, Outcome(-1.0, PASSAGES[1:], False, None, {}))
+    assert cells(refused) == [[free, invalid], [free, free]]

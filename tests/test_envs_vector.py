@@ -414,5 +414,5 @@ def test_ansi_gives_one_text_for_each_sub_environment():
     assert "Title 3 (candidate 2)" in second
     assert "Still picking." in second
     silent = make_batch(1)
-    with pytest.warns(UserWarning, match="render_mode='ansi'"):
+    with pytest.warns(UserWarning, match="render_mode='ansi' or 'rgb_array'"):
         assert silent.render() is None

@@ -9,7 +9,12 @@ import numpy as np
 from gymnasium.error import InvalidAction, ResetNeeded
 
 from rlrag.environment import transitions
-from rlrag.environment.rendering import check_render_mode, render_episode
+from rlrag.environment.rendering import (
+    RENDER_MODES,
+    check_render_mode,
+    draw_episode,
+    render_episode,
+)
 from rlrag.environment.task import (
     DEFAULT_INVALID_REWARD,
     DEFAULT_NUM_SELECTED,
@@ -109,7 +114,8 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
     - `reward`: scores ordered selections; `PassageReward(cost_per_passage=0.1)` when omitted.
     - `num_selected=3`: the most passages in a selection (K), from 1 to N.
     - `invalid_reward=-1.0`: the reward of an episode that an invalid action ends.
-    - `render_mode`: None or `"ansi"`, which gives question, picks, answer and reward as text.
+    - `render_mode`: None; `"ansi"`, which gives question, picks, answer and reward as text; or
+      `"rgb_array"`, a picture of the picks, which Stable-Baselines3 asks for by default.
 
     ```python
     >>> import gymnasium as gym, envs
@@ -130,7 +136,10 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
     - v1: first version.
     """
 
-    metadata = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012  Gymnasium's own form
+    metadata = {  # noqa: RUF012  Gymnasium's own form
+        "render_modes": [*RENDER_MODES],
+        "render_fps": 4,
+    }
 
     def __init__(
         self,
@@ -204,20 +213,23 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
         """Which actions are allowed now: bool, length N + 1."""
         return transitions.action_masks(self._episodes)[0]
 
-    def render(self) -> str | None:
-        """The episode so far as text; None without a render mode.
+    def render(self) -> str | np.ndarray | None:
+        """The episode so far, as text or as a picture; None without a render mode.
 
         Raises:
             ResetNeeded: before the first reset.
         """
         if self.render_mode is None:
-            gymnasium.logger.warn("render() needs render_mode='ansi' when the environment is made")
+            gymnasium.logger.warn(
+                "render() needs render_mode='ansi' or 'rgb_array' when the environment is made"
+            )
             return None
         if self._texts is None:
             raise ResetNeeded("there is no episode to show yet; call reset() before render()")
-        return render_episode(
-            self._texts, self._episodes.selection(0), self._task.num_selected, self._outcome
-        )
+        selection, most = self._episodes.selection(0), self._task.num_selected
+        if self.render_mode == "rgb_array":
+            return draw_episode(selection, len(self._texts.passages), most, self._outcome)
+        return render_episode(self._texts, selection, most, self._outcome)
 
     def _observation(self) -> dict[str, np.ndarray]:
         batch = self._task.observe(self._features, self._episodes)

@@ -1,12 +1,42 @@
-"""One episode in, the text that `render_mode="ansi"` shows out."""
+"""One episode in; its text for `render_mode="ansi"` or its picture for `"rgb_array"` out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from rlrag.environment.task import EpisodeTexts, Outcome
 from rlrag.errors import ConfigError
+
+RENDER_MODES = ("ansi", "rgb_array")
+
+_CELL_PIXELS = 16
+_LINE, _FREE, _PICKED, _INVALID = (255, 255, 255), (205, 205, 205), (40, 90, 200), (210, 50, 40)
+
+
+def draw_episode(
+    selection: tuple[int, ...], num_candidates: int, num_selected: int, outcome: Outcome | None
+) -> np.ndarray:
+    """A grid with a row for each place of the selection and a column for each candidate.
+
+    The candidate at a place is blue, or all of them red after an episode that a candidate ended
+    which was already picked. Texts are left to `render_episode`.
+
+    Returns:
+        Colours, uint8 [16 K + 1, 16 N + 1, 3], of N candidates and at most K picks.
+    """
+    colours = np.full((num_selected, num_candidates, 3), _FREE, dtype=np.uint8)
+    is_valid = outcome is None or outcome.valid
+    for place, position in enumerate(selection):
+        colours[place, position] = _PICKED if is_valid else _INVALID
+    picture = np.pad(
+        colours.repeat(_CELL_PIXELS, axis=0).repeat(_CELL_PIXELS, axis=1), ((0, 1), (0, 1), (0, 0))
+    )
+    picture[::_CELL_PIXELS] = _LINE
+    picture[:, ::_CELL_PIXELS] = _LINE
+    return picture
 
 
 def render_episode(

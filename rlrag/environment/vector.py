@@ -15,7 +15,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from rlrag.environment import transitions
-from rlrag.environment.rendering import check_render_mode, render_episode
+from rlrag.environment.rendering import (
+    RENDER_MODES,
+    check_render_mode,
+    draw_episode,
+    render_episode,
+)
 from rlrag.environment.task import (
     DEFAULT_INVALID_REWARD,
     DEFAULT_NUM_SELECTED,
@@ -81,7 +86,7 @@ class DocumentSelectionVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np
     - `num_envs=1`: sub-environments (B).
     - `autoreset_mode`: an `AutoresetMode` or its value, such as `"Disabled"`.
     - `candidates`, `reward`, `num_selected`, `invalid_reward`, `render_mode`: as in the scalar
-      environment; `render()` gives one text for each sub-environment.
+      environment; `render()` gives one text or picture for each sub-environment.
 
     ```python
     >>> import gymnasium as gym, envs
@@ -101,7 +106,7 @@ class DocumentSelectionVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np
     """
 
     metadata = {  # noqa: RUF012  Gymnasium's own form; an instance has its own copy
-        "render_modes": ["ansi"],
+        "render_modes": [*RENDER_MODES],
         "render_fps": 4,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
@@ -183,21 +188,28 @@ class DocumentSelectionVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np
         """Which actions are allowed now: bool [B, N + 1]."""
         return transitions.action_masks(self._episodes)
 
-    def render(self) -> tuple[str, ...] | None:
-        """The episodes so far, one text each; None without a render mode.
+    def render(self) -> tuple[str | np.ndarray, ...] | None:
+        """The episodes so far, one text or picture each; None without a render mode.
 
         Raises:
             ResetNeeded: before the first reset.
         """
         if self.render_mode is None:
-            gymnasium.logger.warn("render() needs render_mode='ansi' when the environment is made")
+            gymnasium.logger.warn(
+                "render() needs render_mode='ansi' or 'rgb_array' when the environment is made"
+            )
             return None
         if not self._texts:
             raise ResetNeeded("there are no episodes to show yet; call reset() before render()")
-        return tuple(
-            render_episode(texts, self._episodes.selection(i), self._task.num_selected, outcome)
-            for i, (texts, outcome) in enumerate(zip(self._texts, self._outcomes, strict=True))
-        )
+        most = self._task.num_selected
+        shown: list[str | np.ndarray] = []
+        for i, (texts, outcome) in enumerate(zip(self._texts, self._outcomes, strict=True)):
+            selection = self._episodes.selection(i)
+            if self.render_mode == "rgb_array":
+                shown.append(draw_episode(selection, len(texts.passages), most, outcome))
+            else:
+                shown.append(render_episode(texts, selection, most, outcome))
+        return tuple(shown)
 
     def _begin(self, where_B: np.ndarray, rows_B: np.ndarray | None = None) -> None:
         """Start the episodes in `where_B`, on the given questions or on drawn ones."""
