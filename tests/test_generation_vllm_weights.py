@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import save_family, save_vllm_llama
 
-from rlrag.config import GeneratorConfig, GeneratorTrainingConfig
+from rlrag.config import GeneratorConfig, GeneratorTrainingConfig, PromptConfig
 from rlrag.errors import GenerationError
 from rlrag.generation.build import open_generator
 from rlrag.generation.pool_client import PoolClient
@@ -22,6 +22,7 @@ from rlrag.training.generator_model import TrainableGenerator
 
 TOLERANCE = 1e-3
 NUM_PUSHES = 8
+SHORT = PromptConfig(max_prompt_tokens=200)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -85,7 +86,12 @@ def check_adapter_push(directory: Path, pool: PoolClient, version: int) -> None:
 def test_pushes_under_load_leave_no_wrong_version_and_the_learners_scores(tmp_path, tied):
     directory = save_vllm_llama(tmp_path / "model", tied)
     config = GeneratorConfig(
-        model=str(directory), dtype="float32", num_actors=1, max_model_len=256, batch_size=8
+        model=str(directory),
+        dtype="float32",
+        num_actors=1,
+        max_model_len=256,
+        batch_size=8,
+        prompt=SHORT,
     )
     opened, _ = open_generator(config, "ray", tmp_path / "cache")
     pool = opened.inner
@@ -140,6 +146,7 @@ def test_an_engine_that_two_processes_hold_takes_the_same_weights(tmp_path):
         num_actors=1,
         tensor_parallel=2,
         max_model_len=256,
+        prompt=SHORT,
         batch_size=8,
     )
     opened, _ = open_generator(config, "ray", tmp_path / "cache")
@@ -154,7 +161,12 @@ def test_a_family_takes_weights_or_is_refused_before_the_engine_is_touched(tmp_p
     """vLLM's Gemma 2 has no output layer of its own; its experts are packed once alone."""
     directory = save_family(tmp_path / "model", family)
     config = GeneratorConfig(
-        model=str(directory), dtype="float32", num_actors=1, max_model_len=256, batch_size=8
+        model=str(directory),
+        dtype="float32",
+        num_actors=1,
+        max_model_len=256,
+        batch_size=8,
+        prompt=SHORT,
     )
     opened, _ = open_generator(config, "ray", tmp_path / "cache")
     try:
