@@ -178,7 +178,7 @@ def test_without_the_data_folder_the_message_says_what_to_set(files, monkeypatch
     words = [word for pair in pairs if pair[0] in kept for word in pair]
     with pytest.raises(DataError) as caught:
         train.main(["nq", *words])
-    assert "$RLRAG_DATA_DIR/questions/nq.train.jsonl does not exist" in str(caught.value)
+    assert "$RLRAG_DATA_DIR/questions/nq.dev.jsonl does not exist" in str(caught.value)
     assert "set the environment variable RLRAG_DATA_DIR to the data folder" in str(caught.value)
 
 

@@ -151,7 +151,7 @@ def priced_table(num_questions: int, seed: int) -> CandidateTable:
     )
 
 
-def test_a_third_partys_environment_is_learned_to_its_optimum(small_config, tmp_path):
+def test_a_third_partys_environment_is_learned_to_its_optimum(small_config, model_dir, tmp_path):
     """Its episodes are as long as they need be: better than any fixed number of picks."""
     config = changed(
         small_config,
@@ -174,7 +174,11 @@ def test_a_third_partys_environment_is_learned_to_its_optimum(small_config, tmp_
     assert optimum > max(fixed) + 0.05
     assert found.rewards_E.mean() >= 0.98 * optimum
     assert len(set(map(len, found.evidence))) > 1
-    config = changed(config, evaluation={"systems": ["trained"], "num_bootstrap": 100})
+    config = changed(
+        config,
+        generator={"model": str(model_dir)},
+        evaluation={"systems": ["trained"], "num_bootstrap": 100},
+    )
     played = [tuple(passage.id for passage in evidence) for evidence in found.evidence]
     for picks in everywhere(config, policy, unseen, tmp_path / "bundle"):
         assert picks == played
@@ -221,12 +225,15 @@ def everywhere(
     return asked
 
 
-def test_validation_evaluation_and_service_play_the_same_episodes(small_config, tmp_path):
+def test_validation_evaluation_and_service_play_the_same_episodes(
+    small_config, model_dir, tmp_path
+):
     """100 questions, of which the policy ends some before it has to."""
     config = changed(
         small_config,
         environment={"num_selected": 3},
         selector={"may_stop": True},
+        generator={"model": str(model_dir)},
         evaluation={"systems": ["trained"], "num_bootstrap": 100},
     )
     table = worded_table(100)

@@ -258,6 +258,6 @@ def test_the_papers_retriever_has_its_settings(tmp_path):
     config = RECIPES["openrag-paper"]().model_copy(update={"cache_dir": str(tmp_path)})
     plan = describe_plan(config)
     assert "40 passes offline, then 40 passes online; 128 questions a step" in plan
-    assert "offline     judges 100 a question, each answered and scored once" in plan
+    assert "offline     judges 100 a question" in plan
     assert "ranks 20 passages a question anew" in plan
     assert "Meta-Llama-3-8B, 8.00 B parameters: 14.9 GiB" in plan
