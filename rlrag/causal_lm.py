@@ -1,4 +1,4 @@
-"""A model directory in; a causal language model that can be read in parts out, or why it cannot.
+"""Opens causal language models that can read a prompt in parts, and refuses those that cannot.
 
 Selector, generator and learner read what many prompts begin with once and keep its keys and values.
 A model that keeps something else, or that sees what follows a token, would give other numbers

@@ -1,4 +1,4 @@
-"""One action in; one observation, reward and info out: the scalar environment."""
+"""The scalar selection environment: one question an episode, one pick a step."""
 
 from __future__ import annotations
 

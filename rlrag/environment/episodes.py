@@ -42,7 +42,7 @@ from rlrag.rewards.protocol import SelectionReward
 MAX_ACTIONS = 1_000
 """Actions after which an episode counts as one that never ends."""
 
-_PATIENCE = "mend the environment, or name another one in environment.id"
+_ADVICE = "mend the environment, or name another one in environment.id"
 
 StepResult = tuple[Columns, np.ndarray, np.ndarray, Columns]
 """Observations, rewards (E,), which episodes are over (E,), and infos."""
@@ -103,7 +103,7 @@ def open_episodes(
         raise
     except Exception as error:
         raise ConfigError(
-            f"environment.id {config.id!r} cannot be made: {_described(error)}; {_PATIENCE}"
+            f"environment.id {config.id!r} cannot be made: {_described(error)}; {_ADVICE}"
         ) from error
 
 
@@ -165,7 +165,7 @@ class _Guard:
         which = " and others" if len(asked) > 1 else ""
         question = f"question {reprlib.repr(asked[0])}{which}" if len(asked) else "its reset"
         return EpisodeError(
-            f"environment.id {self._name!r}, action {self.step} of {question}: {what}; {_PATIENCE}"
+            f"environment.id {self._name!r}, action {self.step} of {question}: {what}; {_ADVICE}"
         )
 
     def check(self, space: Any, observations: Columns, over_E: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""One episode in; its text for `render_mode="ansi"` or its picture for `"rgb_array"` out."""
+"""Draws an episode as text (`render_mode="ansi"`) or as a picture (`"rgb_array"`)."""
 
 from __future__ import annotations
 

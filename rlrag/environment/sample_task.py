@@ -1,4 +1,4 @@
-"""The built-in corpus and questions in, a candidate table for trials and tests out.
+"""The built-in task: a small candidate table for trials and tests.
 
 No model is involved: candidates are ranked by the words that they share with the question, and a
 vector counts words in hashed buckets. Everything is deterministic and takes milliseconds.

@@ -1,4 +1,4 @@
-"""A candidate table and a reward in; spaces, observations, texts and outcomes of episodes out.
+"""Spaces, observations and outcomes of selection episodes.
 
 What the scalar and the vector environment share. Shape letters: B episodes, N candidates,
 K selected, C retriever scores, D vector length.

@@ -1,4 +1,4 @@
-"""A batch of actions in, batched observations, rewards and infos out; one reward call a step.
+"""The vector selection environment: many episodes at once, one reward call a step.
 
 Shape letters: B sub-environments, N candidates, K selected.
 """
