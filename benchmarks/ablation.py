@@ -1,8 +1,8 @@
 """Selector, generator, both, or fine-tuning: the ablation of the DRO paper on one data set.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.ablation nq`. The recipes share questions, steps and
-everything else but what they train; see `jobs.recipes`. A finished run in the folder is taken as it
-is. Write the page about the runs with `python -m jobs.report`.
+everything else but what they train; see `rlrag.recipes`. A finished run in the folder is taken as
+it is. Write the page about the runs with `python -m jobs.report`.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _share(save_s: float, step_s: float) -> float:
 
 def runs() -> dict[str, RunConfig]:
     """What is measured, by name."""
-    from jobs.recipes.selection import quickstart
+    from rlrag.recipes.selection import quickstart
 
     frozen = _changed(quickstart(), training={"checkpoint_every": 1})
     lora = _changed(

@@ -123,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> str:
     """The whole report."""
-    from jobs.recipes.selection import quickstart
     from rlrag.pipeline import candidates_of, load_questions, open_library, open_policy
+    from rlrag.recipes.selection import quickstart
 
     run = quickstart()
     run = run.model_copy(

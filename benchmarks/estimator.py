@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache-dir", default="~/.cache/rlrag")
     options = parser.parse_args(arguments)
 
-    from jobs.recipes.selection import co_training
     from rlrag.pipeline import open_library, open_policy, open_training_data
+    from rlrag.recipes.selection import co_training
     from rlrag.storage import load_weights
 
     run = co_training(options.name, 2, ("selector",))

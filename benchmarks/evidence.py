@@ -27,10 +27,10 @@ from benchmarks.peers.plan import write_json
 from benchmarks.peers.running import Peer
 from benchmarks.peers.table import table_lines
 from benchmarks.runs import finished_run
-from jobs.command_line import parse
-from jobs.recipes import RECIPES
+from rlrag.cli.command_line import parse
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
+from rlrag.recipes import RECIPES
 
 RESULTS_FILE = Path(__file__).parent / "results" / "evidence.md"
 _PROGRAM = "python -m benchmarks.evidence"

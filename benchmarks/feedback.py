@@ -316,9 +316,9 @@ def report(name: str, found: Found, num_events: int, explore_share: float) -> st
 
 
 def _configured(name: str, flags: Sequence[str]) -> RunConfig:
-    from jobs.command_line import parse
-    from jobs.recipes import RECIPES
+    from rlrag.cli.command_line import parse
     from rlrag.config import RunConfig
+    from rlrag.recipes import RECIPES
 
     values = RECIPES[name]().model_dump()
     values["training"] |= {
@@ -337,8 +337,8 @@ def _configured(name: str, flags: Sequence[str]) -> RunConfig:
 
 def main(argv: Iterable[str] | None = None) -> None:
     """Log, train and write the table."""
-    from jobs.recipes import RECIPES
     from rlrag.pipeline import open_evaluation_data, open_library, open_training_data
+    from rlrag.recipes import RECIPES
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", choices=tuple(RECIPES), default="quickstart")

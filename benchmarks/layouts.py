@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import get_args
 
 from benchmarks.evidence import draw_questions, run_flags
-from jobs.cluster import cluster
-from jobs.command_line import parse
-from jobs.recipes import RECIPES
+from rlrag.cli.cluster import cluster
+from rlrag.cli.command_line import parse
 from rlrag.config import DATA_DIR_VARIABLE, PromptConfig, RunConfig
 from rlrag.generation.protocol import Generator
+from rlrag.recipes import RECIPES
 
 RESULTS_FILE = Path(__file__).parent / "results" / "layouts.md"
 LAYOUTS: tuple[str, ...] = get_args(PromptConfig.model_fields["passage_order"].annotation)

@@ -22,8 +22,8 @@ _KINDS = ("bm25", "dense", "hybrid")
 
 def untrained_orders(run_dir: Path) -> dict[str, dict[str, Any]]:
     """`retriever_order` of each kind of retriever under the configuration of a run."""
-    from jobs.cluster import cluster
     from rlrag.bundle import load_bundle
+    from rlrag.cli.cluster import cluster
     from rlrag.config import EvaluationConfig, RunConfig
     from rlrag.evaluation.systems import evaluate
     from rlrag.generation.build import open_generator

@@ -170,8 +170,8 @@ class Reader:
 
 def measure(options: argparse.Namespace) -> str:
     """Let all models read the same questions; the report."""
-    from jobs.recipes import RECIPES
     from rlrag.pipeline import candidates_of, load_questions, open_library
+    from rlrag.recipes import RECIPES
 
     run = RECIPES[options.recipe]()
     if options.cache_dir:

@@ -152,8 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> str:
     """The whole report, for one actor with all threads and for one actor a thread."""
-    from jobs.recipes.selection import quickstart
     from rlrag.pipeline import candidates_of, load_questions, open_library
+    from rlrag.recipes.selection import quickstart
 
     run = quickstart()
     environment = run.environment.model_copy(update={"num_selected": options.num_selected})

@@ -187,9 +187,9 @@ class Row:
 
 def measure_latencies(num_calls: int, cache_dir: Path | None) -> Latencies:
     """Time calls of the built-in model in a pool of one actor, each with one chunk of prompts."""
-    from jobs.recipes.selection import quickstart
     from rlrag.generation.build import open_generator, resolve_config
     from rlrag.generation.protocol import Sampling
+    from rlrag.recipes.selection import quickstart
 
     run = quickstart()
     cache_dir = cache_dir or run.cache_path
@@ -221,8 +221,8 @@ def _real_prompts(builder: PromptBuilder, num_prompts: int, cache_dir: Path) -> 
     """Questions of the built-in corpus, each with two of its passages."""
     import random
 
-    from jobs.recipes.selection import quickstart
     from rlrag.data.load import load_corpus, load_questions
+    from rlrag.recipes.selection import quickstart
 
     data = quickstart().data
     corpus = load_corpus(data.corpus, cache_dir, data.passage_words)

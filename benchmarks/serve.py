@@ -78,8 +78,8 @@ def service(bundle: Path) -> Iterator[None]:
     from ray import serve as ray_serve
 
     from benchmarks.runs import own_cluster
-    from serve.app import build
-    from serve.proxy import PROXY_VARIABLES
+    from rlrag.serving.app import build
+    from rlrag.serving.proxy import PROXY_VARIABLES
 
     for name, value in PROXY_VARIABLES.items():  # as `serve run` does where it starts the cluster
         os.environ.setdefault(name, value)
@@ -173,8 +173,8 @@ class BareEngine:
         import ray
 
         from rlrag.generation.vllm_backend import vllm_environment
-        from serve.generating import engine_config
-        from serve.settings import parse_settings
+        from rlrag.serving.generating import engine_config
+        from rlrag.serving.settings import parse_settings
 
         self._settings = parse_settings({"bundle": str(bundle)})
         config = engine_config(_config(bundle).generator, self._settings)
@@ -204,10 +204,10 @@ class _Bare:
         from rlrag.generation.prompts import PromptBuilder, load_tokenizer
         from rlrag.models import resolve_model
         from rlrag.pipeline import sampling_of
-        from serve.generating import engine_config
-        from serve.retrieving import RetrieverPart
-        from serve.selecting import SelectorPart
-        from serve.settings import parse_settings
+        from rlrag.serving.generating import engine_config
+        from rlrag.serving.retrieving import RetrieverPart
+        from rlrag.serving.selecting import SelectorPart
+        from rlrag.serving.settings import parse_settings
 
         self._bundle = load_bundle(Path(bundle))
         config = engine_config(self._bundle.config.generator, parse_settings({"bundle": bundle}))
@@ -227,8 +227,8 @@ class _Bare:
 
     def rate(self, questions: list[str]) -> float:
         from rlrag.records import Question
-        from serve.retrieving import Ask
-        from serve.selecting import Choice
+        from rlrag.serving.retrieving import Ask
+        from rlrag.serving.selecting import Choice
 
         prompts = []
         for question in questions:

@@ -6,7 +6,7 @@ it reads the code (mkdocs.yml). Directives stand on a line of their own:
     {{ configuration }}      every section and field of a run's configuration
     {{ service }}            every setting of the service
     {{ recipes }}            the recipes that jobs.train knows
-    {{ programs }}           the flags of every program in jobs
+    {{ programs }}           the flags of every program in rlrag.cli
     {{ packages }}           the pinned packages that are installed, with their licences
     {{ file PATH }}          a Markdown file as it is, or a program
     {{ modules PACKAGE }}    the reference of every module in a package
@@ -90,14 +90,14 @@ def configuration() -> Iterator[str]:
 
 def service() -> Iterator[str]:
     """All settings of `ServeSettings` in one table."""
-    from serve.settings import ServeSettings
+    from rlrag.serving.settings import ServeSettings
 
     yield from _table(ServeSettings, "")
 
 
 def recipes() -> Iterator[str]:
     """Name and first paragraph of each recipe's docstring."""
-    from jobs.recipes import RECIPES
+    from rlrag.recipes import RECIPES
 
     yield from ("| recipe | what it trains |", "|---|---|")
     for name, make in RECIPES.items():
@@ -112,12 +112,12 @@ def file(path: str) -> Iterator[str]:
 
 def programs() -> Iterator[str]:
     """What each program does, and the flags in its class `...Arguments`."""
-    for path in sorted((ROOT / "jobs").rglob("*.py")):
+    for path in sorted((ROOT / "rlrag" / "cli").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for arguments in re.findall(r"^class (\w+Arguments)\b", path.read_text(), re.MULTILINE):
-            command = name.removesuffix(".program")
+            command = name.removeprefix("rlrag.cli.").removesuffix(".program")
             summary = ast.get_docstring(ast.parse(path.read_text())) or ""
-            yield from ("", f"## python -m {command}", "", *_as_markdown(summary), "")
+            yield from ("", f"## rlrag {command}", "", *_as_markdown(summary), "")
             yield from (f"::: {name}.{arguments}", "    options:", "      heading_level: 3", "")
 
 
@@ -132,7 +132,7 @@ def _as_markdown(docstring: str) -> Iterator[str]:
     """A module's docstring, whose indented lines are commands."""
     for paragraph in docstring.split("\n\n"):
         lines = paragraph.splitlines()
-        is_code = all(line.startswith(("    ", "python -m")) for line in lines)
+        is_code = all(line.startswith(("    ", "rlrag ")) for line in lines)
         yield from (
             ["", "```bash", *(line.strip() for line in lines), "```"] if is_code else ["", *lines]
         )

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs import train
-from jobs.command_line import run_program
+from rlrag.cli import train
+from rlrag.cli.command_line import run_program
 
 WORD_PRICE = 0.02
 

@@ -1,1 +1,1 @@
-"""Programs of the project, run from its root by module: `python -m jobs.train`."""
+"""The programs by module, from the root of a checkout: `python -m jobs.train`."""

@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
-PAGE = Path(__file__).resolve().parents[1] / "serve" / "page"
+PAGE = Path(__file__).resolve().parents[1] / "rlrag" / "serving" / "page"
 ACTIVE, SHADOW = "5d0c1f7be2a9", "a84e90b2f6d3"
 REQUEST_ID = "7f3d9a52c4e81b067f3d9a52c4e81b06"
 HOSTILE = '<img src="/x" onerror="document.title=\'taken\'"><script>document.title="taken"</script>'

@@ -14,13 +14,13 @@ from fastapi import FastAPI
 from rlrag.data.feedback import FeedbackStore
 from rlrag.errors import CheckpointError, OverloadedError, PromptTooLongError, RequestError
 from rlrag.records import Passage
-from serve.answering import Answered, Answering
-from serve.api import create_api
-from serve.feedback_log import FeedbackLog
-from serve.metrics import Metrics
-from serve.questions import Ask
-from serve.records import AnswerPiece, Decoding, Filters, Picked, Retrieved, Routing
-from serve.settings import ServeSettings, parse_settings
+from rlrag.serving.answering import Answered, Answering
+from rlrag.serving.api import create_api
+from rlrag.serving.feedback_log import FeedbackLog
+from rlrag.serving.metrics import Metrics
+from rlrag.serving.questions import Ask
+from rlrag.serving.records import AnswerPiece, Decoding, Filters, Picked, Retrieved, Routing
+from rlrag.serving.settings import ServeSettings, parse_settings
 
 PASSAGES = tuple(
     Passage(f"p{n}", f"Title {n}", f"The value of number {n} is {n * n}.") for n in range(8)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks import evidence
-from jobs.command_line import parse
-from jobs.recipes import RECIPES
+from rlrag.cli.command_line import parse
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
+from rlrag.recipes import RECIPES
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import pytest
 from benchmarks.peers.__main__ import PEERS, PeersArguments, compare
 from benchmarks.peers.environments import torch_source
 from benchmarks.peers.running import Peer, finished_peer
-from jobs.recipes import RECIPES
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, RunDirectoryError, SetupError
 from rlrag.evaluation.question_records import QuestionRecorder
 from rlrag.evaluation.systems import Answered
+from rlrag.recipes import RECIPES
 from rlrag.records import Generation
 from rlrag.rewards.answer_match import token_f1
 

@@ -10,9 +10,9 @@ import pytest
 from openrag_runs import write_files
 
 from examples.ask_bundle import ask
-from jobs import evaluate, probe
 from rlrag.bundle import copy_bundle, load_bundle, save_bundle
 from rlrag.bundle_files import CONFIG, code_named_by
+from rlrag.cli import evaluate, probe
 from rlrag.config import (
     EnvironmentConfig,
     EvaluationConfig,
@@ -23,9 +23,9 @@ from rlrag.config import (
 )
 from rlrag.errors import ConfigError
 from rlrag.pipeline import open_evaluation_data, open_library, open_policy
-from serve.app import NotServableError, build
-from serve.selecting import SelectorPart
-from serve.settings import parse_settings
+from rlrag.serving.app import NotServableError, build
+from rlrag.serving.selecting import SelectorPart
+from rlrag.serving.settings import parse_settings
 
 MODULE = "code_of_a_stranger"
 REWARD, ENVIRONMENT = f"{MODULE}:worth", f"{MODULE}:strange/Selection-v0"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from loop_runs import StopAfter, changed, co_training, start, steps_of
 
-from jobs.recipes import RECIPES
-from jobs.train import TrainArguments
-from jobs.train import config_of as resolve
+from rlrag.cli.train import TrainArguments
+from rlrag.cli.train import config_of as resolve
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError
 from rlrag.generation.transformers_backend import TransformersGenerator
+from rlrag.recipes import RECIPES
 from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.forking import check_start, starting_weights
 from rlrag.training.run_directory import RunDirectory

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from jobs.recipes import RECIPES
 from rlrag.config import (
     DROConfig,
     FewShotExample,
@@ -25,6 +24,7 @@ from rlrag.config import (
     describe_validation_error,
 )
 from rlrag.errors import ConfigError
+from rlrag.recipes import RECIPES
 
 EXAMPLE = FewShotExample(title="t", text="a text", question="q?", answer="a")
 Path = tuple[str, ...]
@@ -441,7 +441,7 @@ def test_every_field_says_what_it_means():
 
 def test_importing_the_configuration_imports_nothing_heavy():
     script = (
-        "import sys, rlrag.config, jobs.recipes; "
+        "import sys, rlrag.config, rlrag.recipes; "
         "print([n for n in ('torch', 'transformers', 'ray', 'vllm', 'numpy') if n in sys.modules])"
     )
     done = subprocess.run(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from jobs.recipes import RECIPES
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
+from rlrag.recipes import RECIPES
 
 
 def by_jsa(**sections: dict[str, Any]) -> str:

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from jobs import train
-from jobs.doctor.packages import extras_of
-from jobs.recipes import RECIPES
-from serve.settings import parse_settings
+from rlrag.cli import train
+from rlrag.cli.doctor.packages import extras_of
+from rlrag.recipes import RECIPES
+from rlrag.serving.settings import parse_settings
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

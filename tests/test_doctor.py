@@ -21,14 +21,14 @@ from pathlib import Path
 import grpc
 import pytest
 
-from jobs.command_line import exit_code
-from jobs.doctor import machine
-from jobs.doctor.checks import ok, run_check
-from jobs.doctor.files import check_model
-from jobs.doctor.needs import Needs
-from jobs.doctor.packages import check_python, extras_of
-from jobs.doctor.program import main
-from jobs.doctor.ray_cluster import check_cluster
+from rlrag.cli.command_line import exit_code
+from rlrag.cli.doctor import machine
+from rlrag.cli.doctor.checks import ok, run_check
+from rlrag.cli.doctor.files import check_model
+from rlrag.cli.doctor.needs import Needs
+from rlrag.cli.doctor.packages import check_python, extras_of
+from rlrag.cli.doctor.program import main
+from rlrag.cli.doctor.ray_cluster import check_cluster
 from rlrag.config import BETTER_GENERATOR, GeneratorConfig, RunConfig, TrainingConfig
 from rlrag.errors import ConfigError, RlragError, SetupError
 from rlrag.training.run_directory import RunDirectory
@@ -403,8 +403,8 @@ def test_what_is_wrong_on_the_command_line_is_code_2(words):
 
 _PROGRAM = """
 import sys
-from jobs.command_line import run_program
-from jobs.doctor.program import main
+from rlrag.cli.command_line import run_program
+from rlrag.cli.doctor.program import main
 try:
     run_program(main)
 finally:

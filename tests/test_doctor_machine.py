@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from jobs.doctor import machine
-from jobs.doctor.accelerator import GpuFacts, check_gpus
-from jobs.doctor.files import check_storage
-from jobs.doctor.needs import GIB, Needs, needs_of
-from jobs.doctor.ray_cluster import check_cluster
+from rlrag.cli.doctor import machine
+from rlrag.cli.doctor.accelerator import GpuFacts, check_gpus
+from rlrag.cli.doctor.files import check_storage
+from rlrag.cli.doctor.needs import GIB, Needs, needs_of
+from rlrag.cli.doctor.ray_cluster import check_cluster
 from rlrag.config import GeneratorConfig, RunConfig, TrainingConfig
 
 NEEDS = Needs(

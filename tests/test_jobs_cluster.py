@@ -25,7 +25,7 @@ from benchmarks.programs import (
     quiet_environment,
     read_metrics,
 )
-from jobs.cluster import start_twice
+from rlrag.cli.cluster import start_twice
 from rlrag.errors import SetupError
 
 

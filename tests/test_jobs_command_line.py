@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny_llama
 
-from jobs import evaluate, export, report, train
-from jobs.command_line import exit_code, parse, pick_recipe, run_program
-from jobs.doctor.program import main as program_of_doctor
-from jobs.recipes import RECIPES
 from rlrag import errors
+from rlrag.cli import evaluate, export, report, train
+from rlrag.cli.command_line import exit_code, parse, pick_recipe, run_program
+from rlrag.cli.doctor.program import main as program_of_doctor
 from rlrag.config import RunConfig, TrainingConfig
 from rlrag.errors import (
     ConfigError,
@@ -26,6 +25,7 @@ from rlrag.errors import (
     RlragError,
     RunDirectoryError,
 )
+from rlrag.recipes import RECIPES
 from rlrag.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from openrag_runs import write_files
 
-from jobs import evaluate
 from rlrag.bundle import save_bundle
+from rlrag.cli import evaluate
 from rlrag.config import (
     EnvironmentConfig,
     EvaluationConfig,

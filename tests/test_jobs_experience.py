@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import report, train
-from jobs.command_line import exit_code, parse, pick_recipe
-from jobs.recipes import RECIPES
 from rlrag.bundle import load_bundle
+from rlrag.cli import report, train
+from rlrag.cli.command_line import exit_code, parse, pick_recipe
 from rlrag.config import RunConfig
 from rlrag.data.feedback import FeedbackStore, SelectionEvent, read_feedback
 from rlrag.data.load import load_questions
 from rlrag.errors import ConfigError, DataError, RunDirectoryError
 from rlrag.pipeline import candidates_of, open_library, open_policy
+from rlrag.recipes import RECIPES
 from rlrag.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]

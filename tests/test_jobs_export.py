@@ -13,11 +13,11 @@ from huggingface_hub.repocard import metadata_load
 from stand_ins import fill_disk, make_table
 from tiny_models import save_tiny_llama
 
-from jobs import export, train
-from jobs.model_card import model_card
-from jobs.single_run import best_step, evaluate_bundle
 from rlrag.bundle import load_bundle, save_bundle
 from rlrag.bundle_files import bundle_version, parse_bundle, read_bundle
+from rlrag.cli import export, train
+from rlrag.cli.model_card import model_card
+from rlrag.cli.single_run import best_step, evaluate_bundle
 from rlrag.config import (
     BETTER_GENERATOR,
     BUILTIN_GENERATOR,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobs import evaluate, export, judge, probe, train
-from jobs.opened_bundle import only_writer
+from rlrag.cli import evaluate, export, judge, probe, train
+from rlrag.cli.opened_bundle import only_writer
 from rlrag.config import RunConfig
 from rlrag.errors import InUseError, RunDirectoryError
 from rlrag.training.run_directory import RunDirectory

@@ -7,8 +7,8 @@ import json
 import pytest
 from openrag_runs import gold_flags
 
-from jobs import evaluate, report, train
 from rlrag.bundle import load_bundle
+from rlrag.cli import evaluate, report, train
 
 COMPARED = ("original_retriever", "tuned_retriever")
 

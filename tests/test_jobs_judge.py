@@ -14,8 +14,8 @@ import pytest
 from judge_server import KEY, JudgeServer, judge_server
 from question_files import EVIL
 
-from jobs import judge
-from jobs.command_line import run_program
+from rlrag.cli import judge
+from rlrag.cli.command_line import run_program
 from rlrag.errors import ConfigError, DataError, GenerationError, SetupError
 from rlrag.evaluation import llm_judge
 from rlrag.evaluation.llm_judge import (

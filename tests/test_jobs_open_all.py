@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jobs import train
+from rlrag.cli import train
 from rlrag.config import (
     DataConfig,
     EvaluationConfig,
@@ -66,7 +66,7 @@ def test_a_typo_costs_nothing(flags, tmp_path, flag, value, kind, said):
 def test_candidates_of_the_comparison_are_found_before_the_generator_starts(
     tmp_path, flags, capsys
 ):
-    from jobs.single_run import open_all
+    from rlrag.cli.single_run import open_all
 
     config = RunConfig(
         cache_dir=str(tmp_path / "cache"),

@@ -12,9 +12,9 @@ import pytest
 from openrag_runs import make_questions, write_files
 from stand_ins import fill_disk
 
-from jobs import evaluate, probe
-from jobs.opened_bundle import on_other_data, write_output
 from rlrag.bundle import save_bundle
+from rlrag.cli import evaluate, probe
+from rlrag.cli.opened_bundle import on_other_data, write_output
 from rlrag.config import (
     DataConfig,
     EnvironmentConfig,

@@ -6,8 +6,8 @@ import inspect
 
 import pytest
 
-from jobs.recipes import RECIPES
 from rlrag.config import RunConfig
+from rlrag.recipes import RECIPES
 
 CO_TRAINED = ("nq", "hotpotqa")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_evaluation_report import evaluation
 
-from jobs import report
+from rlrag.cli import report
 from rlrag.config import DROConfig, RunConfig
 from rlrag.errors import ConfigError, DataError
 from rlrag.training.run_directory import RunDirectory
@@ -151,7 +151,7 @@ def test_the_program_ends_with_one_sentence_and_the_right_code(tmp_path):
 
 
 def test_drawing_needs_no_torch():
-    code = "import sys, jobs.report; print({'torch', 'ray', 'vllm'} & set(sys.modules))"
+    code = "import sys, rlrag.cli.report; print({'torch', 'ray', 'vllm'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300
     )

@@ -10,8 +10,8 @@ from openrag_runs import gold_flags
 from stand_ins import make_table
 from tiny_models import save_tiny_llama
 
-from jobs import evaluate, train
 from rlrag.bundle import load_bundle, save_bundle
+from rlrag.cli import evaluate, train
 from rlrag.config import GeneratorConfig, RunConfig, TrainingConfig
 from rlrag.errors import ConfigError
 from rlrag.evaluation.question_records import questions_path, read_questions

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from openrag_runs import gold_flags
 
-from jobs import train
-from jobs.rounds import OTHERS, RETRIEVER, Trained, config_of_turn, join_metrics
 from rlrag.bundle import load_bundle
+from rlrag.cli import train
+from rlrag.cli.rounds import OTHERS, RETRIEVER, Trained, config_of_turn, join_metrics
 from rlrag.config import RetrievalConfig, RunConfig, SelectorConfig, TrainingConfig
 from rlrag.training.run_directory import RunDirectory
 

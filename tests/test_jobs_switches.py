@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import export, train
-from jobs.command_line import parse, run_program
-from jobs.recipes import RECIPES
+from rlrag.cli import export, train
+from rlrag.cli.command_line import parse, run_program
+from rlrag.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,8 +22,8 @@ from test_jobs_experience import config_of, flags_of, write_log
 from thread_workers import make_group, run_together
 from training_program import tiny_flags
 
-from jobs import train
-from jobs.command_line import exit_code
+from rlrag.cli import train
+from rlrag.cli.command_line import exit_code
 from rlrag.config import RunConfig
 from rlrag.errors import PreemptedError
 from rlrag.generation.protocol import Sampling

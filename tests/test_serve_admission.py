@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from rlrag.errors import OverloadedError
-from serve.limits import Admission
-from serve.metrics import Metrics
+from rlrag.serving.limits import Admission
+from rlrag.serving.metrics import Metrics
 
 
 async def hold(room: Admission, release: asyncio.Event, order: list[int], name: int) -> None:

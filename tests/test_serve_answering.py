@@ -11,11 +11,11 @@ from serve_stand_ins import Parts, Served
 
 from rlrag.data.feedback import FeedbackStore, read_feedback
 from rlrag.errors import GenerationError, OverloadedError, PromptTooLongError, RequestError
-from serve.answering import Answered
-from serve.problems import DeadlineError
-from serve.questions import decoding_of
-from serve.records import Decoding, Filters, Routing
-from serve.stages import Chosen
+from rlrag.serving.answering import Answered
+from rlrag.serving.problems import DeadlineError
+from rlrag.serving.questions import decoding_of
+from rlrag.serving.records import Decoding, Filters, Routing
+from rlrag.serving.stages import Chosen
 
 
 def test_an_answer_names_its_passages_in_order_and_its_times() -> None:

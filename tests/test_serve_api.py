@@ -11,8 +11,8 @@ import pytest
 from serve_stand_ins import Served
 
 from rlrag.errors import GenerationError, OverloadedError, RequestError
-from serve import answer_routes
-from serve.records import Routing
+from rlrag.serving import answer_routes
+from rlrag.serving.records import Routing
 
 QUESTION = "what?"  # the ranking begins with passage 5
 PROBLEM = "application/problem+json"

@@ -14,9 +14,9 @@ from ray.serve.schema import ServeDeploySchema
 from serve_bundles import make_bundle
 
 from rlrag.errors import CheckpointError, ConfigError
-from serve.app import NotServableError, build
-from serve.proxy import PROXY_VARIABLES
-from serve.settings import parse_settings
+from rlrag.serving.app import NotServableError, build
+from rlrag.serving.proxy import PROXY_VARIABLES
+from rlrag.serving.settings import parse_settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 

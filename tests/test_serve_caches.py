@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from rlrag.errors import OverloadedError
-from serve.caches import CallCache
+from rlrag.serving.caches import CallCache
 
 
 class Work:

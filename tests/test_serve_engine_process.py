@@ -20,8 +20,8 @@ from rlrag.generation.protocol import Sampling
 from rlrag.generation.stepping import Update
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.records import Prompt
-from serve import engine_process
-from serve.engine_process import EngineClient, EngineProcess, open_engine_process
+from rlrag.serving import engine_process
+from rlrag.serving.engine_process import EngineClient, EngineProcess, open_engine_process
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 

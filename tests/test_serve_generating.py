@@ -28,9 +28,9 @@ from rlrag.generation.stepping import Update
 from rlrag.models import weights_hash
 from rlrag.pipeline import open_policy
 from rlrag.records import Passage, Prompt, Question
-from serve.generating import GeneratorPart, decoded_so, engine_config
-from serve.records import AnswerPiece, Decoding
-from serve.settings import PartSettings, ServeSettings
+from rlrag.serving.generating import GeneratorPart, decoded_so, engine_config
+from rlrag.serving.records import AnswerPiece, Decoding
+from rlrag.serving.settings import PartSettings, ServeSettings
 
 PASSAGES = (Passage("a", "France", "The capital is Paris."), Passage("b", "Peru", "It is Lima."))
 SETTINGS = ServeSettings(bundle="unused", generator_backend="transformers")

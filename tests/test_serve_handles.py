@@ -11,9 +11,9 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskEr
 from ray.serve.exceptions import BackPressureError
 
 from rlrag.errors import OverloadedError, RequestError
-from serve.handles import RayPipeline, tell_registry
-from serve.records import AnswerPiece, Decoding, Filters, Routing
-from serve.versions import Report, Wanted
+from rlrag.serving.handles import RayPipeline, tell_registry
+from rlrag.serving.records import AnswerPiece, Decoding, Filters, Routing
+from rlrag.serving.versions import Report, Wanted
 
 Outcome = Any
 """What a call gives: an exception is raised, a callable is awaited, all else is returned."""

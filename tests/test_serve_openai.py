@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from serve_stand_ins import Served
 
 from rlrag.errors import OverloadedError
-from serve.records import Routing
+from rlrag.serving.records import Routing
 
 QUESTION = "what?"  # the ranking begins with passage 5
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from serve_stand_ins import NumberPipeline, Served
 
 from rlrag.records import Passage
-from serve.records import AnswerPiece, Decoding
+from rlrag.serving.records import AnswerPiece, Decoding
 
 NUM_AT_ONCE, ANSWER_S = 4, 0.04
 CAPACITY = NUM_AT_ONCE / ANSWER_S

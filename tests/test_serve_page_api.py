@@ -8,7 +8,7 @@ import pytest
 from page_visits import Site, Visit, needs_chromium, open_site
 from serve_stand_ins import Served
 
-from serve.records import Routing
+from rlrag.serving.records import Routing
 
 pytestmark = needs_chromium
 

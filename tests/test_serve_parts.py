@@ -12,9 +12,9 @@ from serve_bundles import NUM_CANDIDATES, NUM_SELECTED, bundle_config, make_bund
 from rlrag.bundle import bundle_version, load_bundle
 from rlrag.errors import CheckpointError, OverloadedError, RequestError
 from rlrag.pipeline import open_evaluation_data, open_library
-from serve.records import Filters, Picked, Retrieved
-from serve.retrieving import Ask, RetrieverPart
-from serve.selecting import Choice, SelectorPart, propensity_logp
+from rlrag.serving.records import Filters, Picked, Retrieved
+from rlrag.serving.retrieving import Ask, RetrieverPart
+from rlrag.serving.selecting import Choice, SelectorPart, propensity_logp
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlrag.errors import CheckpointError, OverloadedError
-from serve.records import Routing
-from serve.reporting import PartReporter, RoutingReporter
-from serve.versions import Report, Wanted
+from rlrag.serving.records import Routing
+from rlrag.serving.reporting import PartReporter, RoutingReporter
+from rlrag.serving.versions import Report, Wanted
 
 
 class PartInMemory:

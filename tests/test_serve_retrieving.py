@@ -16,9 +16,9 @@ from rlrag.bundle import bundle_version
 from rlrag.errors import RequestError
 from rlrag.retrieval.build import RetrieverSet
 from rlrag.retrieval.protocol import Hits, best_rows
-from serve import retrieving
-from serve.records import Filters, Retrieved
-from serve.retrieving import Ask, RetrieverPart
+from rlrag.serving import retrieving
+from rlrag.serving.records import Filters, Retrieved
+from rlrag.serving.retrieving import Ask, RetrieverPart
 
 NUM_PASSAGES = 60
 QUESTION = "what does the lamp hold?"

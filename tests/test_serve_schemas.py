@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 from serve_stand_ins import Served, settings_of
 
-from serve.openai_schemas import ChatRequest
-from serve.problems import problem_of
-from serve.schemas import AnswerRequest, AnswersRequest, BundleRequest, FeedbackRequest
-from serve.service import filters_of
+from rlrag.serving.openai_schemas import ChatRequest
+from rlrag.serving.problems import problem_of
+from rlrag.serving.schemas import AnswerRequest, AnswersRequest, BundleRequest, FeedbackRequest
+from rlrag.serving.service import filters_of
 
 
 def document(**arguments: object) -> dict[str, Any]:

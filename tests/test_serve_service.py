@@ -49,8 +49,8 @@ def service(bundles, tmp_path_factory) -> Iterator[httpx.Client]:
     import ray
     from ray import serve as ray_serve
 
-    from serve.app import build
-    from serve.proxy import PROXY_VARIABLES
+    from rlrag.serving.app import build
+    from rlrag.serving.proxy import PROXY_VARIABLES
 
     folder = tmp_path_factory.mktemp("state")
     keys = folder / "admin-keys"

@@ -7,8 +7,8 @@ import asyncio
 from serve_stand_ins import Parts
 
 from rlrag.errors import GenerationError
-from serve.questions import decoding_of
-from serve.records import Routing
+from rlrag.serving.questions import decoding_of
+from rlrag.serving.records import Routing
 
 
 def test_the_shadow_answers_the_same_questions_and_is_compared() -> None:

@@ -15,7 +15,7 @@ from serve_stand_ins import Served
 
 from rlrag.data.feedback import FeedbackStore
 from rlrag.errors import CheckpointError
-from serve.records import Routing
+from rlrag.serving.records import Routing
 
 QUESTION = "what?"  # the ranking begins with passage 5
 

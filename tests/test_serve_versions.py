@@ -6,8 +6,8 @@ import pytest
 from stand_ins import fill_disk
 
 from rlrag.errors import CheckpointError, RequestError
-from serve.records import Routing
-from serve.versions import PARTS, SILENT_AFTER_S, Report, VersionRegistry
+from rlrag.serving.records import Routing
+from rlrag.serving.versions import PARTS, SILENT_AFTER_S, Report, VersionRegistry
 
 
 class Clock:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import evaluate, export, train
-from jobs.doctor.files import check_other_files
 from rlrag.bundle_files import read_bundle
+from rlrag.cli import evaluate, export, train
+from rlrag.cli.doctor.files import check_other_files
 from rlrag.config import RunConfig, SelectorConfig, TrainingConfig
 from rlrag.data.feedback import read_feedback
 from rlrag.data.lines import check_exists

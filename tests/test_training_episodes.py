@@ -28,12 +28,12 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.rewards.composite import RewardModel
 from rlrag.selection.protocol import Draws
+from rlrag.serving.records import Retrieved
+from rlrag.serving.selecting import Choice, SelectorPart
 from rlrag.training.learning_rate import linear_schedule
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.validation import validate
 from rlrag.training.workers import SingleWorker
-from serve.records import Retrieved
-from serve.selecting import Choice, SelectorPart
 
 NUM_STEPS = 6
 

@@ -10,9 +10,9 @@ import pytest
 from loop_runs import changed
 from tiny_models import save_tiny_encoder, save_tiny_llama
 
-from jobs.recipes import RECIPES
 from rlrag.config import BETTER_GENERATOR, BUILTIN_GENERATOR, RunConfig
 from rlrag.errors import ConfigError
+from rlrag.recipes import RECIPES
 from rlrag.training.plan import describe_plan, num_parameters
 
 

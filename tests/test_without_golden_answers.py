@@ -11,7 +11,7 @@ from loop_runs import changed, start, steps_of
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 from test_evaluation_systems import LastFirst, three_questions
 
-from jobs.model_card import _with_interval
+from rlrag.cli.model_card import _with_interval
 from rlrag.config import EnvironmentConfig, EvaluationConfig, RewardConfig, RunConfig
 from rlrag.data.split import remarks, training_questions
 from rlrag.errors import DataError

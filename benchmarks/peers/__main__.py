@@ -23,11 +23,11 @@ from benchmarks.peers.plan import Prepared, prepare
 from benchmarks.peers.quality import Measurement, picked_passages, summary
 from benchmarks.peers.running import Finished, Peer, finished_peer
 from benchmarks.peers.table import Cost, Row, own_run, report
-from jobs.cluster import cluster
-from jobs.command_line import parse, pick_recipe, run_program
-from jobs.recipes import RECIPES
+from rlrag.cli.cluster import cluster
+from rlrag.cli.command_line import parse, pick_recipe, run_program
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, RlragError
+from rlrag.recipes import RECIPES
 from rlrag.records import Passage
 
 _HERE = Path(__file__).parent

@@ -322,8 +322,8 @@ class RunDirectory:
                 raise ValueError("it holds no comparison of systems")
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{self.evaluation} is damaged: {error}; delete it and run jobs.train again, which "
-                "only evaluates"
+                f"{self.evaluation} is damaged: {error}; delete it and run rlrag train again, "
+                "which only evaluates"
             ) from error
         return found
 

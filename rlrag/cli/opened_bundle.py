@@ -1,0 +1,154 @@
+"""Open a bundle's parts for a program that answers questions with it.
+
+Used by `rlrag evaluate`, `rlrag probe` and, where results are written, the end of `rlrag train`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlrag.cli.cluster import cluster
+from rlrag.config import RunConfig
+from rlrag.errors import CheckpointError, ConfigError, InUseError
+from rlrag.path_lock import held
+from rlrag.submitted_job import check_outlives_job
+from rlrag.text_files import write_whole
+
+if TYPE_CHECKING:  # they bring torch, which flags are checked without
+    from rlrag.bundle import Bundle
+    from rlrag.generation.cache import CachedGenerator
+    from rlrag.generation.prompts import PromptBuilder
+
+
+@dataclass(frozen=True)
+class OpenedGenerator:
+    """The generator as training found it, until `tune` is called."""
+
+    bundle: Bundle
+    generator: CachedGenerator
+    prompts: PromptBuilder
+    dtype: str
+
+    def tune(self) -> None:
+        """Give the generator its trained weights, where it was trained."""
+        weights = self.bundle.generator_weights(self.dtype)
+        if weights is not None:
+            self.generator.load_weights(weights)
+
+
+@contextmanager
+def opened_generator(
+    bundle: Bundle, config: RunConfig, launcher: str, program: str
+) -> Iterator[OpenedGenerator]:
+    """The bundle's generator while the block runs, and the cluster that it needs.
+
+    Args:
+        bundle: Loaded.
+        config: Its configuration, changed as the program wants.
+        launcher: Where the generator runs.
+        program: Names the temporary log that takes what libraries print.
+    """
+    from rlrag.generation.build import open_generator, resolve_config
+    from rlrag.training.reporting import private_library_chatter
+
+    with private_library_chatter(program), cluster(launcher):
+        generator, prompts = open_generator(config.generator, launcher, config.cache_path)
+        try:
+            dtype = resolve_config(config.generator, launcher).dtype
+            yield OpenedGenerator(bundle, generator, prompts, dtype)
+        finally:
+            generator.close()
+
+
+def check_flags(limit: int | None, output: Path) -> None:
+    """Refuse, before anything is loaded, what could only fail at the end.
+
+    Raises:
+        ConfigError: no questions are to be asked, or the output has no directory or is one.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit is {limit}; give at least 1")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: the directory {output.parent} does not exist")
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a directory; give the name of a file in it")
+    check_outlives_job("--output", output)
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Keep other programs from writing the same output, a file or a directory, during the block.
+
+    A pipe or a device is left to whoever reads it.
+
+    Raises:
+        InUseError: when another process is about to write it.
+        CheckpointError: when nothing can be written beside it.
+    """
+    if is_stream(output):
+        yield
+        return
+    lock = output.with_name(f".{output.name}.in-use")
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(lock, str(output), say))
+        except InUseError:
+            raise
+        except OSError as error:
+            raise _unwritable(output, error) from error
+        yield
+
+
+def say(text: str) -> None:
+    """One line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def on_other_data(
+    config: RunConfig, corpus: str | None, questions: str | None, limit: int | None
+) -> RunConfig:
+    """The configuration with another corpus and other evaluation questions; its own for None.
+
+    Of other questions all are asked unless a limit says how many, of its own as many as in the run.
+    """
+    data = config.data.model_dump()
+    if corpus is not None:
+        data["corpus"] = corpus
+    if questions is not None:
+        data |= {"eval_questions": questions, "max_eval_questions": None}
+    if limit is not None:
+        data["max_eval_questions"] = limit
+    return type(config).model_validate(config.model_dump() | {"data": data})
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is a pipe or a device: written to as it is, with no place for files beside."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file that holds the old text or the new one; a pipe or a device is written to.
+
+    Raises:
+        CheckpointError: when it cannot be written; an older file then stays as it was.
+    """
+    try:
+        if is_stream(path):
+            path.write_text(text)
+        else:
+            write_whole(path, text)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror or error}; free space or make the place writable, "
+        "then run the same command again"
+    )

@@ -1,0 +1,119 @@
+"""Draw runs as one HTML page that needs nothing else to be read.
+
+    rlrag report --run-dir runs/nq --output report.html
+    rlrag report --run-dir runs/m2 --run-dir runs/m8 --output samples.html
+
+Several runs are overlaid and compared. A run that is not finished is shown as far as it went, one
+that was not evaluated without a comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from rlrag.cli.command_line import parse, program_name
+from rlrag.errors import ConfigError
+from rlrag.evaluation.paired_tests import between_runs
+from rlrag.evaluation.question_records import EvaluatedQuestions, read_questions
+from rlrag.evaluation.report import render_report
+from rlrag.evaluation.run_record import RunRecord, to_json
+from rlrag.training.alarms import Alarms
+from rlrag.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Flags of `rlrag report`."""
+
+    run_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
+    """Directory of a run; give the flag again for each run to compare."""
+    output: Path
+    """HTML file to write."""
+    json: Path | None = None
+    """JSON file for the same numbers."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read, draw, write."""
+    arguments = parse(ReportArguments, None, argv, program_name("report"))
+    if not arguments.run_dir:
+        raise ConfigError("no run to report; give --run-dir DIR")
+    _check_place("--output", arguments.output)
+    if arguments.json is not None:
+        _check_place("--json", arguments.json)
+        if arguments.json.resolve() == arguments.output.resolve():
+            raise ConfigError(f"--output and --json both name {arguments.json}; give each a file")
+    names = _names(arguments.run_dir)
+    runs = [
+        _read(RunDirectory(path), name) for path, name in zip(arguments.run_dir, names, strict=True)
+    ]
+    _write(arguments.output, render_report(runs))
+    if arguments.json is not None:
+        record = to_json(runs) | {"between_runs": [asdict(test) for test in between_runs(runs)]}
+        _write(arguments.json, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def _check_place(flag: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: the directory {path.parent} does not exist")
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path} is a directory; give the name of a file in it")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or what differs in the whole where two runs share it."""
+    whole = [path.expanduser().resolve() for path in paths]
+    twice = [str(path) for path, count in Counter(whole).items() if count > 1]
+    if twice:
+        raise ConfigError(f"--run-dir {twice[0]} is given more than once; give each run once")
+    shared = Counter(path.name for path in whole)
+    above = os.path.commonpath(whole)
+    return [path.name if shared[path.name] == 1 else os.path.relpath(path, above) for path in whole]
+
+
+def _read(run_dir: RunDirectory, name: str) -> RunRecord:
+    if not run_dir.config.is_file():
+        raise ConfigError(
+            f"--run-dir {run_dir.path} holds no run: there is no config.json; give the directory "
+            "that rlrag train wrote"
+        )
+    config = run_dir.read_config()
+    metrics = run_dir.read_metrics()
+    if not metrics:
+        raise ConfigError(
+            f"--run-dir {run_dir.path} has no metrics yet; wait for the run's first step"
+        )
+    alarms = Alarms(config).replay(metrics)
+    evaluation = run_dir.read_evaluation()
+    questions = _read_questions(run_dir, evaluation)
+    is_trained = run_dir.bundle.is_dir()
+    return RunRecord(name, config, metrics, alarms, evaluation, questions, is_trained)
+
+
+def _read_questions(
+    run_dir: RunDirectory, evaluation: dict[str, Any] | None
+) -> EvaluatedQuestions | None:
+    """The questions of this very evaluation, where it kept them."""
+    if evaluation is None or not run_dir.questions.is_file():
+        return None
+    found = read_questions(run_dir.questions)
+    return found if found.belongs_to(evaluation) else None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror or error}; choose another file"
+        ) from error
+    print(f"written to {path}", file=sys.stderr)

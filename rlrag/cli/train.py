@@ -1,0 +1,138 @@
+r"""Train a recipe, evaluate what came out and print the comparison.
+
+    rlrag train quickstart
+    rlrag train nq --run-dir runs/nq --seed 1 --dro.num-samples 8
+    rlrag train dro-paper --dry-run
+    rlrag train quickstart --run-dir runs/served --experience feedback.sqlite \
+        --selector.weights runs/quickstart/bundle/selector.safetensors
+    rlrag train nq --run-dir runs/fork --from runs/nq/checkpoints/step-000120
+
+The same command continues a run that was stopped. SIGTERM makes a run write a checkpoint and end
+with exit code 75; a second one ends it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import ValidationError
+
+from rlrag.cli.cluster import cluster
+from rlrag.cli.command_line import parse, pick_recipe, program_name
+from rlrag.cli.opened_bundle import say
+from rlrag.cli.rounds import run_rounds
+from rlrag.cli.single_run import run_once
+from rlrag.config import RunConfig, describe_validation_error
+from rlrag.data.feedback import count_selections
+from rlrag.errors import ConfigError, RlragError
+from rlrag.recipes import RECIPES
+from rlrag.submitted_job import check_outlives_job
+from rlrag.training.preemption import ended_by_sigterm
+from rlrag.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Flags of `rlrag train`."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    run_dir: Path
+    """Where configuration, metrics, checkpoints, bundle and result go."""
+    experience: str | None = None
+    """A service's log of feedback to train the selector on; short for `--training.experience`."""
+    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """A checkpoint of another run whose weights this one starts from; short for
+    `--training.start-from`."""
+    dry_run: bool = False
+    """Only print the plan: steps, generator tokens, memory and placement."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train, bundle, evaluate."""
+    prog = program_name("train")
+    recipe, flags = pick_recipe(argv, RECIPES, prog)
+    default = TrainArguments(recipe, Path("runs") / recipe.recipe)
+    arguments = parse(TrainArguments, default, flags, f"{prog} {recipe.recipe}")
+    config, run_dir = config_of(arguments), RunDirectory(arguments.run_dir)
+    check_outlives_job("--run-dir", arguments.run_dir)
+    check_outlives_job("--cache-dir", config.cache_dir)
+    if arguments.dry_run:
+        from rlrag.training.plan import describe_plan
+
+        print(describe_plan(config))
+        return
+    check_log(config, run_dir)
+    run_dir.check(config)
+    with run_dir.in_use(say):
+        try:
+            with ended_by_sigterm() as listen_again:
+                run_dir.claim(config)
+                _train(config, run_dir, listen_again)
+        except RlragError:
+            run_dir.release()
+            raise
+
+
+def _train(config: RunConfig, run_dir: RunDirectory, when_connected: Callable[[], None]) -> None:
+    from rlrag.training.forking import check_start
+    from rlrag.training.mirror import mirrored
+    from rlrag.training.reporting import library_chatter_in
+
+    with (
+        library_chatter_in(run_dir.logs / "libraries.log"),
+        mirrored(config, run_dir, say),
+    ):
+        check_start(config, run_dir)
+        _run(config, run_dir, when_connected)
+
+
+def _run(config: RunConfig, run_dir: RunDirectory, when_connected: Callable[[], None]) -> None:
+    with cluster(config.training.launcher):
+        when_connected()
+        if config.trains_in_turns:
+            run_rounds(config, run_dir)
+        else:
+            run_once(config, run_dir)
+
+
+def check_log(config: RunConfig, run_dir: RunDirectory) -> None:
+    """Refuse a log of feedback that cannot be read, before anything is started.
+
+    A run that has begun reads its own copy, which may have to be fetched from its mirror.
+
+    Raises:
+        DataError: when the log is missing, damaged or of another format.
+    """
+    log = config.training.experience
+    if log is not None and config.mirror.uri is None and not run_dir.feedback.exists():
+        count_selections(Path(log))
+
+
+def config_of(arguments: TrainArguments) -> RunConfig:
+    """The configuration, with the log and the checkpoint that the short flags name.
+
+    Raises:
+        ConfigError: when a short flag contradicts its long form, or the configuration.
+    """
+    values = arguments.config.model_dump()
+    start = arguments.start_from
+    for flag, field, given in (
+        ("experience", "experience", arguments.experience),
+        ("from", "start_from", start and str(Path(start).expanduser().absolute())),
+    ):
+        if given is None:
+            continue
+        if values["training"][field] not in (None, given):
+            raise ConfigError(
+                f"--{flag} is {given!r} and --training.{field.replace('_', '-')} "
+                f"{values['training'][field]!r}; give one of them"
+            )
+        values["training"][field] = given
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(error)) from error
