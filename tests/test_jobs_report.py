@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,16 +74,34 @@ def test_a_last_line_cut_short_is_left_out(tmp_path):
     assert "(at step 12)" in (tmp_path / "r.html").read_text()
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_what_is_no_run_is_refused_with_what_was_found(tmp_path, monkeypatch):
     output = tmp_path / "r.html"
-    with pytest.raises(ConfigError, match=r"nothing holds no run: there is no config\.json"):
+    with pytest.raises(ConfigError, match=r"nothing is no run, it does not exist; give"):
         report.main(words(RunDirectory(tmp_path / "nothing"), output=output))
+    for number in range(6):
+        (tmp_path / "files" / f"f{number}").mkdir(parents=True)
+        make_run(tmp_path / "runs" / f"run-{number}")
+    for name, said in (
+        ("files", "it holds no run, but f0, f1, f2, f3, f4 and 1 more; give"),
+        ("files/f0", "it is empty; give"),
+        ("runs", "it holds the runs run-0, run-1, run-2, run-3, run-4 and 1 more; give"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name} is no run, {said}"):
+            report.main(words(RunDirectory(tmp_path / name), output=output))
+    trained = make_run(tmp_path / "trained")
+    trained.bundle.mkdir()
+    shutil.copy(trained.config, trained.bundle)
+    (trained.bundle / "bundle.json").touch()
+    with pytest.raises(ConfigError, match=r"bundle is a bundle; give .* such as .*/trained$"):
+        report.main(words(RunDirectory(trained.bundle), output=output))
     started = RunDirectory(tmp_path / "started")
     started.claim(RunConfig())
     with pytest.raises(ConfigError, match="started has no metrics yet; wait"):
         report.main(words(started, output=output))
-    with pytest.raises(ConfigError, match="no run to report; give --run-dir"):
-        report.main(["--output", str(output)])
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--output", str(output)]):
+        with pytest.raises(ConfigError, match=r"no run .* give --run-dir .* the runs run-0, run-1"):
+            report.main(arguments)
     run_dir = make_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="run is given more than once"):
         report.main(words(run_dir, run_dir, output=output))

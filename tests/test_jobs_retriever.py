@@ -16,6 +16,7 @@ from rlrag.config import GeneratorConfig, RunConfig, TrainingConfig
 from rlrag.errors import ConfigError
 from rlrag.evaluation.question_records import questions_path, read_questions
 from rlrag.pipeline import open_policy
+from rlrag.training.reporting import LEGEND
 
 
 def evaluate_words(folder: Path, bundle: Path, output: Path, *extra: str) -> list[str]:
@@ -56,6 +57,18 @@ def test_a_retriever_is_trained_bundled_and_compared(openrag_files, tmp_path, ca
     systems = ["bm25", "original_retriever", "tuned_retriever", "trained"]
     train.main(["quickstart", *words, "--evaluation.systems", *systems])
     run_dir = tmp_path / "run"
+    said = capsys.readouterr().err.splitlines()
+    assert said.count(LEGEND) == 1
+    assert said[said.index(LEGEND) + 1].startswith("step 0/")
+    began = said.index("evaluating 4 systems on 10 questions")
+    assert said[began + 1 : began + 5] == [
+        f"  system {number} of 4: {name}" for number, name in enumerate(systems, 1)
+    ]
+    assert said[-3:] == [
+        f"written to {run_dir / 'evaluation.json'}",
+        f"see the report by: rlrag report --run-dir {run_dir} --output {run_dir / 'report.html'}",
+        f"serve it by: rlrag serve {run_dir / 'bundle'}",
+    ]
     found = json.loads((run_dir / "evaluation.json").read_text())
     assert list(found["systems"]) == systems
     assert found["systems"]["trained"] == found["systems"]["tuned_retriever"]

@@ -17,6 +17,7 @@ import pytest
 
 from rlrag.errors import SetupError
 from rlrag.training.reporting import (
+    LEGEND,
     ProgressLine,
     TensorBoardLog,
     consumers,
@@ -31,6 +32,7 @@ LARGE = {
     "zero_signal_share": 1.0,
     "rollouts_per_s": 12_345.6,
     "validation/em": 1.0,
+    "validation/f1": 1.0,
 }
 
 
@@ -47,12 +49,15 @@ def test_a_log_gets_one_short_line_a_step():
     for step in (99_998, 99_999, 100_000):
         line.update({**LARGE, "step": float(step)})
     line.close()
-    lines = log.getvalue().splitlines()
+    legend, *lines = log.getvalue().splitlines()
+    assert legend == LEGEND
     assert len(lines) == 3
     assert max(map(len, lines)) <= 100
     assert "\x1b" not in log.getvalue()
     assert "\r" not in log.getvalue()
-    assert lines[0].startswith("step 99998/100000  EM 100.0  reward -1234.57  ESS 8.00  same 1.00")
+    assert lines[0] == (
+        "step 99998/100000  EM 1.00  F1 1.00  reward -1234.57  ESS 8.00  same 1.00  12345.6/s"
+    )
     assert "left" not in lines[0]
     assert all(re.search(r"  \d+:[0-5]\d left$", text) for text in lines[1:])
     assert lines[2].endswith("  0:00 left")
@@ -63,22 +68,34 @@ def test_a_terminal_has_one_line_that_is_drawn_again():
     line = ProgressLine(10, terminal)
     for step in range(3):
         line.update({"step": float(step)})
-    assert "\n" not in terminal.getvalue()
-    drawn = terminal.getvalue().split("\r\x1b[2K")
+    legend, below = terminal.getvalue().split("\n")
+    assert legend == LEGEND
+    drawn = below.split("\r\x1b[2K")
     assert [text[:9] for text in drawn] == ["", "step 0/10", "step 1/10", "step 2/10"]
     line.close()
     assert terminal.getvalue().endswith("left\n")
 
 
-def test_the_last_known_em_stays_in_view():
+def test_the_last_validation_stays_in_view_in_the_figures_of_the_table():
     log = io.StringIO()
     line = ProgressLine(10, log)
-    line.update({"step": 0.0})
-    line.update({"step": 1.0, "validation/em": 0.185})
-    line.update({"step": 2.0})
-    line.update({"step": 3.0, "reward/exact_match": 0.5})
-    shown = [re.findall(r"EM ([\d.]+)", text) for text in log.getvalue().splitlines()]
-    assert shown == [[], ["18.5"], ["18.5"], ["50.0"]]
+    line.update({"step": 0.0, "reward/exact_match": 0.5, "zero_signal_share": 0.25})
+    line.update({"step": 1.0, "validation/em": 0.185, "validation/f1": 0.25})
+    line.update({"step": 2.0, "reward/exact_match": 0.5})
+    _, *lines = log.getvalue().splitlines()
+    shown = [re.findall(r"(EM|F1|same) (\S+)", text) for text in lines]
+    validated = [("EM", ".185"), ("F1", ".250")]
+    assert shown == [[("same", ".250")], validated, validated]
+
+
+def test_the_legend_says_what_every_column_means():
+    log = io.StringIO()
+    ProgressLine(10, log).update(LARGE)
+    legend, line = log.getvalue().splitlines()
+    columns = re.findall(r"[A-Za-z]\w*|/s", line)
+    assert columns == ["step", "EM", "F1", "reward", "ESS", "same", "/s"]
+    for column in (*columns[1:], "left"):
+        assert re.search(rf"(^| ){column}(: | and F1: )", legend), column
 
 
 @pytest.mark.parametrize(
@@ -91,7 +108,7 @@ def test_the_time_left_follows_the_pace_so_far(monkeypatch, pace_s, left):
     line = ProgressLine(6, log)
     line.update({"step": 4.0})
     line.update({"step": 5.0})
-    assert log.getvalue().splitlines()[1].endswith(f"  {left} left")
+    assert log.getvalue().splitlines()[2].endswith(f"  {left} left")
 
 
 class Recorder:

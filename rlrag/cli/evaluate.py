@@ -8,7 +8,6 @@ Beside the output, `NAME.questions.jsonl` has every question, for `rlrag report`
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from rlrag.cli.opened_bundle import (
     on_other_data,
     only_writer,
     opened_generator,
+    say,
+    say_evaluation,
     write_output,
 )
 from rlrag.config import RunConfig, describe_validation_error
@@ -103,7 +104,7 @@ def _evaluate(arguments: EvaluateArguments) -> None:
             _policy(bundle, config, candidates),
             candidates,
             answering,
-            progress=lambda name: print(name, file=sys.stderr, flush=True),
+            progress=say_evaluation(config, len(candidates)),
             tune_generator=opened.tune,
             retrievers=other_retrievers(config, library, bundle.retriever_dir),
             keep=recorder.keep,
@@ -116,7 +117,7 @@ def _evaluate(arguments: EvaluateArguments) -> None:
         "prompts": answering.prompt_counts.shares(),
     }
     if warning := cut_warning(record["prompts"]):
-        print(warning, file=sys.stderr, flush=True)
+        say(warning)
     try:
         Console().print(render(table))
     finally:  # also where nobody reads the table any more

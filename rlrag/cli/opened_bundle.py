@@ -5,8 +5,9 @@ Used by `rlrag evaluate`, `rlrag probe` and, where results are written, the end 
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,13 @@ def only_writer(output: Path) -> Iterator[None]:
 def say(text: str) -> None:
     """One line of progress on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def say_evaluation(config: RunConfig, num_questions: int) -> Callable[[str], None]:
+    """Say what is evaluated now, and on how many questions; returns what counts the systems."""
+    total, numbers = len(config.systems), itertools.count(1)
+    say(f"evaluating {total} systems on {num_questions:,} questions")
+    return lambda name: say(f"  system {next(numbers)} of {total}: {name}")
 
 
 def on_other_data(

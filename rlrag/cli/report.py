@@ -29,6 +29,9 @@ from rlrag.evaluation.run_record import RunRecord, to_json
 from rlrag.training.alarms import Alarms
 from rlrag.training.run_directory import RunDirectory
 
+_EXAMPLE = "rlrag report --run-dir runs/quickstart --output report.html"
+_MOST_NAMED = 5
+
 
 @dataclass(frozen=True)
 class ReportArguments:
@@ -44,9 +47,11 @@ class ReportArguments:
 
 def main(argv: Sequence[str]) -> None:
     """Read, draw, write."""
+    if not argv:
+        raise _no_run()
     arguments = parse(ReportArguments, None, argv, program_name("report"))
     if not arguments.run_dir:
-        raise ConfigError("no run to report; give --run-dir DIR")
+        raise _no_run()
     _check_place("--output", arguments.output)
     if arguments.json is not None:
         _check_place("--json", arguments.json)
@@ -60,6 +65,28 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json is not None:
         record = to_json(runs) | {"between_runs": [asdict(test) for test in between_runs(runs)]}
         _write(arguments.json, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def _no_run() -> ConfigError:
+    return ConfigError(
+        f"no run to report: give --run-dir and --output, such as {_EXAMPLE}; "
+        f"the folder runs here {_describe(Path('runs'))}"
+    )
+
+
+def _describe(place: Path) -> str:
+    """What lies in a folder that is no run, as the rest of a sentence about it."""
+    if not place.exists():
+        return "does not exist"
+    if not place.is_dir():
+        return "is a file"
+    inside = sorted(path for path in place.iterdir() if not path.name.startswith("."))
+    runs = [path for path in inside if RunDirectory(path).metrics.is_file()]
+    if not inside:
+        return "is empty"
+    what, found = ("the runs", runs) if runs else ("no run, but", inside)
+    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return f"holds {what} {', '.join(path.name for path in found[:_MOST_NAMED])}{more}"
 
 
 def _check_place(flag: str, path: Path) -> None:
@@ -83,12 +110,19 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read(run_dir: RunDirectory, name: str) -> RunRecord:
     if not run_dir.config.is_file():
         raise ConfigError(
-            f"--run-dir {run_dir.path} holds no run: there is no config.json; give the directory "
-            "that rlrag train wrote"
+            f"--run-dir {run_dir.path} is no run, it {_describe(run_dir.path)}; give the directory "
+            f"that rlrag train wrote, as in {_EXAMPLE}"
         )
     config = run_dir.read_config()
     metrics = run_dir.read_metrics()
     if not metrics:
+        from rlrag.bundle_files import FACTS  # brings torch, which no report needs
+
+        if (run_dir.path / FACTS).is_file():
+            raise ConfigError(
+                f"--run-dir {run_dir.path} is a bundle; give the directory of the run that wrote "
+                f"it, such as {run_dir.path.parent}"
+            )
         raise ConfigError(
             f"--run-dir {run_dir.path} has no metrics yet; wait for the run's first step"
         )

@@ -161,5 +161,4 @@ def _bundle_and_evaluate(config: RunConfig, run_dir: RunDirectory, trained: Trai
         partial(shutil.copytree, trained.retriever) if trained.retriever else None,
     )
     if config.systems:
-        say(f"evaluating {run_dir.bundle}")
         evaluate_bundle(config, run_dir, library)

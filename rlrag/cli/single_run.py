@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rlrag.cli.opened_bundle import say, write_output
+from rlrag.cli.opened_bundle import say, say_evaluation, write_output
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
 from rlrag.generation.build import (
@@ -73,6 +74,19 @@ def run_once(
         evaluate_bundle(config, run_dir, library)
 
 
+def say_next(config: RunConfig, run_dir: RunDirectory) -> None:
+    """Say which commands draw the run and, where it ended with a bundle, serve it."""
+    from rlrag.bundle_files import code_named_by
+
+    place = run_dir.path
+    report = ("--run-dir", str(place), "--output", str(place / "report.html"))
+    say(f"see the report by: {shlex.join(('rlrag', 'report', *report))}")
+    if run_dir.bundle.is_dir():
+        code = " ".join(code_named_by(config)["environment.id"])
+        settings = (f"allow_code={code}",) if code else ()
+        say(f"serve it by: {shlex.join(('rlrag', 'serve', str(run_dir.bundle), *settings))}")
+
+
 def open_all(config: RunConfig, evaluate: bool) -> Library:
     """Open everything that the run reads, so that a mistake costs no training; returns the library.
 
@@ -111,6 +125,7 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
 
 def evaluate_bundle(config: RunConfig, run_dir: RunDirectory, library: Library) -> None:
     """Compare the bundle with its baselines, beginning with an untrained generator."""
+    say("final evaluation: starting the generator")
     with _generator(config, run_dir) as (generator, prompts):
         _evaluate(config, run_dir, library, generator, prompts)
 
@@ -371,7 +386,7 @@ def _evaluate(
         bundle.policy,
         candidates,
         answering,
-        progress=lambda name: say(f"  {name}"),
+        progress=say_evaluation(config, len(candidates)),
         tune_generator=lambda: generator.load_weights(weights) if weights else None,
         retrievers=other_retrievers(config, library, bundle.retriever_dir),
         keep=keep,

@@ -25,7 +25,7 @@ from rlrag.cli.cluster import cluster
 from rlrag.cli.command_line import parse, pick_recipe, program_name
 from rlrag.cli.opened_bundle import say
 from rlrag.cli.rounds import run_rounds
-from rlrag.cli.single_run import run_once
+from rlrag.cli.single_run import run_once, say_next
 from rlrag.config import RunConfig, describe_validation_error
 from rlrag.data.feedback import count_selections
 from rlrag.errors import ConfigError, RlragError
@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
         except RlragError:
             run_dir.release()
             raise
+    say_next(config, run_dir)
 
 
 def _train(config: RunConfig, run_dir: RunDirectory, when_connected: Callable[[], None]) -> None:

@@ -248,7 +248,7 @@ def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
             Text(name, style="bold" if name in (TRAINED, _RETRIEVERS[0]) else ""),
             _with_interval(summary.em, summary.em_ci95),
             _with_interval(summary.f1, summary.f1_ci95),
-            *map(_share, (summary.accuracy, summary.recall, summary.ndcg)),
+            *map(in_short, (summary.accuracy, summary.recall, summary.ndcg)),
             *([_any_scale(summary.reward)] if has_reward else []),
         )
     return drawn
@@ -349,7 +349,7 @@ def _listed(interval: Interval | None) -> list[float] | None:
 
 
 def _with_interval(mean: float | None, interval: Interval | None) -> str:
-    return _share(mean) + (f" ({'-'.join(map(_share, interval))})" if interval else "")
+    return in_short(mean) + (f" ({'-'.join(map(in_short, interval))})" if interval else "")
 
 
 def _any_scale(value: float | None) -> str:
@@ -357,7 +357,7 @@ def _any_scale(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _share(value: float | None) -> str:
+def in_short(value: float | None) -> str:
     """A share between 0 and 1 in four characters: `.158`, `1.00`."""
     if value is None:
         return "-"

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TextIO
 
 from rlrag import json_logs
 from rlrag.errors import SetupError
+from rlrag.evaluation.table import in_short
 from rlrag.training import run_logs
 from rlrag.training.prometheus_log import PrometheusLog, numbers_of
 
@@ -42,19 +43,29 @@ class MetricsConsumer(Protocol):
         ...
 
 
+LEGEND = (
+    "EM and F1: exact answers and word overlap in the last validation, 0 to 1; reward: mean over "
+    "the selections drawn; ESS: how many selections of a question carry weight in the update; "
+    "same: share of questions whose selections all got the same reward, which teach nothing; "
+    "/s: selections rewarded a second; left: time to the last step, without the final evaluation"
+)
+"""What the columns of a `ProgressLine` mean."""
+
+
 class ProgressLine:
-    """Step, reward, EM, ESS, rollouts a second and the time left."""
+    """Step, EM and F1, reward, ESS, selections a second and the time left, below their legend."""
 
     def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
         self._num_steps = num_steps
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._em: float | None = None
+        self._validated: dict[str, float] = {}
         self._first: tuple[float, float] | None = None
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Draw or print one line."""
-        self._em = metrics.get("validation/em", metrics.get("reward/exact_match", self._em))
+        if self._first is None:
+            self._stream.write(f"{LEGEND}\n")
         text = self._line(metrics, time.monotonic())
         self._stream.write(f"\r\x1b[2K{text}" if self._live else f"{text}\n")
         self._stream.flush()
@@ -68,13 +79,17 @@ class ProgressLine:
     def _line(self, metrics: Mapping[str, float], now: float) -> str:
         step = metrics["step"]
         parts = [f"step {step:.0f}/{self._num_steps}"]
-        for label, key in (("reward", "reward"), ("ESS", "ess"), ("same", "zero_signal_share")):
+        for label, key in (("EM", "validation/em"), ("F1", "validation/f1")):
+            if key in metrics:
+                self._validated[label] = metrics[key]
+        parts += [f"{label} {in_short(value)}" for label, value in self._validated.items()]
+        for label, key in (("reward", "reward"), ("ESS", "ess")):
             if key in metrics:
                 parts.append(f"{label} {metrics[key]:.2f}")
-        if self._em is not None:
-            parts.insert(1, f"EM {100 * self._em:.1f}")
+        if "zero_signal_share" in metrics:
+            parts.append(f"same {in_short(metrics['zero_signal_share'])}")
         if "rollouts_per_s" in metrics:
-            parts.append(f"{metrics['rollouts_per_s']:.1f} rollouts/s")
+            parts.append(f"{metrics['rollouts_per_s']:.1f}/s")
         if self._first is None:
             self._first = (step, now)
         elif step > self._first[0]:
