@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import gymnasium
 import pytest
+from gymnasium import spaces
 
 from rlrag.cli import train
 from rlrag.config import (
@@ -15,8 +17,22 @@ from rlrag.config import (
     RunConfig,
     TrainingConfig,
 )
-from rlrag.errors import ConfigError, DataError
+from rlrag.errors import ConfigError, DataError, EpisodeError
 from rlrag.training.run_directory import RunDirectory
+
+
+def _no_room():
+    raise MemoryError("no room")
+
+
+class NoMask(gymnasium.Env):
+    """Shows no action_mask."""
+
+    observation_space = action_space = spaces.Discrete(2)
+
+
+gymnasium.register("tests/NoRoom-v0", entry_point=_no_room)
+gymnasium.register("tests/NoMask-v0", entry_point=NoMask)
 
 
 @pytest.fixture
@@ -54,6 +70,12 @@ def flags(tmp_path) -> list[str]:
         ("data.eval-questions", "tset.jsonl", DataError, "tset.jsonl does not exist"),
         ("data.train-questions", "tset.jsonl", DataError, "tset.jsonl does not exist"),
         ("reward.functions", "answr_logp", ConfigError, "answr_logp"),
+        (
+            "environment.id",
+            "mine/Reeding-v0",
+            ConfigError,
+            "environment.id 'mine/Reeding-v0' names no",
+        ),
     ],
 )
 def test_a_typo_costs_nothing(flags, tmp_path, flag, value, kind, said):
@@ -61,6 +83,28 @@ def test_a_typo_costs_nothing(flags, tmp_path, flag, value, kind, said):
         train.main([*flags, f"--{flag}", value])
     assert not (tmp_path / "cache").exists()
     assert not RunDirectory(tmp_path / "run").config.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind", "said"),
+    [
+        ("tests/NoRoom-v0", ConfigError, "cannot be made: MemoryError: no room"),
+        ("tests/NoMask-v0", EpisodeError, "it needs Discrete actions from 0 on"),
+        ("mine/Reeding-v0", ConfigError, "names no environment that is registered"),
+    ],
+)
+def test_an_environment_that_breaks_its_contract_is_named_first_and_by_a_dry_run(
+    flags, environment, kind, said
+):
+    """The folder of the generator is empty: to start it would be another error."""
+    for last in ("--dry-run", "--no-dry-run"):
+        with pytest.raises(kind, match=f"environment.id '{environment}'.* {said}"):
+            train.main([*flags, "--environment.id", environment, last])
+
+
+def test_a_dry_run_names_a_reward_that_is_missing(flags):
+    with pytest.raises(ConfigError, match="answr_logp"):
+        train.main([*flags, "--reward.functions", "answr_logp", "--dry-run"])
 
 
 def test_candidates_of_the_comparison_are_found_before_the_generator_starts(

@@ -48,6 +48,7 @@ def run_once(
         evaluate: Whether the comparison follows.
         experience: Log of selections that were rewarded before, which a retriever may learn from.
     """
+    from rlrag.environment.rollout import check_environment
     from rlrag.pipeline import open_training_data
 
     evaluate = evaluate and bool(config.systems)
@@ -58,6 +59,7 @@ def run_once(
             evaluate_bundle(config, run_dir, library)
         return
     data = open_training_data(config, library)
+    check_environment(config.environment, data.train)
     run_dir.check_sources(data.hashes)
     say(
         f"{len(library.corpus):,} passages; {len(data.train):,} questions to train on, "
@@ -90,14 +92,15 @@ def say_next(config: RunConfig, run_dir: RunDirectory) -> None:
 def open_all(config: RunConfig, evaluate: bool) -> Library:
     """Open everything that the run reads, so that a mistake costs no training; returns the library.
 
-    Models, rewards and questions come before minutes go into an index, and the candidates of the
-    final comparison before the first step.
+    Models, rewards, the environment's name and questions come before minutes go into an index, and
+    the candidates of the final comparison before the first step.
 
     Raises:
         RlragError: naming what cannot be opened.
     """
     from rlrag.data.load import load_questions
     from rlrag.data.split import remarks, training_questions
+    from rlrag.environment.episodes import registered
     from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
     from rlrag.rewards.composite import RewardModel
 
@@ -105,6 +108,7 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
     if config.selector.kind != "features":
         resolve_model(config.selector.model, config.cache_path)
     RewardModel(config.reward)
+    registered(config.environment.id)
     evaluation = None
     if evaluate:
         evaluation = load_questions(config.data.eval_questions, config.cache_path)
@@ -136,6 +140,7 @@ def _train_on_log(config: RunConfig, run_dir: RunDirectory, library: Library, lo
     The service may go on writing: the run keeps the log as it was when it began.
     """
     from rlrag.data.feedback import copy_feedback
+    from rlrag.environment.rollout import check_environment
     from rlrag.training.launch import train_on_log
     from rlrag.training.logged_selections import open_logged_data
     from rlrag.training.logged_trainer import logged_schedule
@@ -143,6 +148,7 @@ def _train_on_log(config: RunConfig, run_dir: RunDirectory, library: Library, lo
     if not run_dir.feedback.exists():
         copy_feedback(log, run_dir.feedback)
     logged = open_logged_data(config, library, run_dir.feedback)
+    check_environment(config.environment, logged.train.candidates)
     run_dir.check_sources(data_of_log(library, logged).hashes)
     num_steps = logged_schedule(config, len(logged.train)).num_steps
     say(f"{logged.describe()}; {num_steps:,} steps without generator tokens")

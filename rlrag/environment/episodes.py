@@ -94,7 +94,7 @@ def open_episodes(
         ConfigError: when there is no such environment, or it cannot be made.
         EpisodeError: when its spaces break the contract.
     """
-    spec = _spec(config.id)
+    spec = registered(config.id)
     wanted = {"candidates": candidates, "reward": reward, "num_selected": config.num_selected}
     kind = _ScalarEpisodes if spec.vector_entry_point is None else _VectorEpisodes
     try:
@@ -107,7 +107,12 @@ def open_episodes(
         ) from error
 
 
-def _spec(name: str) -> EnvSpec:
+def registered(name: str) -> EnvSpec:
+    """The registration of the environment that `environment.id` names.
+
+    Raises:
+        ConfigError: when there is none.
+    """
     module, _, plain = name.rpartition(":")
     try:
         if module:

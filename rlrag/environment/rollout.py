@@ -14,6 +14,7 @@ import numpy as np
 
 from rlrag.config import EnvironmentConfig
 from rlrag.environment.episodes import MAX_ACTIONS, EpisodeBatch, open_episodes
+from rlrag.environment.sample_task import sample_candidates
 from rlrag.errors import EpisodeError, RewardError, RlragError
 from rlrag.records import Columns, Passage, Question, RewardResult, Trajectories, joined
 from rlrag.retrieval.candidates import CandidateTable
@@ -132,6 +133,24 @@ def replay(
         return play(episodes, _Given(actions_ET), question_rows)
     finally:
         episodes.close()
+
+
+def check_environment(config: EnvironmentConfig, candidates: CandidateTable | None = None) -> None:
+    """Make the environment of one episode and close it, so that a mistake costs no training.
+
+    Args:
+        config: Names the environment.
+        candidates: What it is made with; those of the built-in task when unset.
+
+    Raises:
+        ConfigError: when there is no such environment, or it cannot be made.
+        EpisodeError: when its spaces break the contract.
+    """
+    if candidates is None:
+        candidates = sample_candidates()
+        most = min(config.num_selected, candidates.num_candidates)
+        config = config.model_copy(update={"num_selected": most})
+    open_episodes(config, 1, candidates, Unrewarded()).close()
 
 
 class _Given:

@@ -25,9 +25,16 @@ def describe_plan(config: RunConfig) -> str:
     """Steps, memory and placement of a run, a line each.
 
     Raises:
-        ConfigError: when the size of a model is neither on this machine nor in its name.
+        ConfigError: when the size of a model is neither on this machine nor in its name, or there
+            is no such reward or environment.
+        EpisodeError: when the environment's spaces break its contract.
         DataError: when the training questions are here and cannot be trained on.
     """
+    from rlrag.environment.rollout import check_environment
+    from rlrag.rewards.composite import RewardModel
+
+    RewardModel(config.reward)
+    check_environment(config.environment)
     lines = [f"{config.recipe}: trains {' and '.join(config.training.parts)}", *_steps(config)]
     if config.training.experience is None:
         lines += _generator_memory(config)

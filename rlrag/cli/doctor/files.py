@@ -228,6 +228,18 @@ def check_rewards(config: RunConfig) -> Answer:
     return ok(", ".join(config.reward.functions))
 
 
+def check_environment_of(config: RunConfig) -> Answer:
+    """Whether the environment can be made, with made-up candidates, as its contract asks.
+
+    Raises:
+        RlragError: naming what is wrong.
+    """
+    from rlrag.environment.rollout import check_environment
+
+    check_environment(config.environment)
+    return ok(config.environment.id)
+
+
 def check_run_directory(config: RunConfig, run_dir: RunDirectory) -> Answer:
     """Whether the run may use its directory, or continue there.
 
