@@ -8,6 +8,7 @@ This is what the service does for one request, in one process and without Ray.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rlrag.data.questions import QuestionSet
 from rlrag.environment.rollout import play_greedy
 from rlrag.errors import RlragError
 from rlrag.generation.build import open_generator, resolve_config
+from rlrag.generation.prompt_counts import cut_warning
 from rlrag.pipeline import candidates_of, open_answering, open_library
 from rlrag.records import Passage, Question
 from rlrag.retrieval.tuned import tuned_retrieval
@@ -51,12 +53,15 @@ def ask(bundle_dir: Path, texts: Sequence[str], allow_code: Sequence[str] = ()) 
         weights = bundle.generator_weights(resolve_config(config.generator, "local").dtype)
         if weights is not None:
             generator.load_weights(weights)
-        answers = open_answering(config, generator, prompts).answer(questions, selections)
+        answering = open_answering(config, generator, prompts)
+        answers = answering.answer(questions, selections)
     finally:
         generator.close()
     for answer in answers:
         if isinstance(answer, RlragError):  # such as a question that leaves no room in the prompt
             raise answer
+    if warning := cut_warning(answering.prompt_counts.shares()):
+        print(warning, file=sys.stderr)
     return [
         Answered(text, selection, answer.text)
         for text, selection, answer in zip(texts, selections, answers, strict=True)

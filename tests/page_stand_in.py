@@ -141,6 +141,8 @@ def whole_answer(body: dict[str, Any]) -> dict[str, Any]:
         "request_id": REQUEST_ID,
         "num_answer_tokens": 4,
         "num_prompt_tokens": 312,
+        "num_passages": 2 if version == SHADOW else 3,
+        "num_cut_tokens": 1234 if version == SHADOW else 0,
         "answer": answer,
         "answer_logp": -0.8412,
         "passages": passages[: body.get("num_selected")],

@@ -34,7 +34,8 @@ class NumberPipeline:
 
     Versions differ in the first word of their answers. `gate` holds answers back while it is
     cleared; `calls` counts what was asked of each part, `open_engines` the answers being decoded,
-    and `streamed` tells of each answer whether its pieces were wanted as they come.
+    and `streamed` tells of each answer whether its pieces were wanted as they come. Where
+    `num_cut_tokens` is set, a prompt lacks so many tokens and shows nothing of the last passage.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,7 @@ class NumberPipeline:
         self.calls: Counter[str] = Counter()
         self.versions: list[tuple[str, str]] = []
         self.streamed: list[bool] = []
+        self.num_cut_tokens = 0
         self.open_engines = 0
         self.most_engines = 0
         self.failure: Exception | None = None
@@ -88,12 +90,21 @@ class NumberPipeline:
         self.most_engines = max(self.most_engines, self.open_engines)
         try:
             words = [f" {version} says", *(f" {p.text.split()[-1]}" for p in passages), "\n"]
+            num_shown = len(passages) - (self.num_cut_tokens > 0)
             for at, word in enumerate(words, start=1):
                 await self.gate.wait()
                 await asyncio.sleep(0)
                 if self.failure is not None and at == 2:
                     raise self.failure
-                yield AnswerPiece(word, -0.5 * at, at, 20 + len(question), at == len(words))
+                yield AnswerPiece(
+                    text=word,
+                    logp=-0.5 * at,
+                    num_tokens=at,
+                    num_prompt_tokens=20 + len(question),
+                    num_passages=num_shown,
+                    num_cut_tokens=self.num_cut_tokens,
+                    finished=at == len(words),
+                )
         finally:
             self.open_engines -= 1
 

@@ -118,6 +118,7 @@ def test_serving_shows_what_the_service_counts():
     metrics.stage("total", 0.1)
     metrics.lookup("answers", hit=True)
     metrics.computed(3, 1)
+    metrics.prompted(num_shown=1, num_picked=2, num_cut_tokens=7)
     metrics.answered("v1")
     metrics.shadowed("equal")
     metrics.fed_back("reward")

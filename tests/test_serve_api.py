@@ -45,11 +45,30 @@ def test_an_answer_has_all_that_it_stands_on() -> None:
         assert [p["id"] for p in body["passages"]] == ["p5", "p6"]
         assert body["answer_logp"] == -2.0
         assert (body["num_answer_tokens"], body["num_prompt_tokens"]) == (4, 25)
+        assert (body["num_passages"], body["num_cut_tokens"]) == (2, 0)
         assert body["bundle_version"] == "v1"
         assert body["cached"] is False
         assert set(body["timings_ms"]) == {"wait", "retrieve", "select", "generate", "total"}
         assert body["request_id"] == reply.headers["x-request-id"]
         assert "candidates" not in body
+
+    asyncio.run(run())
+
+
+def test_an_answer_says_what_its_prompt_left_out() -> None:
+    async def run() -> None:
+        served = Served()
+        served.pipeline.num_cut_tokens = 7
+        expected = {"num_passages": 2, "num_cut_tokens": 7}
+        for _ in range(2):  # the second is answered by the cache
+            body = (await served.ask(QUESTION, num_selected=3)).json()
+            assert len(body["passages"]) == 3
+            assert expected.items() <= body.items()
+        fields = {"questions": [QUESTION], "num_selected": 3}
+        batch = (await served.client.post("/v1/answers", json=fields)).json()
+        assert expected.items() <= batch["answers"][0]["answer"].items()
+        streamed = await served.ask(QUESTION, num_selected=3, stream=True)
+        assert expected.items() <= dict(events_of(streamed.text))["answer"].items()
 
     asyncio.run(run())
 

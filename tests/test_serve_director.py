@@ -42,8 +42,8 @@ class EchoPipeline:
         self, version, question, passages, decoding: Decoding
     ) -> AsyncIterator[AnswerPiece]:
         text = "something else" if question in self._wrong else f"answer to {question}"
-        yield AnswerPiece(text[:4], -0.5, 1, 9, False)
-        yield AnswerPiece(text[4:] + " ", -1.0, 2, 9, True)
+        yield AnswerPiece(text[:4], -0.5, 1, 9, 1, 0, False)
+        yield AnswerPiece(text[4:] + " ", -1.0, 2, 9, 1, 0, True)
 
 
 @pytest.fixture(scope="module")

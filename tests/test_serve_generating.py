@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import pytest
@@ -148,9 +148,25 @@ def test_an_answer_is_asked_for_as_evaluation_does(
     assert sampling == Sampling(config.max_new_tokens, 0.0, config.stop, seed=0)
     num_prompt_tokens = len(evaluated.token_ids)
     assert pieces == [
-        AnswerPiece(" Pa", -0.5, 1, num_prompt_tokens, finished=False),
-        AnswerPiece("ris", -1.0, 2, num_prompt_tokens, finished=True),
+        AnswerPiece(" Pa", -0.5, 1, num_prompt_tokens, len(PASSAGES), 0, finished=False),
+        AnswerPiece("ris", -1.0, 2, num_prompt_tokens, len(PASSAGES), 0, finished=True),
     ]
+
+
+def test_an_answer_says_what_its_prompt_had_no_room_for(part, generator_bundles):
+    version = load(part, generator_bundles("plain"))
+    long = [Passage(f"p{n}", "Paris", "lies on the Seine " * (100 * n)) for n in (1, 2)]
+
+    async def last(passages: Sequence[Passage]) -> AnswerPiece:
+        pieces = part.generate(version, "capital?", passages, Decoding())
+        return [piece async for piece in pieces][-1]
+
+    whole, cut = (asyncio.run(last(passages)) for passages in (PASSAGES, long))
+    assert (whole.num_passages, whole.num_cut_tokens) == (len(PASSAGES), 0)
+    assert (cut.num_passages, cut.num_prompt_tokens) == (2, 200)
+    assert cut.num_cut_tokens > 500
+    many = asyncio.run(last([*PASSAGES, *long] * 20))
+    assert 2 < many.num_passages < 20 * len([*PASSAGES, *long])
 
 
 def test_versions_with_the_same_weights_share_an_engine_until_the_last_one_goes(

@@ -116,7 +116,7 @@ def generated(*streams: Stream) -> list[AnswerPiece]:
 
 
 def piece(text: str, finished: bool = False) -> AnswerPiece:
-    return AnswerPiece(text, -1.0, 1, 5, finished)
+    return AnswerPiece(text, -1.0, 1, 5, 1, 0, finished)
 
 
 def test_an_answer_is_handed_on():

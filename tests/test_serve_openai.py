@@ -32,7 +32,9 @@ def openai_client(served: Served, **fields: Any) -> AsyncOpenAI:
 
 def test_the_openai_client_is_answered() -> None:
     async def run() -> None:
-        client = openai_client(Served(Routing("v1", canary="v2")))
+        served = Served(Routing("v1", canary="v2"))
+        served.pipeline.num_cut_tokens = 7
+        client = openai_client(served)
         done = await client.chat.completions.create(
             model="rlrag",
             messages=[
@@ -48,6 +50,7 @@ def test_the_openai_client_is_answered() -> None:
         message = done.choices[0].message
         assert message.content == "v1 says 25. 36."
         assert [one["id"] for one in message.citations] == ["p5", "p6"]  # type: ignore[attr-defined]
+        assert (message.num_passages, message.num_cut_tokens) == (1, 7)  # type: ignore[attr-defined]
         assert done.choices[0].finish_reason == "length"
         assert done.model == "v1"
         assert done.usage is not None
@@ -80,6 +83,7 @@ def test_the_openai_client_reads_a_stream() -> None:
         last = chunks[-2].choices[0]
         assert last.finish_reason == "stop"
         assert [one["id"] for one in last.delta.citations] == ["p5", "p6"]  # type: ignore[attr-defined]
+        assert (last.delta.num_passages, last.delta.num_cut_tokens) == (2, 0)  # type: ignore[attr-defined]
         assert chunks[-1].choices == []
         assert chunks[-1].usage is not None
         assert chunks[-1].usage.total_tokens == 29

@@ -65,6 +65,7 @@ def test_an_answer_comes_with_its_passages_and_probabilities(open_page):
     assert ACTIVE in facts
     assert REQUEST_ID in facts
     assert "−0.84" in facts
+    assert page.locator(".cut").count() == 0
     assert not page.get_by_text("The service finds candidate passages").is_visible()
 
 
@@ -284,6 +285,10 @@ def test_two_versions_side_by_side(open_page):
     assert first.locator(".change:visible").all_inner_texts() == ["gone"]
     assert second.locator(".change").all_inner_texts() == ["↑ up 1", "↓ down 1", "new"]
     assert second.locator(".answer").inner_text() == "Near Rotterdam"
+    assert [view.locator(".cut").all_inner_texts() for view in (first, second)] == [
+        [],
+        ["The prompt leaves out 1,234 tokens of the passages and shows 2 of 3 passages."],
+    ]
     # One scale: the slower version fills its bar.
     widths = [
         sum(stage.bounding_box()["width"] for stage in view.locator(".stage").all())

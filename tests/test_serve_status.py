@@ -205,6 +205,7 @@ def test_a_service_is_ready_when_a_version_is_known() -> None:
 def test_metrics_count_what_happened() -> None:
     async def run() -> None:
         served = Served(Routing("v1", shadow="v2"))
+        served.pipeline.num_cut_tokens = 7
         for _ in range(2):
             await served.ask(QUESTION)
         await served.ask("")
@@ -218,6 +219,9 @@ def test_metrics_count_what_happened() -> None:
             'rlrag_answers_total{version="v1"} 2.0',
             'rlrag_tokens_total{kind="answer"} 8.0',
             'rlrag_tokens_total{kind="prompt"} 50.0',
+            "rlrag_cut_tokens_total 14.0",
+            'rlrag_passages_total{prompt="shown"} 2.0',
+            'rlrag_passages_total{prompt="dropped"} 2.0',
             'rlrag_stage_seconds_count{stage="generate"} 2.0',
             'rlrag_stage_seconds_count{stage="total"} 2.0',
             'rlrag_shadow_total{result="different"} 2.0',

@@ -198,6 +198,8 @@ class GeneratorPart:
                     logp=update.logp,
                     num_tokens=update.num_tokens,
                     num_prompt_tokens=num_prompt_tokens,
+                    num_passages=prompt.num_passages,
+                    num_cut_tokens=prompt.num_cut_tokens,
                     finished=update.finished,
                 )
 

@@ -57,6 +57,16 @@ class Metrics:
             "rlrag_cache_lookups", "Lookups in a cache.", ["cache", "result"], registry=registry
         )
         self._tokens = Counter("rlrag_tokens", "Tokens computed.", ["kind"], registry=registry)
+        self._cut_tokens = Counter(
+            "rlrag_cut_tokens", "Passage tokens that prompts had no room for.", registry=registry
+        )
+        self._passages = Counter(
+            "rlrag_passages",
+            "Passages picked: shown in the prompt, or dropped because it had no room for any of "
+            "their text.",
+            ["prompt"],
+            registry=registry,
+        )
         self._answers = Counter(
             "rlrag_answers", "Answers by bundle version.", ["version"], registry=registry
         )
@@ -98,6 +108,12 @@ class Metrics:
         """A generator has answered."""
         self._tokens.labels("prompt").inc(num_prompt_tokens)
         self._tokens.labels("answer").inc(num_answer_tokens)
+
+    def prompted(self, num_shown: int, num_picked: int, num_cut_tokens: int) -> None:
+        """A prompt showed so many of the passages picked, without some of their tokens."""
+        self._passages.labels("shown").inc(num_shown)
+        self._passages.labels("dropped").inc(num_picked - num_shown)
+        self._cut_tokens.inc(num_cut_tokens)
 
     def answered(self, version: str) -> None:
         """A question was answered by a version."""

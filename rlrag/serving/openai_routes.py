@@ -1,7 +1,7 @@
 """`/v1/chat/completions` and `/v1/models`, which the `openai` client uses unchanged.
 
-Citations stand in `choices[0].message.citations`, and in a stream in the `delta` of the chunk that
-ends the answer.
+Citations, and what of them the prompt had no room for, stand in `choices[0].message`, and in a
+stream in the `delta` of the chunk that ends the answer.
 """
 
 from __future__ import annotations
@@ -179,10 +179,18 @@ def _usage(answered: Answered) -> Usage:
     )
 
 
+def _stands_on(answered: Answered) -> dict[str, Any]:
+    """The picked passages, and what of them the prompt shows."""
+    computed = answered.computed
+    return {
+        "citations": [passage.model_dump() for passage in picked_passages(computed.chosen)],
+        "num_passages": computed.num_passages,
+        "num_cut_tokens": computed.num_cut_tokens,
+    }
+
+
 def _completion(answered: Answered, body: ChatRequest) -> ChatCompletion:
-    message = AssistantMessage(
-        content=answered.computed.text, citations=picked_passages(answered.computed.chosen)
-    )
+    message = AssistantMessage(content=answered.computed.text, **_stands_on(answered))
     choice = ChatChoice.model_validate(
         {"message": message, "finish_reason": _finish(answered, body)}
     )
@@ -220,9 +228,7 @@ async def _chunks(
                 yield chunk({"content": step})
             elif isinstance(step, Answered):
                 note_outcome(record, step)
-                passages = picked_passages(step.computed.chosen)
-                citations = [passage.model_dump() for passage in passages]
-                yield chunk({"citations": citations}, _finish(step, body))
+                yield chunk(_stands_on(step), _finish(step, body))
                 if body.stream_options and body.stream_options.include_usage:
                     yield event(None, {**head, "choices": [], "usage": _usage(step).model_dump()})
         yield event(None, "[DONE]")

@@ -151,7 +151,11 @@ class AssistantMessage(Reply):
     content: str
     refusal: str | None = None
     citations: list[PickedPassage]
-    """The passages that the answer stands on, in the order picked."""
+    """The passages picked for the answer, in the order picked."""
+    num_passages: int
+    """As in `/v1/answer`: how many of them the prompt shows."""
+    num_cut_tokens: int
+    """As in `/v1/answer`: tokens of theirs that the prompt had no room for."""
 
 
 class ChatChoice(Reply):
@@ -190,6 +194,8 @@ class ChatCompletion(Reply):
                                         "selection_prob": 0.83,
                                     }
                                 ],
+                                "num_passages": 1,
+                                "num_cut_tokens": 0,
                             },
                             "finish_reason": "stop",
                             "logprobs": None,

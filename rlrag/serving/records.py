@@ -110,13 +110,16 @@ class AnswerPiece:
     """What a generator has added to an answer.
 
     `text` is new since the last piece. `logp` (nats) and `num_tokens` count the answer so far. The
-    text of a finished answer is that of all pieces, stripped.
+    text of a finished answer is that of all pieces, stripped. `num_passages` are in its prompt,
+    which had no room for `num_cut_tokens` of the tokens of the passages given.
     """
 
     text: str
     logp: float
     num_tokens: int
     num_prompt_tokens: int
+    num_passages: int
+    num_cut_tokens: int
     finished: bool
 
 

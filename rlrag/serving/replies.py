@@ -28,6 +28,8 @@ _EXAMPLE_ANSWER: dict[str, Any] = {
     "answer_logp": -0.42,
     "num_answer_tokens": 3,
     "num_prompt_tokens": 212,
+    "num_passages": 1,
+    "num_cut_tokens": 0,
     "passages": [_EXAMPLE_PICKED],
     "bundle_version": "3fa9c1d2e4b5",
     "timings_ms": _EXAMPLE_TIMINGS,
@@ -83,6 +85,10 @@ class Answer(Reply):
     """Log-probability of the answer under the generator, in nats."""
     num_answer_tokens: int
     num_prompt_tokens: int
+    num_passages: int
+    """Passages that the prompt shows; fewer than were picked where it had no room for the last."""
+    num_cut_tokens: int
+    """Tokens of the picked passages that the prompt had no room for."""
     passages: list[PickedPassage]
     """In the order picked."""
     bundle_version: str

@@ -57,6 +57,8 @@ def answer_reply(answered: Answered, explain: bool) -> Answer:
         answer_logp=computed.logp,
         num_answer_tokens=computed.num_tokens,
         num_prompt_tokens=computed.num_prompt_tokens,
+        num_passages=computed.num_passages,
+        num_cut_tokens=computed.num_cut_tokens,
         passages=picked_passages(chosen),
         bundle_version=answered.version,
         timings_ms=Timings(**answered.timings_ms),

@@ -39,13 +39,18 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """An answer that was computed, apart from the request that it was computed for."""
+    """An answer that was computed, apart from the request that it was computed for.
+
+    Its prompt shows `num_passages` of the picked ones, without `num_cut_tokens` of their tokens.
+    """
 
     chosen: Chosen
     text: str
     logp: float
     num_tokens: int
     num_prompt_tokens: int
+    num_passages: int
+    num_cut_tokens: int
     times_ms: Mapping[str, float]
 
 
@@ -107,8 +112,19 @@ async def answer_in_stages(
     if last is None or not last.finished:
         raise GenerationError(f"the generator of version {version} ended within an answer")
     end_stage("generate", began)
+    computed = Computed(
+        chosen,
+        text,
+        last.logp,
+        last.num_tokens,
+        last.num_prompt_tokens,
+        last.num_passages,
+        last.num_cut_tokens,
+        times_ms,
+    )
     metrics.computed(last.num_prompt_tokens, last.num_tokens)
-    yield Computed(chosen, text, last.logp, last.num_tokens, last.num_prompt_tokens, times_ms)
+    metrics.prompted(last.num_passages, len(chosen.passages), last.num_cut_tokens)
+    yield computed
 
 
 async def last_of(steps: AsyncGenerator[Chosen | str | Computed, None]) -> Computed:

@@ -1,7 +1,7 @@
 // One request in; its answer as it is written, with passages, timings and feedback, out.
 
 import { Problem, ask } from "./api.js";
-import { fixed, make, rounded, table } from "./elements.js";
+import { count, fixed, make, rounded, table } from "./elements.js";
 import { feedbackView } from "./feedback.js";
 import { PassageList } from "./passages.js";
 import { problemNotice } from "./problem.js";
@@ -32,12 +32,20 @@ function requestFacts({ request_id: id, bundle_version: version, answer_logp: lo
   return make("dl", { class: "facts answer-facts" }, ...rows);
 }
 
+/** What the prompt had no room for; null where it shows the passages whole. */
+function cutNote({ num_cut_tokens: cut, num_passages: shown, passages }) {
+  if (!cut) return null;
+  const dropped = shown < passages.length ? ` and shows ${shown} of ${passages.length} passages` : "";
+  return make("p", { class: "note cut" }, `The prompt leaves out ${count(cut)} tokens of the passages${dropped}.`);
+}
+
 /** `result` is the service's whole answer once it is there; `element` goes into the page. */
 export class AnswerView {
   result = null;
   #text = make("p", { class: "answer waiting", "aria-live": "polite", "aria-busy": "true" });
   #feedback = make("div", {});
   #facts = make("div", {});
+  #cut = make("div", {});
   #timings = make("div", {});
   #notice = make("div", {});
   #others = make("div", {});
@@ -55,6 +63,7 @@ export class AnswerView {
       this.#notice,
       make("div", { class: "answer-row" }, this.#text, this.#feedback),
       this.#facts,
+      this.#cut,
       this.#timings,
       this.passages.element,
       this.#others,
@@ -113,6 +122,7 @@ export class AnswerView {
     this.passages.show(result.passages);
     this.passages.markAnswer(result.answer);
     this.#facts.replaceChildren(requestFacts(result, this.#heading === null));
+    this.#cut.replaceChildren(...[cutNote(result)].filter(Boolean));
     this.#feedback.replaceChildren(...[feedbackView(result.request_id)].filter(Boolean));
     this.scaleTimings(result.timings_ms.total);
     const others = otherCandidates(result);
