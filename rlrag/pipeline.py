@@ -1,4 +1,4 @@
-"""A configuration in; its opened parts out: corpus, candidates, prompts, generator, reward, policy.
+"""The pipeline: its parts opened as a configuration says, and a bundle that answers questions.
 
 Training, evaluation and serving all assemble their parts here, so that what is served is what was
 evaluated and trained.
@@ -6,27 +6,40 @@ evaluated and trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from rlrag.config import RetrievalConfig, RewardConfig, RunConfig
+from pydantic import ValidationError
+
+from rlrag.bundle import Bundle, load_bundle
+from rlrag.config import RetrievalConfig, RewardConfig, RunConfig, describe_validation_error
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import QuestionSet, load_corpus, load_questions
 from rlrag.data.split import training_questions
-from rlrag.errors import ConfigError
+from rlrag.environment.rollout import play_greedy
+from rlrag.errors import ConfigError, RequestError, RlragError
+from rlrag.generation.build import open_generator, resolve_config
+from rlrag.generation.cache import CachedGenerator
+from rlrag.generation.prompt_counts import cut_warning
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator, Sampling
+from rlrag.records import Passage, Question
 from rlrag.retrieval.build import OpenShards, RetrieverSet, open_retrievers
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.retrieval.tables import candidate_table
+from rlrag.retrieval.tables import candidate_table, search_table
 from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.rewards.composite import RewardModel
 from rlrag.selection.build import TrainablePolicy, build_policy
 from rlrag.storage import load_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -220,3 +233,229 @@ def sampling_of(config: RunConfig) -> Sampling:
         stop=config.generator.stop,
         seed=config.seed if config.generator.temperature else 0,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer, and what it was given from.
+
+    Attributes:
+        question: As it was asked.
+        text: The answer.
+        passages: The passages that were picked, in the order of the picks.
+        logp: Sum of the log-probabilities of the answer's tokens under the generator, in nats.
+    """
+
+    question: str
+    text: str
+    passages: tuple[Passage, ...]
+    logp: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A passage that the retriever found, and its ranking score."""
+
+    passage: Passage
+    score: float
+
+
+class Pipeline:
+    """A tuned pipeline in this process: retrieves, selects and answers as it was evaluated.
+
+    A part is opened when it is first needed: who only selects waits for no language model. Calls
+    from several threads wait for each other. Close it, or use it in a `with` block, to free the
+    generator.
+
+    Args:
+        bundle: A loaded bundle.
+        config: How its parts are opened; the bundle's own configuration when unset.
+        launcher: `local` keeps the generator in this process, `ray` in actors of a cluster that
+            the caller has joined.
+        tuned: Whether the generator has its trained weights from the start.
+
+    Example:
+        >>> from rlrag import load_pipeline
+        >>> with load_pipeline("runs/quickstart/bundle") as pipeline:  # doctest: +SKIP
+        ...     print(pipeline.answer("What is the capital of Mongolia?").text)
+        Ulaanbaatar
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: RunConfig | None = None,
+        launcher: str = "local",
+        tuned: bool = True,
+    ) -> None:
+        config = bundle.config if config is None else config
+        if bundle.retriever_dir is not None:
+            retrieval = tuned_retrieval(config.retrieval, bundle.retriever_dir)
+            config = config.model_copy(update={"retrieval": retrieval})
+        self.bundle = bundle
+        self.config = config
+        self._launcher = launcher
+        self._tuned = tuned
+        self._opened: tuple[CachedGenerator, PromptBuilder] | None = None
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the generator; the next answer opens it again."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened[0].close()
+                self._opened = None
+
+    @cached_property
+    def library(self) -> Library:
+        """Corpus and retrievers, with the bundle's own encoder where one was trained."""
+        return open_library(self.config, self.bundle.index_dir)
+
+    @property
+    def generator(self) -> CachedGenerator:
+        """The generator, whose results are kept on disk."""
+        return self._open()[0]
+
+    @property
+    def prompts(self) -> PromptBuilder:
+        """What makes prompts of questions and passages."""
+        return self._open()[1]
+
+    def _open(self) -> tuple[CachedGenerator, PromptBuilder]:
+        with self._lock:
+            if self._opened is None:
+                config = self.config
+                self._opened = open_generator(config.generator, self._launcher, config.cache_path)
+                if self._tuned:
+                    self.tune()
+            return self._opened
+
+    def tune(self) -> None:
+        """Give the generator its trained weights, where it was trained.
+
+        Raises:
+            CheckpointError: when they are damaged.
+        """
+        dtype = resolve_config(self.config.generator, self._launcher).dtype
+        weights = self.bundle.generator_weights(dtype)
+        if weights is not None:
+            self.generator.load_weights(weights)
+
+    def retrieve(self, question: str) -> list[Found]:
+        """The candidates of a question, in the retriever's order.
+
+        Raises:
+            RequestError: when the question is empty.
+        """
+        candidates = self.candidates([question])
+        scores = candidates.scores_QNC[0, :, 0].tolist()
+        return [Found(*found) for found in zip(candidates.passages(0), scores, strict=True)]
+
+    def select(self, question: str) -> tuple[Passage, ...]:
+        """The passages that the trained policy picks, in its order; asks no generator.
+
+        Raises:
+            RequestError: when the question is empty.
+        """
+        return self.picks(self.candidates([question]))[0]
+
+    def answer(self, question: str) -> Answer:
+        """Retrieve, select and answer.
+
+        Raises:
+            RequestError: when the question is empty.
+            PromptTooLongError: when it leaves no room for an answer.
+            GenerationError: when the generator fails.
+        """
+        [answer] = self.answer_many([question])
+        if isinstance(answer, RlragError):
+            raise answer
+        return answer
+
+    async def answer_async(self, question: str) -> Answer:
+        """`answer`, in a thread, so that an event loop goes on meanwhile."""
+        return await asyncio.to_thread(self.answer, question)
+
+    def answer_many(self, questions: Sequence[str]) -> list[Answer | RlragError]:
+        """Answer questions together, which is faster than one by one.
+
+        What keeps a question from being answered is the error in its place. Where prompts had no
+        room for all of what was picked, a warning is logged.
+
+        Raises:
+            RequestError: when a question is empty.
+            GenerationError: when the generator itself fails.
+        """
+        if not questions:
+            return []
+        with self._lock:
+            candidates = self.candidates(questions)
+            picks = self.picks(candidates)
+            rewards = open_answering(self.config, self.generator.inner, self.prompts)
+            answers = rewards.answer(candidates.questions, picks)
+        if warning := cut_warning(rewards.prompt_counts.shares()):
+            logger.warning("%s", warning)
+        return [
+            found
+            if isinstance(found, RlragError)
+            else Answer(question, found.text, passages, found.logp)
+            for question, passages, found in zip(questions, picks, answers, strict=True)
+        ]
+
+    def candidates(self, questions: Sequence[str]) -> CandidateTable:
+        """The candidates of questions, as policies and environments take them."""
+        for place, question in enumerate(questions):
+            if not question.strip():
+                raise RequestError(f"question {place} is empty; give its text")
+        with self._lock:
+            return search_table(
+                tuple(Question(str(n), text, ()) for n, text in enumerate(questions)),
+                self.library.corpus,
+                self.library.retrievers,
+                self.config.retrieval.num_candidates,
+            )
+
+    def picks(self, candidates: CandidateTable) -> Sequence[tuple[Passage, ...]]:
+        """What the policy's most probable episodes end with, one row a question."""
+        with self._lock:
+            return play_greedy(self.config.environment, self.bundle.policy, candidates).evidence
+
+
+def load_pipeline(
+    bundle: Path | str,
+    *,
+    corpus: str | None = None,
+    backend: str | None = None,
+    allow_code: Collection[str] = (),
+) -> Pipeline:
+    """Open a bundle in this process.
+
+    Args:
+        bundle: Directory of the bundle.
+        corpus: Takes the place of the corpus that was trained on, in any form of `data.corpus`.
+        backend: What the generator runs in, as `generator.backend`: `vllm`, or `transformers`,
+            which the bundle's `auto` stands for here.
+        allow_code: An environment `module:namespace/Name-v0` that the bundle names and that may be
+            imported.
+
+    Raises:
+        CheckpointError: when the bundle is absent, damaged or of another format.
+        ConfigError: when it names code that the caller does not, or an argument is wrong.
+    """
+    loaded = load_bundle(Path(bundle), allow_code)
+    values = loaded.config.model_dump()
+    if corpus is not None:
+        values["data"]["corpus"] = corpus
+    if backend is not None:
+        values["generator"]["backend"] = backend
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(error)) from error
+    return Pipeline(loaded, config)

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 ROOT = Path(__file__).resolve().parents[1]
 FILE = Path(__file__).with_name("public_api.txt")
 MODULES = (
+    "rlrag",
     "rlrag.algorithms.contrastive",
     "rlrag.algorithms.dro",
     "rlrag.algorithms.jsa",
@@ -50,9 +51,10 @@ def lines() -> list[str]:
 
 def _of_module(module: ModuleType) -> Iterator[str]:
     exported = getattr(module, "__all__", None)
-    for name, thing in sorted(vars(module).items()):
-        if name.startswith("_") or (exported is not None and name not in exported):
+    for name in sorted(vars(module) if exported is None else exported):
+        if name.startswith("_"):
             continue
+        thing = getattr(module, name)  # which imports what a module offers lazily
         own = getattr(thing, "__module__", None) == module.__name__
         if exported is None and not own:
             continue

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from openrag_runs import write_files
 
-from examples.ask_bundle import ask
+from rlrag import load_pipeline
 from rlrag.bundle import copy_bundle, load_bundle, save_bundle
 from rlrag.bundle_files import CONFIG, code_named_by
 from rlrag.cli import evaluate, probe
@@ -96,7 +96,8 @@ def test_a_reward_runs_only_where_it_is_named_and_judges(naming, plain, tmp_path
             evaluate.main(words(bundle, files, *other))
     assert not (tmp_path / "out.json").exists()
     probe.main(words(bundle, files, "--measures", "cost"))
-    assert ask(bundle, ["where is it?"])[0].passages
+    with load_pipeline(bundle) as pipeline:
+        assert pipeline.answer("where is it?").passages
     load_bundle(bundle)
     SelectorPart().load(load_bundle(bundle).version, bundle)
     assert MODULE not in sys.modules, "none of these asks for a reward"
@@ -127,7 +128,7 @@ def test_an_environment_runs_only_where_it_is_named(naming, plain, tmp_path):
     for use in (
         lambda: evaluate.main(words(bundle, plain.parent)),
         lambda: probe.main(words(bundle, plain.parent, "--measures", "cost")),
-        lambda: ask(bundle, ["where is it?"]),
+        lambda: load_pipeline(bundle),
         lambda: load_bundle(bundle, (REWARD, MODULE)),
         lambda: SelectorPart().load(version, bundle),
     ):

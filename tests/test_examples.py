@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from serve_bundles import NUM_SELECTED, make_bundle
+from serve_bundles import make_bundle
 
 from examples import ask_bundle, custom_reward, own_policy
-from rlrag.errors import PromptTooLongError
+from rlrag import load_pipeline
 
 QUESTION = "what does the lamp hold?"
 
@@ -20,20 +20,14 @@ def test_a_policy_of_ones_own_learns_in_the_environment():
 
 def test_a_bundle_answers_in_one_process(openrag_files, tmp_path, capsys):
     bundle = make_bundle(tmp_path / "bundle", openrag_files, tmp_path / "cache", seed=1)
-    [answered] = ask_bundle.ask(bundle, [QUESTION])
-    assert answered.question == QUESTION
-    assert len({passage.id for passage in answered.passages}) == NUM_SELECTED
-    ask_bundle.main(["--bundle", str(bundle), QUESTION])
+    ask_bundle.main(["--bundle", str(bundle), QUESTION, f"{QUESTION} " * 100])
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == QUESTION
-    assert answered.answer in said[1]
-    assert said[2].strip().startswith(f"[1] {answered.passages[0].title}")
-
-
-def test_a_question_that_cannot_be_answered_says_why(openrag_files, tmp_path):
-    bundle = make_bundle(tmp_path / "bundle", openrag_files, tmp_path / "cache", seed=1)
-    with pytest.raises(PromptTooLongError, match=r"'asked-1'.*max_prompt_tokens"):
-        ask_bundle.ask(bundle, [QUESTION, f"{QUESTION} " * 100])
+    with load_pipeline(bundle) as pipeline:
+        answer = pipeline.answer(QUESTION)
+    assert said[:2] == [QUESTION, f"  {answer.text}"]
+    for number, passage in enumerate(answer.passages, start=1):
+        assert said[1 + number].strip().startswith(f"[{number}] {passage.title}")
+    assert said[-1].startswith("  not answered: question '1'")
 
 
 @pytest.mark.slow

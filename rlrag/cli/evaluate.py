@@ -7,23 +7,23 @@ Beside the output, `NAME.questions.jsonl` has every question, for `rlrag report`
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from rlrag.cli.command_line import parse, program_name
 from rlrag.cli.opened_bundle import (
-    OpenedGenerator,
     check_flags,
     is_stream,
     on_other_data,
     only_writer,
-    opened_generator,
+    opened_pipeline,
     say,
     say_evaluation,
     write_output,
@@ -34,6 +34,8 @@ from rlrag.errors import ConfigError
 
 if TYPE_CHECKING:  # they bring torch, which --help does without
     from rlrag.bundle import Bundle
+    from rlrag.evaluation.question_records import QuestionRecorder
+    from rlrag.pipeline import Pipeline
     from rlrag.retrieval.candidates import CandidateTable
     from rlrag.rewards.answering import AnsweringReward
     from rlrag.selection.protocol import Policy
@@ -73,39 +75,100 @@ def main(argv: Sequence[str]) -> None:
     """Load, answer, compare, show, write."""
     arguments = parse(EvaluateArguments, None, argv, program_name("evaluate"))
     check_flags(arguments.limit, arguments.output)
-    shown = arguments.docs_in_context
-    if shown is not None and shown < 1:
-        raise ConfigError(f"--docs-in-context is {shown}; give at least 1")
     with only_writer(arguments.output):
-        _evaluate(arguments)
+        found = _evaluate(arguments)
+        try:
+            Console().print(found.shown)
+        finally:  # also where nobody reads the table any more
+            found.write(arguments.output)
 
 
-def _evaluate(arguments: EvaluateArguments) -> None:
+def evaluate(
+    bundle: Path | str,
+    corpus: str,
+    questions: str,
+    output: Path | str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Compare a bundle with its baselines on any corpus and questions.
+
+    Args:
+        bundle: Directory of the bundle.
+        corpus: In any form that `data.corpus` takes.
+        questions: In any form that `data.eval_questions` takes.
+        output: JSON file to write, with `NAME.questions.jsonl` beside it; none when unset.
+        options: Further fields of `EvaluateArguments`, such as `limit` and `systems`.
+
+    Returns:
+        What `rlrag evaluate` writes: `systems` has each system's measures with their intervals.
+
+    Raises:
+        ConfigError: when an option is unknown or wrong.
+        RlragError: what is wrong with the bundle or the data.
+    """
+    known = {field.name for field in fields(EvaluateArguments)}
+    for name in options.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}"
+        raise ConfigError(f"evaluate has no option {name!r}; {hint}")
+    wanted = None if output is None else Path(output)
+    arguments = EvaluateArguments(
+        Path(bundle), corpus, questions, wanted or Path("evaluation.json"), **options
+    )
+    if wanted is None:
+        return _evaluate(arguments).record
+    check_flags(arguments.limit, wanted)
+    with only_writer(wanted):
+        found = _evaluate(arguments)
+        found.write(wanted)
+    return found.record
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """An evaluation: its record, its table to print, and every question."""
+
+    record: dict[str, Any]
+    shown: RenderableType
+    questions: QuestionRecorder
+
+    def write(self, output: Path) -> None:
+        from rlrag.evaluation.question_records import questions_path
+
+        if not is_stream(output):
+            self.questions.write(questions_path(output), self.record)
+        write_output(output, json.dumps(self.record, indent=2) + "\n")
+
+
+def _evaluate(arguments: EvaluateArguments) -> _Compared:
     from rlrag.bundle import load_bundle
+    from rlrag.evaluation import systems
     from rlrag.evaluation.baselines import baselines_from_json
-    from rlrag.evaluation.question_records import QuestionRecorder, questions_path
-    from rlrag.evaluation.systems import evaluate, prefers_reward
+    from rlrag.evaluation.question_records import QuestionRecorder
     from rlrag.evaluation.table import render
     from rlrag.generation.prompt_counts import cut_warning
     from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
 
+    shown = arguments.docs_in_context
+    if shown is not None and shown < 1:
+        raise ConfigError(f"--docs-in-context is {shown}; give at least 1")
     bundle = load_bundle(arguments.bundle, arguments.allow_code)
-    if prefers_reward(bundle.config):
+    if systems.prefers_reward(bundle.config):
         bundle.check_code("reward.functions", arguments.allow_code)
     launcher = arguments.launcher or bundle.config.training.launcher
     config = _configured(bundle.config, arguments)
     recorder = QuestionRecorder(config.environment.num_selected)
-    with opened_generator(bundle, config, launcher, "rlrag-evaluate") as opened:
+    with opened_pipeline(bundle, config, launcher, "rlrag-evaluate") as pipeline:
         library = open_library(config, bundle.index_dir)
         candidates, questions_hash = open_evaluation_data(config, library)
-        answering = _answering(config, opened, candidates, arguments.allow_code)
-        table = evaluate(
+        answering = _answering(config, pipeline, candidates, arguments.allow_code)
+        table = systems.evaluate(
             config,
             _policy(bundle, config, candidates),
             candidates,
             answering,
             progress=say_evaluation(config, len(candidates)),
-            tune_generator=opened.tune,
+            tune_generator=pipeline.tune,
             retrievers=other_retrievers(config, library, bundle.retriever_dir),
             keep=recorder.keep,
             baselines=baselines_from_json(bundle.evaluation or {}),
@@ -118,17 +181,12 @@ def _evaluate(arguments: EvaluateArguments) -> None:
     }
     if warning := cut_warning(record["prompts"]):
         say(warning)
-    try:
-        Console().print(render(table))
-    finally:  # also where nobody reads the table any more
-        if not is_stream(arguments.output):
-            recorder.write(questions_path(arguments.output), record)
-        write_output(arguments.output, json.dumps(record, indent=2) + "\n")
+    return _Compared(record, render(table), recorder)
 
 
 def _answering(
     config: RunConfig,
-    opened: OpenedGenerator,
+    pipeline: Pipeline,
     candidates: CandidateTable,
     allow_code: Sequence[str],
 ) -> AnsweringReward:
@@ -137,9 +195,9 @@ def _answering(
     from rlrag.pipeline import open_answering, open_reward
 
     if not judged_by_reward(config, candidates):
-        return open_answering(config, opened.generator, opened.prompts)
-    opened.bundle.check_code("reward.functions", allow_code)
-    return open_reward(config, opened.generator, opened.prompts)
+        return open_answering(config, pipeline.generator, pipeline.prompts)
+    pipeline.bundle.check_code("reward.functions", allow_code)
+    return open_reward(config, pipeline.generator, pipeline.prompts)
 
 
 def _policy(bundle: Bundle, config: RunConfig, candidates: CandidateTable) -> Policy:

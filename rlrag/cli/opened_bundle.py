@@ -9,7 +9,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,31 +21,16 @@ from rlrag.text_files import write_whole
 
 if TYPE_CHECKING:  # they bring torch, which flags are checked without
     from rlrag.bundle import Bundle
-    from rlrag.generation.cache import CachedGenerator
-    from rlrag.generation.prompts import PromptBuilder
-
-
-@dataclass(frozen=True)
-class OpenedGenerator:
-    """The generator as training found it, until `tune` is called."""
-
-    bundle: Bundle
-    generator: CachedGenerator
-    prompts: PromptBuilder
-    dtype: str
-
-    def tune(self) -> None:
-        """Give the generator its trained weights, where it was trained."""
-        weights = self.bundle.generator_weights(self.dtype)
-        if weights is not None:
-            self.generator.load_weights(weights)
+    from rlrag.pipeline import Pipeline
 
 
 @contextmanager
-def opened_generator(
+def opened_pipeline(
     bundle: Bundle, config: RunConfig, launcher: str, program: str
-) -> Iterator[OpenedGenerator]:
-    """The bundle's generator while the block runs, and the cluster that it needs.
+) -> Iterator[Pipeline]:
+    """The bundle's pipeline while the block runs, and the cluster that its generator needs.
+
+    The generator has the weights that training found, until `Pipeline.tune` is called.
 
     Args:
         bundle: Loaded.
@@ -54,16 +38,15 @@ def opened_generator(
         launcher: Where the generator runs.
         program: Names the temporary log that takes what libraries print.
     """
-    from rlrag.generation.build import open_generator, resolve_config
+    from rlrag.pipeline import Pipeline
     from rlrag.training.reporting import private_library_chatter
 
-    with private_library_chatter(program), cluster(launcher):
-        generator, prompts = open_generator(config.generator, launcher, config.cache_path)
-        try:
-            dtype = resolve_config(config.generator, launcher).dtype
-            yield OpenedGenerator(bundle, generator, prompts, dtype)
-        finally:
-            generator.close()
+    with (
+        private_library_chatter(program),
+        cluster(launcher),
+        Pipeline(bundle, config, launcher, tuned=False) as pipeline,
+    ):
+        yield pipeline
 
 
 def check_flags(limit: int | None, output: Path) -> None:

@@ -24,22 +24,20 @@ from rich.console import Console
 
 from rlrag.cli.command_line import parse, program_name
 from rlrag.cli.opened_bundle import (
-    OpenedGenerator,
     check_flags,
     on_other_data,
     only_writer,
-    opened_generator,
+    opened_pipeline,
     write_output,
 )
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
 
 if TYPE_CHECKING:  # they bring torch, which --help does without
-    from rlrag.bundle import Bundle
     from rlrag.evaluation.picked import Part, Picked
     from rlrag.evaluation.probe import Measured, ProbeSettings
     from rlrag.evaluation.robustness import GoldQuestions
-    from rlrag.pipeline import Library
+    from rlrag.pipeline import Library, Pipeline
     from rlrag.retrieval.candidates import CandidateTable
     from rlrag.selection.protocol import Policy
 
@@ -104,6 +102,7 @@ def _probe(arguments: ProbeArguments) -> None:
     from rlrag.evaluation.probe import MEASURES, ProbeSettings
     from rlrag.evaluation.probe_table import ProbeTable, render
     from rlrag.evaluation.robustness import gold_questions
+    from rlrag.pipeline import open_library
 
     named = _measures(arguments.measures, MEASURES)
     settings = ProbeSettings(
@@ -117,15 +116,17 @@ def _probe(arguments: ProbeArguments) -> None:
     launcher = arguments.launcher or bundle.config.training.launcher
     config = _configured(bundle.config, arguments)
     settings = replace(settings, seed=config.seed)
-    with opened_generator(bundle, config, launcher, "rlrag-probe") as opened:
-        own = _search(_tuned(config, bundle), bundle)
+    with opened_pipeline(bundle, config, launcher, "rlrag-probe") as pipeline:
+        own = _search(pipeline.config, pipeline.library)
         gold = gold_questions(own.candidates, settings.needed_distractors)
         names, left_out = _possible(named or tuple(MEASURES), bool(named), own, gold, settings)
-        systems = {"trained": lambda: _trained(own, opened, bundle.policy)}
+        systems = {"trained": lambda: _trained(own, pipeline)}
         if arguments.baseline:
-            original = own if bundle.retriever_dir is None else _search(config, bundle)
-            systems["retriever_order"] = lambda: _untrained(original, opened)
-        results, errors = _measure(names, systems, own, gold, opened, settings)
+            original = own
+            if bundle.retriever_dir is not None:
+                original = _search(config, open_library(config, bundle.index_dir))
+            systems["retriever_order"] = lambda: _untrained(original, pipeline)
+        results, errors = _measure(names, systems, own, gold, pipeline, settings)
     table = ProbeTable(results, config.evaluation.num_bootstrap, config.seed)
     record = {
         "num_questions": len(own.candidates),
@@ -166,20 +167,9 @@ def _configured(config: RunConfig, arguments: ProbeArguments) -> RunConfig:
     return config.model_copy(update={"generator": greedy})
 
 
-def _tuned(config: RunConfig, bundle: Bundle) -> RunConfig:
-    """The configuration with the bundle's own retriever, where one was trained."""
-    from rlrag.retrieval.tuned import tuned_retrieval
+def _search(config: RunConfig, library: Library) -> Searched:
+    from rlrag.pipeline import open_evaluation_data
 
-    if bundle.retriever_dir is None:
-        return config
-    tuned = tuned_retrieval(config.retrieval, bundle.retriever_dir)
-    return config.model_copy(update={"retrieval": tuned})
-
-
-def _search(config: RunConfig, bundle: Bundle) -> Searched:
-    from rlrag.pipeline import open_evaluation_data, open_library
-
-    library = open_library(config, bundle.index_dir)
     return Searched(config, library, *open_evaluation_data(config, library))
 
 
@@ -206,26 +196,27 @@ def _possible(
     return [name for name in names if name not in refused], left_out
 
 
-def _trained(own: Searched, opened: OpenedGenerator, policy: Policy) -> Picked:
+def _trained(own: Searched, pipeline: Pipeline) -> Picked:
     """What the bundle picks, for its own generator."""
     from rlrag.evaluation.picked import policy_picks
 
-    opened.tune()
+    pipeline.tune()
+    policy = pipeline.bundle.policy
     picked = policy_picks(own.config.environment, policy, own.candidates)
-    return replace(picked, parts=_parts(own, opened, picked, policy))
+    return replace(picked, parts=_parts(own, pipeline, picked, policy))
 
 
-def _untrained(original: Searched, opened: OpenedGenerator) -> Picked:
+def _untrained(original: Searched, pipeline: Pipeline) -> Picked:
     """What the retriever ranks first, for the generator as training found it."""
     from rlrag.evaluation.picked import first_picks
 
     picked = first_picks(original.candidates, original.config.environment.num_selected)
-    return replace(picked, parts=_parts(original, opened, picked))
+    return replace(picked, parts=_parts(original, pipeline, picked))
 
 
 def _parts(
     searched: Searched,
-    opened: OpenedGenerator,
+    pipeline: Pipeline,
     picked: Picked,
     policy: Policy | None = None,
 ) -> dict[str, Part]:
@@ -235,7 +226,7 @@ def _parts(
     from rlrag.retrieval.tables import retrieve
 
     candidates, sampling = searched.candidates, sampling_of(searched.config)
-    questions, build = candidates.questions, opened.prompts.build
+    questions, build = candidates.questions, pipeline.prompts.build
     parts: dict[str, Part] = {
         "retrieval": lambda rows: retrieve(
             [questions[row].question for row in rows],
@@ -246,7 +237,7 @@ def _parts(
     if policy is not None:
         environment = searched.config.environment
         parts["selection"] = lambda rows: play_greedy(environment, policy, candidates, rows)
-    parts["generation"] = lambda rows: opened.generator.inner.generate(
+    parts["generation"] = lambda rows: pipeline.generator.inner.generate(
         [build(questions[row], picked.selections[row]) for row in rows], sampling
     )
     return parts
@@ -257,7 +248,7 @@ def _measure(
     systems: dict[str, Callable[[], Picked]],
     own: Searched,
     gold: GoldQuestions,
-    opened: OpenedGenerator,
+    pipeline: Pipeline,
     settings: ProbeSettings,
 ) -> tuple[dict[str, dict[str, Measured]], dict[str, str]]:
     """Every system's measures, and why some questions were not answered.
@@ -267,7 +258,7 @@ def _measure(
     from rlrag.evaluation.probe import Probe, measure
     from rlrag.pipeline import open_answering
 
-    answering = open_answering(own.config, opened.generator, opened.prompts)
+    answering = open_answering(own.config, pipeline.generator, pipeline.prompts)
     questions = own.candidates.questions
     results: dict[str, dict[str, Measured]] = {}
     errors: dict[str, str] = {}

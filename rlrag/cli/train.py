@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     recipe, flags = pick_recipe(argv, RECIPES, prog)
     default = TrainArguments(recipe, Path("runs") / recipe.recipe)
     arguments = parse(TrainArguments, default, flags, f"{prog} {recipe.recipe}")
-    config, run_dir = config_of(arguments), RunDirectory(arguments.run_dir)
+    config = config_of(arguments)
     check_outlives_job("--run-dir", arguments.run_dir)
     check_outlives_job("--cache-dir", config.cache_dir)
     if arguments.dry_run:
@@ -65,17 +65,35 @@ def main(argv: Sequence[str]) -> None:
 
         print(describe_plan(config))
         return
-    check_log(config, run_dir)
-    run_dir.check(config)
-    with run_dir.in_use(say):
+    train(config, arguments.run_dir)
+    say_next(config, RunDirectory(arguments.run_dir))
+
+
+def train(config: RunConfig, run_dir: Path | str) -> Path:
+    """Train, bundle and compare with the baselines; a run that was stopped is continued.
+
+    Args:
+        config: The run; `rlrag.recipes.RECIPES` has complete ones by name.
+        run_dir: Where configuration, metrics, checkpoints, bundle and result go.
+
+    Returns:
+        The directory of the bundle.
+
+    Raises:
+        RlragError: what is wrong with configuration, data or machine, or what ended the run.
+    """
+    directory = RunDirectory(Path(run_dir))
+    check_log(config, directory)
+    directory.check(config)
+    with directory.in_use(say):
         try:
             with ended_by_sigterm() as listen_again:
-                run_dir.claim(config)
-                _train(config, run_dir, listen_again)
+                directory.claim(config)
+                _train(config, directory, listen_again)
         except RlragError:
-            run_dir.release()
+            directory.release()
             raise
-    say_next(config, run_dir)
+    return directory.bundle
 
 
 def _train(config: RunConfig, run_dir: RunDirectory, when_connected: Callable[[], None]) -> None:

@@ -70,6 +70,30 @@ def candidate_table(
     else:
         arrays = _compute(questions, retrievers, config.num_candidates)
         _save(path, arrays)
+    return _table(questions, corpus, retrievers, arrays)
+
+
+def search_table(
+    questions: tuple[Question, ...],
+    corpus: Corpus,
+    retrievers: RetrieverSet,
+    num_candidates: int,
+) -> CandidateTable:
+    """`candidate_table` without a file: for questions that are asked once.
+
+    Raises:
+        ConfigError: when the corpus has fewer passages than candidates are asked.
+    """
+    arrays = _compute(questions, retrievers, num_candidates)
+    return _table(questions, corpus, retrievers, arrays)
+
+
+def _table(
+    questions: tuple[Question, ...],
+    corpus: Corpus,
+    retrievers: RetrieverSet,
+    arrays: tuple[np.ndarray, ...],
+) -> CandidateTable:
     rows_QN, scores_QNC, question_vectors_QD = arrays
     warn_of_unmatched(scores_QNC, retrievers.score_names[0])
     return CandidateTable(
