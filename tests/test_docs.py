@@ -44,7 +44,7 @@ PAGES = sorted(
 TUTORIAL = "docs/tutorial.md"
 LANGUAGES = {"python", "bash", "text", "json", ""}
 TOP_LEVEL = ("rlrag", "envs", "jobs", "serve")
-FOREIGN = {"export", "jq", "ls", "ray", "source"}
+FOREIGN = {"export", "jq", "ls", "pip", "python3", "ray", "source", "uv"}
 ARGUMENTS = {
     "jobs.evaluate": "EvaluateArguments",
     "jobs.export": "ExportArguments",
