@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ class WordPrompts:
 
     def encode_target(self, answer: str) -> tuple[int, ...]:
         return (*self.encode_answer(answer), *b"\n")
+
+
+class CutPrompts(WordPrompts):
+    """Counts as many tokens of passages cut as a prompt has."""
+
+    def build(self, question: Question, passages: Sequence[Passage]) -> Prompt:
+        prompt = super().build(question, passages)
+        return replace(prompt, num_cut_tokens=len(prompt.token_ids))
 
 
 class ReadingGenerator:

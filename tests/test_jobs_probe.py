@@ -28,6 +28,7 @@ from rlrag.errors import CheckpointError, ConfigError, DataError
 from rlrag.evaluation.mirage import SHARES
 from rlrag.evaluation.picked import first_picks, policy_picks
 from rlrag.evaluation.probe import MEASURES
+from rlrag.generation.prompts import PromptBuilder, load_tokenizer
 from rlrag.pipeline import open_evaluation_data, open_library, open_policy
 from rlrag.retrieval.candidates import CandidateTable
 
@@ -81,6 +82,7 @@ def test_a_bundle_is_probed_on_the_questions_of_its_run(bundle, capsys):
     assert found["num_questions"] == 6
     assert found["questions_with_gold"] == {"used": 5, "left_out": {"unanswerable": 1}}
     assert found["measures_left_out"] == found["questions_unanswered"] == {}
+    assert found["prompts"] == {"prompt_cut_share": 0.0, "dropped_passage_share": 0.0}
     trained, original = (found["systems"][name] for name in ("trained", "retriever_order"))
     parts = {"mirage_picked", "calibration_answer", "calibration_selection"}
     parts |= {"calibration_first_pick"}
@@ -122,6 +124,22 @@ def test_probed_answers_are_those_of_evaluation(bundle, tmp_path):
     assert list(found["systems"]) == ["trained"]
     assert found["systems"]["trained"]["calibration_answer"]["share"]["mean"] == accuracy
     assert found["paired"] == {}
+
+
+def test_what_prompts_have_no_room_for_is_counted(bundle, model_dir, tmp_path, capsys):
+    config = RunConfig.from_json((bundle / "config.json").read_text())
+    prompt = config.generator.prompt
+    builder = PromptBuilder(prompt, load_tokenizer(model_dir))
+    table, _ = open_evaluation_data(config, open_library(config))
+    bare = max(len(builder.build(question, []).token_ids) for question in table.questions)
+    prompt = prompt.model_copy(update={"max_prompt_tokens": bare + 12})
+    generator = config.generator.model_copy(update={"prompt": prompt})
+    config = config.model_copy(update={"generator": generator})
+    save_bundle(tmp_path / "bundle", config, open_policy(config, table), table, {}, 1)
+    found = run(tmp_path / "bundle", "--measures", "abstention")
+    assert found["prompts"]["prompt_cut_share"] > 0.01
+    assert found["prompts"]["dropped_passage_share"] > 0.01
+    assert "prompts had no room for" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_the_questions_do_not_allow_is_left_out_unless_it_is_asked_for(bundle, tmp_path):

@@ -64,14 +64,23 @@ def test_turns_share_what_earlier_ones_left_of_the_budget():
     assert config_of_turn(JOINT, OTHERS, AFTER, 600.0, 2).training.max_generator_tokens is None
 
 
+JUDGED = {
+    "judge_s": 2.0,
+    "failures": ["q7 ends engines"],
+    "prompt_cut_share": 0.25,
+    "dropped_passage_share": 0.5,
+    "alarms": {"cut_prompts": "no room"},
+}
+
+
 def test_turns_are_joined_as_one_run(tmp_path):
     run = RunDirectory(tmp_path)
     taken = {
         "1-retriever": [(0, 0.0, 50, {"judge_s": 4.0}), (1, 0.5, 60, {}), (2, 1.0, 60, {})],
         "1-selection": [(0, 0.0, 0, {}), (1, 2.0, 30, {"judge_s": 1.0})],
         "2-retriever": [
-            (0, 0.0, 5, {"judge_s": 2.0, "failures": ["q7 ends engines"]}),
-            (1, 0.5, 6, {"failures": ["q9 took too long"]}),
+            (0, 0.0, 5, JUDGED),
+            (1, 0.5, 6, {"failures": ["q9 took too long"], "alarms": {"failures": "one"}}),
         ],
     }
     for turn, lines in taken.items():
@@ -93,6 +102,9 @@ def test_turns_are_joined_as_one_run(tmp_path):
     ]
     failures = [record.get("failures") for record in run.read_metrics()]
     assert failures == [None] * 4 + [["q7 ends engines", "q9 took too long"]]
+    last = run.read_metrics()[-1]
+    assert last["alarms"] == {"cut_prompts": "no room", "failures": "one"}
+    assert (last["prompt_cut_share"], last["dropped_passage_share"]) == (0.25, 0.5)
 
 
 def words_of(files: Path, directory: Path, rounds: int, *systems: str) -> list[str]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from loop_runs import changed, co_training, policy_weights, start, steps_of, weights
-from stand_ins import ReadingGenerator
+from stand_ins import CutPrompts, ReadingGenerator
 from thread_workers import make_group, run_together
 
 from rlrag.config import RunConfig
-from rlrag.errors import GenerationError
+from rlrag.errors import GenerationError, PromptTooLongError
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.generation.weights import GeneratorWeights
 from rlrag.training.checkpoints import CheckpointStore
@@ -118,6 +118,40 @@ def test_sft_trains_the_generator_on_the_retrievers_order_without_rewards(
         torch.equal(untrained[name], tensor) for name, tensor in policy_weights(loop).items()
     )
     assert all(line["validation/changed_share"] == 0.0 for line in records[::2])
+
+
+class Narrow(CutPrompts):
+    """Has no room for one question, and for none of the last passage of the others."""
+
+    def build(self, question, passages):
+        if question.id == "q1":
+            raise PromptTooLongError("question 'q1' is too long; raise max_prompt_tokens")
+        return super().build(question, passages[:-1])
+
+
+def test_sft_counts_what_prompts_leave_out(small_config, few_data, model_dir, tmp_path):
+    """No reward is computed that would count it."""
+    config = co_training(small_config, model_dir, **SIX_STEPS)
+    config = changed(
+        config,
+        training={"parts": ["generator"], "objective": "sft", "max_failed_share": 0.5},
+    )
+    start(config, few_data, tmp_path / "run", prompts=Narrow()).run()
+    records = steps_of(tmp_path / "run")[1:]
+    assert {record["prompt_cut_share"] for record in records} == {0.5}
+    share = 1 / config.environment.num_selected
+    assert [r["dropped_passage_share"] for r in records] == pytest.approx([share] * len(records))
+    failed = [record["num_failed"] for record in records]
+    assert sum(failed) == 2  # two passes over the questions
+    named = [record.get("failures") for record in records]
+    assert named == [
+        ["question 'q1' is too long; raise max_prompt_tokens"] * int(n) or None for n in failed
+    ]
+    raised = {name for record in records for name in record.get("alarms", {})}
+    assert raised == {"failures", "cut_prompts"}
+    strict = changed(config, training={"max_failed_share": 0.1})
+    with pytest.raises(GenerationError, match=r"1 of 4 prompts .*max_failed_share 0\.1 .*'q1'"):
+        start(strict, few_data, tmp_path / "strict", prompts=Narrow()).run()
 
 
 def test_the_generator_alone_leaves_the_selector_as_it_was(

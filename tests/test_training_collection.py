@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 
 import episodes
 import numpy as np
 import pytest
 import torch
 from loop_runs import changed
-from stand_ins import ReadingGenerator, WordPrompts, make_table
+from stand_ins import CutPrompts, ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError
@@ -108,12 +107,11 @@ def policies_before_each_step(config: RunConfig, num_steps: int) -> list:
     return found
 
 
-class WithoutTheLast(WordPrompts):
-    """Shows every passage but the last, and counts as many tokens cut as there are left."""
+class WithoutTheLast(CutPrompts):
+    """Shows every passage but the last."""
 
     def build(self, question: Question, passages: Sequence[Passage]) -> Prompt:
-        prompt = super().build(question, passages[:-1])
-        return replace(prompt, num_cut_tokens=len(prompt.token_ids))
+        return super().build(question, passages[:-1])
 
 
 @pytest.mark.parametrize("overlap", [False, True])

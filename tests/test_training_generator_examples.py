@@ -39,7 +39,7 @@ def renamed(table: CandidateTable, golden: dict[int, tuple[str, ...]]) -> Candid
 def examples(table: CandidateTable, weights_BM: torch.Tensor = WEIGHTS_BM, prompts=None):
     rewards_BM = np.zeros(WEIGHTS_BM.shape)
     drawn = episodes.experience(table, ROWS, POSITIONS_BMK, rewards_BM)
-    return weighted_examples(table.questions, prompts or WordPrompts(), drawn, weights_BM)
+    return weighted_examples(table.questions, prompts or WordPrompts(), drawn, weights_BM).examples
 
 
 def test_each_selection_of_weight_above_zero_is_an_example_with_its_weight():
@@ -164,7 +164,7 @@ def test_a_set_of_answers_has_the_gradient_of_its_enumerated_likelihood():
     golden_logps = tuple(tuple(logps) for logps in logp_MY.tolist())
     trajectories = replace(drawn.trajectories, golden_logps=golden_logps)
     drawn = replace(drawn, trajectories=trajectories)
-    found = weighted_examples(table.questions, WordPrompts(), drawn, weights_BM)
+    found = weighted_examples(table.questions, WordPrompts(), drawn, weights_BM).examples
     places = [(m, y) for m in range(3) for y in range(2)]
     assert [bytes(e.answer_ids) for e in found] == [b"one\n", b"two\n"] * 3
     gain = sum(e.weight * logp_MY[place] for e, place in zip(found, places, strict=True))

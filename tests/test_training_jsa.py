@@ -12,7 +12,7 @@ import torch
 from jsa_runs import jsa_config, last_checkpoint, series, start
 from loop_runs import StopAfter, changed, steps_of
 from openrag_runs import NUM_VALIDATION, Task, make_task, weights
-from stand_ins import ReadingGenerator, WordPrompts
+from stand_ins import CutPrompts, ReadingGenerator, WordPrompts
 from thread_workers import make_group, run_together
 from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 
@@ -28,6 +28,7 @@ NUM_STEPS = 14
 OF_RETRIEVERS = {"posterior", "retriever", "retriever_optimizer"}
 OF_EVERY_STEP = {
     *("step", "epoch", "collect_s", "learn_s", "validate_s", "num_failed"),
+    *("prompt_cut_share", "dropped_passage_share"),
     *("generator_tokens_spent", "generator_tokens_saved", "generator_tokens_total"),
     *("retriever/loss", "retriever/grad_norm", "retriever/learning_rate"),
     *(f"jsa/{name}" for name in ("acceptance", "num_visited", "num_scored", "num_domain")),
@@ -281,12 +282,15 @@ def test_too_many_failures_end_the_run_with_their_reason(config, task, tmp_path)
         loop.run()
 
 
-def test_passages_that_fail_are_left_out_and_named(config, task, tmp_path):
+def test_passages_that_fail_are_left_out_and_named(config, task, tmp_path, monkeypatch):
+    monkeypatch.setattr("jsa_runs.WordPrompts", CutPrompts)
     lenient = changed(config, training={"max_failed_share": 0.9, "num_epochs": 1})
     start(lenient, task, tmp_path / "run", generator=Failing("rumour")).run()
     records = [line for line in steps_of(tmp_path / "run")[1:] if line["num_failed"]]
     assert records
     assert "the generator scored a golden answer as nan" in records[0]["failures"][0]
+    assert {*series(tmp_path / "run", "prompt_cut_share")} == {0.5}
+    assert "for 50.0 % of their tokens" in steps_of(tmp_path / "run")[1]["alarms"]["cut_prompts"]
 
 
 def test_questions_without_an_answer_are_not_trained_on(config, task, tmp_path):

@@ -20,7 +20,7 @@ from openrag_runs import (
     start,
     weights,
 )
-from stand_ins import ReadingGenerator
+from stand_ins import CutPrompts, ReadingGenerator
 from thread_workers import make_group, run_together
 from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 
@@ -38,6 +38,7 @@ OF_EVERY_STEP = {
     *("retriever/loss", "retriever/accuracy", "retriever/grad_norm", "retriever/learning_rate"),
 }
 OF_PAIRS = {"retriever/score_gap"}
+OF_PROMPTS = {"prompt_cut_share", "dropped_passage_share"}
 OF_WALKS = {"num_walked", "num_failed", "online_positives", "online_negatives"}
 OF_VALIDATION = {
     f"validation/{name}" for name in ("accuracy", "em", "f1", "answer_words", "recall")
@@ -154,13 +155,20 @@ def test_likelihoods_that_the_pools_do_not_hold_are_asked_for_offline_too(config
     assert holes.asks_generator(0)
 
 
-def test_what_the_offline_stage_left_out_is_named_in_the_first_record(config, task, tmp_path):
+def test_what_the_offline_stage_left_out_is_named_in_the_first_record(
+    config, task, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("openrag_runs.WordPrompts", CutPrompts)
     careless = changed(config, training={"max_failed_share": 0.9})
     finished(careless, task, tmp_path / "run", generator=Fearful())
     first, second = steps_of(tmp_path / "run")[:2]
     assert "question 'candle-0': every engine died of it" in first["failures"]
     assert len(set(first["failures"])) == len(first["failures"])
     assert "failures" not in second
+    assert "for 50.0 % of their tokens" in first["alarms"]["cut_prompts"]
+    for record in steps_of(tmp_path / "run"):
+        asked = {0.5} if record.get("stage") or not record["step"] else {None}
+        assert {record.get("prompt_cut_share")} == asked
 
 
 @pytest.mark.parametrize("loss", ["contrastive", "kl"])
@@ -169,9 +177,11 @@ def test_the_records_have_the_documented_keys_and_finite_numbers(config, task, t
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     before = {"step", "epoch", "generator_tokens_total", "judge_s"}
-    assert records[0].keys() == before | OF_VALIDATION
+    assert records[0].keys() == before | OF_PROMPTS | OF_VALIDATION
     for record in records[1:]:
         expected = OF_EVERY_STEP | (OF_PAIRS if loss == "contrastive" else {"num_failed"})
+        if record["stage"]:
+            expected = expected | OF_PROMPTS
         if record["stage"] and loss == "contrastive":
             expected = expected | OF_WALKS
         if record["step"] in (4, 8, 12):

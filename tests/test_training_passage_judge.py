@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from stand_ins import WordPrompts
+from stand_ins import CutPrompts, WordPrompts
 
 from rlrag.config import PromptConfig
 from rlrag.errors import DataError, PromptTooLongError, RewardError
@@ -203,6 +203,29 @@ def test_a_pair_that_fails_takes_its_place_and_disturbs_no_other():
     assert "'unknown'" in str(found[6])
     assert "'none'" in str(found[3])
     assert generator.generated == ["one", "two"]
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_what_prompts_left_out_is_counted_for_every_kind_of_question(with_labels):
+    class Dropping(CutPrompts):
+        """Shows nothing of a passage about two."""
+
+        def build(self, question, passages):
+            return super().build(question, [p for p in passages if p.id != "two"])
+
+    class Even(Scripted):
+        """Finds every answer equally likely."""
+
+        def score(self, prompts, answers):
+            return [Score(-1.0, 1, 1)] * len(prompts)
+
+    generator = Even(dict.fromkeys(["one", "which?"], "a"))
+    judge = PassageJudge(generator, Dropping(), Sampling())
+    questions = [free("a"), free("a"), closed("AB", "A")]
+    judge(questions, [passage(word) for word in ("one", "two", "two")], with_labels)
+    counts = judge.prompt_counts
+    assert (counts.num_given, counts.num_dropped) == (3, 2)
+    assert counts.num_cut_tokens == counts.num_tokens > 0
 
 
 def test_nothing_asked_is_nothing_found():

@@ -164,12 +164,12 @@ def test_questions_without_a_type_are_others(pools):
 
 
 def test_what_is_saved_loads_back_equal(pools, tmp_path):
-    pools = replace(pools, num_tokens=12, seconds=3.5)
+    pools = replace(pools, num_tokens=12, seconds=3.5, prompts={"prompt_cut_share": 0.25})
     assert pools.failures == ("unreadable",)
     pools.save(tmp_path / "pools", {"all": {"auc": 0.5}})
     found = Pools.load(tmp_path / "pools", "the source")
-    asked = (found.num_tokens, found.seconds, found.failures)
-    assert asked == (pools.num_tokens, pools.seconds, pools.failures)
+    asked = (found.num_tokens, found.seconds, found.failures, found.prompts)
+    assert asked == (pools.num_tokens, pools.seconds, pools.failures, pools.prompts)
     for name in ("rows_QN", "labels_QN", "logp_QN"):
         before, after = getattr(pools, name), getattr(found, name)
         assert before.dtype == after.dtype

@@ -126,13 +126,14 @@ def _probe(arguments: ProbeArguments) -> None:
             if bundle.retriever_dir is not None:
                 original = _search(config, open_library(config, bundle.index_dir))
             systems["retriever_order"] = lambda: _untrained(original, pipeline)
-        results, errors = _measure(names, systems, own, gold, pipeline, settings)
+        results, errors, prompts = _measure(names, systems, own, gold, pipeline, settings)
     table = ProbeTable(results, config.evaluation.num_bootstrap, config.seed)
     record = {
         "num_questions": len(own.candidates),
         "num_selected": config.environment.num_selected,
         "questions_with_gold": {"used": len(gold.rows), "left_out": dict(gold.left_out)},
         "questions_unanswered": errors,
+        "prompts": prompts,
         "measures_left_out": left_out,
         "settings": asdict(settings),
         **table.to_json(),
@@ -143,7 +144,7 @@ def _probe(arguments: ProbeArguments) -> None:
     console = Console()
     try:
         console.print(render(record, title))
-        for line in _remarks(gold, errors, left_out):
+        for line in _remarks(gold, errors, left_out, prompts):
             console.print(line, style="dim", markup=False, highlight=False)
     finally:  # also where nobody reads the table any more
         write_output(arguments.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
@@ -250,8 +251,8 @@ def _measure(
     gold: GoldQuestions,
     pipeline: Pipeline,
     settings: ProbeSettings,
-) -> tuple[dict[str, dict[str, Measured]], dict[str, str]]:
-    """Every system's measures, and why some questions were not answered.
+) -> tuple[dict[str, dict[str, Measured]], dict[str, str], dict[str, float]]:
+    """Every system's measures, why some questions were not answered, and what prompts left out.
 
     The untrained system comes first, as the generator is tuned only once.
     """
@@ -266,16 +267,26 @@ def _measure(
         probe = Probe(questions, gold, pick(), answering, settings)
         results[system] = measure(names, probe, partial(_say, system))
         errors |= {questions[row].id: str(error) for row, error in probe.errors.items()}
-    return {system: results[system] for system in systems}, errors
+    ordered = {system: results[system] for system in systems}
+    return ordered, errors, answering.prompt_counts.shares()
 
 
 def _say(system: str, name: str) -> None:
     print(f"{system}: {name}", file=sys.stderr, flush=True)
 
 
-def _remarks(gold: GoldQuestions, errors: dict[str, str], left_out: dict[str, str]) -> list[str]:
-    """What the table does not say: which questions and measures are missing from it, and why."""
+def _remarks(
+    gold: GoldQuestions,
+    errors: dict[str, str],
+    left_out: dict[str, str],
+    prompts: dict[str, float],
+) -> list[str]:
+    """What the table does not say: what is missing from it and from its prompts, and why."""
+    from rlrag.generation.prompt_counts import cut_warning
+
     counts = ", ".join(f"{count} {name}" for name, count in gold.left_out.items())
     lines = [f"left out around gold passages: {counts}"] if gold.rows and counts else []
     lines += [f"not answered: {error}" for error in errors.values()]
-    return lines + [f"not measured: {reason}" for reason in left_out.values()]
+    lines += [f"not measured: {reason}" for reason in left_out.values()]
+    warning = cut_warning(prompts)
+    return lines if warning is None else [*lines, warning]

@@ -29,6 +29,7 @@ from rlrag.training.run_directory import RunDirectory
 
 RETRIEVER, OTHERS = "retriever", "selection"
 _ADDED = ("step", "epoch", "generator_tokens_total")
+_OF_JUDGING = ("judge_s", "prompt_cut_share", "dropped_passage_share")
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def _after(turn: str, directory: RunDirectory, trained: Trained) -> Trained:
 def join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
     """The records of all turns so far as one run: steps, passes and generator tokens add up.
 
-    A later turn's step 0 is left out, as it is the last step of the turn before; the seconds of its
-    judging, and what failed in it, go to the next record.
+    A later turn's step 0 is left out, as it is the last step of the turn before; what it says of
+    its judging, and the warnings that this raised, go to the next record.
     """
     records: list[dict[str, Any]] = []
     for number in range(1, config.training.rounds + 1):
@@ -126,10 +127,8 @@ def join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
             before = dict.fromkeys(_ADDED, 0) | (records[-1] if records else {})
             if records and found:  # a turn to come has none
                 first, *found = found
-                if found and "judge_s" in first:
-                    found[0]["judge_s"] = first["judge_s"]
-                if found and "failures" in first:
-                    found[0]["failures"] = [*first["failures"], *found[0].get("failures", ())]
+                if found:
+                    _hand_on(first, found[0])
             for record in found:
                 record |= {name: record[name] + before[name] for name in _ADDED}
                 record |= {
@@ -138,6 +137,17 @@ def join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
                 }
                 records.append(record)
     run_dir.replace_metrics(records)
+
+
+def _hand_on(first: dict[str, Any], record: dict[str, Any]) -> None:
+    """Put what a turn's step 0 says of its judging into the record after it."""
+    for name in _OF_JUDGING:
+        if name in first:
+            record.setdefault(name, first[name])
+    if "failures" in first:
+        record["failures"] = [*first["failures"], *record.get("failures", ())]
+    if "alarms" in first:
+        record["alarms"] = first["alarms"] | record.get("alarms", {})
 
 
 def _bundle_and_evaluate(config: RunConfig, run_dir: RunDirectory, trained: Trained) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from rlrag.config import RunConfig
+from rlrag.generation.prompt_counts import shares_of
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
 from rlrag.pipeline import Library, TrainingData
@@ -77,6 +78,7 @@ class JSATrainer:
         self._validation = data.validation
         self.best_by = best_retriever_by(data.validation)
         self._generator = generator
+        self._judge = judge
         self._answering = answering
         self._workers = workers
         self._questions = data.train.questions
@@ -117,6 +119,7 @@ class JSATrainer:
     def step(self, step: int, pauses_after: bool) -> Metrics:
         """Sample passages for each question of the batch and train on them."""
         started, before = time.monotonic(), self._tokens()
+        prompts = self._judge.prompt_counts.values()
         self._publish(step)
         places = range(self._workers.rank, self._config.training.batch_size, self._workers.size)
         rows = self._usable[self._schedule.rows(step)[places]]
@@ -129,6 +132,9 @@ class JSATrainer:
         metrics = self._described(weighed.sums)
         if weighed.failures:
             metrics["failures"] = weighed.failures
+        # The generator learns from some of the same prompts.
+        prompts = self._judge.prompt_counts.values() - prompts
+        metrics |= shares_of(self._workers.sum(torch.from_numpy(prompts)).numpy())
         batch_size = self._config.training.batch_size
         metrics |= self.retrievers.update(domain, weighed.weights_BN, batch_size, step)
         if self._trained_generator is not None:

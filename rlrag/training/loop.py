@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -44,11 +44,13 @@ class Before:
         num_tokens: Of prompts and answers, computed or cached.
         seconds: How long that took.
         failures: Why parts of it could not be had.
+        prompts: What the prompts left out, by `PromptCounts.shares`; empty where none was built.
     """
 
     num_tokens: int = 0
     seconds: float = 0.0
     failures: tuple[str, ...] = ()
+    prompts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trainer(Protocol):
@@ -202,6 +204,7 @@ class TrainingLoop(Generic[AnyTrainer]):
             metrics["judge_s"] = before.seconds
         if before.failures:
             metrics["failures"] = list(before.failures)
+        metrics |= before.prompts
         self._validate(metrics)
         self._record(metrics)
         self._save()

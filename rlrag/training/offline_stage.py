@@ -101,7 +101,8 @@ def run_offline_stage(
                 pools, num_filled = filled_by_gold(pools, gold)
                 say(f"offline stage: {num_filled:,} questions labelled by their gold passages")
             seconds = time.monotonic() - started
-            pools = replace(pools, num_tokens=spent + saved, seconds=seconds)
+            cut = judge.prompt_counts.shares()
+            pools = replace(pools, num_tokens=spent + saved, seconds=seconds, prompts=cut)
         pools.save(directory, describe_pools(pools, candidates.questions))
     _report(pools, config, say)
     return pools

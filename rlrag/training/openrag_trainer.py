@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from rlrag.config import RunConfig
+from rlrag.generation.prompt_counts import shares_of
 from rlrag.generation.protocol import Generator
 from rlrag.pipeline import Library, TrainingData
 from rlrag.retrieval.late_parametric import LateParametricRetriever
@@ -77,12 +78,13 @@ class OpenRAGTrainer:
         self._validation = data.validation
         self.best_by = best_retriever_by(data.validation)
         self._generator = generator
+        self._judge = judge
         self._answering = answering
         self._workers = workers
         self._questions = data.train.questions
         self._corpus = library.corpus
         self._pools = pools
-        self.before = Before(pools.num_tokens, pools.seconds, pools.failures)
+        self.before = Before(pools.num_tokens, pools.seconds, pools.failures, pools.prompts)
         self._usable = pools.usable
         self._schedule = openrag_schedule(config, len(self._usable))
         self._offline_steps = num_offline_steps(config, len(self._usable))
@@ -143,6 +145,7 @@ class OpenRAGTrainer:
     def step(self, step: int, pauses_after: bool) -> Metrics:
         """Find a pair for each question of the batch and train on them."""
         started, before = time.monotonic(), self._tokens()
+        prompts = self._judge.prompt_counts.values()
         if self._index is not None:
             self._index.before_step(step, self.encoder)
         places = range(self._workers.rank, self._schedule.batch_size, self._workers.size)
@@ -155,6 +158,9 @@ class OpenRAGTrainer:
             metrics, collected_at = self._learn_from_pairs(rows, seeds, step, is_online)
         if self._pairs.failures:
             metrics["failures"] = self._pairs.failures
+        if self.asks_generator(step):
+            prompts = self._judge.prompt_counts.values() - prompts
+            metrics |= shares_of(self._workers.sum(torch.from_numpy(prompts)).numpy())
         tokens = self._workers.sum(torch.from_numpy(self._tokens() - before)).tolist()
         if self._index is not None:
             metrics["index_age"] = float(step - self._index.version)

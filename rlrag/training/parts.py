@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from rlrag.config import RunConfig
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, GenerationError
 from rlrag.generation.build import resolve_config
+from rlrag.generation.prompt_counts import shares_of
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.weights import GeneratorWeights
 from rlrag.models import resolve_model
@@ -27,12 +28,12 @@ from rlrag.selection.build import TrainablePolicy
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.storage import restore_weights
 from rlrag.training.experience import Experience
-from rlrag.training.generator_examples import thinned, weighted_examples
+from rlrag.training.generator_examples import BuiltExamples, thinned, weighted_examples
 from rlrag.training.generator_learner import GeneratorLearner
 from rlrag.training.generator_model import TrainableGenerator, load_base
 from rlrag.training.imitation import imitate, orders_of_run
 from rlrag.training.learner import SelectorLearner
-from rlrag.training.loop import Files
+from rlrag.training.loop import Files, Metrics
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.workers import Workers
 
@@ -120,11 +121,13 @@ class TrainedParts:
             )
         return found.positions_QK
 
-    def update(
-        self, experience: Experience, weights_BM: torch.Tensor, step: int
-    ) -> dict[str, float]:
-        """One M-step of every trained part on this worker's share of a batch."""
-        metrics: dict[str, float] = {}
+    def update(self, experience: Experience, weights_BM: torch.Tensor, step: int) -> Metrics:
+        """One M-step of every trained part on this worker's share of a batch.
+
+        Raises:
+            GenerationError: when fine-tuning cannot build more prompts than is allowed.
+        """
+        metrics: Metrics = {}
         if self._selector is not None:
             metrics |= self._selector.update(experience, weights_BM, step)
         if self._generator is not None:
@@ -136,13 +139,33 @@ class TrainedParts:
                 )
             seeds = [[self._config.seed, 2, step, int(row)] for row in experience.question_rows]
             limit = self._config.generator_training.sequences_per_question
-            examples = weighted_examples(
+            built = weighted_examples(
                 self._data.train.questions,
                 self._prompts,
                 experience,
                 thinned(weights_BM, limit, seeds),
             )
-            metrics |= self._generator.update(examples, self._config.training.batch_size, step)
+            if self._config.training.objective == "sft":  # no reward has counted these prompts
+                metrics |= self._described(built)
+            batch_size = self._config.training.batch_size
+            metrics |= self._generator.update(built.examples, batch_size, step)
+        return metrics
+
+    def _described(self, built: BuiltExamples) -> Metrics:
+        """What the prompts of the whole batch left out, and how many could not be built."""
+        sums = torch.from_numpy(np.append(built.prompt_counts.values(), len(built.errors)))
+        *counts, num_failed = self._workers.sum(sums).tolist()
+        training = self._config.training
+        if num_failed > training.max_failed_share * training.batch_size:
+            first = built.errors[0] if built.errors else "see the other workers' logs"
+            raise GenerationError(
+                f"{num_failed:.0f} of {training.batch_size} prompts of a batch could not be built, "
+                f"more than training.max_failed_share {training.max_failed_share} allows; the "
+                f"first: {first}"
+            )
+        metrics: Metrics = {**shares_of(np.array(counts)), "num_failed": num_failed}
+        if built.errors:
+            metrics["failures"] = sorted({str(error) for error in built.errors})
         return metrics
 
     def generator_weights(self, version: int) -> GeneratorWeights | None:

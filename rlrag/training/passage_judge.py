@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from rlrag.algorithms.rag_labels import closed_set_label
 from rlrag.config import RewardConfig
 from rlrag.errors import DataError, GenerationError, RewardError, RlragError
+from rlrag.generation.prompt_counts import PromptCounts
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.records import Passage, Question
@@ -54,6 +55,9 @@ class PassageJudge:
                 (("answer_logp", "answer_contained"), (1.0, 0.0)),
             )
         )
+        self.prompt_counts = PromptCounts()
+        """Of all prompts that were built."""
+        self._scoring.prompt_counts = self._labelling.prompt_counts = self.prompt_counts
 
     def __call__(
         self, questions: Sequence[Question], passages: Sequence[Passage], with_labels: bool
@@ -98,6 +102,7 @@ class PassageJudge:
             except RlragError as error:
                 errors[row] = error
                 continue
+            self.prompt_counts.add(prompt, num_given=1)
             prompts += [prompt] * len(tokens)
             answers += tokens
             owners += [row] * len(tokens)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -64,6 +64,8 @@ class Pools:
     """How long that took; of a stage that was stopped, since it went on."""
     failures: tuple[str, ...] = ()
     """Why passages could not be judged, each reason once."""
+    prompts: Mapping[str, float] = field(default_factory=dict)
+    """What the prompts of the judgements left out, by `PromptCounts.shares`; empty without any."""
 
     @property
     def usable(self) -> np.ndarray:
@@ -125,6 +127,7 @@ class Pools:
                         "num_tokens": self.num_tokens,
                         "seconds": self.seconds,
                         "failures": self.failures,
+                        "prompts": self.prompts,
                     }
                 )
                 + "\n"
@@ -143,7 +146,7 @@ class Pools:
             return None
         check_whole(directory)
         facts = json.loads((directory / "source.json").read_text())
-        if facts.keys() != {"source", "num_tokens", "seconds", "failures"}:
+        if facts.keys() != {"source", "num_tokens", "seconds", "failures", "prompts"}:
             raise CheckpointError(
                 f"{directory} was written by another version of rlrag; delete it, and the same "
                 "command makes it again, from the cache where judgements are there"
@@ -155,7 +158,7 @@ class Pools:
             )
         tensors = load_tensors(directory / "pools.safetensors")
         rows_QN, labels_QN, logp_QN = (tensors[n].numpy() for n in ("rows", "labels", "logp"))
-        asked = facts["num_tokens"], facts["seconds"], tuple(facts["failures"])
+        asked = facts["num_tokens"], facts["seconds"], tuple(facts["failures"]), facts["prompts"]
         return cls(rows_QN, labels_QN, logp_QN, source, *asked)
 
 
