@@ -58,6 +58,22 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
     return _from_hub(name)
 
 
+def model_here(name: str, cache_dir: Path) -> Path | None:
+    """Directory of a model that need not be unpacked or fetched; None where it is not there."""
+    from huggingface_hub import snapshot_download
+
+    if name in _BUILTIN:
+        path = cache_dir.absolute() / "models" / name
+        return path if path.is_dir() else None
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        return path.absolute()
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # the hub's library raises both for what it lacks
+        return None
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 

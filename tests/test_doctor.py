@@ -24,7 +24,7 @@ import pytest
 from rlrag.cli.command_line import exit_code
 from rlrag.cli.doctor import machine
 from rlrag.cli.doctor.checks import ok, run_check
-from rlrag.cli.doctor.files import check_model
+from rlrag.cli.doctor.files import check_corpus, check_model
 from rlrag.cli.doctor.needs import Needs
 from rlrag.cli.doctor.packages import check_python, extras_of
 from rlrag.cli.doctor.program import main
@@ -95,6 +95,21 @@ def examine(tmp_path, model_dir, capsys, monkeypatch):
         return Seen(code, findings, lines)
 
     return run
+
+
+@pytest.mark.parametrize(("num_words", "status"), [(100, "ok"), (110, "ok"), (300, "warning")])
+def test_passages_that_loading_would_cut_are_warned_of_over_one_percent(
+    num_words, status, tmp_path
+):
+    """Of eleven passages, ten of 100 words."""
+    path = tmp_path / "corpus.jsonl"
+    lengths = [*[100] * 10, num_words]
+    lines = [{"id": str(n), "contents": f"T\n{'word ' * of}"} for n, of in enumerate(lengths)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answer = check_corpus(str(path), passage_words=100)
+    assert answer.status == status
+    assert ("cuts 1 of them" in answer.found) == (num_words > 100)
+    assert ("raise data.passage_words" in answer.advice) == (status == "warning")
 
 
 def test_a_run_that_can_work_has_nothing_to_complain_of(examine, tmp_path):

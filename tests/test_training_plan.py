@@ -11,6 +11,7 @@ from loop_runs import changed
 from tiny_models import save_tiny_encoder, save_tiny_llama
 
 from rlrag.config import BETTER_GENERATOR, BUILTIN_GENERATOR, RunConfig
+from rlrag.data.split import are_here
 from rlrag.errors import ConfigError
 from rlrag.recipes import RECIPES
 from rlrag.training.plan import describe_plan, num_parameters
@@ -43,6 +44,7 @@ def headings(config: RunConfig) -> list[str]:
         "online": config.trains_by_openrag and "online" in config.openrag.stages,
         "E-step": selects,
         "rollouts": selects,
+        "passages": are_here(config.data.corpus),
         "generator": True,
         "M-step": "generator" in config.training.parts,
         "learner": config.trains_retriever,
@@ -99,6 +101,7 @@ def test_a_plan_counts_the_questions_that_are_here(tmp_path):
     ]
     path.write_text("\n".join(lines))
     data = {
+        "corpus": str(tmp_path / "none.jsonl"),
         "train_questions": str(path),
         "eval_questions": str(path),
         "max_train_questions": 300,
@@ -119,6 +122,57 @@ def test_a_plan_counts_the_questions_that_are_here(tmp_path):
     missing = changed(config, data={"train_questions": str(tmp_path / "none.jsonl")})
     assert "252 questions, 15 steps" in describe_plan(missing)
     assert "none.jsonl is not here: it may have fewer questions" in describe_plan(missing)
+
+
+def test_a_plan_says_what_of_the_passages_is_cut(model_dir, tmp_path):
+    """Of 12 passages two are long, for the words kept, the encoder and the prompts."""
+    passages = [{"id": f"p{n}", "contents": f"Title\nriver {n}"} for n in range(10)]
+    passages += [{"id": f"p{n}", "contents": "Title\n" + "river " * 600} for n in (10, 11)]
+    asked = [
+        {"id": f"q{n}", "question": f"what is {n}?", "golden_answers": ["v"]} for n in range(6)
+    ]
+    for name, records in (("corpus", passages), ("questions", asked)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path)),
+        data={
+            "corpus": str(tmp_path / "corpus.jsonl"),
+            "train_questions": str(tmp_path / "questions.jsonl"),
+            "eval_questions": str(tmp_path / "none.jsonl"),
+            "num_validation_questions": 0,
+            "passage_words": 500,
+        },
+        retrieval={"encoder": str(save_tiny_encoder(tmp_path / "encoder")), "num_candidates": 5},
+        environment={"num_selected": 3},
+        generator={"model": str(model_dir), "prompt": {"max_prompt_tokens": 300}},
+        training={"launcher": "local", "batch_size": 2},
+    )
+    lines = describe_plan(config).splitlines()
+    (said,) = [line for line in lines if line.startswith("  passages    ")]
+    assert "the first 12 of" in said
+    assert "data.passage_words 500 cuts 2 of them; " in said
+    assert f"{tmp_path / 'encoder'} reads 160 tokens, and 2 are longer; " in said
+    assert said.endswith("prompts of 3 have 300 tokens, and 1 of 4 no room for all of them")
+    warnings = [line for line in lines if line.startswith("  warning     ")]
+    assert [" ".join(line.split()[1:4]) for line in warnings] == [
+        "passages cut: 2",
+        "the encoder reads",
+        "prompts had no",
+    ]
+    assert "(p10, p11), 16.4% of all words" in warnings[0]
+    roomy = changed(
+        config,
+        data={"passage_words": 900},
+        retrieval={"encoder": None, "kind": "bm25"},
+        generator={"prompt": {"max_prompt_tokens": 9000}, "max_model_len": 9100},
+    )
+    lines = describe_plan(roomy).splitlines()
+    assert not any(line.startswith("  warning") for line in lines)
+    (said,) = [line for line in lines if line.startswith("  passages    ")]
+    assert "cuts 0 of them; prompts of 3" in said
+    fetched = changed(config, generator={"model": "somebody/model-1b"})
+    assert "somebody/model-1b is not here: what prompts have no room" in describe_plan(fetched)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +237,7 @@ def test_trained_encoders_are_counted_too(tmp_path):
     )
     plan = describe_plan(config)
     assert "selector, bi_encoder: about 0.0 GiB" in plan
-    assert plan.endswith("placement   this process alone")
+    assert "placement   this process alone" in plan
 
 
 def retriever_plan(tmp_path: Path, **sections) -> str:

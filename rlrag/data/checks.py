@@ -71,11 +71,15 @@ class DataReport:
             if finding:
                 parts.append(f"{text}: {finding}")
         if self.cut:
-            parts.append(
-                f"passages cut: {self.cut}, {self.cut_share:.1%} of all words; split long passages "
-                "or raise data.passage_words to keep them"
-            )
+            parts.append(self.cut_words())
         return "; ".join(parts)
+
+    def cut_words(self) -> str:
+        """What was cut of passages, and how to keep it."""
+        return (
+            f"passages cut: {self.cut}, {self.cut_share:.1%} of all words; split long passages "
+            "or raise data.passage_words to keep them"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON."""

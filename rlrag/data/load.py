@@ -98,6 +98,20 @@ def corpus_stamp(spec: str) -> str | None:
     return json.dumps(_file_fingerprint(path), sort_keys=True)
 
 
+def first_passages(spec: str) -> Iterator[Passage]:
+    """The passages of a corpus on this machine, one at a time as they are read; no copy is made.
+
+    Raises:
+        DataError: for a missing or malformed source.
+        SetupError: when the package of the built-in corpus is missing.
+    """
+    if spec == BUILTIN_CORPUS:
+        return iter(factbook_passages())
+    path = _path_of(spec)
+    check_exists(path)
+    return read_passages(path, Tally())
+
+
 def load_questions(spec: str, cache_dir: Path, corpus: Corpus | None = None) -> QuestionSet:
     """Read and check a set of questions.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from rlrag.data.checks import MAX_CUT_SHARE
 from rlrag.data.corpus import Corpus
@@ -11,6 +12,42 @@ from rlrag.data.corpus import Corpus
 logger = logging.getLogger(__name__)
 
 _NUM_SAMPLED = 1_000
+
+
+@dataclass(frozen=True)
+class CutTokens:
+    """What of some passages lies beyond the longest text that an encoder reads.
+
+    `share` is that of all their tokens, from 0 to 1, and `num_passages` counts those that are
+    longer than `max_tokens`.
+    """
+
+    max_tokens: int
+    num_sampled: int
+    num_passages: int
+    share: float
+
+    def warning(self) -> str | None:
+        """What to tell where it is over 1 %."""
+        if self.share <= MAX_CUT_SHARE:
+            return None
+        return (
+            f"the encoder reads {self.max_tokens} tokens of a passage: {100 * self.share:.1f} % of "
+            f"the tokens of {self.num_sampled} sampled passages, in {self.num_passages} of them, "
+            "are not encoded; raise retrieval.encoder_max_tokens or split long passages"
+        )
+
+
+def count_cut(lengths: Sequence[int], max_tokens: int) -> CutTokens:
+    """What of passages of these lengths, in tokens, is not read.
+
+    Example:
+        >>> count_cut([4, 10, 6], max_tokens=5)
+        CutTokens(max_tokens=5, num_sampled=3, num_passages=2, share=0.3)
+    """
+    num_cut = sum(max(0, length - max_tokens) for length in lengths)
+    num_passages = sum(length > max_tokens for length in lengths)
+    return CutTokens(max_tokens, len(lengths), num_passages, num_cut / max(sum(lengths), 1))
 
 
 def cut_share(
@@ -27,17 +64,7 @@ def cut_share(
     """
     num_sampled = min(len(corpus), _NUM_SAMPLED)
     rows = [place * len(corpus) // num_sampled for place in range(num_sampled)]
-    lengths = count_tokens([corpus[row].contents for row in rows])
-    num_cut = sum(max(0, length - max_tokens) for length in lengths)
-    share = num_cut / max(sum(lengths), 1)
-    if share > MAX_CUT_SHARE:
-        logger.warning(
-            "the encoder reads %d tokens of a passage: %.1f %% of the tokens of %d sampled "
-            "passages, in %d of them, are not encoded; raise retrieval.encoder_max_tokens or split "
-            "long passages",
-            max_tokens,
-            100 * share,
-            num_sampled,
-            sum(length > max_tokens for length in lengths),
-        )
-    return share
+    cut = count_cut(count_tokens([corpus[row].contents for row in rows]), max_tokens)
+    if warning := cut.warning():
+        logger.warning("%s", warning)
+    return cut.share

@@ -1,7 +1,7 @@
 """A configuration in; what a run of it will do, hold in memory and occupy, as text, out.
 
 No model is loaded, and nothing is fetched: sizes of models that are not on this machine are read
-from their names, and questions that are not are not counted.
+from their names, and questions and passages that are not are not counted.
 """
 
 from __future__ import annotations
@@ -32,15 +32,20 @@ def describe_plan(config: RunConfig) -> str:
     """
     from rlrag.environment.rollout import check_environment
     from rlrag.rewards.composite import RewardModel
+    from rlrag.training.plan_room import describe_room
 
     RewardModel(config.reward)
     check_environment(config.environment)
     lines = [f"{config.recipe}: trains {' and '.join(config.training.parts)}", *_steps(config)]
+    room = describe_room(config)
+    if room:
+        lines.append(f"  passages    {'; '.join(found for found, _ in room)}")
     if config.training.experience is None:
         lines += _generator_memory(config)
     lines += _learner_memory(config)
     lines += _placement(config)
-    lines += _remarks(config)
+    warnings = [warning for _, warning in room if warning]
+    lines += [f"  warning     {sentence}" for sentence in [*warnings, *_remarks(config)]]
     return "\n".join(lines)
 
 
@@ -73,19 +78,17 @@ def num_parameters(name: str, cache_dir: Path) -> int:
 
 def _on_this_machine(name: str, cache_dir: Path) -> Path:
     """The directory of a model that need not be fetched; a plan must not wait for a download."""
-    from huggingface_hub import snapshot_download
+    from rlrag.models import model_here, resolve_model
 
-    from rlrag.models import resolve_model
-
-    if name in BUILTIN_MODELS or Path(name).expanduser().is_dir():
+    if name in BUILTIN_MODELS:
         return resolve_model(name, cache_dir)
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError) as error:  # the hub's library raises both for what it lacks
+    directory = model_here(name, cache_dir)
+    if directory is None:
         raise ConfigError(
             f"the size of model {name!r} is unknown: it is not on this machine and its name does "
             "not say it (as '8B' does); give a local path"
-        ) from error
+        )
+    return directory
 
 
 def _questions(config: RunConfig) -> tuple[str, int | None]:
@@ -113,7 +116,7 @@ def _remarks(config: RunConfig) -> list[str]:
             evaluation = load_questions(data.eval_questions, config.cache_path)
             evaluation = evaluation.sample(data.max_eval_questions, seed=0)
         said = remarks(config, training_questions(config), evaluation)
-    return [f"  warning     {sentence}" for sentence in said]
+    return said
 
 
 def _retriever_steps(config: RunConfig) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlrag.cli.doctor.checks import Answer, failed, ok, warning
 from rlrag.cli.doctor.machine import existing
-from rlrag.config import BUILTIN_CORPUS, BUILTIN_MODELS, RunConfig
+from rlrag.config import BUILTIN_MODELS, RunConfig
 from rlrag.errors import ModelNotFoundError, RlragError, RunDirectoryError
 from rlrag.models import resolve_model
 from rlrag.sqlite_files import Journal
@@ -40,19 +40,10 @@ def check_corpus(spec: str, passage_words: int) -> Answer:
     if spec.startswith(_HUB_PREFIX):
         return _hub_data(spec)
     from rlrag.data.checks import Tally
-    from rlrag.data.factbook import factbook_passages
-    from rlrag.data.lines import check_exists
-    from rlrag.data.load import cut_passages
-    from rlrag.data.readers import read_passages
+    from rlrag.data.load import cut_passages, first_passages
 
-    if spec == BUILTIN_CORPUS:
-        passages = iter(factbook_passages())
-    else:
-        path = Path(spec).expanduser()
-        check_exists(path)
-        passages = read_passages(path, Tally())
-    tally = Tally()
-    num_found = sum(1 for _ in cut_passages(islice(passages, _NUM_FIRST), passage_words, tally))
+    tally, passages = Tally(), islice(first_passages(spec), _NUM_FIRST)
+    num_found = sum(1 for _ in cut_passages(passages, passage_words, tally))
     if not num_found:
         return failed(
             f"{spec} has no passages with text", "check that it is the right file", "data"
@@ -64,6 +55,8 @@ def check_corpus(spec: str, passage_words: int) -> Answer:
             f"; data.passage_words {passage_words} cuts {cut.cut.count:,} of them, "
             f"{cut.cut_share:.1%} of their words"
         )
+    if not cut.is_clean:
+        return warning(said, "split long passages or raise data.passage_words to keep them")
     return ok(said)
 
 
