@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from rlrag.data.checks import DataReport
 from rlrag.errors import DataError
 from rlrag.records import Question
@@ -45,11 +47,7 @@ class QuestionSet:
 
     def answerable(self) -> QuestionSet:
         """Those with a golden answer that has a text, in their order."""
-        kept = [
-            index
-            for index, question in enumerate(self.questions)
-            if any(text.strip() for text in question.golden_answers)
-        ]
+        kept = answerable_rows(self.questions).tolist()
         return self if len(kept) == len(self) else self._part(kept)
 
     def split(self, num_held_out: int, seed: int) -> tuple[QuestionSet, QuestionSet]:
@@ -70,6 +68,12 @@ class QuestionSet:
     def _part(self, indices: Sequence[int]) -> QuestionSet:
         questions = tuple(self.questions[index] for index in indices)
         return replace(self, questions=questions, content_hash=hash_questions(questions))
+
+
+def answerable_rows(questions: Sequence[Question]) -> np.ndarray:
+    """Which of the questions have a golden answer with a text, int64."""
+    has_answer = [any(text.strip() for text in each.golden_answers) for each in questions]
+    return np.flatnonzero(has_answer)
 
 
 def hash_questions(questions: Iterable[Question]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlrag.config import RunConfig
+from rlrag.data.questions import answerable_rows
 from rlrag.environment.episodes import open_episodes
 from rlrag.environment.rollout import Unrewarded, play
 from rlrag.errors import PromptTooLongError
@@ -15,12 +16,7 @@ from rlrag.generation.prompts import PromptBuilder
 from rlrag.pipeline import TrainingData, open_policy
 from rlrag.records import Passage, Prompt, Question
 from rlrag.selection.protocol import Draws
-from rlrag.training.schedule import (
-    BatchSchedule,
-    answerable_rows,
-    jsa_schedule,
-    openrag_schedule,
-)
+from rlrag.training.schedule import BatchSchedule, jsa_schedule, openrag_schedule
 
 _SAMPLE = 40
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from rlrag.config import RunConfig
+from rlrag.data.questions import answerable_rows
 from rlrag.generation.prompt_counts import shares_of
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
@@ -38,7 +39,7 @@ from rlrag.training.jsa_sampling import PosteriorSampler
 from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
-from rlrag.training.schedule import answerable_rows, jsa_schedule
+from rlrag.training.schedule import jsa_schedule
 from rlrag.training.watchdog import under_way
 from rlrag.training.workers import Workers
 

@@ -6,13 +6,10 @@ run sees what an undisturbed one would have, and any number of workers share the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from rlrag.config import DROConfig, RunConfig, TrainingConfig
 from rlrag.errors import DataError
-from rlrag.records import Question
 
 
 class BatchSchedule:
@@ -81,12 +78,6 @@ class BatchSchedule:
 
     def _order(self, number: int) -> np.ndarray:
         return np.random.default_rng([self._seed, 0, int(number)]).permutation(self._num_questions)
-
-
-def answerable_rows(questions: Sequence[Question]) -> np.ndarray:
-    """Which of the questions have a golden answer with a text, int64."""
-    has_answer = [any(text.strip() for text in each.golden_answers) for each in questions]
-    return np.flatnonzero(has_answer)
 
 
 def jsa_schedule(config: RunConfig, num_questions: int) -> BatchSchedule:
