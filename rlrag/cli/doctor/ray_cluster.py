@@ -21,7 +21,7 @@ from rlrag.cli.doctor.needs import Needs
 from rlrag.config import RunConfig
 from rlrag.errors import SetupError
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _HEAD = "node:__internal_head__"
 _TOKEN_ADVICE = (
     "Ray's ports listen on every interface: start it with RAY_AUTH_MODE=token, or see that nobody "
