@@ -3,12 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import save_tiny_encoder
+from tiny_models import save_tiny_encoder, save_tiny_llama
 
+from rlrag.config import SelectorConfig
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.records import Passage
 from rlrag.retrieval.cut_tokens import cut_share
 from rlrag.retrieval.encoder import TextEncoder
+from rlrag.selection.unread import count_unread, unread_warning
 
 
 def corpus_of(*num_words: int) -> MemoryCorpus:
@@ -39,6 +41,22 @@ def test_a_large_corpus_is_sampled_evenly() -> None:
 
     assert cut_share(corpus_of(*[1, 3] * 2000), count, 2) == 0  # every fourth, the short ones
     assert len(seen) == 1000
+
+
+@pytest.mark.parametrize("kind", ["bi_encoder", "cross_encoder", "listwise_lm"])
+def test_a_selector_counts_what_it_does_not_read(kind: str, tmp_path: Path) -> None:
+    save = save_tiny_llama if kind == "listwise_lm" else save_tiny_encoder
+    save(tmp_path / "model")
+    config = SelectorConfig(kind=kind, model=str(tmp_path / "model"), max_tokens=24)
+    cut = count_unread(config, tmp_path / "model", ["river", "river " * 60])
+    assert (cut.num_sampled, cut.num_passages) == (2, 1)
+    assert cut.share > 0.3
+    warning = unread_warning(cut)
+    assert warning is not None
+    assert warning.startswith("the selector reads 24 tokens of a passage: ")
+    assert "raise selector.max_tokens" in warning
+    roomy = config.model_copy(update={"max_tokens": 9000})
+    assert unread_warning(count_unread(roomy, tmp_path / "model", ["river " * 60])) is None
 
 
 def test_an_encoder_counts_what_it_does_not_read(tmp_path: Path) -> None:

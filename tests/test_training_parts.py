@@ -11,7 +11,7 @@ import torch
 from loop_runs import changed, co_training
 from stand_ins import NUM_CANDIDATES, WordPrompts, make_table
 from thread_workers import make_group, run_together
-from tiny_models import save_tiny_llama
+from tiny_models import save_tiny_encoder, save_tiny_llama
 
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
@@ -247,3 +247,14 @@ def test_without_imitation_nothing_is_warmed(config):
     before = copied(parts)
     parts.warm_start()
     assert all(torch.equal(before[name], tensor) for name, tensor in copied(parts).items())
+
+
+@pytest.mark.parametrize(("max_tokens", "is_told"), [(8, True), (64, False)])
+def test_what_a_policy_does_not_read_of_passages_is_said(
+    config, tmp_path, caplog, max_tokens, is_told
+):
+    encoder = save_tiny_encoder(tmp_path / "encoder")
+    selector = {"kind": "bi_encoder", "model": str(encoder), "max_tokens": max_tokens}
+    open_parts(changed(config, selector=selector))
+    assert ("the selector reads 8 tokens of a passage" in caplog.text) == is_told
+    assert ("raise selector.max_tokens" in caplog.text) == is_told

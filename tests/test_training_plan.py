@@ -161,6 +161,10 @@ def test_a_plan_says_what_of_the_passages_is_cut(model_dir, tmp_path):
         "prompts had no",
     ]
     assert "(p10, p11), 16.4% of all words" in warnings[0]
+    reading = {"kind": "bi_encoder", "model": str(tmp_path / "encoder"), "max_tokens": 32}
+    plan = describe_plan(changed(config, selector=reading))
+    assert "; the selector reads 32 tokens, and 2 are longer; prompts of 3" in plan
+    assert "  warning     the selector reads 32 tokens of a passage: " in plan
     roomy = changed(
         config,
         data={"passage_words": 900},

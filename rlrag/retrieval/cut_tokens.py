@@ -1,4 +1,4 @@
-"""An encoder's view of a corpus: what share of its tokens lies beyond the longest text read."""
+"""What share of a corpus's tokens lies beyond the longest text that a model reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUM_SAMPLED = 1_000
 
 @dataclass(frozen=True)
 class CutTokens:
-    """What of some passages lies beyond the longest text that an encoder reads.
+    """What of some passages lies beyond the longest text that a model reads.
 
     `share` is that of all their tokens, from 0 to 1, and `num_passages` counts those that are
     longer than `max_tokens`.
@@ -27,14 +27,16 @@ class CutTokens:
     num_passages: int
     share: float
 
-    def warning(self) -> str | None:
-        """What to tell where it is over 1 %."""
+    def warning(
+        self, reader: str = "the encoder", setting: str = "retrieval.encoder_max_tokens"
+    ) -> str | None:
+        """What to tell where it is over 1 %: who does not read it, and what to raise."""
         if self.share <= MAX_CUT_SHARE:
             return None
         return (
-            f"the encoder reads {self.max_tokens} tokens of a passage: {100 * self.share:.1f} % of "
+            f"{reader} reads {self.max_tokens} tokens of a passage: {100 * self.share:.1f} % of "
             f"the tokens of {self.num_sampled} sampled passages, in {self.num_passages} of them, "
-            "are not encoded; raise retrieval.encoder_max_tokens or split long passages"
+            f"are not read; raise {setting} or split long passages"
         )
 
 
@@ -50,6 +52,13 @@ def count_cut(lengths: Sequence[int], max_tokens: int) -> CutTokens:
     return CutTokens(max_tokens, len(lengths), num_passages, num_cut / max(sum(lengths), 1))
 
 
+def sampled_texts(corpus: Corpus) -> list[str]:
+    """Up to 1,000 passages with their titles, spread evenly over the corpus."""
+    num_sampled = min(len(corpus), _NUM_SAMPLED)
+    rows = [place * len(corpus) // num_sampled for place in range(num_sampled)]
+    return [corpus[row].contents for row in rows]
+
+
 def cut_share(
     corpus: Corpus, count_tokens: Callable[[Sequence[str]], list[int]], max_tokens: int
 ) -> float:
@@ -62,9 +71,7 @@ def cut_share(
         count_tokens: Counts the tokens of texts.
         max_tokens: How many of a text are read.
     """
-    num_sampled = min(len(corpus), _NUM_SAMPLED)
-    rows = [place * len(corpus) // num_sampled for place in range(num_sampled)]
-    cut = count_cut(count_tokens([corpus[row].contents for row in rows]), max_tokens)
+    cut = count_cut(count_tokens(sampled_texts(corpus)), max_tokens)
     if warning := cut.warning():
         logger.warning("%s", warning)
     return cut.share

@@ -175,15 +175,23 @@ class RankingPrompt:
         task = self._before + _TASK.format(num_candidates=len(passages))
         asked = _ASKED.format(question=question, num_selected=self._num_selected)
         ids = self._start + self._encode(task, allow_control=True)
-        shown = self._tokenizer(
-            [_one_line(passage) for passage in passages],
-            add_special_tokens=False,
-            split_special_tokens=True,
-        )["input_ids"]
+        shown = self._tokenized(passages)
         newline = self._encode("\n")
         for number, text in enumerate(shown, start=1):
             ids += [*self._encode(f"[{number}] "), *text[: self._max_tokens], *newline]
         return ids + self._encode(asked) + self._encode(self._after, allow_control=True)
+
+    def lengths(self, passages: Sequence[str]) -> list[int]:
+        """Tokens of each passage, those that are not shown included."""
+        return [len(ids) for ids in self._tokenized(passages)]
+
+    def _tokenized(self, passages: Sequence[str]) -> list[list[int]]:
+        found: list[list[int]] = self._tokenizer(
+            [_one_line(passage) for passage in passages],
+            add_special_tokens=False,
+            split_special_tokens=True,
+        )["input_ids"]
+        return found
 
     def rankings(self, num_candidates: int, num_picks: int) -> Rankings:
         """The rankings of `num_picks` among `num_candidates` that may follow the prompt.

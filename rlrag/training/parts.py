@@ -24,8 +24,10 @@ from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.weights import GeneratorWeights
 from rlrag.models import resolve_model
 from rlrag.pipeline import TrainingData, open_policy
+from rlrag.retrieval.cut_tokens import sampled_texts
 from rlrag.selection.build import TrainablePolicy
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
+from rlrag.selection.unread import count_unread, unread_warning
 from rlrag.storage import restore_weights
 from rlrag.training.experience import Experience
 from rlrag.training.generator_examples import BuiltExamples, thinned, weighted_examples
@@ -60,6 +62,7 @@ class TrainedParts:
         base = _open_base(config) if config.generator_training.share_base else None
         self.policy: TrainablePolicy = open_policy(config, data.train, base)
         self.initial = copy.deepcopy(self.policy)
+        self._warn_of_unread()
         self._selector: SelectorLearner | None = None
         if "selector" in config.training.parts:
             self._selector = SelectorLearner(
@@ -81,6 +84,16 @@ class TrainedParts:
                 schedule.num_steps,
                 workers,
             )
+
+    def _warn_of_unread(self) -> None:
+        """Say once what the policy does not read of passages, where it reads their texts."""
+        selector = self._config.selector
+        if selector.kind == "features" or self._workers.rank:
+            return
+        model_dir = resolve_model(selector.model, self._config.cache_path)
+        texts = sampled_texts(self._data.train.corpus)
+        if warning := unread_warning(count_unread(selector, model_dir, texts)):
+            logger.warning("%s", warning)
 
     def warm_start(self) -> None:
         """Bring a policy that starts anywhere to the order that is imitated, where configured.

@@ -37,7 +37,12 @@ def describe_room(config: RunConfig) -> list[Found]:
         f"cuts {report.cut.count:,} of them"
     )
     warning = None if report.is_clean else report.cut_words()
-    return [(kept, warning), *_encoded(config, passages), *_prompted(config, passages)]
+    return [
+        (kept, warning),
+        *_encoded(config, passages),
+        *_selected(config, passages),
+        *_prompted(config, passages),
+    ]
 
 
 def _encoded(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
@@ -63,6 +68,24 @@ def _encoded(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
             lengths = Vocabulary(directory, most).count_tokens(texts)
         cut = count_cut(lengths, most)
         yield f"{name} reads {most} tokens, and {cut.num_passages:,} are longer", cut.warning()
+
+
+def _selected(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
+    """What a policy that reads texts does not read."""
+    from rlrag.selection.unread import count_unread, unread_warning
+
+    selector = config.selector
+    if selector.kind == "features":
+        return
+    directory = model_here(selector.model, config.cache_path)
+    if directory is None:
+        yield f"{selector.model} is not here: what the selector reads of them is not counted", None
+        return
+    cut = count_unread(selector, directory, [passage.contents for passage in passages])
+    yield (
+        f"the selector reads {cut.max_tokens} tokens, and {cut.num_passages:,} are longer",
+        unread_warning(cut),
+    )
 
 
 def _prompted(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
