@@ -1,9 +1,10 @@
 """Answer questions over HTTP with a bundle, by Ray Serve.
 
     rlrag serve runs/quickstart/bundle
-    rlrag serve runs/quickstart/bundle limits.timeout_s=5 generator.num_replicas=2
+    rlrag serve runs/quickstart/bundle port=8001 limits.timeout_s=5 generator.num_replicas=2
 
-Settings of the service follow the bundle as `name=value`. It runs until Ctrl-C.
+Settings of the service follow the bundle as `name=value`. It says when it is ready, and where, and
+runs until Ctrl-C.
 """
 
 from __future__ import annotations

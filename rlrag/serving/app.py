@@ -16,6 +16,7 @@ from ray.serve import Application
 
 from rlrag.bundle_files import read_bundle
 from rlrag.errors import ConfigError, RlragError
+from rlrag.serving.listening import listen, refuse_address, running_command, say_when_ready
 from rlrag.serving.proxy import PROXY_VARIABLES
 from rlrag.serving.settings import PartSettings, ServeSettings, parse_settings
 
@@ -38,28 +39,35 @@ def build(arguments: Mapping[str, Any]) -> Application:
     """The service as `arguments` describe it; see `rlrag.serving.settings` for all of them.
 
     Where no Ray cluster runs yet, the one that this process starts serves as
-    `rlrag.serving.proxy` says.
+    `rlrag.serving.proxy` says. Below `serve run` it listens where the settings say, and tells when
+    it is ready.
 
     Raises:
-        NotServableError: when a setting is unknown, missing or impossible, or the bundle is missing
-            or damaged.
+        NotServableError: when a setting is unknown, missing or impossible, the bundle is missing or
+            damaged, or nothing can listen at the address.
     """
     try:
-        application = _build(arguments)
+        settings = _located(parse_settings(arguments))
+        application = _application(settings)
+        command = running_command()
+        if command is None:
+            refuse_address(settings.host, settings.port)
+        if not ray.is_initialized():
+            for name, value in PROXY_VARIABLES.items():
+                os.environ.setdefault(name, value)
+        if command is not None:
+            url = listen(command, settings.host, settings.port)
+            say_when_ready(command, url, settings.bundle)
     except RlragError as error:
         raise NotServableError(str(error)) from error
-    if not ray.is_initialized():
-        for name, value in PROXY_VARIABLES.items():
-            os.environ.setdefault(name, value)
     return application
 
 
-def _build(arguments: Mapping[str, Any]) -> Application:
+def _application(settings: ServeSettings) -> Application:
     from rlrag.serving import deployments
 
     # To a type checker a decorated class is still the class.
     decorated: Any = deployments
-    settings = _located(parse_settings(arguments))
     read_bundle(Path(settings.bundle)).check_code("environment.id", settings.allow_code)
     limits = settings.limits
     registry = decorated.RegistryReplica.options(

@@ -112,6 +112,11 @@ class ServeSettings(Section):
 
     bundle: str
     """Bundle directory to serve."""
+    host: str | None = None
+    """Address to listen on; 127.0.0.1 when unset. For `rlrag serve` and `serve run` alone, as is
+    `port`: a file for `serve deploy` names both under `http_options`."""
+    port: int | None = Field(default=None, ge=1, le=65_535)
+    """Port to listen on; 8000 when unset."""
     corpus: str | None = None
     """Corpus in any form that `data.corpus` takes; that of the bundle when unset."""
     allow_code: Words = ()
