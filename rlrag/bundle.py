@@ -160,9 +160,9 @@ def load_bundle(directory: Path, allow_code: Collection[str] = ()) -> Bundle:
 
     Args:
         directory: The bundle.
-        allow_code: An environment `module:namespace/Name-v0` that the bundle may have imported;
-            without it a bundle that names one is refused. Its reward functions are for
-            `BundleFiles.check_code` to look at, where they are used.
+        allow_code: Environment, policy and retriever of somebody's own, `module:...`, that the
+            bundle names and that may be imported; without it such a bundle is refused. Its reward
+            functions are for `BundleFiles.check_code` to look at, where they are used.
 
     Raises:
         CheckpointError: when the bundle is absent, damaged, of another format, holds weights that
@@ -171,7 +171,7 @@ def load_bundle(directory: Path, allow_code: Collection[str] = ()) -> Bundle:
             module that the caller does not.
     """
     files = read_bundle(directory)
-    files.check_code("environment.id", allow_code)
+    files.check_code_to_answer(allow_code)
     config, facts = files.config, files.facts
     generator_hash = weights_hash(resolve_model(config.generator.model, config.cache_path))
     for model, here, expected in (
@@ -199,7 +199,7 @@ def load_bundle(directory: Path, allow_code: Collection[str] = ()) -> Bundle:
 
 def _selector_model_hash(config: RunConfig) -> str | None:
     """Of the model that the selector starts from: a bundle may hold an adapter alone."""
-    if config.selector.kind == "features":
+    if not config.selector.reads_texts:
         return None
     return weights_hash(resolve_model(config.selector.model, config.cache_path))
 

@@ -26,7 +26,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -116,16 +116,14 @@ class BundleFiles:
     adapter_dir: Path | None
     index_dir: Path | None
 
-    def check_code(
-        self, field: Literal["environment.id", "reward.functions"], allow_code: Collection[str]
-    ) -> None:
+    def check_code(self, field: str, allow_code: Collection[str]) -> None:
         """Refuse code that the configuration names and the caller does not.
 
         To be called before the field is used: whoever made the bundle chose the names, and to
         import a module is to run it.
 
         Args:
-            field: What is about to be used.
+            field: What is about to be used, a key of `code_named_by`.
             allow_code: Names that the caller gives, as the configuration writes them.
 
         Raises:
@@ -138,6 +136,15 @@ class BundleFiles:
                     f"which would run here; if you trust it, say so by --allow-code {name} (of a "
                     "service the setting allow_code, in Python load_bundle's argument allow_code)"
                 )
+
+    def check_code_to_answer(self, allow_code: Collection[str]) -> None:
+        """`check_code` for everything that is imported to answer a question.
+
+        Raises:
+            ConfigError: naming the first that the caller did not give.
+        """
+        for field in ANSWERING:
+            self.check_code(field, allow_code)
 
     def generator_weights(self, dtype: str) -> GeneratorWeights | None:
         """The trained generator for engines that run in `dtype`; None where none was trained.
@@ -170,15 +177,27 @@ def bundle_version(directory: Path) -> str:
         ) from error
 
 
+ANSWERING = ("environment.id", "selector.kind", "retrieval.kind")
+"""Fields whose code is imported to answer a question."""
+
+
+def code_to_answer(config: RunConfig) -> tuple[str, ...]:
+    """What is imported to answer a question, of what a configuration names."""
+    named = code_named_by(config)
+    return tuple(name for field in ANSWERING for name in named[field])
+
+
 def code_named_by(config: RunConfig) -> Mapping[str, tuple[str, ...]]:
     """By field, what a configuration names of modules to import; built-in names are none.
 
     Example:
         >>> code_named_by(RunConfig())
-        {'environment.id': (), 'reward.functions': ()}
+        {'environment.id': (), 'selector.kind': (), 'retrieval.kind': (), 'reward.functions': ()}
     """
     named = {
         "environment.id": (config.environment.id,),
+        "selector.kind": (config.selector.kind,),
+        "retrieval.kind": (config.retrieval.kind,),
         "reward.functions": config.reward.functions,
     }
     return {field: tuple(n for n in names if ":" in n) for field, names in named.items()}

@@ -29,7 +29,7 @@ class IndexMismatchError(RlragError, ValueError):
 
 
 class RetrievalError(RlragError, RuntimeError):
-    """A part of an index that is searched elsewhere failed or did not answer."""
+    """A retriever, or a part of an index that is searched elsewhere, failed or did not answer."""
 
 
 class PromptTooLongError(RlragError, ValueError):

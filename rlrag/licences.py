@@ -72,7 +72,7 @@ def licences_of(config: RunConfig) -> tuple[PartLicence, ...]:
         models["encoder"] = retrieval.encoder
     if retrieval.kind == "semi_parametric":
         models["vocabulary_encoder"] = retrieval.vocabulary_encoder
-    if selector.kind != "features":
+    if selector.reads_texts:
         models["selector"] = selector.model
     found = [
         PartLicence(part, name, *(_BUILTIN.get(name) or _of_model(part, name)))

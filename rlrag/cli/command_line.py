@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import tyro
 from pydantic import BaseModel, ValidationError
 
+from rlrag import plugins
 from rlrag.config import RunConfig, describe_validation_error
 from rlrag.errors import (
     ConfigError,
@@ -77,10 +78,23 @@ def parse(
         refusal = ending.__context__ and ending.__context__.__context__
         if isinstance(refusal, ValidationError):
             raise ConfigError(describe_validation_error(refusal)) from refusal
+        if not ending.code:
+            _say_own_options(argv)
         if ending.code:
             sys.stderr.write(complaint.getvalue())
             print(f"error: {_in_one_line(complaint.getvalue())}", file=sys.stderr)
         raise
+
+
+def _say_own_options(argv: Sequence[str]) -> None:
+    """After the help, the options of the parts that the words name."""
+    words = list(argv)
+    for section, kind in plugins.SECTIONS.items():
+        flag = f"--{section}.kind"
+        if flag in words[:-1] and plugins.is_own(name := words[words.index(flag) + 1]):
+            print(f"\n--{section}.options of {name}:")
+            for line in plugins.options_of(kind, name):
+                print(f"    {line}")
 
 
 def _switches(kind: type[Any], before: str = "") -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from rlrag import plugins
 from rlrag.cli.opened_bundle import say, say_evaluation, write_output
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
@@ -78,13 +79,13 @@ def run_once(
 
 def say_next(config: RunConfig, run_dir: RunDirectory) -> None:
     """Say which commands draw the run and, where it ended with a bundle, serve it."""
-    from rlrag.bundle_files import code_named_by
+    from rlrag.bundle_files import code_to_answer
 
     place = run_dir.path
     report = ("--run-dir", str(place), "--output", str(place / "report.html"))
     say(f"see the report by: {shlex.join(('rlrag', 'report', *report))}")
     if run_dir.bundle.is_dir():
-        code = " ".join(code_named_by(config)["environment.id"])
+        code = " ".join(code_to_answer(config))
         settings = (f"allow_code={code}",) if code else ()
         say(f"serve it by: {shlex.join(('rlrag', 'serve', str(run_dir.bundle), *settings))}")
 
@@ -105,9 +106,10 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
     from rlrag.rewards.composite import RewardModel
 
     check_positions(config.generator, resolve_model(config.generator.model, config.cache_path))
-    if config.selector.kind != "features":
+    if config.selector.reads_texts:
         resolve_model(config.selector.model, config.cache_path)
     RewardModel(config.reward)
+    plugins.check_named(config.retrieval, config.selector)
     registered(config.environment.id)
     evaluation = None
     if evaluate:
@@ -353,7 +355,7 @@ def _evaluate(
     prompts: PromptBuilder,
 ) -> None:
     from rlrag.bundle import add_evaluation, load_bundle
-    from rlrag.bundle_files import Evaluated, GoldenQuestion, code_named_by, golden_sample
+    from rlrag.bundle_files import Evaluated, GoldenQuestion, code_to_answer, golden_sample
     from rlrag.evaluation.question_records import QuestionRecorder
     from rlrag.evaluation.systems import Answered, HeldBack, evaluate
     from rlrag.evaluation.table import render
@@ -366,7 +368,7 @@ def _evaluate(
         validation_questions,
     )
 
-    bundle = load_bundle(run_dir.bundle, code_named_by(config)["environment.id"])
+    bundle = load_bundle(run_dir.bundle, code_to_answer(config))
     candidates, questions_hash = open_evaluation_data(config, library)
     weights = bundle.generator_weights(
         resolve_config(config.generator, config.training.launcher).dtype

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import difflib
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 BUILTIN_GENERATOR = "smollm2-135m-instruct"
 BUILTIN_ENCODER = "all-minilm-l6-v2"
@@ -32,6 +34,31 @@ class Section(BaseModel):
     )
 
 
+def _known_or_own(names: Sequence[str]) -> AfterValidator:
+    """Takes one of these names, or `package.module:name` of a part of somebody's own."""
+
+    def check(value: str) -> str:
+        if value not in names and ":" not in value:
+            near = difflib.get_close_matches(value, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
+            raise ValueError(f"{value!r} is unknown; {hint} One of your own is package.module:name")
+        return value
+
+    return AfterValidator(check)
+
+
+def _check_options(section: str, kind: str, options: Sequence[str]) -> None:
+    if options and ":" not in kind:
+        raise ValueError(
+            f"{section}.options are for a part of your own, but {section}.kind is {kind!r}; "
+            "leave them out"
+        )
+
+
+RETRIEVERS = ("bm25", "dense", "hybrid", "semi_parametric")
+SELECTORS = ("features", "bi_encoder", "cross_encoder", "listwise_lm")
+
+
 class DataConfig(Section):
     """Where passages and questions come from."""
 
@@ -54,8 +81,11 @@ class DataConfig(Section):
 class RetrievalConfig(Section):
     """How candidates are found."""
 
-    kind: Literal["bm25", "dense", "hybrid", "semi_parametric"] = "hybrid"
-    """The order that the untrained selector reproduces."""
+    kind: Annotated[str, _known_or_own(RETRIEVERS)] = "hybrid"
+    """The order that the untrained selector reproduces: bm25, dense, hybrid, semi_parametric, or
+    `package.module:name` of your own."""
+    options: tuple[str, ...] = ()
+    """Options of a retriever of your own, each `name=value`."""
     num_candidates: int = Field(default=10, ge=1)
     """Candidates a question (n)."""
     encoder: str | None = BUILTIN_ENCODER
@@ -108,6 +138,7 @@ class RetrievalConfig(Section):
 
     @model_validator(mode="after")
     def _encoder_present(self) -> Self:
+        _check_options("retrieval", self.kind, self.options)
         if self.encoder is None and self.kind in ("dense", "hybrid"):
             raise ValueError(
                 f"retrieval.kind {self.kind!r} needs retrieval.encoder; name one, or use bm25 or "
@@ -134,9 +165,12 @@ class EnvironmentConfig(Section):
 class SelectorConfig(Section):
     """The selection policy."""
 
-    kind: Literal["features", "bi_encoder", "cross_encoder", "listwise_lm"] = "features"
-    """Small network on frozen features, a trained encoder that reads the texts, or a language model
-    that writes the order, as in the DRO paper."""
+    kind: Annotated[str, _known_or_own(SELECTORS)] = "features"
+    """features (small network on frozen features), bi_encoder or cross_encoder (a trained encoder
+    that reads the texts), listwise_lm (a language model that writes the order, as in the DRO
+    paper), or `package.module:name` of your own."""
+    options: tuple[str, ...] = ()
+    """Options of a policy of your own, each `name=value`."""
     hidden_size: int = Field(default=64, ge=1, le=65_536)
     """Width of the feature network."""
     projection_size: int = Field(default=32, ge=1, le=65_536)
@@ -166,8 +200,19 @@ class SelectorConfig(Section):
     """TREC run file, plain or gzip, whose order those steps imitate in place of the retriever's;
     where it ranks fewer candidates than are selected, the retriever's order follows."""
 
+    @property
+    def reads_texts(self) -> bool:
+        """Whether `model` is used: by the built-in policies that read texts."""
+        return self.kind in ("bi_encoder", "cross_encoder", "listwise_lm")
+
     @model_validator(mode="after")
     def _imitation_fits(self) -> Self:
+        _check_options("selector", self.kind, self.options)
+        if self.may_stop and ":" in self.kind:
+            raise ValueError(
+                "selector.may_stop is True, but a policy of your own decides itself when it stops; "
+                "set it to False"
+            )
         if self.imitation_steps and self.kind != "listwise_lm":
             raise ValueError(
                 f"selector.imitation_steps is {self.imitation_steps}, but selector.kind "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlrag import plugins
 from rlrag.config import RetrievalConfig
 from rlrag.data.corpus import Corpus
 from rlrag.errors import ConfigError
@@ -25,6 +26,7 @@ from rlrag.retrieval.dense import DenseRetriever, ShardedDenseRetriever
 from rlrag.retrieval.encoder import Encoder, TextEncoder
 from rlrag.retrieval.hybrid import HybridRetriever
 from rlrag.retrieval.manifest import IndexKind, Manifest, digest
+from rlrag.retrieval.plugin import PluginRetriever, identity
 from rlrag.retrieval.protocol import Retriever, check_num_hits
 from rlrag.retrieval.role_directories import has_encoder_each
 from rlrag.retrieval.shards import Shards, ShardSource, shard_sources
@@ -147,6 +149,8 @@ def open_retrievers(
             f"a vocabulary encoder was given, but retrieval.kind is {config.kind!r}; set it to "
             "semi_parametric"
         )
+    if plugins.is_own(config.kind):
+        components[config.kind] = PluginRetriever(corpus, config)
     return RetrieverSet(
         primary=_primary(config, components, len(corpus)),
         components=components,
@@ -278,6 +282,8 @@ def _search_parameters(config: RetrievalConfig) -> dict[str, Any]:
     parameters: dict[str, Any] = {"kind": config.kind}
     if config.kind == "hybrid":
         parameters["rrf_k"] = config.rrf_k
+    if plugins.is_own(config.kind):
+        parameters["own"] = identity(config)
     if config.index != "flat" and config.num_shards > 1:
         parameters["num_shards"] = config.num_shards  # each has an approximate index of its own
     if config.encoder is not None and config.index == "hnsw":

@@ -8,13 +8,12 @@ a number or a dict of named numbers.
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
+from rlrag import plugins
 from rlrag.errors import ConfigError
 from rlrag.rewards.builtin import BUILTIN_REWARDS
 
@@ -69,10 +68,7 @@ def load_reward(name: str) -> RewardFunction:
             raise ConfigError(_unknown_builtin(name))
         function = BUILTIN_REWARDS[name]
         return RewardFunction(name, function, _wants(name, function), False, True)
-    module_name, _, attribute = name.partition(":")
-    if not (all(map(str.isidentifier, module_name.split("."))) and attribute.isidentifier()):
-        raise ConfigError(f"reward {name!r} is not of the form 'package.module:function'")
-    found = _attribute(name, _import(name, module_name), attribute)
+    found = _function(name)
     is_async = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(
         getattr(found, "__call__", None)  # noqa: B004 - an object with an async __call__
     )
@@ -90,28 +86,8 @@ def _unknown_builtin(name: str) -> str:
     return f"unknown reward {name!r}; {hint}"
 
 
-def _import(name: str, module_name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a script that runs and exits when it is imported
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{module_name}.".startswith(f"{missing}."):
-            raise ConfigError(
-                f"reward {name!r}: there is no module {missing!r}; it must be installed or lie in "
-                "the folder where the program was started"
-            ) from error
-        raise ConfigError(
-            f"reward {name!r}: importing {module_name!r} failed with "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def _attribute(name: str, module: ModuleType, attribute: str) -> Callable[..., Any]:
-    if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"reward {name!r}: module {module.__name__!r} has no {attribute!r}{hint}")
-    found = getattr(module, attribute)
+def _function(name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = plugins.load("reward", name)
     if not callable(found) or inspect.isclass(found):
         raise ConfigError(
             f"reward {name!r} is a {type(found).__name__}, not a function; "

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rlrag import plugins
 from rlrag.config import SelectorConfig
 from rlrag.models import resolve_model
 from rlrag.selection.encoder_scorers import BiEncoderScorer, CrossEncoderScorer
@@ -39,10 +40,21 @@ def build_policy(
             `ListwiseLMPolicy`.
 
     Raises:
-        ConfigError: when `listwise_lm` is given a model that is no causal language model.
+        ConfigError: when `listwise_lm` is given a model that is no causal language model, or a
+            policy of somebody's own cannot be made.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if plugins.is_own(config.kind):
+            own: TrainablePolicy = plugins.make(
+                "policy",
+                config.kind,
+                config.options,
+                num_selected=num_selected,
+                num_scores=num_scores,
+                vector_size=vector_size,
+            )
+            return own
         if config.kind == "listwise_lm":
             model_dir = resolve_model(config.model, cache_dir)
             return ListwiseLMPolicy(

@@ -68,7 +68,7 @@ def _application(settings: ServeSettings) -> Application:
 
     # To a type checker a decorated class is still the class.
     decorated: Any = deployments
-    read_bundle(Path(settings.bundle)).check_code("environment.id", settings.allow_code)
+    read_bundle(Path(settings.bundle)).check_code_to_answer(settings.allow_code)
     limits = settings.limits
     registry = decorated.RegistryReplica.options(
         user_config={"bundle": settings.bundle},

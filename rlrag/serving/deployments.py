@@ -62,7 +62,9 @@ class RetrieverReplica(_Replica):
     _kind = "retriever"
 
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
-        self._part = RetrieverPart(settings.corpus, settings.limits.max_filtered)
+        self._part = RetrieverPart(
+            settings.corpus, settings.limits.max_filtered, settings.allow_code
+        )
         self._batched.set_max_batch_size(settings.retriever.max_batch_size)  # type: ignore[attr-defined]
         self._batched.set_batch_wait_timeout_s(settings.retriever.batch_wait_ms / 1000)  # type: ignore[attr-defined]
         await self._begin(self._part)

@@ -9,7 +9,7 @@ Shape letters: N candidates, C retriever scores, D vector length.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +67,16 @@ class RetrieverPart:
     Args:
         corpus: Takes the place of the corpus that a bundle's configuration names; unset keeps it.
         max_filtered: Passages, best first, that a question with filters looks through.
+        allow_code: Retrievers `module:name` that bundles may have imported.
     """
 
-    def __init__(self, corpus: str | None = None, max_filtered: int = 5_000) -> None:
+    def __init__(
+        self,
+        corpus: str | None = None,
+        max_filtered: int = 5_000,
+        allow_code: Collection[str] = (),
+    ) -> None:
+        self._allow_code = allow_code
         self._corpus = corpus
         self._max_filtered = max_filtered
         self._loaded: dict[str, _Loaded] = {}
@@ -88,6 +95,7 @@ class RetrieverPart:
         with self._loading:
             files = read_bundle(directory)
             check_version(version, files.version, directory)
+            files.check_code("retrieval.kind", self._allow_code)
             config = _retrieval_of(files.config, files.retriever_dir, self._corpus)
             stamp = corpus_stamp(config.data.corpus)
             corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)

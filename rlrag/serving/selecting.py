@@ -53,7 +53,7 @@ class SelectorPart:
 
     Args:
         explore_share: With which probability callers mark a choice `explore`.
-        allow_code: Environments `module:namespace/Name-v0` that bundles may have imported.
+        allow_code: Environments, policies and retrievers `module:...` that bundles may name.
     """
 
     def __init__(self, explore_share: float = 0.0, allow_code: Collection[str] = ()) -> None:

@@ -34,6 +34,7 @@ _BUILT_BY = {
     ),
     "selector": (
         "selector.kind",
+        "selector.options",
         "selector.hidden_size",
         "selector.projection_size",
         "selector.model",

@@ -231,7 +231,7 @@ def _learner_memory(config: RunConfig) -> list[str]:
             else retrieval.encoder or BUILTIN_ENCODER
         )
         found.append(f"  learner     {model}: {_encoder_memory(model, config)} a worker")
-    if "selector" in config.training.parts and config.selector.kind != "features":
+    if "selector" in config.training.parts and config.selector.reads_texts:
         size = num_parameters(config.selector.model, config.cache_path)
         by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
         trained = size * ADAPTER_SHARE if by_adapter else size

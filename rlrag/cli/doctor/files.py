@@ -15,6 +15,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
+from rlrag import plugins
 from rlrag.cli.doctor.checks import Answer, failed, ok, warning
 from rlrag.cli.doctor.machine import existing
 from rlrag.config import BUILTIN_MODELS, RunConfig
@@ -148,7 +149,7 @@ def models_of(config: RunConfig) -> dict[str, str]:
         found["encoder"] = config.retrieval.encoder
     if config.retrieval.kind == "semi_parametric":
         found["vocabulary"] = config.retrieval.vocabulary_encoder
-    if config.selector.kind != "features":
+    if config.selector.reads_texts:
         found["selector"] = config.selector.model
     return found
 
@@ -219,6 +220,15 @@ def check_rewards(config: RunConfig) -> Answer:
 
     RewardModel(config.reward)
     return ok(", ".join(config.reward.functions))
+
+
+def check_own_parts(config: RunConfig) -> Answer:
+    """Whether retriever and policy can be imported and have the options that they are given.
+
+    Raises:
+        ConfigError: naming what is wrong.
+    """
+    return ok(", ".join(plugins.check_named(config.retrieval, config.selector)) or "none")
 
 
 def check_environment_of(config: RunConfig) -> Answer:

@@ -128,7 +128,7 @@ def _learner(config: RunConfig, sizes: _Sizes) -> tuple[float, float]:
             model = retrieval.vocabulary_encoder
         size = sizes.of(model) * config.num_trained_encoders
         held, trained = held + size, trained + size
-    if "selector" in config.training.parts and config.selector.kind != "features":
+    if "selector" in config.training.parts and config.selector.reads_texts:
         size = sizes.of(config.selector.model)
         by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
         held += 0 if config.generator_training.share_base else size

@@ -112,6 +112,7 @@ def checks_of(config: RunConfig, arguments: DoctorArguments) -> dict[str, Callab
         "split": lambda: files.check_split(config),
         "other files": lambda: files.check_other_files(config, run_dir),
         "rewards": lambda: files.check_rewards(config),
+        "own parts": lambda: files.check_own_parts(config),
         "environment": lambda: files.check_environment_of(config),
         "generator model": lambda: files.check_generator(config),
     }

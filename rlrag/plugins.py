@@ -1,0 +1,227 @@
+"""Parts of anybody's own, by the name `package.module:name`.
+
+A part is a class or a function that makes one. It is called with keyword arguments: those of what
+its kind is offered that it has parameters for, and its own options, which are its other parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from rlrag.config import RetrievalConfig, SelectorConfig
+from rlrag.errors import ConfigError, RlragError
+
+OFFERED: Mapping[str, tuple[str, ...]] = {
+    "retriever": ("corpus",),
+    "policy": ("num_selected", "num_scores", "vector_size"),
+}
+"""By kind of part, the keyword arguments that are no options of its own."""
+SECTIONS: Mapping[str, str] = {"retrieval": "retriever", "selector": "policy"}
+"""Sections of a configuration whose `kind` may be such a name, and the kind of part."""
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "retriever": ("search",),
+    "policy": ("act", "log_prob", "named_parameters"),
+}
+"""By kind, the methods that a part must have; a policy is a `torch.nn.Module`."""
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is one of `package.module:name`, and of no built-in part.
+
+    Example:
+        >>> is_own("my_retrievers:Fuzzy"), is_own("bm25")
+        (True, False)
+    """
+    return ":" in name
+
+
+def load(kind: str, name: str) -> Any:
+    """The object that `package.module:name` names.
+
+    Args:
+        kind: What it is to be, for the message.
+        name: Its name.
+
+    Raises:
+        ConfigError: when the name has another form, or the module is missing, fails to import or
+            has no such attribute.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not (all(map(str.isidentifier, module_name.split("."))) and attribute.isidentifier()):
+        raise ConfigError(f"{kind} {name!r} is not of the form 'package.module:name'")
+    module = _import(kind, name, module_name)
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, vars(module), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}{hint}")
+    return getattr(module, attribute)
+
+
+def check(kind: str, name: str, words: Sequence[str]) -> None:
+    """Refuse a part that cannot be found or has not these options, without making it.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    _values(kind, name, load(kind, name), words)
+
+
+def check_named(retrieval: RetrievalConfig, selector: SelectorConfig) -> list[str]:
+    """`check` the parts that a configuration names; returns their names."""
+    named = (
+        ("retriever", retrieval.kind, retrieval.options),
+        ("policy", selector.kind, selector.options),
+    )
+    own = [(kind, name, words) for kind, name, words in named if is_own(name)]
+    for kind, name, words in own:
+        check(kind, name, words)
+    return [name for _, name, _ in own]
+
+
+def make(kind: str, name: str, words: Sequence[str], **offered: Any) -> Any:
+    """Make a part.
+
+    Args:
+        kind: A key of `OFFERED`.
+        name: Its name.
+        words: Its options, each `name=value`.
+        offered: What parts of this kind may ask for.
+
+    Raises:
+        ConfigError: when it cannot be found, an option is unknown or wrong, it cannot be made, or
+            what was made lacks a method.
+    """
+    factory = load(kind, name)
+    options = _values(kind, name, factory, words)
+    wanted = _parameters(kind, name, factory)
+    given = {key: value for key, value in offered.items() if key in wanted}
+    try:
+        part = factory(**given, **options)
+    except RlragError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{kind} {name!r}: making it failed with {type(error).__name__}: {error}"
+        ) from error
+    for method in METHODS[kind]:
+        if not callable(getattr(part, method, None)):
+            raise ConfigError(
+                f"{kind} {name!r} made a {type(part).__name__}, which has no method {method!r}; "
+                f"rlrag.testing.check_{kind} says what a {kind} must do"
+            )
+    return part
+
+
+def options_of(kind: str, name: str) -> Iterator[str]:
+    """A line of help for each option of a part, with its type and default.
+
+    Raises:
+        ConfigError: when the part cannot be found.
+    """
+    factory = load(kind, name)
+    hints = _hints(factory)
+    for option, parameter in _parameters(kind, name, factory).items():
+        if option in OFFERED[kind]:
+            continue
+        hint = hints.get(option, str)
+        default = (
+            "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
+        )
+        yield f"{option}={getattr(hint, '__name__', hint)} ({default})"
+
+
+def _import(kind: str, name: str, module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a script that runs and exits when it is imported
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"{kind} {name!r}: there is no module {missing!r}; it must be installed or lie in "
+                "the folder where the program was started"
+            ) from error
+        raise ConfigError(
+            f"{kind} {name!r}: importing {module_name!r} failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _parameters(kind: str, name: str, factory: Any) -> Mapping[str, inspect.Parameter]:
+    if not callable(factory):
+        raise ConfigError(
+            f"{kind} {name!r} is a {type(factory).__name__}; name a class, or a function that "
+            f"makes a {kind}"
+        )
+    try:
+        found = inspect.signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{kind} {name!r} does not show its parameters ({error}); wrap it in a function"
+        ) from error
+    for parameter in found.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ConfigError(
+                f"{kind} {name!r}: parameter {parameter} cannot be given by name; give every "
+                "parameter a name of its own"
+            )
+    return found
+
+
+def _hints(factory: Any) -> Mapping[str, Any]:
+    try:
+        return typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except (NameError, TypeError):  # names that exist for a type checker alone
+        return {}
+
+
+def _values(kind: str, name: str, factory: Any, words: Sequence[str]) -> dict[str, Any]:
+    """The options that words give, each of the type that its parameter says."""
+    parameters = _parameters(kind, name, factory)
+    known = [option for option in parameters if option not in OFFERED[kind]]
+    hints = _hints(factory)
+    values: dict[str, Any] = {}
+    for word in words:
+        option, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"option {word!r} of {kind} {name!r} is not of the form 'name=value'")
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"it has: {', '.join(known) or 'no options'}"
+            )
+            raise ConfigError(f"{kind} {name!r} has no option {option!r}; {hint}")
+        values[option] = _value(kind, name, option, hints.get(option, str), text)
+    missing = [
+        option
+        for option in known
+        if option not in values and parameters[option].default is inspect.Parameter.empty
+    ]
+    if missing:
+        raise ConfigError(f"{kind} {name!r} needs the option {missing[0]!r}; give {missing[0]}=...")
+    return values
+
+
+def _value(kind: str, name: str, option: str, hint: Any, text: str) -> Any:
+    """A text as the value of its type; lists and the like are written as JSON."""
+    adapter = TypeAdapter(hint)
+    try:
+        return adapter.validate_python(text)
+    except ValidationError as error:
+        try:
+            return adapter.validate_python(json.loads(text))
+        except ValueError:  # a ValidationError is one too
+            reason = error.errors()[0]["msg"]
+            raise ConfigError(
+                f"option {option} of {kind} {name!r} is {text!r}: {reason}"
+            ) from error
