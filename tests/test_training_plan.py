@@ -153,7 +153,7 @@ def test_a_plan_says_what_of_the_passages_is_cut(model_dir, tmp_path):
     assert "the first 12 of" in said
     assert "data.passage_words 500 cuts 2 of them; " in said
     assert f"{tmp_path / 'encoder'} reads 160 tokens, and 2 are longer; " in said
-    assert said.endswith("prompts of 3 have 300 tokens, and 1 of 4 no room for all of them")
+    assert said.endswith("room for 300 tokens, and 1 of 4 with 3 of them leave something out")
     warnings = [line for line in lines if line.startswith("  warning     ")]
     assert [" ".join(line.split()[1:4]) for line in warnings] == [
         "passages cut: 2",
@@ -163,7 +163,7 @@ def test_a_plan_says_what_of_the_passages_is_cut(model_dir, tmp_path):
     assert "(p10, p11), 16.4% of all words" in warnings[0]
     reading = {"kind": "bi_encoder", "model": str(tmp_path / "encoder"), "max_tokens": 32}
     plan = describe_plan(changed(config, selector=reading))
-    assert "; the selector reads 32 tokens, and 2 are longer; prompts of 3" in plan
+    assert "; the selector reads 32 tokens, and 2 are longer; prompts have" in plan
     assert "  warning     the selector reads 32 tokens of a passage: " in plan
     roomy = changed(
         config,
@@ -174,7 +174,7 @@ def test_a_plan_says_what_of_the_passages_is_cut(model_dir, tmp_path):
     lines = describe_plan(roomy).splitlines()
     assert not any(line.startswith("  warning") for line in lines)
     (said,) = [line for line in lines if line.startswith("  passages    ")]
-    assert "cuts 0 of them; prompts of 3" in said
+    assert "cuts 0 of them; prompts have room for 9000 tokens, and 0 of 4" in said
     fetched = changed(config, generator={"model": "somebody/model-1b"})
     assert "somebody/model-1b is not here: what prompts have no room" in describe_plan(fetched)
 

@@ -113,8 +113,8 @@ def _prompted(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]
             counts.add(prompt, len(each))
             num_cut += prompt.num_cut_tokens > 0
     said = (
-        f"prompts of {size} have {generator.prompt.max_prompt_tokens} tokens, and {num_cut:,} of "
-        f"{len(shown):,} no room for all of them"
+        f"prompts have room for {generator.prompt.max_prompt_tokens} tokens, and {num_cut:,} of "
+        f"{len(shown):,} with {size} of them leave something out"
     )
     if num_too_long:
         said += f"; {num_too_long:,} more have none for the question"
