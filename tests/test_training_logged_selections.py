@@ -128,6 +128,24 @@ def test_what_says_nothing_is_left_out_and_counted(config, tmp_path):
     assert "2 without exploration, 1 with passages that the corpus lacks, 3" in data.describe()
 
 
+@pytest.mark.parametrize(("may_stop", "kept"), [(True, [(5,), (0, 5), (0, 1)]), (False, [(0, 1)])])
+def test_only_episodes_that_the_policy_could_have_played_are_kept(config, tmp_path, may_stop, kept):
+    """Two picks of five candidates, or a stop before where the policy may: action 5."""
+    table = make_table(24)
+    config = changed(
+        config,
+        environment={"num_selected": 2},
+        selector={"may_stop": may_stop},
+        off_policy={"held_back_share": 0.0},
+    )
+    actions = [(5,), (0, 5), (0, 1), (0,), (0, 1, 5), (0, 1, 2)]
+    events = [event(table, n % 24, n, actions=actions[n // 24]) for n in range(144)]
+    data = open_logged_data(config, library_of(table), write_log(tmp_path / "log.sqlite", events))
+    padded = [(*each, *[-1] * (2 - len(each))) for each in kept for _ in range(24)]
+    assert sorted(map(tuple, data.train.actions_QT.tolist())) == sorted(padded)
+    assert data.num_other_shape == 144 - len(padded)
+
+
 def test_a_log_without_exploration_is_refused(config, tmp_path):
     table = make_table(24)
     log = write_log(

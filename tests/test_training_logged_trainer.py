@@ -155,6 +155,32 @@ def test_a_stopped_run_continues_to_the_same_weights(config, data, tmp_path):
     assert whole.progress == again.progress
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_most_probable_episodes_may_be_longer_or_shorter_than_the_logged_ones(
+    config, tmp_path, stops
+):
+    """The log has (0, stop), and (stop,) for each third question; three may be picked."""
+    table, stop = make_table(24), 5
+    config = changed(
+        config,
+        environment={"num_selected": 3},
+        selector={"may_stop": True},
+        off_policy={"min_ess": 2},
+    )
+    logged = [event(table, n % 24, n, actions=(0, stop) if n % 3 else (stop,)) for n in range(240)]
+    log = write_log(tmp_path / "log.sqlite", logged)
+    found = open_logged_data(config, library_of(table), log)
+    trainer = LoggedTrainer(config, found, SingleWorker())
+    with torch.no_grad():
+        trainer.policy.stop_logits_K.fill_(100.0 if stops else -100.0)
+    part = found.held_back
+    assert part is not None
+    num_stopped = int((part.actions_QT[:, 0] == stop).sum())
+    assert 0 < num_stopped < len(part)
+    metrics = trainer.validate(0)
+    assert metrics["validation/greedy_ess"] == pytest.approx(num_stopped if stops else 0)
+
+
 class HalfOfTwo:
     """One of two workers that see the same: its sums are twice its own."""
 
@@ -167,12 +193,14 @@ class HalfOfTwo:
         """The other one is always there."""
 
 
-def test_workers_share_a_batch_and_the_held_back_selections(config, data):
+def test_workers_share_a_batch_and_the_held_back_selections(config, data, monkeypatch):
     """Each takes every second one; what they have in common is summed."""
     alone, half = (LoggedTrainer(config, data, w) for w in (SingleWorker(), HalfOfTwo()))
     part = data.held_back
     assert part is not None
     whole, mine = alone._log_probs(part), half._log_probs(part)
+    monkeypatch.setattr("rlrag.training.logged_trainer._CHUNK", 7)
+    assert torch.allclose(alone._log_probs(part), whole)
     assert torch.allclose(mine[::2], 2 * whole[::2])
     assert torch.equal(mine[1::2], torch.zeros_like(mine[1::2]))
     found = half.step(0, pauses_after=False)
