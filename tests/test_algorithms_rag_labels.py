@@ -14,6 +14,7 @@ from rlrag.algorithms.rag_labels import (
     approximate_label,
     choose_pair,
     closed_set_label,
+    has_bad_answer,
     marginal_contributions,
     score_auc,
     walk_together,
@@ -207,6 +208,7 @@ def test_a_question_with_many_pairs_counts_as_much_as_another():
 def test_areas_at_their_edges():
     assert score_auc([[1.0, 1.0]], [[1, 0]]) == 0.5
     assert score_auc([[1.0, NAN, 0.0]], [[1, 0, 0]]) == 1.0
+    assert score_auc([[1.0, NAN, 0.0]], [[1, 1, 0]]) == 1.0
     assert score_auc([[1.0, 0.0], [5.0, 6.0]], [[1, 0], [1, 1]]) == 1.0
     assert score_auc([[-INF, -1.0]], [[0, 1]]) == 1.0
     for scores, labels in (([], []), ([[1.0, 2.0]], [[1, 1]]), ([[1.0, NAN]], [[1, 0]])):
@@ -248,3 +250,26 @@ def test_contributions_at_their_edges():
     assert np.isnan(alone).all()
     nothing = marginal_contributions(np.zeros((0, 2), dtype=int), np.zeros(0), 2)
     assert np.isnan(nothing).all()
+
+
+def test_a_selection_may_hold_fewer_passages_than_another():
+    """Of four candidates, 4 is none: selections of 0 and 1, of 3, of none, and of 0."""
+    selections = np.array([[0, 1], [3, 4], [4, 4], [0, 4]])
+    rewards = np.array([4.0, 2.0, 0.0, 1.0])
+    found = marginal_contributions(selections, rewards, 4)
+    assert found.tolist() == pytest.approx([1.5, 3.0, NAN, 1 / 3], nan_ok=True)
+    bad = has_bad_answer(selections, rewards, 4, margin=2.0)
+    assert bad.tolist() == [True, False, False, True]
+
+
+def test_a_bad_answer_is_by_the_margin_below_the_best_one():
+    """Rewards 0, -1 and NaN with a margin of 1: the second is bad, the third is not known."""
+    selections = np.array([[0, 1], [3, 1], [2, 4]])
+    rewards = np.array([0.0, -1.0, NAN])
+    found = has_bad_answer(selections, rewards, 5, margin=1.0)
+    assert found.tolist() == [False, True, False, True, False]
+    other_way = has_bad_answer(selections[::-1], rewards[::-1] + 7, 5, margin=1.0)
+    assert other_way.tolist() == found.tolist()
+    assert not has_bad_answer(selections, rewards, 5, margin=1.01).any()
+    assert not has_bad_answer(selections, np.full(3, NAN), 5, margin=1.0).any()
+    assert not has_bad_answer(selections[:0], rewards[:0], 5, margin=1.0).any()

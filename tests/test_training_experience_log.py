@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import episodes
 import numpy as np
@@ -32,6 +33,21 @@ def test_a_clear_contribution_labels_a_passage_and_an_unclear_one_does_not(tmp_p
     assert labels_from_experience(tmp_path, margin=1.0) == {
         "q1": {rows[0]: 1, rows[1]: 0, rows[2]: 0}
     }
+
+
+def test_selections_of_a_policy_that_may_stop_differ_in_length(tmp_path):
+    """Action 5 stops: 0; 0, 1; 1; none. 0 adds -1 + 5 = 4, and 1 adds -3 + 3 = 0."""
+    table = make_table(1)
+    log = ExperienceLog(tmp_path, SingleWorker(), table)
+    log.append(0, batch([0], [[[0, 5], [0, 1], [1, 5], [5, -1]]], [[-1.0, -1.0, -5.0, -5.0]]))
+    rows = table.rows_QN[0].tolist()
+    assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {rows[0]: 1, rows[1]: 0}}
+
+
+def test_a_question_for_which_nothing_was_ever_picked_has_no_labels(tmp_path):
+    log = ExperienceLog(tmp_path, SingleWorker(), make_table(1))
+    log.append(0, batch([0], [[[5], [5]]], [[-1.0, -5.0]]))
+    assert labels_from_experience(tmp_path, margin=1.0) == {}
 
 
 def test_what_lies_between_stays_open(tmp_path):
@@ -90,6 +106,19 @@ def test_rewards_of_two_generators_are_never_compared(tmp_path):
     log.append(0, batch([0], [[[0]]], [[-1.0]], generator_version=0))
     log.append(1, batch([0], [[[1]]], [[-9.0]], generator_version=1))
     assert labels_from_experience(tmp_path, margin=1.0) == {}
+
+
+def test_positions_are_those_in_the_list_that_was_drawn_from(tmp_path):
+    """Another worker had the same candidates in the reverse order."""
+    table = make_table(1)
+    turned = replace(table, rows_QN=table.rows_QN[:, ::-1])
+    for worker, candidates in zip(make_group(2), (table, turned), strict=True):
+        log = ExperienceLog(tmp_path, worker, candidates)
+        log.append(0, batch([0], [[[0], [1]]], [[-1.0, -9.0]]))
+    rows = table.rows_QN[0].tolist()
+    assert labels_from_experience(tmp_path, margin=1.0) == {
+        "q0": {rows[0]: 1, rows[1]: 0, rows[4]: 1, rows[3]: 0}
+    }
 
 
 def test_failed_rewards_are_left_out(tmp_path):

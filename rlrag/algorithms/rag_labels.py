@@ -224,7 +224,8 @@ def marginal_contributions(
     passages together credits both.
 
     NaN where no selection holds the candidate or all do, for then there is nothing to compare.
-    Selections whose reward is NaN are left out.
+    Selections whose reward is NaN are left out. The position `num_candidates` stands for none,
+    where a selection holds fewer passages than another.
 
     Example:
         >>> selections = np.array([[0, 1], [0, 2], [1, 2]])
@@ -232,9 +233,10 @@ def marginal_contributions(
         [2.5, -0.5, -2.0, nan]
     """
     known_M = ~np.isnan(rewards_M)
-    holds_MN = np.zeros((len(positions_MK), num_candidates), dtype=bool)
+    # The last column collects the places that hold nothing.
+    holds_MN = np.zeros((len(positions_MK), num_candidates + 1), dtype=bool)
     np.put_along_axis(holds_MN, np.asarray(positions_MK), True, axis=1)
-    holds_MN, rewards = holds_MN[known_M], np.asarray(rewards_M, dtype=np.float64)[known_M]
+    holds_MN, rewards = holds_MN[known_M, :-1], np.asarray(rewards_M, dtype=np.float64)[known_M]
     num_with_N = holds_MN.sum(axis=0)
     num_without_N = len(rewards) - num_with_N
     sum_with_N = np.where(holds_MN, rewards[:, None], 0.0).sum(axis=0)
@@ -254,7 +256,7 @@ def has_bad_answer(
     passage whose selections were all about as good as the best has shown nothing against it, even
     where its contribution is negative: the selections without it may have held a better one.
 
-    Selections whose reward is NaN are left out.
+    Selections whose reward is NaN are left out; `num_candidates` stands for no passage.
 
     Example:
         >>> selections = np.array([[0, 1], [0, 2], [1, 2]])

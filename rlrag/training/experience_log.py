@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def labels_from_experience(directory: Path, margin: float) -> dict[str, dict[int
     bad: dict[str, set[int]] = defaultdict(set)
     for (question, _), records in _grouped(directory).items():
         rows = records[0]["candidates"]
-        positions = np.array([s for record in records for s in record["selections"]])
+        positions = _positions([s for record in records for s in record["selections"]], len(rows))
         rewards = np.array([r for record in records for r in record["rewards"]], dtype=np.float64)
         for row, value in zip(
             rows, marginal_contributions(positions, rewards, len(rows)), strict=True
@@ -114,6 +114,15 @@ def labels_from_experience(directory: Path, margin: float) -> dict[str, dict[int
         }
         labels[question] = {**negative, **positive}
     return labels
+
+
+def _positions(selections: Sequence[Sequence[int]], num_candidates: int) -> np.ndarray:
+    """Selections as an array, `num_candidates` beyond the end of one that stopped early."""
+    shape = (len(selections), max(map(len, selections)))
+    positions_MK = np.full(shape, num_candidates, dtype=np.int64)
+    for place, selection in enumerate(selections):
+        positions_MK[place, : len(selection)] = selection
+    return positions_MK
 
 
 def _grouped(directory: Path) -> Mapping[tuple[str, str], list[dict[str, Any]]]:
