@@ -124,8 +124,9 @@ def test_whole_episodes_through_make_raise_no_warning():
 
 
 def test_reset_shows_the_question_that_the_option_names():
-    observation, info = make_env().reset(options={"question_row": 1})
-    table = make_table()
+    env, table = make_env(), make_table()
+    env.reset(options={"question_row": 0})  # which another one then follows
+    observation, info = env.reset(options={"question_row": 1})
     assert info["question_id"] == "q1"
     assert info["question"] == "question 1?"
     assert info["question_row"] == 1
@@ -392,6 +393,8 @@ def test_ansi_shows_question_picks_answer_and_reward():
         "Answer: an answer\n"
         "Reward: 0.500 (size 1.000)\n"
     )
+    env.reset(options={"question_row": 0})
+    assert env.render() == "Question q0: question 0?\nPicked 0 of at most 3:\nStill picking.\n"
 
 
 def test_render_needs_a_mode_and_an_episode():

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.environment.document_selection import DocumentSelectionEnv
+from rlrag.environment.rendering import draw_episode
+from rlrag.environment.task import Outcome
 from rlrag.environment.vector import DocumentSelectionVectorEnv
 from rlrag.errors import GenerationError
 from rlrag.records import Passage, Question, RewardResult
@@ -402,6 +404,17 @@ def test_gymnasiums_episode_statistics_work_on_it():
     assert infos["episode"]["l"].tolist() == [2, 0]
 
 
+def test_pictures_show_each_sub_environment():
+    batch = make_batch(2, render_mode="rgb_array")
+    batch.reset(options={"question_rows": [0, 1]})
+    batch.step([3, 2])
+    batch.step([3, 0])  # a repeated pick, and a second one
+    first, second = batch.render()
+    refused = Outcome(-1.0, (), False, None, {})
+    np.testing.assert_array_equal(first, draw_episode((3,), 4, 2, refused))
+    np.testing.assert_array_equal(second, draw_episode((2, 0), 4, 2, None))
+
+
 def test_ansi_gives_one_text_for_each_sub_environment():
     batch = make_batch(2, render_mode="ansi")
     with pytest.raises(ResetNeeded):
@@ -413,6 +426,9 @@ def test_ansi_gives_one_text_for_each_sub_environment():
     assert "Reward: 0.000" in first
     assert "Title 3 (candidate 2)" in second
     assert "Still picking." in second
+    batch.reset(options={"reset_mask": np.array([True, False])})
+    assert "Picked 0 of at most 2:\nStill picking." in batch.render()[0]
+    assert batch.render()[1] == second
     silent = make_batch(1)
     with pytest.warns(UserWarning, match="render_mode='ansi' or 'rgb_array'"):
         assert silent.render() is None
