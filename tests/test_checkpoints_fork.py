@@ -95,6 +95,30 @@ def test_a_checkpoint_of_other_parts_is_refused_before_anything_is_opened(
         check_start(forked(small_config, source, **sections), RunDirectory(tmp_path / "fork"))
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("selector", "selector.projection_size", 8),
+        ("generator", "generator.model", "another"),
+        ("generator", "generator_training.lora_alpha", 3.0),
+        ("retriever", "retrieval.encoder", "another"),
+    ],
+)
+def test_what_gives_the_weights_their_meaning_must_be_the_same(
+    small_config, tmp_path, part, name, value
+):
+    config = changed(small_config, retrieval={"kind": "dense"}, training={"parts": [part]})
+    source = RunDirectory(tmp_path / "source")
+    source.claim(config)
+    store = CheckpointStore(source.checkpoints)
+    store.save(4, {}, {})
+    fork, (section, field) = forked(config, store.path(4)), name.split(".")
+    check_start(fork, RunDirectory(tmp_path / "fork"))
+    other = getattr(fork, section).model_copy(update={field: value})
+    with pytest.raises(ConfigError, match=rf"{name}: .* there, {value!r} here"):
+        check_start(fork.model_copy(update={section: other}), RunDirectory(tmp_path / "fork"))
+
+
 def test_what_only_the_weights_tell_is_refused_as_well(
     small_config, training_data, tmp_path, source
 ):

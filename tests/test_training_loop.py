@@ -12,14 +12,15 @@ import torch
 from loop_runs import StopAfter, changed, policy_weights, start, steps_of, weights
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
-from rlrag.config import RunConfig
+from rlrag.config import RunConfig, TrainingConfig
 from rlrag.errors import GenerationError, NonFiniteLossError
 from rlrag.evaluation.systems import evaluate
 from rlrag.pipeline import TrainingData, open_reward
 from rlrag.records import Generation, Score
 from rlrag.training.checkpoints import CheckpointStore
+from rlrag.training.loop import Before, TrainingLoop
 from rlrag.training.run_directory import RunDirectory
-from rlrag.training.workers import TorchWorkers
+from rlrag.training.workers import SingleWorker, TorchWorkers
 
 
 def test_training_finds_the_passages_that_answer(small_config, training_data, tmp_path):
@@ -238,6 +239,77 @@ def test_the_first_the_best_and_the_newest_checkpoints_are_kept(
     loop.run()
     steps = CheckpointStore(tmp_path / "run" / "checkpoints").steps()
     assert steps == sorted({0, loop.progress.best_step, 12})
+
+
+class Plain:
+    """A trainer of one number, without a validation; asks the generator from step 4 on."""
+
+    best_by, before, num_steps = "validation/f1", Before(num_tokens=7), 10
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.weight, self.fails_at, self.is_closed = torch.zeros(1), fails_at, False
+
+    def may_pause(self, step):
+        return True
+
+    def asks_generator(self, step):
+        return step >= 4
+
+    def warm_start(self):
+        self.weight += 1
+
+    def step(self, step, pauses_after):
+        if step == self.fails_at:
+            raise GenerationError("the engine is gone")
+        self.weight = self.weight + step
+        return {"generator_tokens_spent": 2.0, "generator_tokens_saved": 1.0}
+
+    def validate(self, step):
+        return {}
+
+    def tensors(self):
+        return {"policy": {"weight": self.weight}}
+
+    def load(self, files):
+        self.weight = files["policy"]["weight"]
+
+    def resume(self, step, files, first):
+        self.load(files)
+
+    def close(self):
+        self.is_closed = True
+
+
+def plain_loop(directory: Path, trainer: Plain, **training) -> TrainingLoop[Plain]:
+    config = RunConfig(training=TrainingConfig(launcher="local", **training))
+    run_dir = RunDirectory(directory)
+    run_dir.claim(config)
+    return TrainingLoop(config, trainer, run_dir, SingleWorker())
+
+
+def test_one_checkpoint_of_each_stretch_is_kept_for_good(tmp_path):
+    settings = {"keep_checkpoints": 1, "keep_every": 4, "checkpoint_every": 1}
+    assert plain_loop(tmp_path / "run", Plain(), **settings).run().weight.tolist() == [46.0]
+    assert CheckpointStore(tmp_path / "run" / "checkpoints").steps() == [0, 4, 8, 10]
+
+
+def test_a_spent_token_budget_stops_no_step_that_asks_for_nothing(tmp_path):
+    """Seven tokens before the first step and three in each: all are spent after step 1."""
+    loop = plain_loop(tmp_path / "run", Plain(), max_generator_tokens=10)
+    loop.run()
+    assert (loop.progress.step, loop.progress.generator_tokens) == (4, 19)
+
+
+@pytest.mark.parametrize("fails_at", [None, 3])
+def test_a_trainer_is_closed_however_its_run_ends(tmp_path, fails_at):
+    trainer = Plain(fails_at)
+    loop = plain_loop(tmp_path / "run", trainer)
+    if fails_at is None:
+        loop.run()
+    else:
+        with pytest.raises(GenerationError, match="the engine is gone"):
+            loop.run()
+    assert trainer.is_closed
 
 
 def test_validations_and_checkpoints_stand_between_esteps(small_config, training_data, tmp_path):

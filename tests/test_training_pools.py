@@ -219,6 +219,7 @@ def test_the_source_changes_with_all_that_decides_a_label(config):
             {"metadata": {"choices": ["a", "b"]}},
         )
     ]
+    named = replace(candidates, questions=(replace(first, metadata={"gold_ids": ["p1"]}), *rest))
     sources = [
         pools_source(config, candidates, "g"),
         pools_source(config, candidates, "h"),
@@ -233,8 +234,25 @@ def test_the_source_changes_with_all_that_decides_a_label(config):
             )
         ),
         pools_source(changed(config, openrag={"labels": "gold"}), candidates, "g"),
+        *(
+            pools_source(changed(config, openrag={"labels": "generator_else_gold"}), each, "g")
+            for each in (candidates, named)
+        ),
+        *(
+            pools_source(
+                changed(config, **limited).model_copy(update={"seed": seed}), candidates, "g"
+            )
+            for limited in (
+                {"training": {"max_generator_tokens": 900}},
+                {"training": {"max_generator_tokens": 902}},
+                {"training": {"max_generator_tokens": 900}, "openrag": {"stages": ["offline"]}},
+            )
+            for seed in (0, 1)
+        ),
     ]
     assert len(set(sources)) == len(sources)
+    assert pools_source(config, named, "g") == sources[0]
+    assert pools_source(config.model_copy(update={"seed": 1}), candidates, "g") == sources[0]
     learning = changed(config, training={"learning_rate": 1.0}, openrag={"num_online": 9})
     assert pools_source(learning, candidates, "g") == sources[0]
 
