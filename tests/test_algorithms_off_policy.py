@@ -11,6 +11,7 @@ import pytest
 import torch
 from enumerable_case import PERMUTATIONS, EnumerableCase
 
+from rlrag.algorithms import off_policy
 from rlrag.algorithms.off_policy import (
     capped_ratios,
     effective_sample_size,
@@ -198,6 +199,29 @@ def test_edges():
     assert far[0] == 0.0
     assert far[1].isfinite()
     assert effective_sample_size(far) == 1.0
+    learning = torch.tensor([-1.0], requires_grad=True)
+    assert not importance_ratios(learning, torch.tensor([-2.0])).requires_grad
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_resample_of_equal_rewards_says_nothing_whatever_its_rounding(seed):
+    """Of 30 rewards two differ: one resample in eight has neither, and no error but rounding's."""
+    rewards = torch.zeros(30)
+    rewards[[3, 7]] = 1.0
+    ratios = torch.from_numpy(np.random.default_rng(seed).gamma(2.0, size=30))
+    found, turned = snips(ratios, rewards), snips(ratios, 1 - rewards)
+    assert found.value - 1 < found.low < found.value < found.high < found.value + 1
+    assert (1 - turned.high, 1 - turned.low) == pytest.approx((found.low, found.high), rel=1e-6)
+
+
+def test_resamples_in_several_blocks_give_the_same_interval(case, monkeypatch):
+    """As with more questions than fit in one block of resamples."""
+    drawn = case.draw(30, 0)
+    whole = snips(case.ratios(drawn), case.reward_Z[drawn])
+    for at_once in (1, 30 * 300):
+        monkeypatch.setattr(off_policy, "_RESAMPLED_AT_ONCE", at_once)
+        found = snips(case.ratios(drawn), case.reward_Z[drawn])
+        assert (found.low, found.high) == pytest.approx((whole.low, whole.high), rel=1e-9)
 
 
 def gradient(case: Case, losses_of) -> torch.Tensor:

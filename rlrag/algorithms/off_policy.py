@@ -32,6 +32,8 @@ import torch
 _MAX_LOG_RATIO = 300.0
 """e^300 is beyond any estimate that means something, and its square is finite in float64."""
 _NUM_RESAMPLES = 1000
+_ROUNDING = 1e-9
+"""A standard error below this share of what it is the error of comes from rounding."""
 _RESAMPLED_AT_ONCE = 2_000_000
 """Numbers of a block of resamples, U for each: 16 MB."""
 
@@ -188,7 +190,8 @@ def _by_question(
 def _studentized(residual_U: np.ndarray, weight_U: np.ndarray) -> np.ndarray:
     """t* of each resample, shape (R,), from sum w (r - V) and sum w of the questions.
 
-    0 where a resample has no error: where a single question has all its weight, it says nothing.
+    0 where a resample has no error, or one of rounding: where a single question has all its weight,
+    or all of its rewards are equal, it says nothing.
     """
     rng, num_questions = np.random.default_rng(0), len(weight_U)
     shares_U = np.full(num_questions, 1 / num_questions)
@@ -208,7 +211,8 @@ def _studentized(residual_U: np.ndarray, weight_U: np.ndarray) -> np.ndarray:
         )
         left_out_RU[times_RU == 0] = 0.0
         error_R = np.sqrt((times_RU * left_out_RU**2).sum(axis=1))
-        found.append(np.divide(shift_R, error_R, out=np.zeros(num), where=error_R > 0))
+        has_error_R = error_R > _ROUNDING * np.abs(shift_R)
+        found.append(np.divide(shift_R, error_R, out=np.zeros(num), where=has_error_R))
     return np.concatenate(found)
 
 
