@@ -288,14 +288,17 @@ def test_diagnostics_by_hand():
     assert nothing.log_weight_variance.tolist() == [0.0]
 
 
-def test_log_weight_variance_by_hand_whatever_the_scale():
+def test_diagnostics_are_those_of_normalised_weights_whatever_the_scale():
     """log w = -1, -3, -5 up to a constant: variance ((2)^2 + 0 + (2)^2) / 2 = 4."""
     weights = torch.tensor([[-1.0, -3.0, -5.0, -INF]]).exp()
     rewards = torch.tensor([[-1.0, -3.0, -5.0, NAN]])
     positions = torch.tensor([[[0], [1], [2], [3]]])
+    shares = (weights / weights.sum())[0, :3].tolist()
     for scale in (1.0, 0.01):
         result = dro.diagnostics(scale * weights, rewards, positions)
         assert result.log_weight_variance.tolist() == pytest.approx([4.0])
+        assert result.ess.tolist() == pytest.approx([1 / sum(w * w for w in shares)])
+        assert result.entropy.tolist() == pytest.approx([-sum(w * math.log(w) for w in shares)])
 
 
 def test_diagnostics_of_one_sample():

@@ -117,6 +117,10 @@ def test_proposals_are_drawn_as_often_as_q_says():
     ends = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
     assert jsa.draw_proposals(q_BN, ends).tolist() == [[0, 3]]
     assert jsa.draw_proposals(torch.zeros(1, 1), ends).tolist() == [[0, 0]]
+    padded_BN = torch.randn(500, N, generator=seeded(1)).double()
+    padded_BN[:, 3:] = -INF
+    q_BN = jsa.domain_logp(padded_BN, 0.3)
+    assert (jsa.draw_proposals(q_BN, ends.expand(500, -1))[:, 1] < 3).all()
 
 
 def test_where_q_is_the_posterior_everything_is_accepted():
@@ -176,7 +180,9 @@ def test_what_could_not_be_scored_is_passed_over():
     assert chain.tested_BM.sum(dim=1).tolist() == [2, 0]
     f_BN = jsa.visit_frequencies(chain.states_BM, 3)
     assert f_BN.tolist() == [[0.0, pytest.approx(2 / 3), pytest.approx(1 / 3)], [0.0] * 3]
-    assert jsa.proposal_ess(weights_BN, proposals_BM)[1].item() == 0.0
+    scored = [math.exp(-1.0), 1.0, math.exp(-1.0)]
+    expected = [sum(scored) ** 2 / sum(w * w for w in scored), 0.0]
+    assert jsa.proposal_ess(weights_BN, proposals_BM).tolist() == pytest.approx(expected)
     logp_BN = torch.full((2, 3), 1 / 3).log().requires_grad_()
     loss_B = jsa.retriever_loss(logp_BN, logp_BN, f_BN.float())
     assert loss_B[1].item() == 0.0

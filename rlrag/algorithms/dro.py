@@ -108,7 +108,8 @@ def coefficients(
       under a tempered proposal.
 
     Both are exact on-policy only. They are summed over pairs of samples, so that equal rewards give
-    exact zeros. One valid sample gives 0 with either; a sample that is not valid always has 0.
+    exact zeros. One valid sample gives 0 with either; a sample that is not valid (`valid_samples`)
+    always has 0.
 
     Example:
         >>> both = torch.tensor([[True, True]])
@@ -120,7 +121,6 @@ def coefficients(
     """
     if baseline == "none":
         return weights_BM
-    valid_BM = valid_BM & (log_weights_BM > float("-inf"))
     shared_BM = _shared_log_weights(log_weights_BM, valid_BM)
     if baseline == "mean":
         share_BM = shared_BM.softmax(dim=1).nan_to_num(nan=0.0)

@@ -130,10 +130,8 @@ def draw_proposals(posterior_logp_BN: torch.Tensor, uniforms_BM: torch.Tensor) -
         tensor([[0, 0, 2, 2]])
     """
     cdf_BN = posterior_logp_BN.double().exp().cumsum(dim=1)
-    total_B1 = cdf_BN[:, -1:]
-    thresholds_BM = uniforms_BM.double() * total_B1
-    # Rounding may leave the last threshold at the total; it belongs to the last possible passage.
-    cdf_BN = torch.where(cdf_BN >= total_B1, float("inf"), cdf_BN)
+    # Below the total, in float64 too: that times a number below 1 is never rounded up to it.
+    thresholds_BM = uniforms_BM.double() * cdf_BN[:, -1:]
     return torch.searchsorted(cdf_BN.contiguous(), thresholds_BM.contiguous(), right=True)
 
 
