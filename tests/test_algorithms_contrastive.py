@@ -177,8 +177,12 @@ def test_the_loss_of_vdr_has_a_whole_side_in_each_of_its_four_terms():
     ]
     expected = [math.fsum(terms) / 2 for terms in zip(*parts, strict=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-10)
-    with pytest.raises(DataError, match="bags of tokens"):
-        vdr_loss(Embedded(questions.vectors_BD), passages, kept_ND, kept_PD, 0.7)
+    for sides in (
+        (Embedded(questions.vectors_BD), passages),
+        (questions, Embedded(passages.vectors_BD)),
+    ):
+        with pytest.raises(DataError, match="bags of tokens"):
+            vdr_loss(*sides, kept_ND, kept_PD, 0.7)
 
 
 def test_in_the_loss_of_vdr_every_token_of_a_gold_passage_has_a_gradient():
@@ -215,12 +219,13 @@ def test_without_bags_the_parametric_part_is_all():
 def test_bags_of_another_number_format_are_taken():
     questions = Embedded(vectors(N, D).float(), bags(N, D).bool())
     passages = Embedded(vectors(P, D, seed=1).float(), bags(P, D, seed=3).to(torch.int8))
-    same = openrag_loss(
+    same = (
         Embedded(questions.vectors_BD, bags(N, D).float()),
         Embedded(passages.vectors_BD, bags(P, D, seed=3).float()),
-        1.0,
     )
-    assert torch.equal(openrag_loss(questions, passages, 1.0), same)
+    kept = bags(N, D, seed=4).bool(), bags(P, D, seed=5).bool()
+    assert torch.equal(openrag_loss(questions, passages, 1.0), openrag_loss(*same, 1.0))
+    assert torch.equal(vdr_loss(questions, passages, *kept, 1.0), vdr_loss(*same, *kept, 1.0))
 
 
 def test_the_gradient_is_that_of_finite_differences():

@@ -136,11 +136,14 @@ def test_the_clipped_loss_on_policy_has_the_gradient_of_the_plain_one():
 def test_the_clipped_loss_by_hand(ratio, coefficient, loss, slope):
     """The slope is d loss / d log p = -c rho where the plain ratio is the smaller term."""
     logp = torch.tensor([[math.log(0.2 * ratio)]], dtype=torch.float64, requires_grad=True)
-    behaviour = torch.tensor([[math.log(0.2)]], dtype=torch.float64)
-    found = dro.clipped_selector_loss(logp, behaviour, torch.tensor([[coefficient]]), 0.2)
+    behaviour = torch.tensor([[math.log(0.2)]], dtype=torch.float64, requires_grad=True)
+    constant = torch.tensor([[coefficient]], requires_grad=True)
+    found = dro.clipped_selector_loss(logp, behaviour, constant, 0.2)
     found.sum().backward()
     assert found.tolist() == pytest.approx([loss])
     assert logp.grad.item() == pytest.approx(slope)
+    assert behaviour.grad is None, "the policy that drew is a constant"
+    assert constant.grad is None, "coefficients are constants"
 
 
 def test_the_clipped_loss_stays_finite_at_its_edges():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlrag.algorithms.sequence_logp import answer_batch, summed_logp
+from rlrag.algorithms.sequence_logp import answer_batch, shared_length, summed_logp
 
 
 def test_a_hand_softmax():
@@ -46,3 +46,17 @@ def test_every_answer_token_is_read_from_the_place_before_it():
     ]
     assert found == expected
     assert batch.lengths_S == [3, 1, 2]
+
+
+def test_prompts_share_what_all_of_them_begin_with():
+    """Whichever of them differs first; the last token of a prompt is never shared."""
+    examples = tuple(range(100, 140))
+    prompts = [(*examples, *end) for end in ((9, 9), (9, 8, 1), (7, 9))]
+    early = (*examples[:20], 5, 5)
+    assert shared_length(prompts) == 40
+    for place in range(4):
+        assert shared_length([*prompts[:place], early, *prompts[place:]]) == 20
+    assert shared_length([examples, examples]) == 39
+    assert shared_length([(*examples[:16], end) for end in (1, 2)]) == 16
+    assert shared_length([(*examples[:15], end) for end in (1, 2)]) == 0
+    assert shared_length([examples]) == 0
