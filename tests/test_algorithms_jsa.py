@@ -117,6 +117,7 @@ def test_proposals_are_drawn_as_often_as_q_says():
     ends = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
     assert jsa.draw_proposals(q_BN, ends).tolist() == [[0, 3]]
     assert jsa.draw_proposals(torch.zeros(1, 1), ends).tolist() == [[0, 0]]
+    assert jsa.draw_proposals(q_BN.flip(1), ends).tolist() == [[1, 4]]
     padded_BN = torch.randn(500, N, generator=seeded(1)).double()
     padded_BN[:, 3:] = -INF
     q_BN = jsa.domain_logp(padded_BN, 0.3)
