@@ -370,6 +370,7 @@ def test_the_sample_reward_prefers_the_passage_with_the_answer():
         stop = len(holds)
         env.step(holds.index(True))
         right = env.step(stop)[1]
+        assert right == pytest.approx(1 - 0.1)
         env.reset(options={"question_row": row})
         env.step(holds.index(False))
         gains.append(right - env.step(stop)[1])

@@ -85,6 +85,9 @@ def test_advance_and_restart_change_no_argument():
     assert after.over_B.tolist() == [False, True]
     assert again.over_B.tolist() == [False, False]
     assert again.order_BK.tolist() == [[0, 3], [3, 3]]
+    fresh = transitions.restart(again, np.array([True, False]))
+    assert fresh.order_BK.tolist() == [[3, 3], [3, 3]]
+    assert (fresh.selection(0), again.selection(0)) == ((), (0,))
 
 
 def plain_rules(num_candidates: int, num_selected: int, actions: list[int]):

@@ -343,6 +343,8 @@ def test_a_reset_mask_starts_only_those_sub_environments():
     assert terminated.tolist() == [False, True, False]
     assert infos["question_id"].tolist() == ["q4", "q1", "q2"]
     assert infos["selection"][1] == ("p4", "p2")
+    options = {"reset_mask": np.array([False, False, True]), "question_rows": [0, 1, 3]}
+    assert batch.reset(options=options)[1]["question_id"].tolist() == [None, None, "q3"]
 
 
 def test_a_failed_reward_is_nan_with_its_error_and_spares_the_others():
