@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from rlrag.bundle import Bundle, load_bundle
 from rlrag.config import RetrievalConfig, RewardConfig, RunConfig, describe_validation_error
+from rlrag.config.sections import Section
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import QuestionSet, load_corpus, load_questions
 from rlrag.data.split import training_questions
@@ -449,13 +450,17 @@ def load_pipeline(
         ConfigError: when it names code that the caller does not, or an argument is wrong.
     """
     loaded = load_bundle(Path(bundle), allow_code)
-    values = loaded.config.model_dump()
+    config, changes = loaded.config, {}
     if corpus is not None:
-        values["data"]["corpus"] = corpus
+        changes["data"] = _changed(config.data, corpus=corpus)
     if backend is not None:
-        values["generator"]["backend"] = backend
+        changes["generator"] = _changed(config.generator, backend=backend)
+    config = config.model_copy(update=changes)
+    return Pipeline(loaded, config)
+
+
+def _changed(section: Section, **values: str) -> Section:
     try:
-        config = RunConfig.model_validate(values)
+        return type(section).model_validate(section.model_dump() | values)
     except ValidationError as error:
         raise ConfigError(describe_validation_error(error)) from error
-    return Pipeline(loaded, config)
