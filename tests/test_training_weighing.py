@@ -89,10 +89,10 @@ def test_a_failed_reward_is_left_out_and_counted():
 
 
 def test_a_term_has_its_mean_over_the_selections_that_have_it():
-    terms = {"b": np.array([[1.0, 0.0]]), "a": np.array([[3.0, NAN]])}
+    terms = {"b": np.array([[1.0, 0.0]]), "a": np.array([[3.0, NAN]]), "c": np.array([[NAN, NAN]])}
     metrics = described(with_terms(drawn(LIKELIER_FIRST), terms))
     assert (metrics["reward/b"], metrics["reward/a"]) == (0.5, 3.0)
-    assert "reward/answer_logp" not in metrics
+    assert not {"reward/answer_logp", "reward/c"} & metrics.keys()
 
 
 @pytest.mark.parametrize(("share", "ends"), [(0.5, False), (0.49, True), (0.0, True)])
@@ -113,6 +113,7 @@ def test_a_question_without_any_reward_has_no_weight():
     assert importance_weights(experience, DROConfig())[0].tolist() == [0.0, 0.0]
     metrics = described(experience, max_failed_share=0.5)
     assert metrics["ess"] == pytest.approx((0 + 1.6) / 2)
+    assert metrics["failures"] == [str(FAILED[0])], "each reason once"
     assert metrics["reward"] == pytest.approx((math.log(0.3) + math.log(0.1)) / 2)
 
 
