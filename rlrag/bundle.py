@@ -31,8 +31,9 @@ from rlrag.bundle_files import (
 )
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
+from rlrag.generation.identity import model_hash
 from rlrag.licences import LICENCES_FILE, licences_json, licences_of
-from rlrag.models import resolve_model, weights_hash
+from rlrag.models import resolve_generator, resolve_model, weights_hash
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.build import TrainablePolicy, build_policy
 from rlrag.storage import (
@@ -100,7 +101,7 @@ def save_bundle(
         step=step,
         score_names=candidates.score_names,
         vector_size=candidates.vector_size,
-        generator_weights=weights_hash(resolve_model(config.generator.model, config.cache_path)),
+        generator_weights=_generator_hash(config),
         selector_model_weights=_selector_model_hash(config),
         hashes=dict(hashes),
     )
@@ -173,15 +174,16 @@ def load_bundle(directory: Path, allow_code: Collection[str] = ()) -> Bundle:
     files = read_bundle(directory)
     files.check_code_to_answer(allow_code)
     config, facts = files.config, files.facts
-    generator_hash = weights_hash(resolve_model(config.generator.model, config.cache_path))
-    for model, here, expected in (
-        (config.generator.model, generator_hash, facts.generator_weights),
-        (config.selector.model, _selector_model_hash(config), facts.selector_model_weights),
+    of_generator = "tokenizer" if config.generator.is_remote else "weights"
+    selector_hash = _selector_model_hash(config)
+    for model, what, here, expected in (
+        (config.generator.model, of_generator, _generator_hash(config), facts.generator_weights),
+        (config.selector.model, "weights", selector_hash, facts.selector_model_weights),
     ):
         if here != expected:
             raise CheckpointError(
-                f"the model {model!r} has weights {here} here, but bundle {files.directory} was "
-                f"trained with {expected}; provide those weights"
+                f"the model {model!r} has {what} {here} here, but bundle {files.directory} was "
+                f"trained with {expected}; provide those"
             )
     policy = build_policy(
         config.selector,
@@ -195,6 +197,10 @@ def load_bundle(directory: Path, allow_code: Collection[str] = ()) -> Bundle:
     for path in files.retriever_dir.rglob("*.safetensors") if files.retriever_dir else ():
         check_finite(load_tensors(path), str(path))
     return Bundle(**vars(files), policy=policy)
+
+
+def _generator_hash(config: RunConfig) -> str:
+    return model_hash(config.generator, resolve_generator(config.generator, config.cache_path))
 
 
 def _selector_model_hash(config: RunConfig) -> str | None:

@@ -77,7 +77,7 @@ class GoldenQuestion:
     """A question with what the pipeline made of it in the run's final evaluation.
 
     `passage_ids` are the picked passages, best first; `answer_logp` is the answer's summed
-    log-probability in nats.
+    log-probability in nats, None where the generator does not give it.
     """
 
     __pydantic_config__ = _STRICT
@@ -86,7 +86,7 @@ class GoldenQuestion:
     question: str
     answer: str
     passage_ids: tuple[str, ...]
-    answer_logp: float
+    answer_logp: float | None
 
 
 @dataclass(frozen=True)

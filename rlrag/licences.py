@@ -66,8 +66,8 @@ _BUILTIN = {
 
 def licences_of(config: RunConfig) -> tuple[PartLicence, ...]:
     """The generator, the encoders, the model that the selector starts from, and the corpus."""
-    retrieval, selector = config.retrieval, config.selector
-    models = {"generator": config.generator.model}
+    retrieval, selector, generator = config.retrieval, config.selector, config.generator
+    models = {} if generator.is_remote else {"generator": generator.model}
     if retrieval.encoder is not None:
         models["encoder"] = retrieval.encoder
     if retrieval.kind == "semi_parametric":
@@ -78,6 +78,9 @@ def licences_of(config: RunConfig) -> tuple[PartLicence, ...]:
         PartLicence(part, name, *(_BUILTIN.get(name) or _of_model(part, name)))
         for part, name in models.items()
     ]
+    if generator.is_remote:
+        source = f"ask whoever serves it at {generator.url}"
+        found.insert(0, PartLicence("generator", generator.answering_model, UNKNOWN, source))
     corpus = config.data.corpus
     unknown = (UNKNOWN, "check where the corpus comes from")
     return (*found, PartLicence("corpus", corpus, *_BUILTIN.get(corpus, unknown)))

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rlrag.config import (
     BUILTIN_GENERATOR,
     BUILTIN_MODELS,
     BUILTIN_VOCABULARY_ENCODER,
+    GeneratorConfig,
 )
 from rlrag.errors import ModelNotFoundError, SetupError
 from rlrag.submitted_job import where_to_look
@@ -35,10 +36,16 @@ from rlrag.text_files import apply_umask, hidden_beside
 logger = logging.getLogger(__name__)
 
 
-def resolve_model(name: str, cache_dir: Path) -> Path:
+def resolve_model(name: str, cache_dir: Path, with_weights: bool = True) -> Path:
     """Directory that holds the model `name`; built-in models are unpacked once into `cache_dir`.
 
     It is absolute, since processes on Ray that load the model may have started in another folder.
+
+    Args:
+        name: Built-in name, path or hub id.
+        cache_dir: Where built-in models are unpacked.
+        with_weights: Whether weights are fetched from the hub; without them the directory has the
+            configuration and the tokenizer.
 
     Raises:
         ModelNotFoundError: with the name and the ways out: a path, or an installed package.
@@ -55,7 +62,7 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
             f"model directory {name!r} does not exist; "
             + where_to_look(name, "check the path, and that you may read it")
         )
-    return _from_hub(name)
+    return _from_hub(name, with_weights)
 
 
 def model_here(name: str, cache_dir: Path) -> Path | None:
@@ -74,10 +81,21 @@ def model_here(name: str, cache_dir: Path) -> Path | None:
         return None
 
 
-def _from_hub(name: str) -> Path:
+def resolve_generator(config: GeneratorConfig, cache_dir: Path) -> Path:
+    """Directory of the generator's model, without its weights where a server has them.
+
+    Raises:
+        ModelNotFoundError, SetupError: as `resolve_model` does.
+    """
+    return resolve_model(config.model, cache_dir, with_weights=not config.is_remote)
+
+
+def _from_hub(name: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*/config.json"]
+    if with_weights:
+        patterns.append("*.safetensors")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=10))
     except Exception as error:
@@ -208,9 +226,29 @@ def weights_hash(model_dir: Path) -> str:
         raise ModelNotFoundError(
             f"{model_dir} holds no .safetensors weights; save the model with save_pretrained"
         )
+    return _files_hash(model_dir, files)
+
+
+def tokenizer_hash(model_dir: Path) -> str:
+    """First 16 hex digits of a SHA-256 over the tokenizer files.
+
+    Raises:
+        ModelNotFoundError: when the directory holds none.
+    """
+    patterns = ("tokenizer*", "*.jinja", "vocab*", "merges.txt", "*.model", "special_tokens*")
+    found = {path for pattern in patterns for path in model_dir.glob(pattern)}
+    files = sorted(path for path in found if path.is_file())
+    if not files:
+        raise ModelNotFoundError(
+            f"{model_dir} holds no tokenizer; copy the model's tokenizer files there"
+        )
+    return _files_hash(model_dir, files)
+
+
+def _files_hash(directory: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.relative_to(model_dir).as_posix().encode())
+        digest.update(path.relative_to(directory).as_posix().encode())
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]

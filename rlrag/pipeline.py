@@ -244,13 +244,14 @@ class Answer:
         question: As it was asked.
         text: The answer.
         passages: The passages that were picked, in the order of the picks.
-        logp: Sum of the log-probabilities of the answer's tokens under the generator, in nats.
+        logp: Sum of the log-probabilities of the answer's tokens under the generator, in nats; None
+            where a server answers that does not give it.
     """
 
     question: str
     text: str
     passages: tuple[Passage, ...]
-    logp: float
+    logp: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,10 +74,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One answer. `logp` sums the log-probabilities of its tokens under the model, in nats."""
+    """One answer. `logp` sums the log-probabilities of its tokens under the model, in nats.
+
+    It is None where a server answered that does not give it.
+    """
 
     text: str
-    logp: float
+    logp: float | None
     num_tokens: int
     num_prompt_tokens: int
     version: int = 0

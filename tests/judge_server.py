@@ -7,8 +7,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from json_server import Answer, json_server
 
 KEY = "sk-secret-4711"
 
@@ -30,7 +31,7 @@ class JudgeServer:
         self.url = ""
         self._lock = threading.Lock()
 
-    def answer(self, body: dict[str, Any], key: str | None) -> tuple[int, dict[str, str], Any]:
+    def answer(self, body: dict[str, Any], key: str | None) -> Answer:
         """Status, headers and value of one reply."""
         with self._lock:
             self.keys.add(key)
@@ -68,40 +69,16 @@ def judge_server() -> Iterator[JudgeServer]:
     """The server, while the block runs."""
     judge = JudgeServer()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path != "/v1/chat/completions":
-                status, headers, value = 404, {}, {"error": {"message": "no such path"}}
-            else:
-                with judge._lock:
-                    judge.at_once += 1
-                    judge.most_at_once = max(judge.most_at_once, judge.at_once)
-                status, headers, value = judge.answer(body, self.headers["Authorization"])
-                with judge._lock:
-                    judge.at_once -= 1
-            content = json.dumps(value).encode()
-            try:
-                self.send_response(status)
-                headers |= {"Content-Type": "application/json", "Content-Length": str(len(content))}
-                for name, text in headers.items():
-                    self.send_header(name, text)
-                self.end_headers()
-                self.wfile.write(content)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # who asked has gone, as after a short timeout
+    def answer(path: str, body: Any, key: str | None) -> Answer:
+        if path != "/v1/chat/completions":
+            return 404, {}, {"error": {"message": "no such path"}}
+        with judge._lock:
+            judge.at_once += 1
+            judge.most_at_once = max(judge.most_at_once, judge.at_once)
+        found = judge.answer(body, key)
+        with judge._lock:
+            judge.at_once -= 1
+        return found
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    judge.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    with json_server(answer) as judge.url:
         yield judge
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -176,7 +176,7 @@ def _evaluate(arguments: EvaluateArguments) -> _Compared:
     record = table.to_json() | {
         "hashes": {"corpus": library.corpus.content_hash, "questions": questions_hash},
         "bundle_step": bundle.facts.step,
-        "generator": config.generator.model,
+        "generator": config.generator.answering_model,
         "prompts": answering.prompt_counts.shares(),
     }
     if warning := cut_warning(record["prompts"]):
@@ -236,8 +236,9 @@ def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
                 f"trained of {config.generator.model!r}; leave the flag out, or give a bundle of "
                 "retriever or selector alone"
             )
-        other = config.generator.model_copy(update={"model": arguments.generator})
-        config = config.model_copy(update={"generator": other})
+        config = config.model_copy(
+            update={"generator": config.generator.with_model(arguments.generator)}
+        )
     shown = arguments.docs_in_context
     if shown is not None:
         if config.training.parts != ("retriever",) and shown != config.environment.num_selected:

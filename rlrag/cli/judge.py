@@ -12,7 +12,6 @@ brings the client.
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -26,8 +25,7 @@ from rlrag.cli.command_line import parse, program_name
 from rlrag.cli.opened_bundle import only_writer, write_output
 from rlrag.errors import ConfigError
 from rlrag.evaluation.question_records import EvaluatedQuestions, questions_path, read_questions
-
-_DEFAULT_KEY = "OPENAI_API_KEY"
+from rlrag.openai_api import DEFAULT_KEY_VARIABLE, read_key
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class JudgeArguments:
     """Address of the judge's API, mostly ending in /v1."""
     model: str
     """Name of the model there."""
-    api_key_env: str = _DEFAULT_KEY
+    api_key_env: str = DEFAULT_KEY_VARIABLE
     """Environment variable that holds the key, which is sent to the address; a server that wants
     none needs none."""
     cache: Path | None = None
@@ -123,7 +121,7 @@ def _judge(arguments: JudgeArguments, path: Path, output: Path) -> None:
     judged = judge_answers(
         [case_of(question, name) for question in questions for name in systems],
         settings,
-        _key(arguments.api_key_env),
+        read_key(arguments.api_key_env, "--api-key-env"),
         VerdictStore(arguments.cache or path.with_name("judge.sqlite")),
         _say,
     )
@@ -167,13 +165,6 @@ def _systems(asked: Sequence[str], found: EvaluatedQuestions) -> list[str]:
                 f"{', '.join(found.systems)}"
             )
     return list(dict.fromkeys(asked)) or found.systems
-
-
-def _key(variable: str) -> str | None:
-    key = os.environ.get(variable, "").strip()  # a file's line break is no part of a key
-    if not key and variable != _DEFAULT_KEY:
-        raise ConfigError(f"--api-key-env names {variable}, which is not set; set it to the key")
-    return key or None
 
 
 def _say(done: int, total: int) -> None:

@@ -38,7 +38,8 @@ def model_card(files: BundleFiles) -> str:
         f"A pipeline that answers questions from a corpus: {config.retrieval.kind} retrieval of "
         f"{config.retrieval.num_candidates} candidates, a {config.selector.kind} selector that "
         f"picks {config.environment.num_selected} of them, and the generator "
-        f"`{_short(config.generator.model)}`. Trained: {parts}, by rlrag {facts.code_version}.",
+        f"`{_short(config.generator.answering_model)}`. Trained: {parts}, by rlrag "
+        f"{facts.code_version}.",
         "",
         f"Corpus: `{_short(config.data.corpus)}`. Training questions: "
         f"`{_short(config.data.train_questions)}`. `bundle.json` has the hashes of both.",

@@ -18,13 +18,14 @@ from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
 from rlrag.generation.build import (
     check_positions,
+    check_scores,
     measure_speed,
     open_generator,
     resolve_config,
 )
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
-from rlrag.models import resolve_model
+from rlrag.models import resolve_generator, resolve_model
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.run_logs import run_name
 
@@ -105,7 +106,7 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
     from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
     from rlrag.rewards.composite import RewardModel
 
-    check_positions(config.generator, resolve_model(config.generator.model, config.cache_path))
+    check_positions(config.generator, resolve_generator(config.generator, config.cache_path))
     if config.selector.reads_texts:
         resolve_model(config.selector.model, config.cache_path)
     RewardModel(config.reward)
@@ -206,10 +207,13 @@ def _prepare(
 ) -> int:
     """Say what the run will cost, and do what comes before its loop; returns the loop's steps."""
     from rlrag.training.budget import estimate_budget
+    from rlrag.training.launch import needs_scores
     from rlrag.training.schedule import openrag_schedule
 
     budget = estimate_budget(config, data, prompts)
     speed = measure_speed(generator.inner, budget.sample_prompts)
+    if config.generator.is_remote and needs_scores(config):
+        check_scores(generator.inner, budget.sample_prompts[0])
     say(budget.describe(speed, config.training.max_generator_tokens))
     if not config.trains_by_openrag:
         return budget.num_steps

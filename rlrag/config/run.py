@@ -131,6 +131,12 @@ class RunConfig(Section):
             raise ValueError(
                 "training.launcher 'local' runs without vLLM; use generator.backend transformers"
             )
+        if self.trains_generator and self.generator.is_remote:
+            raise ValueError(
+                f"training.parts is {list(self.training.parts)}, but generator.backend 'endpoint' "
+                "asks a server, whose weights cannot be trained from here; leave the generator "
+                "out, or use vllm or transformers"
+            )
         if self.reward.golden_answers == "all" and self.training.objective != "dro":
             raise ValueError(
                 "reward.golden_answers 'all' weighs what DRO trains on; with training.objective "

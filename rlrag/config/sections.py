@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from rlrag.openai_api import DEFAULT_KEY_VARIABLE, check_address
 
 BUILTIN_GENERATOR = "smollm2-135m-instruct"
 BUILTIN_ENCODER = "all-minilm-l6-v2"
@@ -21,6 +24,7 @@ BUILTIN_MODELS = {
 """Each built-in model, and the extra whose packages bring it."""
 BUILTIN_CORPUS = "factbook"
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 Placement = Literal["pack", "spread", "strict_pack", "strict_spread"]
 """As few nodes as there is room on, as many as there are; one node and no other, a node each."""
@@ -271,9 +275,18 @@ class GeneratorConfig(Section):
     """The language model that answers, and the actors that run it."""
 
     model: str = BUILTIN_GENERATOR
-    """Built-in name, Hugging Face id or path of a causal language model."""
-    backend: Literal["auto", "vllm", "transformers"] = "auto"
-    """`auto`: vLLM under the ray launcher, transformers under the local one."""
+    """Built-in name, Hugging Face id or path of a causal language model; of its tokenizer alone,
+    which builds the prompts, where an endpoint answers."""
+    backend: Literal["auto", "vllm", "transformers", "endpoint"] = "auto"
+    """`auto`: vLLM under the ray launcher, transformers under the local one. `endpoint` asks an
+    OpenAI-compatible server, which is started and stopped by somebody else."""
+    url: str | None = None
+    """Address of that server's API, as `http://127.0.0.1:8000/v1`."""
+    served_model: str | None = None
+    """Name by which that server knows the model; `generator.model` when unset."""
+    key_variable: str = DEFAULT_KEY_VARIABLE
+    """Environment variable with the key that is sent to that server; one that wants none needs
+    none."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 where the device multiplies it natively, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -294,7 +307,7 @@ class GeneratorConfig(Section):
     threads_per_actor: int = Field(default=1, ge=1)
     """Compute threads of an actor's engine on a CPU."""
     batch_size: int = Field(default=16, ge=1)
-    """Sequences in one forward pass (transformers) or in flight (vLLM)."""
+    """Sequences in one forward pass (transformers) or in flight (vLLM, endpoint)."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """Key-value cache of a vLLM engine on a CPU."""
     max_model_len: int = Field(default=2048, ge=32)
@@ -306,13 +319,53 @@ class GeneratorConfig(Section):
     stop: tuple[str, ...] = ("\n",)
     """The answer ends before the first of these."""
     request_timeout_s: float = Field(default=300, gt=0)
-    """Longest wait for one batch of one actor."""
+    """Longest wait for one batch of one actor, or for one answer of an endpoint with all its
+    repetitions."""
     start_timeout_s: float = Field(default=300, gt=0)
     """Longest wait for an actor to load its model."""
     max_restarts: int = Field(default=10, ge=0)
     """Times a dead actor is replaced; after that the others go on without it."""
     prompt: PromptConfig = PromptConfig()
     """The prompt; part of every cache key."""
+
+    @model_validator(mode="after")
+    def _endpoint_is_whole(self) -> Self:
+        if self.is_remote and self.url is None:
+            raise ValueError(
+                "generator.backend 'endpoint' asks a server, but generator.url is unset; set it, "
+                "as http://127.0.0.1:8000/v1"
+            )
+        for field in ("url", "served_model"):
+            if getattr(self, field) is not None and not self.is_remote:
+                raise ValueError(
+                    f"generator.{field} names what a server has, but generator.backend is "
+                    f"{self.backend!r}; set it to endpoint, or leave {field} out"
+                )
+        if self.url is not None:
+            check_address(self.url, "generator.url")
+        if not _VARIABLE.fullmatch(self.key_variable):  # it may be the key itself
+            raise ValueError(
+                "generator.key_variable is no name of an environment variable; put the key into "
+                f"one, and give its name, as {DEFAULT_KEY_VARIABLE}"
+            )
+        return self
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server answers, which has the model's weights to itself."""
+        return self.backend == "endpoint"
+
+    @property
+    def answering_model(self) -> str:
+        """The name of the model that answers."""
+        return self.served_model or self.model
+
+    def with_model(self, model: str) -> GeneratorConfig:
+        """The same with another model, which is loaded here where a server answered before."""
+        changes: dict[str, str | None] = {"model": model}
+        if self.is_remote:
+            changes |= {"backend": "auto", "url": None, "served_model": None}
+        return self.model_copy(update=changes)
 
 
 _BY_GOLDEN_ANSWERS = frozenset(

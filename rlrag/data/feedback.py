@@ -62,7 +62,8 @@ class SelectionEvent:
     `actions` are what the policy did: positions in `candidate_ids` that it picked, in order, and
     their number where it stopped before it had to. `propensity_logp` is the log-probability, in
     nats, with which this very selection was drawn, exploration included; 0 where nothing was left
-    to chance. `answer_logp` is the answer's own, in nats. `time_s` counts from the Unix epoch.
+    to chance. `answer_logp` is the answer's own, in nats, None where the generator does not give
+    it. `time_s` counts from the Unix epoch.
     """
 
     request_id: str
@@ -74,7 +75,7 @@ class SelectionEvent:
     propensity_logp: float
     explored: bool
     answer: str
-    answer_logp: float
+    answer_logp: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +337,7 @@ def _check_event(event: SelectionEvent) -> None:
             f"{place} has propensity_logp {event.propensity_logp}; give the logarithm of a "
             "probability above 0"
         )
-    if not math.isfinite(event.answer_logp) or not math.isfinite(event.time_s):
+    if not all(map(math.isfinite, (event.answer_logp or 0.0, event.time_s))):
         raise DataError(
             f"{place} has answer_logp {event.answer_logp} and time_s {event.time_s}; give finite "
             "numbers"

@@ -31,7 +31,7 @@ _SCHEMA = (
     "request_id TEXT NOT NULL UNIQUE, time_s REAL NOT NULL, version TEXT NOT NULL, "
     "question TEXT NOT NULL, candidate_ids TEXT NOT NULL, positions TEXT NOT NULL, "
     "propensity_logp REAL NOT NULL, explored INTEGER NOT NULL, answer TEXT NOT NULL, "
-    "answer_logp REAL NOT NULL)",
+    "answer_logp REAL)",
     "CREATE INDEX selections_by_time ON selections (time_s)",
     "CREATE TABLE feedback (number INTEGER PRIMARY KEY AUTOINCREMENT, "
     "request_id TEXT NOT NULL, time_s REAL NOT NULL, reward REAL, golden_answers TEXT, "

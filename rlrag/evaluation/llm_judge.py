@@ -19,10 +19,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
 from rlrag.errors import ConfigError, GenerationError, SetupError
 from rlrag.evaluation.verdict_store import VerdictStore
+from rlrag.openai_api import check_address, describe_error
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -114,13 +114,7 @@ class JudgeSettings:
         Raises:
             ConfigError: naming the value.
         """
-        address = urlsplit(self.url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ConfigError(
-                f"the judge's URL {self.url!r} is no address; give one as http://127.0.0.1:8000/v1"
-            )
-        if "@" in address.netloc:
-            raise ConfigError("the judge's URL holds a password; give a key by the environment")
+        check_address(self.url, "the judge's URL")
         for name, least in (("concurrency", 1), ("retries", 0), ("attempts", 1), ("max_tokens", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least {least}")
@@ -339,8 +333,4 @@ class _Asking:
         )
 
     def _told(self, error: BaseException) -> str:
-        """What an error says, in one line of bounded length and without the key."""
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        if self._api_key:
-            text = text.replace(self._api_key, "***")
-        return text if len(text) <= 300 else f"{text[:299]}…"
+        return describe_error(error, self._api_key)

@@ -276,13 +276,19 @@ def _abstention(probe: Probe) -> dict[str, Measured]:
 
 
 def _calibration(probe: Probe) -> dict[str, Measured]:
-    """Of the answer, of the whole selection, and of its first pick where gold is named."""
+    """Of the answer, of the whole selection, and of its first pick where gold is named.
+
+    That of the answer is left out where the generator does not say how probable it was.
+    """
     rows, answers = list(probe.answers), list(probe.answers.values())
     right = [
         answer_contained(answer.text, probe.questions[row].golden_answers)
         for row, answer in probe.answers.items()
     ]
-    found = {"calibration_answer": _calibrated(probe, rows, [a.logp for a in answers], right)}
+    found = {}
+    answer_logp = [answer.logp for answer in answers if answer.logp is not None]
+    if len(answer_logp) == len(answers):
+        found["calibration_answer"] = _calibrated(probe, rows, answer_logp, right)
     logp_QT = probe.picked.action_logp_QT
     if logp_QT is None:
         return found

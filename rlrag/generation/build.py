@@ -12,10 +12,10 @@ from pathlib import Path
 from rlrag.config import GeneratorConfig
 from rlrag.errors import ConfigError, GenerationError, SetupError
 from rlrag.generation.cache import CachedGenerator
-from rlrag.generation.identity import generator_identity
+from rlrag.generation.identity import endpoint_identity, generator_identity
 from rlrag.generation.prompts import PromptBuilder, lacks_first_token, load_tokenizer
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.models import resolve_device, resolve_dtype, resolve_model
+from rlrag.models import resolve_device, resolve_dtype, resolve_generator
 from rlrag.records import Prompt
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ def open_generator(
 
     Under `ray` (initialised by the caller) the engines live in a pool of actors and load in the
     background, and say what they have to say in the directory of `logs`, under the run's name that
-    comes with it; under `local` the model is loaded into this process.
+    comes with it; under `local` the model is loaded into this process. A server is asked by this
+    process, and by each that gets a copy of the generator.
 
     Raises:
         ModelNotFoundError: when the model cannot be found.
@@ -41,7 +42,7 @@ def open_generator(
         GenerationError: when the model or the cache cannot be opened.
     """
     config = resolve_config(config, launcher)
-    model_dir = resolve_model(config.model, cache_dir)
+    model_dir = resolve_generator(config, cache_dir)
     check_positions(config, model_dir)
     prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
     if lacks_first_token(model_dir, prompts.prefix_ids):
@@ -52,7 +53,7 @@ def open_generator(
             model_dir,
         )
     engine = partial(open_engine, config, model_dir, prompts.prefix_ids)
-    if launcher == "local":
+    if launcher == "local" or config.is_remote:
         return CachedGenerator(engine(), cache_dir), prompts
     from rlrag.generation.pool import GeneratorPool
 
@@ -110,6 +111,8 @@ def resolve_config(config: GeneratorConfig, launcher: str) -> GeneratorConfig:
     """
     if launcher not in ("ray", "local"):
         raise ConfigError(f"launcher {launcher!r} is unknown; use 'ray' or 'local'")
+    if config.is_remote:
+        return config.model_copy(update={"device": "cpu", "dtype": resolve_dtype(config.dtype)})
     device: str = config.device
     if launcher == "local":
         device = resolve_device(device)
@@ -144,9 +147,14 @@ def open_engine(
     """Load the back end that `config` names into this process.
 
     Raises:
-        SetupError: when vLLM or a C++ compiler is missing.
+        ConfigError: when a server is to be asked with a key that the environment lacks.
+        SetupError: when vLLM, a C++ compiler or the package openai is missing.
         GenerationError: when the model cannot be loaded.
     """
+    if config.is_remote:
+        from rlrag.generation.endpoint_backend import EndpointGenerator
+
+        return EndpointGenerator(config, endpoint_identity(config, model_dir))
     if config.backend == "vllm":
         import importlib.util
 
@@ -190,6 +198,18 @@ def measure_speed(
         refused = (answer for answer in answers if isinstance(answer, GenerationError))
         raise next(refused, GenerationError("no prompt was answered, so that no speed is known"))
     return num_tokens / seconds
+
+
+def check_scores(generator: Generator, prompt: Prompt) -> None:
+    """Ask for one score, so that a server which gives none is found before any work.
+
+    Raises:
+        ConfigError: when it gives none.
+        GenerationError: when it does not answer.
+    """
+    for score in generator.score([prompt], [prompt.token_ids[-1:]]):
+        if isinstance(score, GenerationError):
+            raise score
 
 
 def estimate_duration(num_tokens: int, tokens_per_s: float) -> float:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from rlrag.generation.weights import GeneratorWeights
 
 _FILE_NAME = "generations.sqlite"
+_NO_LOGP = math.inf
+"""Stands in the file for a log-probability that the generator does not give."""
 _COLUMNS = {
     "text": "TEXT",
     "logp": "REAL",
@@ -160,7 +162,7 @@ class CachedGenerator:
         return self._answer(
             [("generate", prompt.token_ids, asked) for prompt in prompts],
             lambda chunk: self._inner.generate([prompts[i] for i in chunk], sampling),
-            lambda row, version: Generation(*row[:-1], version),
+            _generation,
         )
 
     def score(
@@ -241,13 +243,20 @@ def _row(result: Generation | Score, version: int) -> Row:
             f"the generator returned a result of version {result.version} where version {version} "
             "was asked; its weights changed during the call, or it does not tag its results"
         )
-    if math.isnan(result.logp):
+    if result.logp is not None and math.isnan(result.logp):
         raise GenerationError(
             f"the generator returned NaN as log-probability of {result.num_tokens} tokens; its "
             "weights or number format are broken (try generator.dtype float32)"
         )
     text = result.text if isinstance(result, Generation) else ""
-    return (text, result.logp, result.num_tokens, result.num_prompt_tokens, result.version)
+    logp = _NO_LOGP if result.logp is None else result.logp
+    return (text, logp, result.num_tokens, result.num_prompt_tokens, result.version)
+
+
+def _generation(row: Row, version: int) -> Generation:
+    text, logp, num_tokens, num_prompt_tokens, _ = row
+    found = None if logp == _NO_LOGP else logp
+    return Generation(text, found, num_tokens, num_prompt_tokens, version)
 
 
 def _num_tokens(row: Row) -> int:

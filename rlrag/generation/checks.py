@@ -40,7 +40,7 @@ def refused_lengths(
 def answer_others(
     num_prompts: int,
     refused: Mapping[int, GenerationError],
-    answer: Callable[[list[int]], Sequence[Result]],
+    answer: Callable[[list[int]], Sequence[Result | GenerationError]],
 ) -> list[Result | GenerationError]:
     """The errors of refused prompts, and in the other places what `answer` gives for those.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from rlrag.models import resolve_dtype, weights_hash
+from rlrag.config import GeneratorConfig
+from rlrag.models import resolve_dtype, tokenizer_hash, weights_hash
 
 
 def generator_identity(model_dir: Path, backend: str, dtype: str, device: str) -> str:
@@ -17,6 +18,20 @@ def generator_identity(model_dir: Path, backend: str, dtype: str, device: str) -
     """
     parts = (weights_hash(model_dir), backend, resolve_dtype(dtype, device), device)
     return _hashed(parts)
+
+
+def endpoint_identity(config: GeneratorConfig, model_dir: Path) -> str:
+    """The same for a server's model, whose weights nobody here sees.
+
+    Address, the server's name of the model and the tokenizer in `model_dir` decide it.
+    """
+    address = (config.url or "").rstrip("/")
+    return _hashed(("endpoint", address, config.answering_model, tokenizer_hash(model_dir)))
+
+
+def model_hash(config: GeneratorConfig, model_dir: Path) -> str:
+    """What a bundle remembers of its generator: the weights, or which server has them."""
+    return endpoint_identity(config, model_dir) if config.is_remote else weights_hash(model_dir)
 
 
 def pushed_identity(identity: str, digest: str | None) -> str:

@@ -62,7 +62,10 @@ def lacks_first_token(model_dir: Path, prefix_ids: Sequence[int]) -> bool:
     Tokenizers that were converted from other formats, such as GGUF, may have lost it. Known for
     families that were all trained with one, and for tokenizers that promise it.
     """
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    path = model_dir / "config.json"
+    if not path.is_file():  # of a model that a server has, a directory may hold the tokenizer alone
+        return False
+    config = json.loads(path.read_text(encoding="utf-8"))
     first = config.get("bos_token_id", (config.get("text_config") or {}).get("bos_token_id"))
     promises: dict[str, object] = {}
     if (path := model_dir / "tokenizer_config.json").is_file():

@@ -19,7 +19,7 @@ class Update:
     """
 
     text: str
-    logp: float
+    logp: float | None
     num_tokens: int
     finished: bool
 

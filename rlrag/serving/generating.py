@@ -19,16 +19,19 @@ from rlrag.bundle import read_bundle
 from rlrag.config import GeneratorConfig
 from rlrag.errors import (
     CheckpointError,
+    ConfigError,
     GenerationError,
     OverloadedError,
     RequestError,
 )
+from rlrag.generation.identity import model_hash
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
 from rlrag.generation.protocol import Sampling
 from rlrag.generation.stepping import Update
-from rlrag.models import resolve_model, weights_hash
+from rlrag.models import resolve_generator
 from rlrag.pipeline import sampling_of
 from rlrag.records import Passage, Prompt, Question
+from rlrag.serving.endpoint_engine import open_endpoint_engine
 from rlrag.serving.engine_process import open_engine_process
 from rlrag.serving.records import AnswerPiece, Decoding
 from rlrag.serving.settings import ServeSettings
@@ -36,7 +39,7 @@ from rlrag.serving.versions import check_version
 
 # What two versions must have in common to be answered by one engine.
 _ENGINE_FIELDS = frozenset(
-    ("backend", "dtype", "kv_cache_gib", "max_model_len", "request_timeout_s")
+    ("backend", "dtype", "key_variable", "kv_cache_gib", "max_model_len", "request_timeout_s")
 )
 
 
@@ -125,16 +128,18 @@ class GeneratorPart:
             files = read_bundle(directory)
             check_version(version, files.version, directory)
             config = engine_config(files.config.generator, self._settings)
-            model_dir = files.generator_dir or resolve_model(config.model, files.config.cache_path)
-            weights = weights_hash(model_dir)
+            model_dir = files.generator_dir or resolve_generator(config, files.config.cache_path)
+            weights = model_hash(config, model_dir)
             if files.generator_dir is None and weights != files.facts.generator_weights:
+                what = "tokenizer" if config.is_remote else "weights"
                 raise CheckpointError(
-                    f"the model {config.model!r} has weights {weights} here, but bundle "
+                    f"the model {config.model!r} has {what} {weights} here, but bundle "
                     f"{directory} was trained with {files.facts.generator_weights}; provide those"
                 )
             prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
             key = _engine_key(config, weights, prompts.prefix_ids)
-            engine = self._running(key) or self._open_engine(config, model_dir, prompts.prefix_ids)
+            opener = open_endpoint_engine if config.is_remote else self._open_engine
+            engine = self._running(key) or opener(config, model_dir, prompts.prefix_ids)
             max_len = _max_len(config, model_dir)
             loaded = _Loaded(key, engine, prompts, sampling_of(files.config), max_len)
             self._loaded = {**self._loaded, version: loaded}
@@ -205,9 +210,20 @@ class GeneratorPart:
 
 
 def engine_config(config: GeneratorConfig, settings: ServeSettings) -> GeneratorConfig:
-    """A bundle's generator with the resources that the service gives its engine."""
-    backend = settings.generator_backend
-    if backend == "auto":
+    """A bundle's generator with the resources that the service gives its engine.
+
+    Raises:
+        ConfigError: when the service would load a model that a server has.
+    """
+    backend: str = settings.generator_backend
+    if config.is_remote and backend != "auto":
+        raise ConfigError(
+            f"generator_backend is {backend!r}, but the bundle's generator answers at "
+            f"{config.url}; leave the setting at auto"
+        )
+    if config.is_remote:
+        backend = config.backend
+    elif backend == "auto":
         backend = "transformers" if importlib.util.find_spec("vllm") is None else "vllm"
     return config.model_copy(
         update={
@@ -269,5 +285,6 @@ def _engine_key(config: GeneratorConfig, weights: str, prefix_ids: tuple[int, ..
 
 def _max_len(config: GeneratorConfig, model_dir: Path) -> int:
     """Prompt and answer tokens together: what the engine allows and the model can read."""
-    settings = json.loads((model_dir / "config.json").read_text())
+    path = model_dir / "config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
     return min(config.max_model_len, settings.get("max_position_embeddings", config.max_model_len))

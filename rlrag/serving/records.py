@@ -115,7 +115,7 @@ class AnswerPiece:
     """
 
     text: str
-    logp: float
+    logp: float | None
     num_tokens: int
     num_prompt_tokens: int
     num_passages: int

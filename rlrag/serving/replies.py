@@ -81,8 +81,9 @@ class Answer(Reply):
 
     request_id: str
     answer: str
-    answer_logp: float
-    """Log-probability of the answer under the generator, in nats."""
+    answer_logp: float | None
+    """Log-probability of the answer under the generator, in nats; null where the generator does not
+    give it."""
     num_answer_tokens: int
     num_prompt_tokens: int
     num_passages: int

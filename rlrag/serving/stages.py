@@ -46,7 +46,7 @@ class Computed:
 
     chosen: Chosen
     text: str
-    logp: float
+    logp: float | None
     num_tokens: int
     num_prompt_tokens: int
     num_passages: int

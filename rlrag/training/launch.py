@@ -27,6 +27,7 @@ from rlrag.pipeline import (
     open_training_data,
     sampling_of,
 )
+from rlrag.rewards.composite import RewardModel
 from rlrag.training.dro_trainer import DROTrainer
 from rlrag.training.engine_check import check_engines
 from rlrag.training.experience_log import ExperienceLog
@@ -72,6 +73,15 @@ def open_trainer(
     return OpenRAGTrainer(
         config, library, data, pools, generator, judge, reward, workers, run_dir.indexes
     )
+
+
+def needs_scores(config: RunConfig) -> bool:
+    """Whether training asks the generator how probable golden answers are."""
+    if config.training.objective == "jsa":
+        return True
+    if config.trains_retriever:
+        return config.openrag.labels != "gold"
+    return RewardModel(config.reward).needs_score
 
 
 def train_locally(

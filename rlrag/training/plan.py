@@ -194,6 +194,11 @@ def _steps(config: RunConfig) -> list[str]:
 
 def _generator_memory(config: RunConfig) -> list[str]:
     generator = config.generator
+    if generator.is_remote:
+        return [
+            f"  generator   {generator.answering_model} at {generator.url}, asked "
+            f"{generator.batch_size} prompts at once by each process"
+        ]
     size = num_parameters(generator.model, config.cache_path)
     weights = size * NUMBER_BYTES[generator.dtype] / GIB
     where = "GPU" if generator.gpus_per_actor else "CPU"
@@ -263,13 +268,18 @@ def _placement(config: RunConfig) -> list[str]:
             f"  placement   {training.num_workers} Ray Train worker(s) of "
             f"{training.worker_cpus:g} CPU and {training.worker_gpus:g} GPU"
         ]
+    workers = (
+        f"  placement   {training.num_workers} Ray Train worker(s) of {training.worker_cpus:g} CPU "
+        f"and {training.worker_gpus:g} GPU"
+    )
+    if generator.is_remote:
+        return [workers]
     cpus = training.num_workers * training.worker_cpus
     cpus += generator.num_actors * generator.cpus_per_actor
     gpus = training.num_workers * training.worker_gpus
     gpus += generator.num_actors * generator.gpus_per_actor
     return [
-        f"  placement   {training.num_workers} Ray Train worker(s) of {training.worker_cpus:g} CPU "
-        f"and {training.worker_gpus:g} GPU, {generator.num_actors} generator actor(s) of "
+        f"{workers}, {generator.num_actors} generator actor(s) of "
         f"{generator.cpus_per_actor:g} CPU and {generator.gpus_per_actor:g} GPU; {cpus:g} CPU and "
         f"{gpus:g} GPU together",
         f"  nodes       workers: {training.worker_placement}; generator actors: "

@@ -20,7 +20,7 @@ from rlrag.cli.doctor.checks import Answer, failed, ok, warning
 from rlrag.cli.doctor.machine import existing
 from rlrag.config import BUILTIN_MODELS, RunConfig
 from rlrag.errors import ModelNotFoundError, RlragError, RunDirectoryError
-from rlrag.models import resolve_model
+from rlrag.models import resolve_model, tokenizer_hash
 from rlrag.sqlite_files import Journal
 from rlrag.submitted_job import where_to_look
 from rlrag.training.run_directory import RunDirectory
@@ -154,8 +154,8 @@ def models_of(config: RunConfig) -> dict[str, str]:
     return found
 
 
-def check_model(name: str, cache_dir: Path) -> Answer:
-    """Whether a model is on this machine, or can be fetched.
+def check_model(name: str, cache_dir: Path, with_weights: bool = True) -> Answer:
+    """Whether a model, or its tokenizer alone, is on this machine, or can be fetched.
 
     Raises:
         ModelNotFoundError: when it is neither.
@@ -167,7 +167,9 @@ def check_model(name: str, cache_dir: Path) -> Answer:
         if path.is_absolute() or name.startswith((".", "~")):
             resolve_model(name, cache_dir)  # refuses it
         return _hub_model(name)
-    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+    if not with_weights:
+        tokenizer_hash(path)  # refuses a directory without one
+    elif not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         return failed(
             f"{name} lacks config.json or .safetensors weights",
             "save the model there with save_pretrained, or correct the path",
@@ -204,7 +206,7 @@ def check_generator(config: RunConfig) -> Answer:
     from rlrag.generation.build import check_positions
 
     name = config.generator.model
-    answer = check_model(name, config.cache_path)
+    answer = check_model(name, config.cache_path, with_weights=not config.generator.is_remote)
     if answer.status == "ok" and Path(name).expanduser().is_dir():
         check_positions(config.generator, Path(name).expanduser())
     return answer

@@ -70,7 +70,8 @@ def needs_of(config: RunConfig) -> Needs:
     sizes = _Sizes(config.cache_path)
     on_ray = config.training.launcher == "ray"
     generator, training = config.generator, config.training
-    num_actors = (generator.num_actors if on_ray else 1) if asks_generator(config) else 0
+    is_here = asks_generator(config) and not generator.is_remote
+    num_actors = (generator.num_actors if on_ray else 1) if is_here else 0
     num_workers = training.num_workers if on_ray else 1
     held, trained = _learner(config, sizes)
     learner = 4 * held + _STATE_BYTES * trained

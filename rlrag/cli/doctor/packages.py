@@ -76,6 +76,7 @@ def extras_of(config: RunConfig) -> list[str]:
             or any(source.partition(":")[0] == BUILTIN_CORPUS for source in data)
         ),
         "gemma": lambda: "gemma" in of_models,
+        "endpoint": lambda: config.generator.is_remote,
         "hub": lambda: any(source.startswith("hub:") for source in data),
         "mirror": lambda: config.mirror.uri is not None,
         "wandb": lambda: "wandb" in config.training.loggers,

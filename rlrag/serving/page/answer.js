@@ -25,7 +25,8 @@ function otherCandidates({ candidates, passages }) {
 }
 
 function requestFacts({ request_id: id, bundle_version: version, answer_logp: logp, cached }, named) {
-  const facts = [["Request", id], ["Log-probability", fixed(logp, 2)]];
+  const facts = [["Request", id]];
+  if (logp !== null) facts.push(["Log-probability", fixed(logp, 2)]);
   if (named) facts.unshift(["Version", version]);
   if (cached) facts.push(["Cache", "answered before"]);
   const rows = facts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)));
