@@ -8,6 +8,7 @@ import logging
 import pickle
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 
@@ -23,11 +24,14 @@ from endpoint_server import (
     endpoint_server,
     refusal,
 )
+from stand_ins import make_table
 from training_program import tiny_flags
 
-from rlrag.bundle import load_bundle
+from rlrag.bundle import bundle_version, load_bundle, save_bundle
 from rlrag.cli import evaluate, train
-from rlrag.config import GeneratorConfig, PromptConfig, RunConfig
+from rlrag.cli.doctor.needs import needs_of
+from rlrag.cli.doctor.packages import extras_of
+from rlrag.config import DataConfig, GeneratorConfig, PromptConfig, RetrievalConfig, RunConfig
 from rlrag.errors import ConfigError, GenerationError, GeneratorTimeoutError, SetupError
 from rlrag.generation import endpoint_client
 from rlrag.generation.build import check_scores, open_generator, resolve_config
@@ -36,10 +40,13 @@ from rlrag.generation.endpoint_backend import EndpointGenerator
 from rlrag.generation.identity import endpoint_identity
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.generation.transformers_backend import TransformersGenerator
-from rlrag.records import Prompt
+from rlrag.pipeline import open_policy
+from rlrag.records import Passage, Prompt
 from rlrag.serving.endpoint_engine import EndpointEngine
-from rlrag.serving.generating import engine_config
+from rlrag.serving.generating import GeneratorPart, engine_config
+from rlrag.serving.records import Decoding
 from rlrag.serving.settings import ServeSettings
+from rlrag.training.plan import describe_plan
 
 PROMPTS = [
     Prompt(tuple(range(40 + n, 60 + 3 * n)), f"Question: which river, number {n}?\nAnswer:", 0)
@@ -362,6 +369,27 @@ def test_a_closed_generator_says_so(server, open_it):
         generator.generate(PROMPTS[:1], SAMPLING)
 
 
+def test_a_generator_that_is_closed_leaves_nobody_waiting(server, open_it):
+    began, waiting = threading.Event(), threading.Event()
+    generator = open_it()
+    generator.generate(PROMPTS[:1], SAMPLING)
+
+    def hang(body: dict, before: int) -> None:
+        began.set()
+        waiting.wait(20)
+
+    server.fault = hang
+    try:
+        with ThreadPoolExecutor() as pool:
+            found = pool.submit(generator.generate, PROMPTS, SAMPLING)
+            assert began.wait(20)
+            generator.close()
+            answers = found.result(20)
+    finally:
+        waiting.set()
+    assert {str(answer) for answer in answers} == {"this generator was closed; open a new one"}
+
+
 def test_weights_are_not_taken(open_it):
     with pytest.raises(GenerationError, match=r"keeps its own weights; .* vllm or transformers"):
         open_it().load_weights(None)
@@ -438,6 +466,38 @@ def test_the_service_asks_the_address_of_the_bundle(server, open_it):
         expected.num_tokens,
     )
     assert update.finished
+
+
+def test_a_version_of_the_service_answers_by_its_address(server, model_dir, tmp_path):
+    generator = settings(server, model=str(model_dir), max_new_tokens=3)
+    config = RunConfig(
+        cache_dir=str(tmp_path / "cache"),
+        retrieval=RetrievalConfig(kind="bm25", encoder=None, num_candidates=5),
+        generator=generator,
+    )
+    table = make_table(4)
+    save_bundle(tmp_path / "bundle", config, open_policy(config, table), table, {}, 1)
+    version = bundle_version(tmp_path / "bundle")
+    part = GeneratorPart(ServeSettings(bundle="unused"))
+    part.load(version, tmp_path / "bundle")
+    assert part.loaded() == (version,)
+
+    async def collect() -> list:
+        passages = (Passage("a", "France", "The capital is Paris."),)
+        return [piece async for piece in part.generate(version, "capital?", passages, Decoding())]
+
+    (piece,) = asyncio.run(collect())
+    (body,) = asked(server)
+    assert (body["max_tokens"], len(body["prompt"])) == (3, piece.num_prompt_tokens)
+    assert piece.finished
+    part.drop(version)
+    said = describe_plan(config.model_copy(update={"data": DataConfig(corpus="hub:a")}))
+    assert f"{MODEL} at {server.url}, asked 3 prompts at once by each process" in said
+    assert "generator actor" not in said
+    needs = needs_of(config)
+    local = config.model_copy(update={"generator": generator.with_model(str(model_dir))})
+    assert needs.cpus < needs_of(local).cpus
+    assert "endpoint" in extras_of(config)
 
 
 def endpoint_flags(server: EndpointServer, directory: Path) -> list[str]:

@@ -34,6 +34,7 @@ _CLOSING_S = 10.0
 _FOR_NOW = frozenset({408, 409, 429})
 """Statuses below 500 with which a server refuses a request for now."""
 _NO_QUOTA = "insufficient_quota"
+_CLOSED = "this generator was closed; open a new one"
 
 
 class RefusedError(GenerationError):
@@ -70,6 +71,7 @@ class EndpointClient:
         )
         self._slots = asyncio.Semaphore(config.batch_size)
         self._jitter = random.Random()  # training draws from the generators that have a seed
+        self._closing = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="endpoint-client", daemon=True
@@ -97,14 +99,15 @@ class EndpointClient:
 
     def ask(self, body: Mapping[str, Any]) -> Future[Reply | GenerationError]:
         """Send one request; the result and what it raises are those of `ask_all`."""
-        if self._loop.is_closed():
-            raise GenerationError("this generator was closed; open a new one")
+        if self._closing:
+            raise GenerationError(_CLOSED)
         return asyncio.run_coroutine_threadsafe(self._ask(dict(body)), self._loop)
 
     def close(self) -> None:
         """End the requests that are under way, the connections and the thread."""
-        if self._loop.is_closed():
+        if self._closing:
             return
+        self._closing = True
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(_CLOSING_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSING_S)
@@ -118,17 +121,19 @@ class EndpointClient:
         await self._client.close()
 
     async def _ask(self, body: dict[str, Any]) -> Reply | GenerationError:
-        async with self._slots:
-            try:
-                async with asyncio.timeout(self._config.request_timeout_s):
-                    reply = await self._repeat(body)
-            except GenerationError as error:
-                return error
-            except TimeoutError:
-                return GeneratorTimeoutError(self._late())
-            finally:
-                note_answer()
-            return reply
+        try:
+            async with self._slots, asyncio.timeout(self._config.request_timeout_s):
+                return await self._repeat(body)
+        except GenerationError as error:
+            return error
+        except TimeoutError:
+            return GeneratorTimeoutError(self._late())
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
+            return GenerationError(_CLOSED)
+        finally:
+            note_answer()
 
     async def _repeat(self, body: dict[str, Any]) -> Reply:
         """Send a request until there is a reply.
