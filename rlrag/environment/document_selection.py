@@ -118,7 +118,7 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
       `"rgb_array"`, a picture of the picks, which Stable-Baselines3 asks for by default.
 
     ```python
-    >>> import gymnasium as gym, envs
+    >>> import gymnasium as gym, rlrag.environment
     >>> env = gym.make("rlrag/DocumentSelection-v1", num_selected=2)
     >>> env.action_space
     Discrete(9)

@@ -89,7 +89,7 @@ class DocumentSelectionVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np
       environment; `render()` gives one text or picture for each sub-environment.
 
     ```python
-    >>> import gymnasium as gym, envs
+    >>> import gymnasium as gym, rlrag.environment
     >>> batch = gym.make_vec("rlrag/DocumentSelection-v1", num_envs=4)
     >>> _, infos = batch.reset(options={"question_rows": [0, 0, 1, 1]})
     >>> infos["question_row"].tolist(), infos["_question_row"].tolist()
