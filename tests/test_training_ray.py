@@ -109,7 +109,8 @@ def test_a_run_on_ray_leaves_its_products_and_nothing_else(reference):
     for name in ("config.json", "evaluation.json", "bundle/bundle.json", "logs/libraries.log"):
         assert (reference.run_dir / name).is_file(), name
     assert "Token authentication" not in reference.stdout() + reference.stderr()
-    assert reference.stderr().splitlines()[-1].startswith("written to ")
+    last = [line.partition(":")[0] for line in reference.stderr().splitlines()[-2:]]
+    assert last == ["see the report by", "serve it by"]
     assert reference.leftovers() == []
 
 
