@@ -5,6 +5,8 @@ catch either. No class has an `__init__` of its own: an exception with one messa
 a Ray actor boundary unchanged.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Self
 
 
@@ -101,3 +103,16 @@ class RequestError(RlragError, ValueError):
 
 class OverloadedError(RlragError, RuntimeError):
     """A served pipeline has no room for a request now, or a part of it is restarting."""
+
+
+def nearest_name(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of a message about an unknown name: the nearest known one, else `otherwise`.
+
+    Example:
+        >>> nearest_name("bm52", ["bm25", "dense"], "there are: bm25, dense")
+        "did you mean 'bm25'?"
+        >>> nearest_name("xyz", ["bm25", "dense"], "there are: bm25, dense")
+        'there are: bm25, dense'
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise

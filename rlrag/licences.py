@@ -79,7 +79,7 @@ def licences_of(config: RunConfig) -> tuple[PartLicence, ...]:
         for part, name in models.items()
     ]
     if generator.is_remote:
-        source = f"ask whoever serves it at {generator.url}"
+        source = f"ask the provider of {generator.url}"
         found.insert(0, PartLicence("generator", generator.answering_model, UNKNOWN, source))
     corpus = config.data.corpus
     unknown = (UNKNOWN, "check where the corpus comes from")

@@ -6,7 +6,6 @@ its kind is offered that it has parameters for, and its own options, which are i
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import json
@@ -17,8 +16,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rlrag.config import RetrievalConfig, SelectorConfig
-from rlrag.errors import ConfigError, RlragError
+from rlrag.config import RunConfig
+from rlrag.errors import ConfigError, RlragError, nearest_name
 
 OFFERED: Mapping[str, tuple[str, ...]] = {
     "retriever": ("corpus",),
@@ -60,14 +59,13 @@ def load(kind: str, name: str) -> Any:
         raise ConfigError(f"{kind} {name!r} is not of the form 'package.module:name'")
     module = _import(kind, name, module_name)
     if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}{hint}")
+        hint = nearest_name(attribute, vars(module), "correct the name")
+        raise ConfigError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}; {hint}")
     return getattr(module, attribute)
 
 
 def check(kind: str, name: str, words: Sequence[str]) -> None:
-    """Refuse a part that cannot be found or has not these options, without making it.
+    """Check that a part can be found and takes these options, without making it.
 
     Raises:
         ConfigError: what is wrong.
@@ -75,16 +73,15 @@ def check(kind: str, name: str, words: Sequence[str]) -> None:
     _values(kind, name, load(kind, name), words)
 
 
-def check_named(retrieval: RetrievalConfig, selector: SelectorConfig) -> list[str]:
+def check_named(config: RunConfig) -> list[str]:
     """`check` the parts that a configuration names; returns their names."""
-    named = (
-        ("retriever", retrieval.kind, retrieval.options),
-        ("policy", selector.kind, selector.options),
-    )
-    own = [(kind, name, words) for kind, name, words in named if is_own(name)]
-    for kind, name, words in own:
-        check(kind, name, words)
-    return [name for _, name, _ in own]
+    found = []
+    for section, kind in SECTIONS.items():
+        part = getattr(config, section)
+        if is_own(part.kind):
+            check(kind, part.kind, part.options)
+            found.append(part.kind)
+    return found
 
 
 def make(kind: str, name: str, words: Sequence[str], **offered: Any) -> Any:
@@ -194,12 +191,7 @@ def _values(kind: str, name: str, factory: Any, words: Sequence[str]) -> dict[st
         if not equals:
             raise ConfigError(f"option {word!r} of {kind} {name!r} is not of the form 'name=value'")
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"it has: {', '.join(known) or 'no options'}"
-            )
+            hint = nearest_name(option, known, f"it has: {', '.join(known) or 'no options'}")
             raise ConfigError(f"{kind} {name!r} has no option {option!r}; {hint}")
         values[option] = _value(kind, name, option, hints.get(option, str), text)
     missing = [

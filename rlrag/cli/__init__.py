@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Sequence
 
 from rlrag.cli.command_line import run_program
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, nearest_name
 
 COMMANDS = {
     "train": ("train", "train a recipe, then compare what came out with its baselines"),
@@ -41,7 +40,6 @@ def _run(argv: Sequence[str]) -> None:
         return
     name, *words = argv
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(COMMANDS)}"
+        hint = nearest_name(name, COMMANDS, f"there are: {', '.join(COMMANDS)}")
         raise ConfigError(f"unknown command {name!r}; {hint}")
     importlib.import_module(f"rlrag.cli.{COMMANDS[name][0]}").main(words)

@@ -1,4 +1,4 @@
-"""A launcher's name in; a reachable Ray cluster, or none, for the length of a block out."""
+"""Joins or starts the Ray cluster that a program runs on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words of a command line in; a typed value, or one clear error and an exit code, out.
+"""Parses command lines, and turns errors into one line and an exit code.
 
 Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 75 preempted and 130
 interrupted by Ctrl-C (the same command continues), 1 anything else. The last line on stderr is then
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import os
@@ -36,6 +35,7 @@ from rlrag.errors import (
     RlragError,
     RunDirectoryError,
     SetupError,
+    nearest_name,
 )
 
 Arguments = TypeVar("Arguments")
@@ -157,8 +157,7 @@ def pick_recipe(
         raise SystemExit(0)
     name, *rest = argv
     if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(recipes)}"
+        hint = nearest_name(name, recipes, f"there are: {', '.join(recipes)}")
         raise ConfigError(f"unknown recipe {name!r}; {hint}")
     return recipes[name](), rest
 

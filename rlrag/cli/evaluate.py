@@ -7,7 +7,6 @@ Beside the output, `NAME.questions.jsonl` has every question, for `rlrag report`
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -30,7 +29,7 @@ from rlrag.cli.opened_bundle import (
 )
 from rlrag.config import RunConfig, describe_validation_error
 from rlrag.config.training import System
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, nearest_name
 
 if TYPE_CHECKING:  # they bring torch, which --help does without
     from rlrag.bundle import Bundle
@@ -79,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         found = _evaluate(arguments)
         try:
             Console().print(found.shown)
-        finally:  # also where nobody reads the table any more
+        finally:  # also when standard output was closed
             found.write(arguments.output)
 
 
@@ -108,8 +107,7 @@ def evaluate(
     """
     known = {field.name for field in fields(EvaluateArguments)}
     for name in options.keys() - known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}"
+        hint = nearest_name(name, known, f"there are: {', '.join(sorted(known))}")
         raise ConfigError(f"evaluate has no option {name!r}; {hint}")
     wanted = None if output is None else Path(output)
     arguments = EvaluateArguments(

@@ -181,7 +181,8 @@ def _export_rounds(config: RunConfig, run_dir: RunDirectory, arguments: ExportAr
     """A run in turns has no checkpoints of all parts together, but the bundle that it ended with.
 
     Raises:
-        CheckpointError: when it has not ended, or a checkpoint of the whole is asked for.
+        CheckpointError: when the run has not ended, or a single checkpoint is asked for, which a
+            run in turns has only of its turns.
     """
     from rlrag.bundle import copy_bundle
     from rlrag.storage import find_whole

@@ -140,7 +140,7 @@ def _judge(arguments: JudgeArguments, path: Path, output: Path) -> None:
         record["failures"] = sorted(set(judged.failed.values()))
     try:
         Console().print(render(record, f"{len(questions)} questions, judged by {arguments.model}"))
-    finally:  # also where nobody reads the table any more
+    finally:  # also when standard output was closed
         write_output(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
     print(f"written to {output}", file=sys.stderr)
 

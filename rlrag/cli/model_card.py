@@ -1,4 +1,4 @@
-"""What a bundle says of itself in; a model card with front matter, as model hubs show it, out."""
+"""Writes the model card of a bundle, with the front matter that model hubs read."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ questions that name them (`metadata.gold_ids`); the others are counted.
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -31,7 +30,7 @@ from rlrag.cli.opened_bundle import (
     write_output,
 )
 from rlrag.config import RunConfig
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, nearest_name
 
 if TYPE_CHECKING:  # they bring torch, which --help does without
     from rlrag.evaluation.picked import Part, Picked
@@ -72,7 +71,7 @@ class ProbeArguments:
     contradictions: tuple[int, ...] = (0, 1, 2)
     """How many copies of the gold passages with another answer `contradictions` adds, rising."""
     max_orders: int = 24
-    """Orders that `order` tries: all of them, or so many drawn ones where there are more."""
+    """Most orders that `order` tries; where a question has more, it tries a sample of this size."""
     launcher: Literal["ray", "local"] | None = None
     """Where the generator runs; as in training when unset."""
     allow_code: tuple[str, ...] = ()
@@ -146,7 +145,7 @@ def _probe(arguments: ProbeArguments) -> None:
         console.print(render(record, title))
         for line in _remarks(gold, errors, left_out, prompts):
             console.print(line, style="dim", markup=False, highlight=False)
-    finally:  # also where nobody reads the table any more
+    finally:  # also when standard output was closed
         write_output(arguments.output, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
@@ -155,8 +154,7 @@ def _measures(words: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name for word in words for name in word.split(",") if name))
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+            hint = nearest_name(name, known, f"there are: {', '.join(known)}")
             raise ConfigError(f"--measures has the unknown name {name!r}; {hint}")
     return names
 

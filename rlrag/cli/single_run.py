@@ -1,4 +1,4 @@
-"""A configuration and a run directory in; a trained bundle and its comparison out."""
+"""Runs one training: open everything, train, write the bundle, compare with baselines."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
     if config.selector.reads_texts:
         resolve_model(config.selector.model, config.cache_path)
     RewardModel(config.reward)
-    plugins.check_named(config.retrieval, config.selector)
+    plugins.check_named(config)
     registered(config.environment.id)
     evaluation = None
     if evaluate:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import get_args
 
 from pydantic import BaseModel, ValidationError
+
+from rlrag.errors import nearest_name
 
 
 def describe(error: ValidationError, root: type[BaseModel]) -> str:
@@ -22,12 +23,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
         path = ".".join(map(str, parts)) or "the configuration"
         if problem["type"] == "extra_forbidden":
             names = sections[tuple(p for p in parts[:-1] if isinstance(p, str))].model_fields
-            near = difflib.get_close_matches(str(parts[-1]), names, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"valid fields: {', '.join(sorted(names))}"
-            )
+            listing = f"valid fields: {', '.join(sorted(names))}"
+            hint = nearest_name(str(parts[-1]), names, listing)
             sentences.append(f"unknown field {path!r}; {hint}")
         elif problem["type"] == "value_error":
             sentences.append(str(problem["ctx"]["error"]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from rlrag.errors import nearest_name
 from rlrag.openai_api import DEFAULT_KEY_VARIABLE, check_address
 
 BUILTIN_GENERATOR = "smollm2-135m-instruct"
@@ -43,8 +43,7 @@ def _known_or_own(names: Sequence[str]) -> AfterValidator:
 
     def check(value: str) -> str:
         if value not in names and ":" not in value:
-            near = difflib.get_close_matches(value, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
+            hint = nearest_name(value, names, f"there are: {', '.join(names)}")
             raise ValueError(f"{value!r} is unknown; {hint} One of your own is package.module:name")
         return value
 

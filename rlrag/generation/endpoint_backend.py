@@ -108,7 +108,7 @@ class EndpointGenerator:
 
     @property
     def version(self) -> int:
-        """Always 0: nobody here changes the weights."""
+        """Always 0: the weights on the server are never changed from here."""
         return 0
 
     @property

@@ -21,7 +21,7 @@ def generator_identity(model_dir: Path, backend: str, dtype: str, device: str) -
 
 
 def endpoint_identity(config: GeneratorConfig, model_dir: Path) -> str:
-    """The same for a server's model, whose weights nobody here sees.
+    """The identity of a model on a server, whose weights cannot be read.
 
     Address, the server's name of the model and the tokenizer in `model_dir` decide it.
     """

@@ -73,8 +73,8 @@ class PluginRetriever:
         """
         if not callable(getattr(self._part, "scores", None)):
             raise ConfigError(
-                f"retriever {self._kind!r} has no method 'scores', which filters that name ids and "
-                "retrieval.bm25_scores need; add it"
+                f"retriever {self._kind!r} has no method 'scores', which filters that name ids "
+                "need; add it"
             )
         ids = [[self._corpus[int(row)].id for row in rows_N] for rows_N in rows_BN]
         found = self._ask("scores", questions, ids)

@@ -7,14 +7,13 @@ a number or a dict of named numbers.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rlrag import plugins
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, nearest_name
 from rlrag.rewards.builtin import BUILTIN_REWARDS
 
 KEYWORDS: Mapping[str, str] = {
@@ -76,14 +75,11 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def _unknown_builtin(name: str) -> str:
-    near = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1)
-    hint = (
-        f"did you mean {near[0]!r}?"
-        if near
-        else f"built-in rewards: {', '.join(BUILTIN_REWARDS)}; "
+    listing = (
+        f"built-in rewards: {', '.join(BUILTIN_REWARDS)}; "
         "a function of your own is named 'package.module:function'"
     )
-    return f"unknown reward {name!r}; {hint}"
+    return f"unknown reward {name!r}; {nearest_name(name, BUILTIN_REWARDS, listing)}"
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -122,9 +118,7 @@ def _unfillable(name: str, parameter: inspect.Parameter) -> str:
             f"reward {name!r}: parameter {parameter.name!r} is positional-only; rewards are called "
             "with keywords"
         )
-    near = difflib.get_close_matches(parameter.name, KEYWORDS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     return (
         f"reward {name!r}: no keyword fills the parameter {parameter.name!r}; "
-        f"{hint}available: {', '.join(KEYWORDS)}"
+        f"{nearest_name(parameter.name, KEYWORDS, 'rename it;')} available: {', '.join(KEYWORDS)}"
     )

@@ -10,18 +10,13 @@ from rlrag.retrieval.cut_tokens import CutTokens, count_cut
 from rlrag.selection.listwise_prompt import RankingPrompt
 
 
-def reads_texts(config: SelectorConfig) -> bool:
-    """Whether a built-in policy reads passages with `selector.model`."""
-    return config.kind in ("bi_encoder", "cross_encoder", "listwise_lm")
-
-
 def count_unread(config: SelectorConfig, model_dir: Path, passages: Sequence[str]) -> CutTokens:
     """What of the passages, each its title and text, `selector.max_tokens` leaves out.
 
     The model is not loaded for it. A cross-encoder reads the question too, and so less of them.
 
     Args:
-        config: Of a policy for which `reads_texts` is true.
+        config: Of a policy that `reads_texts`.
         model_dir: Directory of its model.
         passages: The passages.
     """

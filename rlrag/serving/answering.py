@@ -1,4 +1,4 @@
-"""Questions in; their answers out, each by one bundle version from retrieval to the last token.
+"""Answers a question through retrieval, selection and generation of one bundle version.
 
 The order of one answer: room, version, caches, retrieve, select, generate; then the record of its
 selection and the shadow's turn. All routes answer through here.
@@ -20,7 +20,7 @@ from rlrag.serving.limits import Admission
 from rlrag.serving.metrics import Metrics
 from rlrag.serving.problems import DeadlineError
 from rlrag.serving.questions import Ask, check_ask
-from rlrag.serving.records import Pipeline, Retrieved, Routing, VersionDesk
+from rlrag.serving.records import Retrieved, Routing, ServedPipeline, VersionDesk
 from rlrag.serving.settings import ServeSettings
 from rlrag.serving.shadow import ShadowRuns
 from rlrag.serving.stages import Chosen, Computed, answer_in_stages, last_of
@@ -71,7 +71,7 @@ class Answering:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: ServedPipeline,
         desk: VersionDesk,
         settings: ServeSettings,
         metrics: Metrics,

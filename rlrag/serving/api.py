@@ -1,6 +1,6 @@
-"""A pipeline, its versions and settings in; the ASGI application that serves them over HTTP out.
+"""The ASGI application: its routes, middleware and OpenAPI document.
 
-Nothing in here knows Ray: `Pipeline` and `VersionDesk` stand for whatever does the work.
+Nothing in here knows Ray: `ServedPipeline` and `VersionDesk` stand for whatever does the work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlrag.serving.limits import Hosts, open_keys
 from rlrag.serving.metrics import Metrics
 from rlrag.serving.openai_routes import openai_routes
 from rlrag.serving.problems import problem_of, problem_response
-from rlrag.serving.records import Pipeline, VersionDesk
+from rlrag.serving.records import ServedPipeline, VersionDesk
 from rlrag.serving.service import Service
 from rlrag.serving.settings import ServeSettings
 from rlrag.serving.status_routes import add_page, health_routes, status_routes
@@ -51,7 +51,7 @@ this document and the page are open, and `/admin` takes keys of its own.
 
 
 def create_api(
-    pipeline: Pipeline,
+    pipeline: ServedPipeline,
     desk: VersionDesk,
     settings: ServeSettings,
     feedback: FeedbackStore | None = None,
@@ -123,7 +123,10 @@ def create_api(
 
 
 def _service(
-    pipeline: Pipeline, desk: VersionDesk, settings: ServeSettings, feedback: FeedbackStore | None
+    pipeline: ServedPipeline,
+    desk: VersionDesk,
+    settings: ServeSettings,
+    feedback: FeedbackStore | None,
 ) -> Service:
     metrics = Metrics()
     log = None

@@ -1,4 +1,4 @@
-"""Arguments of `serve run` in; the application that Ray Serve runs out.
+"""Builds the Ray Serve application from the arguments of `serve run`.
 
 serve run serve.app:build bundle=runs/quickstart/bundle
 """

@@ -72,7 +72,7 @@ class RetrieverReplica(_Replica):
     async def retrieve(
         self, version: str, question: str, num_candidates: int | None, filters: Filters
     ) -> Retrieved | RlragError:
-        """See `Pipeline.retrieve`; an error is returned, not raised."""
+        """See `ServedPipeline.retrieve`; an error is returned, not raised."""
         found: Retrieved | RlragError = await self._batched(
             (version, Ask(question, num_candidates, filters))
         )
@@ -110,7 +110,7 @@ class SelectorReplica(_Replica):
         num_selected: int | None,
         explore: bool,
     ) -> Picked | RlragError:
-        """See `Pipeline.select`; an error is returned, not raised."""
+        """See `ServedPipeline.select`; an error is returned, not raised."""
         seed = self._random.getrandbits(63) if explore else 0
         found: Picked | RlragError = await self._batched(
             (version, Choice(question, retrieved, num_selected, explore, seed))
@@ -135,7 +135,7 @@ class GeneratorReplica(_Replica):
     async def generate(
         self, version: str, question: str, passages: tuple[Passage, ...], decoding: Decoding
     ) -> AsyncIterator[AnswerPiece | RlragError]:
-        """See `Pipeline.generate`; an error is the last piece."""
+        """See `ServedPipeline.generate`; an error is the last piece."""
         pieces = self._part.generate(version, question, passages, decoding)
         async with aclosing(pieces):  # a call that is cancelled frees its slot at once
             try:

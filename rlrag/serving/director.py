@@ -1,4 +1,4 @@
-"""A bundle's path in; the bundle loaded by all replicas, checked, and in its role, out.
+"""Loads a new bundle on all replicas, checks it and gives it its role.
 
 The check asks the bundle's own golden questions, through the same parts as any request, and
 compares answers and picks with those that the run's evaluation recorded. Other software or hardware
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rlrag.bundle_files import GoldenQuestion, read_bundle
 from rlrag.errors import CheckpointError, GeneratorTimeoutError, RequestError, RlragError
-from rlrag.serving.records import Decoding, Filters, Pipeline, Routing
+from rlrag.serving.records import Decoding, Filters, Routing, ServedPipeline
 from rlrag.serving.versions import ROLES, Report, VersionRegistry, Wanted
 
 logger = logging.getLogger("rlrag.serve")
@@ -62,7 +62,7 @@ class Director:
         path: str,
         state_dir: Path,
         bounds: Bounds,
-        pipeline: Pipeline,
+        pipeline: ServedPipeline,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         version = read_bundle(Path(path)).version

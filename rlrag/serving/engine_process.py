@@ -1,4 +1,4 @@
-"""A model directory in; an engine in a process of its own, and a client that streams from it, out.
+"""A generation engine in a process of its own, and the client that streams from it.
 
 vLLM keeps global state, so that two engines in one process could not be closed one by one. Each set
 of weights therefore gets a Ray actor, which runs the engine exactly as training does.

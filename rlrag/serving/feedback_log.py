@@ -1,4 +1,4 @@
-"""Selections and feedback in; rows of a feedback store out, without holding up the event loop."""
+"""Writes selections and feedback to the feedback store without blocking the event loop."""
 
 from __future__ import annotations
 

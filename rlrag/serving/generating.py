@@ -1,4 +1,4 @@
-"""Bundle versions, questions and passages in; answers as they are decoded out.
+"""Generation in the service: the engines of all bundle versions, and their answers.
 
 Versions whose generators have the same weights share one engine.
 """

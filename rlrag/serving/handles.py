@@ -1,4 +1,4 @@
-"""Ray Serve handles in; the `Pipeline` of the HTTP side, and calls to the registry, out.
+"""Calls to the retriever, selector, generator and registry through Ray Serve handles.
 
 What goes wrong between replicas becomes an error of this project: a replica that died, is missing
 or is full is an `OverloadedError`. A call that failed because its replica died is made once more,
@@ -35,7 +35,7 @@ Down = Callable[[str], asyncio.Event]
 
 
 class RayPipeline:
-    """The parts of a service behind their handles; implements `Pipeline`.
+    """The parts of a service behind their handles; implements `ServedPipeline`.
 
     Args:
         retriever: Handle of the retriever deployment.
@@ -53,7 +53,7 @@ class RayPipeline:
     async def retrieve(
         self, version: str, question: str, num_candidates: int | None, filters: Filters
     ) -> Retrieved:
-        """See `Pipeline.retrieve`."""
+        """See `ServedPipeline.retrieve`."""
         ask = self._retriever.retrieve.remote
         return await self._call(
             "retriever", lambda: ask(version, question, num_candidates, filters)
@@ -67,7 +67,7 @@ class RayPipeline:
         num_selected: int | None,
         explore: bool,
     ) -> Picked:
-        """See `Pipeline.select`."""
+        """See `ServedPipeline.select`."""
         ask = self._selector.select.remote
         return await self._call(
             "selector", lambda: ask(version, question, retrieved, num_selected, explore)
@@ -76,7 +76,7 @@ class RayPipeline:
     async def generate(
         self, version: str, question: str, passages: tuple[Passage, ...], decoding: Decoding
     ) -> AsyncIterator[AnswerPiece]:
-        """See `Pipeline.generate`."""
+        """See `ServedPipeline.generate`."""
         for tries_left in (1, 0):
             pieces = self._generator.generate.remote(version, question, passages, decoding)
             handed_on = False

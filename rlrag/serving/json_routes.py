@@ -1,4 +1,4 @@
-"""Bodies in; JSON in UTF-8 out, or a refusal that says why it is not; and what OpenAPI says of it.
+"""Routes with JSON bodies: parsing, refusals and their OpenAPI description.
 
 `JsonRoute` is the route class of everything under the API.
 """

@@ -1,4 +1,4 @@
-"""Events of the HTTP side in; Prometheus text out.
+"""Prometheus metrics of the HTTP side.
 
 Each application has a registry of its own, so that several can live in one process.
 """

@@ -1,4 +1,4 @@
-"""An error in; a problem document (RFC 9457) without internals, and its HTTP response, out."""
+"""Problem documents (RFC 9457): HTTP responses for errors, without internals."""
 
 from __future__ import annotations
 

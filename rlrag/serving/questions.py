@@ -1,4 +1,4 @@
-"""What a client wants in; a checked question with all that decides its answer out."""
+"""Checks a request, and resolves everything that decides its answer."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class AnswerPiece:
     finished: bool
 
 
-class Pipeline(Protocol):
+class ServedPipeline(Protocol):
     """What the HTTP side asks of the parts. Each call names the bundle version that must answer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Results of the pipeline in; HTTP responses, whole or as a stream of events, out."""
+"""HTTP responses of the pipeline: whole, or as a stream of server-sent events."""
 
 from __future__ import annotations
 

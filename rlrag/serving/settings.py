@@ -1,4 +1,4 @@
-"""What the operator of a service decides: `serve run` arguments or YAML in, checked values out."""
+"""Settings of the service, from `serve run` arguments or YAML."""
 
 from __future__ import annotations
 

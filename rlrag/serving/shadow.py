@@ -1,4 +1,4 @@
-"""Answers of the active version in; how the shadow's answers to the same questions compare out."""
+"""Compares a shadow version's answers with those of the active version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A question and a version in; the stages of its answer out: selection, pieces of text, the whole.
+"""The stages of one answer: selection, pieces of text, the whole answer.
 
 Every stage is timed, and each runs only when its consumer asks for what comes next.
 """
@@ -15,7 +15,7 @@ from rlrag.errors import GenerationError
 from rlrag.records import Passage
 from rlrag.serving.metrics import Metrics
 from rlrag.serving.questions import Ask
-from rlrag.serving.records import AnswerPiece, Picked, Pipeline, Retrieved
+from rlrag.serving.records import AnswerPiece, Picked, Retrieved, ServedPipeline
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -55,7 +55,7 @@ class Computed:
 
 
 async def answer_in_stages(
-    pipeline: Pipeline,
+    pipeline: ServedPipeline,
     version: str,
     ask: Ask,
     explore: bool,
@@ -75,7 +75,8 @@ async def answer_in_stages(
         metrics: Takes the stages' times and the tokens.
 
     Raises:
-        GenerationError: when the engine ends without finishing the answer; else as `Pipeline` does.
+        GenerationError: when the engine ends without finishing the answer; else as
+            `ServedPipeline` does.
     """
     times_ms: dict[str, float] = {}
 

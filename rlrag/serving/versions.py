@@ -1,4 +1,4 @@
-"""Reports of replicas in; which bundles they must hold, and which version answers, out.
+"""Decides which bundles replicas must hold and which version answers.
 
 A bundle enters as a candidate: all replicas load it beside what serves. Once all have, and its
 golden questions are answered as recorded, it takes a role, and requests that begin from then on

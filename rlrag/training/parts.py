@@ -27,7 +27,7 @@ from rlrag.pipeline import TrainingData, open_policy
 from rlrag.retrieval.cut_tokens import sampled_texts
 from rlrag.selection.build import TrainablePolicy
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
-from rlrag.selection.unread import count_unread, reads_texts, unread_warning
+from rlrag.selection.unread import count_unread, unread_warning
 from rlrag.storage import restore_weights
 from rlrag.training.experience import Experience
 from rlrag.training.generator_examples import BuiltExamples, thinned, weighted_examples
@@ -88,7 +88,7 @@ class TrainedParts:
     def _warn_of_unread(self) -> None:
         """Say once what the policy does not read of passages, where it reads their texts."""
         selector = self._config.selector
-        if not reads_texts(selector) or self._workers.rank:
+        if not selector.reads_texts or self._workers.rank:
             return
         model_dir = resolve_model(selector.model, self._config.cache_path)
         texts = sampled_texts(self._data.train.corpus)

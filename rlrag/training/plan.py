@@ -1,4 +1,4 @@
-"""A configuration in; what a run of it will do, hold in memory and occupy, as text, out.
+"""The plan of a run as text: steps, memory and placement (`--dry-run`).
 
 No model is loaded, and nothing is fetched: sizes of models that are not on this machine are read
 from their names, and questions and passages that are not are not counted.

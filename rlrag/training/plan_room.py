@@ -72,10 +72,10 @@ def _encoded(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
 
 def _selected(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
     """What a policy that reads texts does not read."""
-    from rlrag.selection.unread import count_unread, reads_texts, unread_warning
+    from rlrag.selection.unread import count_unread, unread_warning
 
     selector = config.selector
-    if not reads_texts(selector):
+    if not selector.reads_texts:
         return
     directory = model_here(selector.model, config.cache_path)
     if directory is None:

@@ -1,4 +1,4 @@
-"""A recipe and this machine in; what would keep a run from working, before it starts, out.
+"""Checks, before a run starts, of everything that would keep it from working.
 
 `rlrag doctor` runs the checks; each is a function that returns an `Answer`. Neither Ray
 nor a GPU need be there, and vLLM is never imported.

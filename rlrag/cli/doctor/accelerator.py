@@ -1,4 +1,4 @@
-"""The GPUs that a run needs in; whether torch can use those of this machine, out."""
+"""Checks of GPUs: whether torch can use those that a run needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A check by name in; what it found and what to do about it, in bounded time, out."""
+"""What a check is: a function with a time limit that says ok, warning or failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The address of a Ray cluster in, as the only word; its resources on stdout, as JSON, out."""
+"""Prints the resources of a Ray cluster as JSON; run as a program with its address."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A configuration and its directories in; whether what a run reads and writes is right, out.
+"""Checks of corpus, questions, models and directories that a run reads and writes.
 
 Nothing is left behind, and nothing is fetched.
 """
@@ -20,7 +20,7 @@ from rlrag.cli.doctor.checks import Answer, failed, ok, warning
 from rlrag.cli.doctor.machine import existing
 from rlrag.config import BUILTIN_MODELS, RunConfig
 from rlrag.errors import ModelNotFoundError, RlragError, RunDirectoryError
-from rlrag.models import resolve_model, tokenizer_hash
+from rlrag.models import model_here, resolve_model, tokenizer_hash
 from rlrag.sqlite_files import Journal
 from rlrag.submitted_job import where_to_look
 from rlrag.training.run_directory import RunDirectory
@@ -166,7 +166,9 @@ def check_model(name: str, cache_dir: Path, with_weights: bool = True) -> Answer
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")):
             resolve_model(name, cache_dir)  # refuses it
-        return _hub_model(name)
+        if model_here(name, cache_dir) is not None:
+            return ok(f"{name}: was fetched before")
+        return _on_hub(name)
     if not with_weights:
         tokenizer_hash(path)  # refuses a directory without one
     elif not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
@@ -177,23 +179,19 @@ def check_model(name: str, cache_dir: Path, with_weights: bool = True) -> Answer
     return ok(f"{name}: is there")
 
 
-def _hub_model(name: str) -> Answer:
-    from huggingface_hub import HfApi, snapshot_download
+def _on_hub(name: str) -> Answer:
+    from huggingface_hub import HfApi
 
     try:
-        snapshot_download(name, local_files_only=True)
-    except (OSError, ValueError):  # what the hub's library raises for what is not here
-        try:
-            HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ModelNotFoundError(
-                f"model {name!r} is neither on this machine nor reachable on the hub "
-                f"({reason[:200]}); give a local path, or a built-in name: "
-                f"{', '.join(BUILTIN_MODELS)}"
-            ) from error
-        return ok(f"{name}: is fetched from the hub when the run starts")
-    return ok(f"{name}: was fetched before")
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelNotFoundError(
+            f"model {name!r} is neither on this machine nor reachable on the hub "
+            f"({reason[:200]}); give a local path, or a built-in name: "
+            f"{', '.join(BUILTIN_MODELS)}"
+        ) from error
+    return ok(f"{name}: is fetched from the hub when the run starts")
 
 
 def check_generator(config: RunConfig) -> Answer:
@@ -230,7 +228,7 @@ def check_own_parts(config: RunConfig) -> Answer:
     Raises:
         ConfigError: naming what is wrong.
     """
-    return ok(", ".join(plugins.check_named(config.retrieval, config.selector)) or "none")
+    return ok(", ".join(plugins.check_named(config)) or "none")
 
 
 def check_environment_of(config: RunConfig) -> Answer:

@@ -1,4 +1,4 @@
-"""What a run needs in; whether this machine has it, free memory to free ports, out.
+"""Checks of this machine: free memory, disk, shared memory, file descriptors, ports.
 
 What is read from the machine is read by a function that a caller may replace.
 """

@@ -1,4 +1,4 @@
-"""A configuration in; roughly what a run of it occupies, as numbers to compare a machine with, out.
+"""Estimates what a run occupies: memory, disk, CPUs and GPUs.
 
 The sums are those of `rlrag.training.plan`, with what each process takes by itself added.
 """

@@ -1,4 +1,4 @@
-"""The project's requirements and a configuration in; whether what is installed fits them, out."""
+"""Checks of Python and of the installed packages against the requirements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reserves in; whether the cluster that RAY_ADDRESS names, or this machine, has it, out.
+"""Checks of the Ray cluster that RAY_ADDRESS names, or of this machine in its place.
 
 The cluster is asked by a process of its own, which is ended when it does not come back: a client
 of Ray that finds no answer waits for minutes and may end its process.

@@ -1,4 +1,4 @@
-// One request in; its answer as it is written, with passages, timings and feedback, out.
+// Shows one answer while it is written, with passages, timings and feedback.
 
 import { Problem, ask } from "./api.js";
 import { count, fixed, make, rounded, table } from "./elements.js";

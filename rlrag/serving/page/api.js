@@ -1,4 +1,4 @@
-// Questions in; the service's answers out, as JSON or as a stream of events.
+// Calls the service's API: JSON answers and streams of events.
 
 const KEY = "rlrag.api-key";
 const READ_TIMEOUT_MS = 10_000;

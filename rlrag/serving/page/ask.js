@@ -1,4 +1,4 @@
-// A typed question and its options in; one answer, or two side by side, out.
+// The question form: asks once, or twice to compare two versions.
 
 import { AnswerView } from "./answer.js";
 import { Problem, getJson } from "./api.js";

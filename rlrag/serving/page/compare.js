@@ -1,4 +1,4 @@
-// Two answers to one question in; what differs between them, in words, out.
+// Shows in words how two answers to one question differ.
 
 /**
  * How each passage of the second list stands against the first, by id: {kind, text} with kind

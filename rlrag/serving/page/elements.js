@@ -1,4 +1,4 @@
-// Values in; page elements and readable numbers out. Data becomes text nodes, never markup.
+// Makes page elements and readable numbers. Data becomes text nodes, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 

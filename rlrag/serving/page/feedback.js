@@ -1,4 +1,4 @@
-// The id of an answered request in; two buttons that tell the service what the answer was worth out.
+// The two buttons that send feedback on an answer.
 
 import { Problem, sendFeedback } from "./api.js";
 import { draw, make } from "./elements.js";

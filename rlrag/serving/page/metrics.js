@@ -1,4 +1,4 @@
-// Prometheus text in; counts, shares and estimated quantiles out.
+// Parses Prometheus text: counts, shares and estimated quantiles.
 
 /** The names under which the service reports, in one place. */
 export const NAMES = {

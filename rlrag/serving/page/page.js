@@ -1,4 +1,4 @@
-// Key presses and the address in; the right tab, the chosen colours and the settings out.
+// The page: tabs, colour theme, keyboard shortcuts and settings in the address.
 
 import { apiKey, setApiKey } from "./api.js";
 import { startAsking, stop } from "./ask.js";

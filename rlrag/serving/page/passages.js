@@ -1,4 +1,4 @@
-// Passages in the order picked in; a list that shows why each was picked and where the answer is out.
+// The list of picked passages: why each was picked, and where the answer is in it.
 
 import { make, percent, rounded, withPart } from "./elements.js";
 

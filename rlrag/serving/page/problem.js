@@ -1,4 +1,4 @@
-// A Problem of api.js in; the notice that tells a person what happened and what to do out.
+// Shows a failed request: what happened, and what to do.
 
 import { byId, make } from "./elements.js";
 

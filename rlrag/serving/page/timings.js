@@ -1,4 +1,4 @@
-// The milliseconds of each stage in; a thin stacked bar and the same as a table out.
+// The time of each stage, as a stacked bar and as a table.
 
 import { duration, make, table, withPart } from "./elements.js";
 

@@ -1,4 +1,4 @@
-// Recent requests and metrics of the service in; tables, bars and a small curve, kept fresh, out.
+// Recent requests and metrics of the service, refreshed while shown.
 
 import { Problem, getJson, getText } from "./api.js";
 import { byId, count, draw, duration, make, percent, table, withPart } from "./elements.js";
