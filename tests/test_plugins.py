@@ -137,7 +137,9 @@ def test_a_retriever_that_breaks_its_contract_is_named(module, what, error):
 
 
 def test_configurations_name_what_is_wrong():
-    with pytest.raises(ValueError, match=r"'bm52' is unknown; did you mean 'bm25'\?"):
+    with pytest.raises(
+        ValueError, match=r"retrieval\.kind 'bm52' is unknown; did you mean 'bm25'\?"
+    ):
         RetrievalConfig(kind="bm52")
     with pytest.raises(ValueError, match=r"retrieval\.options are for a part of your own"):
         RetrievalConfig(options=("weight=3",))

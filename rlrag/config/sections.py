@@ -38,13 +38,15 @@ class Section(BaseModel):
     )
 
 
-def _known_or_own(names: Sequence[str]) -> AfterValidator:
-    """Takes one of these names, or `package.module:name` of a part of somebody's own."""
+def _known_or_own(field: str, names: Sequence[str]) -> AfterValidator:
+    """Takes for this field one of these names, or `package.module:name` of one's own part."""
 
     def check(value: str) -> str:
         if value not in names and ":" not in value:
             hint = nearest_name(value, names, f"there are: {', '.join(names)}")
-            raise ValueError(f"{value!r} is unknown; {hint} One of your own is package.module:name")
+            raise ValueError(
+                f"{field} {value!r} is unknown; {hint} (one of your own is package.module:name)"
+            )
         return value
 
     return AfterValidator(check)
@@ -84,7 +86,7 @@ class DataConfig(Section):
 class RetrievalConfig(Section):
     """How candidates are found."""
 
-    kind: Annotated[str, _known_or_own(RETRIEVERS)] = "hybrid"
+    kind: Annotated[str, _known_or_own("retrieval.kind", RETRIEVERS)] = "hybrid"
     """The order that the untrained selector reproduces: bm25, dense, hybrid, semi_parametric, or
     `package.module:name` of your own."""
     options: tuple[str, ...] = ()
@@ -168,7 +170,7 @@ class EnvironmentConfig(Section):
 class SelectorConfig(Section):
     """The selection policy."""
 
-    kind: Annotated[str, _known_or_own(SELECTORS)] = "features"
+    kind: Annotated[str, _known_or_own("selector.kind", SELECTORS)] = "features"
     """features (small network on frozen features), bi_encoder or cross_encoder (a trained encoder
     that reads the texts), listwise_lm (a language model that writes the order, as in the DRO
     paper), or `package.module:name` of your own."""
