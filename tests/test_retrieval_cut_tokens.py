@@ -10,7 +10,7 @@ from rlrag.data.corpus import MemoryCorpus
 from rlrag.records import Passage
 from rlrag.retrieval.cut_tokens import cut_share
 from rlrag.retrieval.encoder import TextEncoder
-from rlrag.selection.unread import count_unread, reads_texts, unread_warning
+from rlrag.selection.unread import count_unread, unread_warning
 
 
 def corpus_of(*num_words: int) -> MemoryCorpus:
@@ -48,7 +48,7 @@ def test_a_selector_counts_what_it_does_not_read(kind: str, tmp_path: Path) -> N
     save = save_tiny_llama if kind == "listwise_lm" else save_tiny_encoder
     save(tmp_path / "model")
     config = SelectorConfig(kind=kind, model=str(tmp_path / "model"), max_tokens=24)
-    assert reads_texts(config)
+    assert config.reads_texts
     cut = count_unread(config, tmp_path / "model", ["river", "river " * 60])
     assert (cut.num_sampled, cut.num_passages) == (2, 1)
     assert cut.share > 0.3
@@ -62,7 +62,7 @@ def test_a_selector_counts_what_it_does_not_read(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["features", "some.module:policy"])
 def test_other_selectors_are_not_counted(kind: str) -> None:
-    assert not reads_texts(SelectorConfig(kind=kind))
+    assert not SelectorConfig(kind=kind).reads_texts
 
 
 def test_an_encoder_counts_what_it_does_not_read(tmp_path: Path) -> None:
