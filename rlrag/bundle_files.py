@@ -38,6 +38,7 @@ from rlrag.errors import CheckpointError, ConfigError, RlragError
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.licences import LICENCES_FILE, PartLicence
 from rlrag.records import Generation, Passage, Question
+from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.storage import MANIFEST, check_finite, check_whole, find_whole
 from rlrag.submitted_job import where_to_look
 
@@ -115,6 +116,14 @@ class BundleFiles:
     retriever_dir: Path | None
     adapter_dir: Path | None
     index_dir: Path | None
+
+    @property
+    def searching_config(self) -> RunConfig:
+        """The configuration, with the trained encoder where there is one."""
+        if self.retriever_dir is None:
+            return self.config
+        retrieval = tuned_retrieval(self.config.retrieval, self.retriever_dir)
+        return self.config.model_copy(update={"retrieval": retrieval})
 
     def check_code(self, field: str, allow_code: Collection[str]) -> None:
         """Refuse code that the configuration names and the caller does not.

@@ -51,6 +51,19 @@ class Library:
     retrievers: RetrieverSet
     shipped: Path | None = None
 
+    def search(self, questions: Sequence[str], num_candidates: int) -> CandidateTable:
+        """The candidates of questions that are asked once; nothing is kept on disk.
+
+        Raises:
+            ConfigError: when the corpus has fewer passages than candidates are asked.
+        """
+        return search_table(
+            tuple(Question(str(n), text, ()) for n, text in enumerate(questions)),
+            self.corpus,
+            self.retrievers,
+            num_candidates,
+        )
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -290,12 +303,10 @@ class Pipeline:
         launcher: str = "local",
         tuned: bool = True,
     ) -> None:
-        config = bundle.config if config is None else config
-        if bundle.retriever_dir is not None:
-            retrieval = tuned_retrieval(config.retrieval, bundle.retriever_dir)
-            config = config.model_copy(update={"retrieval": retrieval})
+        if config is not None:
+            bundle = replace(bundle, config=config)
         self.bundle = bundle
-        self.config = config
+        self.config = bundle.searching_config
         self._launcher = launcher
         self._tuned = tuned
         self._opened: tuple[CachedGenerator, PromptBuilder] | None = None
@@ -416,12 +427,7 @@ class Pipeline:
             if not question.strip():
                 raise RequestError(f"question {place} is empty; give its text")
         with self._lock:
-            return search_table(
-                tuple(Question(str(n), text, ()) for n, text in enumerate(questions)),
-                self.library.corpus,
-                self.library.retrievers,
-                self.config.retrieval.num_candidates,
-            )
+            return self.library.search(questions, self.config.retrieval.num_candidates)
 
     def picks(self, candidates: CandidateTable) -> Sequence[tuple[Passage, ...]]:
         """What the policy's most probable episodes end with, one row a question."""

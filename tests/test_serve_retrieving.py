@@ -131,7 +131,7 @@ def test_a_question_that_matches_no_passage_is_counted(monkeypatch, bundle, capl
 def test_named_passages_are_looked_up_however_far_down_they_stand(monkeypatch, bundle):
     scored = Scored("bm25", range(NUM_PASSAGES))
     part = scored_part(monkeypatch, bundle, 20, scored)
-    corpus = part._loaded[bundle_version(bundle)].shelf.corpus
+    corpus = part._loaded[bundle_version(bundle)].library.corpus
     ids = (*(corpus[row].id for row in (0, 2, 1, 2)), "unknown")
     found = asked(part, bundle_version(bundle), 2, ids=ids, exclude_ids=ids[1:2])
     assert [passage.id for passage in found.passages] == [ids[2], ids[0]]
@@ -146,7 +146,7 @@ def test_named_passages_that_fusion_scores_alike_are_told_apart(monkeypatch, bun
     words = Scored("bm25", [0.0, 0.0, 3.0, 3.0, *[0.0] * (NUM_PASSAGES - 4)])
     meaning = Scored("dense", np.linspace(0, 1, NUM_PASSAGES))
     part = scored_part(monkeypatch, bundle, 20, fused, words, meaning)
-    corpus = part._loaded[bundle_version(bundle)].shelf.corpus
+    corpus = part._loaded[bundle_version(bundle)].library.corpus
     ids = tuple(corpus[row].id for row in range(5))
     found = asked(part, bundle_version(bundle), 5, ids=ids)
     assert [corpus.row_of(passage.id) for passage in found.passages] == [0, 3, 2, 4, 1]
@@ -156,7 +156,7 @@ def test_named_passages_that_fusion_scores_alike_are_told_apart(monkeypatch, bun
 def test_named_passages_come_as_a_search_among_them_brings_them(bundle):
     part = RetrieverPart()
     version = load(part, bundle)
-    corpus = part._loaded[version].shelf.corpus
+    corpus = part._loaded[version].library.corpus
     ids = [passage.id for passage in corpus]
     named = asked(part, version, ids=tuple(ids[::4]))
     searched = asked(part, version, exclude_ids=tuple(set(ids) - set(ids[::4])))

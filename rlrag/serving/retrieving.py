@@ -21,11 +21,9 @@ from rlrag.data.corpus import Corpus
 from rlrag.data.load import corpus_stamp, load_corpus
 from rlrag.errors import DataError, OverloadedError, RequestError, RlragError
 from rlrag.models import resolve_model, weights_hash
-from rlrag.pipeline import retrievers_of
-from rlrag.retrieval.build import RetrieverSet
+from rlrag.pipeline import Library, retrievers_of
 from rlrag.retrieval.role_directories import ROLES, role_directory
 from rlrag.retrieval.tables import retrieve, warn_of_unmatched
-from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.serving.records import Filters, Retrieved
 from rlrag.serving.versions import check_version
 
@@ -34,17 +32,9 @@ _FIRST_DEPTH = 4  # times the candidates asked for, when filters leave some out
 
 
 @dataclass(frozen=True)
-class _Shelf:
-    """An opened corpus with its retrievers."""
-
-    corpus: Corpus
-    retrievers: RetrieverSet
-
-
-@dataclass(frozen=True)
 class _Loaded:
-    shelf_key: str
-    shelf: _Shelf
+    key: str
+    library: Library
     num_candidates: int
     corpus: str
     corpus_stamp: str | None
@@ -96,18 +86,22 @@ class RetrieverPart:
             files = read_bundle(directory)
             check_version(version, files.version, directory)
             files.check_code("retrieval.kind", self._allow_code)
-            config = _retrieval_of(files.config, files.retriever_dir, self._corpus)
+            config = files.searching_config
+            if self._corpus is not None:
+                data = config.data.model_copy(update={"corpus": self._corpus})
+                config = config.model_copy(update={"data": data})
             stamp = corpus_stamp(config.data.corpus)
             corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
-            key = _shelf_key(config, corpus)
-            shelf = next((v.shelf for v in self._loaded.values() if v.shelf_key == key), None)
-            if shelf is None:
+            key = _library_key(config, corpus)
+            library = next((v.library for v in self._loaded.values() if v.key == key), None)
+            if library is None:
                 retrievers = retrievers_of(
                     corpus, config.retrieval, config.cache_path, files.index_dir
                 )
-                shelf = _Shelf(corpus, retrievers)
-                _search(shelf, ["warm up"], 1)  # encoders load when they are first asked
-            loaded = _Loaded(key, shelf, config.retrieval.num_candidates, config.data.corpus, stamp)
+                retrieve(["warm up"], retrievers, 1)  # encoders load when they are first asked
+                library = Library(corpus, retrievers, files.index_dir)
+            num_candidates = config.retrieval.num_candidates
+            loaded = _Loaded(key, library, num_candidates, config.data.corpus, stamp)
             self._loaded = {**self._loaded, version: loaded}
 
     def changed_corpus(self, version: str) -> str | None:
@@ -152,34 +146,21 @@ class RetrieverPart:
             elif ask.filters == _NO_FILTERS:
                 together.setdefault(wanted, []).append(place)
             else:
-                found[place] = _filtered(loaded.shelf, ask, wanted, self._max_filtered)
+                found[place] = _filtered(loaded.library, ask, wanted, self._max_filtered)
         for wanted, places in together.items():
             texts = [asks[place].question for place in places]
-            for place, retrieved in zip(places, _search(loaded.shelf, texts, wanted), strict=True):
-                found[place] = retrieved
-        warn_of_unmatched(
-            [
-                one.scores_NC
-                for place, one in found.items()
-                if isinstance(one, Retrieved) and not asks[place].filters.ids
-            ],
-            loaded.shelf.retrievers.primary.name,
-        )
+            table = loaded.library.search(texts, wanted)
+            for row, place in enumerate(places):
+                found[place] = _retrieved(
+                    loaded.library,
+                    table.rows_QN[row],
+                    table.scores_QNC[row],
+                    table.question_vectors_QD[row],
+                )
         return [found[place] for place in range(len(asks))]
 
 
-def _retrieval_of(config: RunConfig, retriever_dir: Path | None, corpus: str | None) -> RunConfig:
-    """The bundle's configuration with its tuned encoder and the service's corpus."""
-    if retriever_dir is not None:
-        tuned = tuned_retrieval(config.retrieval, retriever_dir)
-        config = config.model_copy(update={"retrieval": tuned})
-    if corpus is not None:
-        data = config.data.model_copy(update={"corpus": corpus})
-        config = config.model_copy(update={"data": data})
-    return config
-
-
-def _shelf_key(config: RunConfig, corpus: Corpus) -> str:
+def _library_key(config: RunConfig, corpus: Corpus) -> str:
     """Equal for versions that search the same passages alike, with the same weights."""
     retrieval = config.retrieval
     names = [retrieval.encoder] if retrieval.encoder is not None else []
@@ -196,7 +177,7 @@ def _encoder_weights(model_dir: Path) -> tuple[str, ...]:
 
 
 def _impossible(wanted: int, loaded: _Loaded) -> RequestError | None:
-    most = min(loaded.num_candidates, len(loaded.shelf.corpus))
+    most = min(loaded.num_candidates, len(loaded.library.corpus))
     if 1 <= wanted <= most:
         return None
     return RequestError.about(
@@ -206,54 +187,47 @@ def _impossible(wanted: int, loaded: _Loaded) -> RequestError | None:
     )
 
 
-def _search(shelf: _Shelf, questions: Sequence[str], wanted: int) -> list[Retrieved]:
-    rows_BN, scores_BNC, question_vectors_BD = retrieve(questions, shelf.retrievers, wanted)
-    return [
-        _retrieved(shelf, rows_BN[b], scores_BNC[b], question_vectors_BD[b])
-        for b in range(len(questions))
-    ]
-
-
-def _filtered(shelf: _Shelf, ask: Ask, wanted: int, most: int) -> Retrieved | RlragError:
+def _filtered(library: Library, ask: Ask, wanted: int, most: int) -> Retrieved | RlragError:
     """The best passages that pass, of those that are named or else of the best `most`."""
-    passes = _row_filter(shelf.corpus, ask.filters)
+    passes = _row_filter(library.corpus, ask.filters)
     if ask.filters.ids:
-        return _best_named(shelf, ask, wanted, passes)
-    return _searched_deeper(shelf, ask, wanted, most, passes)
+        return _best_named(library, ask, wanted, passes)
+    return _searched_deeper(library, ask, wanted, most, passes)
 
 
 def _best_named(
-    shelf: _Shelf, ask: Ask, wanted: int, passes: Callable[[int], bool]
+    library: Library, ask: Ask, wanted: int, passes: Callable[[int], bool]
 ) -> Retrieved | RlragError:
     """The best of the passages that `ids` names, whose rows are looked up.
 
     Fusion scores alike what neither of its rankings reaches; the other scores then decide.
     """
-    named = sorted(filter(passes, _rows_of(shelf.corpus, ask.filters.ids)))
+    named = sorted(filter(passes, _rows_of(library.corpus, ask.filters.ids)))
     if len(named) < wanted:
-        return _too_few(len(named), f"{len(shelf.corpus):,} passages", wanted)
+        return _too_few(len(named), f"{len(library.corpus):,} passages", wanted)
     rows_N = np.array(named, dtype=np.int64)
-    retrievers = shelf.retrievers
+    retrievers = library.retrievers
     others = [retrievers.components[name] for name in retrievers.score_names[1:]]
     columns = [one.scores([ask.question], rows_N[None])[0] for one in (retrievers.primary, *others)]
     best = np.lexsort((rows_N, *(-column for column in reversed(columns))))[:wanted]
     vectors_BD = retrievers.question_vectors([ask.question])
-    return _retrieved(shelf, rows_N[best], np.stack(columns, axis=-1)[best], vectors_BD[0])
+    return _retrieved(library, rows_N[best], np.stack(columns, axis=-1)[best], vectors_BD[0])
 
 
 def _searched_deeper(
-    shelf: _Shelf, ask: Ask, wanted: int, most: int, passes: Callable[[int], bool]
+    library: Library, ask: Ask, wanted: int, most: int, passes: Callable[[int], bool]
 ) -> Retrieved | RlragError:
     """The best passages that pass, found by searching deeper until there are enough."""
-    num_passages = len(shelf.corpus)
+    num_passages = len(library.corpus)
     most = min(most, num_passages)
     depth = min(_FIRST_DEPTH * wanted, most)
     while True:
-        rows_BN, scores_BNC, vectors_BD = retrieve([ask.question], shelf.retrievers, depth)
+        rows_BN, scores_BNC, vectors_BD = retrieve([ask.question], library.retrievers, depth)
         kept = [place for place, row in enumerate(rows_BN[0].tolist()) if passes(row)]
         if len(kept) >= wanted:
+            warn_of_unmatched(scores_BNC, library.retrievers.primary.name)
             kept = kept[:wanted]
-            return _retrieved(shelf, rows_BN[0][kept], scores_BNC[0][kept], vectors_BD[0])
+            return _retrieved(library, rows_BN[0][kept], scores_BNC[0][kept], vectors_BD[0])
         if depth == num_passages:
             return _too_few(len(kept), f"{num_passages:,} passages", wanted)
         if depth == most:
@@ -282,11 +256,11 @@ def _too_few(num_left: int, searched: str, wanted: int) -> RequestError:
 
 
 def _retrieved(
-    shelf: _Shelf, rows_N: np.ndarray, scores_NC: np.ndarray, question_vector_D: np.ndarray
+    library: Library, rows_N: np.ndarray, scores_NC: np.ndarray, question_vector_D: np.ndarray
 ) -> Retrieved:
     return Retrieved(
-        passages=tuple(shelf.corpus[int(row)] for row in rows_N),
+        passages=tuple(library.corpus[int(row)] for row in rows_N),
         scores_NC=np.asarray(scores_NC, dtype=np.float32),
         question_vector_D=np.asarray(question_vector_D, dtype=np.float32),
-        passage_vectors_ND=np.asarray(shelf.retrievers.passage_vectors[rows_N], dtype=np.float32),
+        passage_vectors_ND=np.asarray(library.retrievers.passage_vectors[rows_N], dtype=np.float32),
     )
