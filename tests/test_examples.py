@@ -7,14 +7,14 @@ import json
 import pytest
 from serve_bundles import make_bundle
 
-from examples import ask_bundle, custom_reward, own_policy
+from examples import ask_bundle, custom_reward, dro_by_hand
 from rlrag import load_pipeline
 
 QUESTION = "what does the lamp hold?"
 
 
 def test_a_policy_of_ones_own_learns_in_the_environment():
-    before, after = own_policy.train(num_steps=40)
+    before, after = dro_by_hand.train(num_steps=40)
     assert after > before + 0.1
 
 
