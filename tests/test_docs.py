@@ -120,6 +120,8 @@ def check_command(words: Sequence[str]) -> None:
         check_command([word for word in words[1:] if "=" not in word])
     elif words[:2] == ["python", "-m"]:
         check_program(words[2], words[3:])
+    elif words[0] == "rlrag":
+        check_program(f"jobs.{words[1]}", words[2:])
     elif words[0] == "python":
         assert words[1].endswith(".py")  # a page's own; the tutorial's test runs it
     elif words[0] == "make":
