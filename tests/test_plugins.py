@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import save_tiny_encoder, save_tiny_llama, save_tiny_masked_lm
 
 import rlrag
 from examples.own_policy import AgreementPolicy
@@ -158,19 +159,33 @@ def test_the_examples_keep_their_contracts():
     check_policy(AgreementPolicy(table.vector_size), num_selected=1)
 
 
-@pytest.mark.parametrize("kind", ["bm25"])
+@pytest.mark.parametrize("kind", ["bm25", "dense", "hybrid", "semi_parametric"])
 def test_built_in_retrievers_keep_theirs(kind, tmp_path):
     table = sample_candidates()
-    config = RetrievalConfig(kind=kind, encoder=None, num_candidates=3)
+    models = {
+        "encoder": str(save_tiny_encoder(tmp_path / "encoder")) if kind != "bm25" else None,
+        "vocabulary_encoder": str(save_tiny_masked_lm(tmp_path / "vocabulary")),
+    }
+    config = RetrievalConfig(kind=kind, num_candidates=3, encoder_max_tokens=96, **models)
     found = open_retrievers(table.corpus, config, tmp_path)
     texts = [question.question for question in table.questions]
     check_retriever(found.primary, table.corpus, texts)
 
 
-@pytest.mark.parametrize("may_stop", [False, True])
-def test_the_built_in_policy_keeps_its(may_stop, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "may_stop"),
+    [
+        ("features", False),
+        ("features", True),
+        ("bi_encoder", False),
+        ("cross_encoder", True),
+        ("listwise_lm", False),
+    ],
+)
+def test_built_in_policies_keep_theirs(kind, may_stop, tmp_path):
     table = sample_candidates()
-    config = SelectorConfig(may_stop=may_stop)
+    save = save_tiny_llama if kind == "listwise_lm" else save_tiny_encoder
+    config = SelectorConfig(kind=kind, may_stop=may_stop, model=str(save(tmp_path / "model")))
     policy = build_policy(config, 2, table.scores_QNC.shape[2], table.vector_size, tmp_path, 0)
     check_policy(policy, num_selected=2)
 
