@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,12 +148,8 @@ def _add_index(bundle: Path, config: RunConfig) -> None:
     from rlrag.bundle_files import INDEX, read_bundle
     from rlrag.data.load import load_corpus
     from rlrag.pipeline import retrievers_of
-    from rlrag.retrieval.tuned import tuned_retrieval
 
-    retriever_dir = read_bundle(bundle).retriever_dir
-    retrieval = (
-        tuned_retrieval(config.retrieval, retriever_dir) if retriever_dir else config.retrieval
-    )
+    retrieval = replace(read_bundle(bundle), config=config).searching_config.retrieval
     if retrieval.num_shards > 1:
         retrieval = retrieval.model_copy(update={"num_shards": 1})
     corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
