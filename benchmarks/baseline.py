@@ -1,4 +1,4 @@
-"""The baseline's revision and the present tree in; how much slower each inner loop became, out.
+"""Compares the speed of the package's inner loops with that of a pinned revision.
 
 Run `python -m benchmarks.baseline`. It checks out the revision that `results/baseline.json` names
 beside this tree, and times `benchmarks.kernels` on both in turns, in processes of their own: a

@@ -1,4 +1,4 @@
-"""Steps of a real run in; the share of their time that checkpoints take, out.
+"""The share of training time that checkpoints take.
 
 Run `python -m benchmarks.checkpoint_cost`. The run is the recipe `quickstart` with a frozen and
 with a trained generator, its engines in Ray actors as always and its training loop in this process.

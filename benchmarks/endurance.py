@@ -1,4 +1,4 @@
-"""A run of many short steps in; its memory, threads and files, and how they grow, out.
+"""Growth of memory, threads and open files over a run of many short steps.
 
 Run `python -m benchmarks.endurance`. Training loop, trainer, selector, environment, reward, cache,
 checkpoints and logs are the real ones, in one process and with a batch that runs ahead. The

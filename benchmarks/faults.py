@@ -1,4 +1,4 @@
-"""Faults into running programs in; what was lost and how soon each run went on, out.
+"""Injects faults into running programs and measures what was lost and how soon they recover.
 
 Run `python -m benchmarks.faults`. Every fault meets a small run on a Ray cluster of its own: in the
 training of a selector, in the offline stage of a retriever, or in its online stage, where its index

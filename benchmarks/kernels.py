@@ -1,4 +1,4 @@
-"""Inner loops of the package on made-up data in; seconds a call of each out, as JSON.
+"""Timings of the package's inner loops on made-up data, in seconds a call, as JSON.
 
 Run `python -m benchmarks.kernels`, or let `benchmarks.baseline` run it on two trees in turns. Every
 call does the same work each time, from the same seeds.

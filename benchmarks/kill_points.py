@@ -1,4 +1,4 @@
-"""A short run in; 200 of it, each killed at a random moment and started again, compared, out.
+"""Kills a short run at 200 random moments and checks that it resumes to equal weights.
 
 Run `python -m benchmarks.kill_points`. The run is that of `benchmarks.endurance` with a checkpoint
 every other step: the real loop, trainer, cache and checkpoints in one process, a stand-in for the

@@ -1,4 +1,4 @@
-"""Machines of one computer, each in a network of its own, in; a cluster's whole life out.
+"""A cluster of two network namespaces on one machine: nodes that join, die and are cut off.
 
 Run `python -m benchmarks.nodes` as root on Linux. Two network namespaces, joined by a bridge that
 leads nowhere else, each hold a Ray node, started by `ray start` as on two machines. On them, by the

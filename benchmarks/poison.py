@@ -1,4 +1,4 @@
-"""A question in; variables of a program whose engines die of it, out."""
+"""Environment variables that make an engine die whenever it meets a given question."""
 
 from __future__ import annotations
 

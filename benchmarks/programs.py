@@ -1,4 +1,4 @@
-"""A training command in; its processes, which may be watched, stopped and killed, out."""
+"""Training programs as subprocesses that can be watched, stopped and killed."""
 
 from __future__ import annotations
 

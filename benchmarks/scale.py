@@ -1,4 +1,4 @@
-"""Numbers of actors in; how busy one client keeps them, what that costs and what they hold, out.
+"""How busy one client keeps many generator actors, and what that costs.
 
 Run `python -m benchmarks.scale`. The pool, its actors and its client are the real ones. The engines
 are stand-ins that sleep, so that 256 of them fit on one machine: as long as the tokens of a chunk

@@ -1,6 +1,6 @@
-"""A causal language model in; the same with low-rank adapters that alone are trained out.
+"""Low-rank adapters (LoRA) for a causal language model.
 
-And back: what a weight becomes with its adapter merged in. Several adapted models may stand around
+An adapter can be merged into its weight. Several adapted models may stand around
 one copy of the frozen weights.
 """
 

@@ -1,4 +1,4 @@
-"""A bundle's directory in; its checked content out, without building or loading any model.
+"""Reads and checks the files of a bundle without building or loading any model.
 
 bundle/config.json            how every part is built
 bundle/bundle.json            shapes, source hashes, the step that the weights come from

@@ -1,4 +1,4 @@
-"""A configuration in; the licence of each model and corpus that it names, and who says so, out.
+"""Licences of the models and corpora that a configuration names.
 
 Licences of the built-in parts are known here. Those of other models are read from their model
 cards and never guessed.

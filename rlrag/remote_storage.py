@@ -1,4 +1,4 @@
-"""The address of a directory elsewhere in; its files, and directories that are whole there, out.
+"""Files and directories in remote storage, through pyarrow.
 
 S3, Google Cloud Storage and mounted file systems, through pyarrow. A directory is whole when it has
 a `manifest.json` whose hashes agree with its files, as in `rlrag.storage`: an upload takes the old

@@ -1,4 +1,4 @@
-"""Parts of the passage vectors in; Ray actors that search them, all at once, out.
+"""Ray actors that search parts of the passage vectors in parallel.
 
 The vectors lie in one file that every node can read. An actor maps its part of it, so that its
 pages fill the memory of the node that searches them and of no other.

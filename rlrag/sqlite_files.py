@@ -1,4 +1,4 @@
-"""A SQLite file in; a table of rows by key that many processes share, out.
+"""Key-value tables in SQLite files that several processes share.
 
 `KeyedTable` is what caches stand on; `Journal` serves files of another shape too.
 """

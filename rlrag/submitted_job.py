@@ -1,4 +1,4 @@
-"""A path in; where a program that was submitted to a cluster looks for it, and what to do, out.
+"""Where a job that was submitted to a cluster looks for its files.
 
 `ray job submit --working-dir .` uploads that directory without what its .gitignore and .rayignore
 name. The program starts in a copy of it, without the variables of the submitting shell.

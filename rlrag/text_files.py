@@ -1,4 +1,4 @@
-"""A path and a text in; a file that holds the old text or the new one, never half of one, out."""
+"""Atomic writing of text files."""
 
 from __future__ import annotations
 

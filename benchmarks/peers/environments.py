@@ -1,4 +1,4 @@
-"""A pinned `requirements.txt` in; the interpreter of an environment that holds just that, out."""
+"""Python environments for other projects, each made from a pinned `requirements.txt`."""
 
 from __future__ import annotations
 

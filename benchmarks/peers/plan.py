@@ -1,4 +1,4 @@
-"""A configuration in; the work folder that every peer reads, and what measures its output, out.
+"""The work folder that every peer reads: questions, passages and prompts as plain JSON.
 
 The folder holds plain JSON, so that a peer needs nothing of this project to read it:
 

@@ -1,4 +1,4 @@
-"""A peer's output in; how its answers to the evaluation questions do, measured by rlrag, out.
+"""Measures the answers of peers to the evaluation questions.
 
 Every system is measured in one way: the configuration's prompt, K passages in context, answers of
 the configuration's generator, unless a peer tuned that. Shape letters: Q questions.

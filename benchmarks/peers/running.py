@@ -1,4 +1,4 @@
-"""A peer's script, run once in its own environment, in; what it left, or why it failed, out."""
+"""Runs a peer's script in its own environment and records its output or its failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of systems that were measured, or failed, in; the comparison as Markdown out."""
+"""The comparison with other projects as a Markdown table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards of weighted selections in; importance weights, both losses and their diagnostics out.
+"""DRO: importance weights, selector and generator losses, and their diagnostics.
 
 Direct Retrieval-augmented Optimization (DRO, arXiv 2505.03075) treats the selection z as a latent
 variable of p(y | x) = sum_z p(z | x) p(y | x, d_z). The E-step draws z_1..z_m from the current

@@ -1,4 +1,4 @@
-"""Scores of passages in; labels, pairs to train on, and what the scores are worth, out.
+"""OpenRAG's labels of passages, and the training pairs made of them.
 
 OpenRAG (arXiv 2503.08398, section 3) labels a passage d for a question q by what the generator does
 with d alone in its context. The RAG label is 1 when the generated answer is right; the RAG score is

@@ -1,4 +1,4 @@
-"""Weights of the samples of each question in; how often to train on each of them out.
+"""Resamples each question's samples in proportion to their weights.
 
 Shape letters: B questions, M samples.
 """

@@ -1,4 +1,4 @@
-"""Prompts and answers as token ids, then logits in; the log-probability of each answer out.
+"""Log-probabilities of answers from a causal language model's logits.
 
 Rows are padded on the right and no mask is needed: in a causal model no token sees what follows it,
 so that padding changes nothing at the positions that count.

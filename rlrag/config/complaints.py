@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a configuration in, sentences for people out."""
+"""Turns pydantic's validation errors into one-line messages."""
 
 from __future__ import annotations
 

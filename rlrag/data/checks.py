@@ -1,4 +1,4 @@
-"""What readers find out about a file while they read: counts and first names in, a report out."""
+"""Counts what readers find odd in a file, for a short report."""
 
 from __future__ import annotations
 

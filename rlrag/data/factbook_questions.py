@@ -1,4 +1,4 @@
-"""Factbook entries in, questions of this project's own wording with short answers out.
+"""Questions about the World Factbook, in this project's own wording.
 
 A country gets one question of each kind, in a wording chosen by a hash of its code. Answers stand
 literally in the passage; a kind is left out for a country whose text gives no single short answer.

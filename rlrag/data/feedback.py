@@ -1,4 +1,4 @@
-"""Selections that were served and what their answers were worth in; both, joined, out again.
+"""The store of served selections and the feedback on their answers.
 
 One SQLite file, to which several processes may append at once. A selection is one row of
 `selections`, every word about its answer one row of `feedback`; no row is ever changed. Old rows

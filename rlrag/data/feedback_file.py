@@ -1,4 +1,4 @@
-"""A path in; an opened SQLite file of selections and feedback out, or what is wrong with it.
+"""Opens and checks the SQLite file of selections and feedback.
 
 The file says in its header that it is ours (`application_id`) and of which format (`user_version`),
 so that no other file is ever written to.

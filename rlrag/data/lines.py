@@ -1,4 +1,4 @@
-"""A file of text lines in, plain or gzip; numbered JSON objects or text lines out, or a DataError.
+"""Reads plain or gzip text files line by line, with errors that name file and line.
 
 Every error names the file and the line as `file:line: what is wrong; what was expected`.
 """

@@ -1,4 +1,4 @@
-"""A short text that names a source in, a corpus or a set of questions out.
+"""Loads a corpus or a set of questions from the name of its source.
 
 Sources: `factbook` (questions: `factbook:train`, `factbook:test`), a FlashRAG JSONL file, plain or
 gzip, a BEIR folder (questions: `FOLDER:SPLIT` where it has several splits), and

@@ -1,4 +1,4 @@
-"""A set of questions: checked questions in, a content hash and reproducible parts of it out."""
+"""A checked set of questions with a content hash and reproducible subsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TREC run file and the passages that are wanted of it in; their order by question out.
+"""Reads the rankings of a TREC run file.
 
 A line is `query-id Q0 passage-id rank score tag`, its columns separated by white space; the file is
 plain or gzip. As in trec_eval the score decides and the highest comes first. Where scores are equal

@@ -1,4 +1,4 @@
-"""Files of passages and questions in, records out as they stream by, with what was odd counted.
+"""Readers of passages and questions in the supported file formats.
 
 Formats: FlashRAG JSONL, BEIR folders and data sets of the `datasets` library. A bad line raises
 DataError; a passage or question without text is skipped and counted in the tally.

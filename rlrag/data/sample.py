@@ -1,4 +1,4 @@
-"""A tiny corpus and its questions, made up for trials: nothing in, passages and questions out.
+"""A tiny made-up corpus with questions, for trials and tests.
 
 All facts belong to an invented archipelago. Names are easy to confuse on purpose (Velmora and
 Velmara, Oskai and Oskari), and several questions use other words than the passage that answers

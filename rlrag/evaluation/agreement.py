@@ -1,4 +1,4 @@
-"""Two judgements of the same answers in; how far they agree, also beyond chance, out."""
+"""Agreement of two judgements of the same answers, also beyond chance (Cohen's kappa)."""
 
 from __future__ import annotations
 

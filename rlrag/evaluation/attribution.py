@@ -1,4 +1,4 @@
-"""Answers with the passages that were shown in; where the answers come from, and abstention, out.
+"""Whether answers come from the passages shown, and when systems abstain.
 
 A question is unanswerable if it has no golden answer, or blank ones alone. An answer abstains if,
 normalised as `answer_match` does, it is empty (SQuAD 2.0's rule; the letter A is not), is one of

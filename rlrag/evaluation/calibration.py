@@ -1,4 +1,4 @@
-"""Probabilities and what came true in; Brier score, reliability table, calibration error out.
+"""Brier score, reliability table and expected calibration error.
 
 Shape letters: Q questions, M bins.
 """

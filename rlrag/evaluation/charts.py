@@ -1,4 +1,4 @@
-"""Series of points in; static SVG figures as HTML text, for light and dark pages, out.
+"""Static SVG charts as HTML text, for light and dark pages.
 
 Colours are classes, `c0` to `c7` and `cn` for lines, `f0` to `f7` and `fn` for areas, which the
 page's style sheet defines. Nothing runs in the browser. Drawn by hand, since the package needs no

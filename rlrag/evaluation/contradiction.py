@@ -1,8 +1,8 @@
-"""A question's gold passages in; copies that say another answer, and what that answer is, out.
+"""Copies of gold passages that state another answer.
 
-In a copy, every golden answer that stands in the text as it is written, by whole words and in
-either case, is replaced by a golden answer of another question. That one looks alike: it has digits
-too, or none, and as many words where there is such a one. The first by a hash of question, answer
+Every golden answer that stands in the text as it is written, by whole words and in either case, is
+replaced by a golden answer of another question. That one looks alike: it has digits too, or none,
+and as many words where there is such a one. The first by a hash of question, answer
 and seed is taken, so that the same questions always get the same copies.
 """
 

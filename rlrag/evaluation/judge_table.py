@@ -1,4 +1,4 @@
-"""Verdicts on every system's answers in; shares, agreement and a table to read out."""
+"""The table of a judge's verdicts: shares of correct answers and agreement."""
 
 from __future__ import annotations
 

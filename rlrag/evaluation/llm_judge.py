@@ -1,4 +1,4 @@
-"""Answers in; whether a language model behind an OpenAI-compatible address calls them correct, out.
+"""A language model behind an OpenAI-compatible address as judge of answers.
 
 Exact match calls "the river Rhine" wrong where "Rhine" is accepted, and a contained answer calls
 "not Paris" right. A judge reads question, accepted answers and answer, and says one word. A reply

@@ -1,4 +1,4 @@
-"""Which answers were right without, among and with nothing but gold passages in; MIRAGE out.
+"""MIRAGE: how a system answers without, among and with nothing but gold passages.
 
 MIRAGE (Park et al., NAACL 2025 Findings, arXiv 2504.17137) asks every question three times: with no
 passage (base, b), with gold passages among distractors (mixed, m) and with gold passages alone

@@ -1,4 +1,4 @@
-"""Runs in; the paired tests that a report shows of them, corrected for their number, out."""
+"""The paired significance tests of a report, corrected for their number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What systems picked and a generator in; how their answers stand up to other contexts, out.
+"""Measures how a system's answers hold up when its passages are changed.
 
 The measures, by name: `mirage`, `position`, `distractors`, `duplicates` and `contradictions` change
 what stands around a question's gold passages; `order` shuffles the picked passages; `attribution`,

@@ -1,4 +1,4 @@
-"""The measures of one system or two in; means with intervals, JSON values, a table to read, out.
+"""The table of a probe's measures: means with intervals, as text and JSON.
 
 A mean is over the questions that a measure says something of. Where there are two systems, their
 difference is over the questions of which it says something in both. Its p-values are not corrected

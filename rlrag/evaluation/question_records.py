@@ -1,4 +1,4 @@
-"""Every system's picks and answers in; one file with all questions, which programs read, out.
+"""Writes every system's picks and answers to one file, a question a line.
 
 `evaluation.questions.jsonl` lies beside `evaluation.json`. Each line is one JSON object.
 

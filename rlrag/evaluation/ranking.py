@@ -1,4 +1,4 @@
-"""Ranked passage ids and gold passage ids in, recall, precision, nDCG and reciprocal rank out.
+"""Recall, precision, nDCG and reciprocal rank of ranked passages.
 
 Relevance is binary and the definitions are those of trec_eval. A question without gold passages
 gives 0.0 everywhere, as there; leave it out of a mean where the measure says nothing of it.

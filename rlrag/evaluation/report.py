@@ -1,4 +1,4 @@
-"""Runs in; one HTML page that shows how they went, complete in itself, out.
+"""Renders runs as one self-contained HTML page.
 
 The page loads nothing: styles and figures are in it. It has one script, where there are questions
 to look through, and its policy lets the browser run no other. All text that comes from a run is

@@ -1,4 +1,4 @@
-"""Runs in; the figures of the paper's three studies and of the diagnostics, as HTML text, out.
+"""The figures of a report.
 
 The DRO paper (arXiv 2505.03075) studies stability (section 5 and figure 4), convergence (table 3)
 and the number of samples m (figure 6). Runs are overlaid, each in its own colour.

@@ -1,4 +1,4 @@
-"""A question's gold passages and candidates in; changed contexts, and what the changes do, out.
+"""Changed contexts, such as added distractors, and the effect of the changes.
 
 A distractor is a candidate of the retriever that is no gold passage and holds no golden answer.
 Where gold passages and distractors are mixed, their order is a fixed shuffle of the question: one

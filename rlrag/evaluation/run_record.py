@@ -1,4 +1,4 @@
-"""What one run left behind in; the numbers that a report shows of it out."""
+"""Reads what a run left behind, for reports."""
 
 from __future__ import annotations
 

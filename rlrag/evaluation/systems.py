@@ -1,4 +1,4 @@
-"""A policy, candidates and a generator in; every system's answers and metrics out.
+"""The systems that an evaluation compares, and their answers and metrics.
 
 A system is a way to choose passages: nothing, the retriever's first K in its order, the same K in
 reverse, its first alone, K at random, the trained policy's pick, or for each question the single

@@ -1,4 +1,4 @@
-"""Each system's per-question metrics in, the comparison out: JSON values and a table to read."""
+"""The comparison of systems: JSON values and a table to read."""
 
 from __future__ import annotations
 

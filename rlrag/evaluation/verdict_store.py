@@ -1,4 +1,4 @@
-"""A judge's verdicts in, one by one; the same verdicts out, in this run or a later one.
+"""Keeps a judge's verdicts on disk, so that none is asked for twice.
 
 One SQLite file. A verdict's key hashes all that decides it: the judge's address and model, the
 prompt, the question, its golden answers and the judged answer. Every verdict is a transaction of

@@ -1,4 +1,4 @@
-"""What this process waits for in; lines out that tell of it to whoever finds it standing still."""
+"""Registers what this process waits for, so that a watchdog can report it."""
 
 from __future__ import annotations
 

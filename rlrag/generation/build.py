@@ -1,4 +1,4 @@
-"""A generator configuration and a launcher in, a ready generator and its prompt builder out."""
+"""Opens the generator and prompt builder that a configuration describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests in, results out: from disk where the same request was answered before, else computed.
+"""A cache of generation results on disk.
 
 One SQLite file holds the results of all runs that share a cache folder. A result's key hashes all
 that decides it: the generator's identity (weights, number format, device, back end), the prompt's

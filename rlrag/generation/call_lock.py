@@ -1,4 +1,4 @@
-"""Calls and weight changes of one process in, their order out: no call sees two sets of weights."""
+"""Orders calls and weight changes, so that no call sees two sets of weights."""
 
 from __future__ import annotations
 

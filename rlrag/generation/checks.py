@@ -1,4 +1,4 @@
-"""Requests in, an error for each bad one out, before an engine sees it."""
+"""Checks requests before an engine sees them."""
 
 from __future__ import annotations
 

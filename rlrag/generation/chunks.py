@@ -1,4 +1,4 @@
-"""Prompts in, the pieces in which a pool hands them to its actors out."""
+"""Cuts batches of prompts into chunks for the actors of a pool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoded text in, the answer before its stop string out; prompt and seed in, a random seed out."""
+"""Cuts decoded text at its stop strings and derives the random seed of each prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work for a pool's actors in; whom to ask for what, and what became of it, out.
+"""Dispatches chunks to the actors of a pool and collects their results.
 
 Each actor works on one chunk at a time and takes the next when it is free. Ray restarts an actor
 that dies, so handles stay valid; its engine is started again and what was lost is sent again

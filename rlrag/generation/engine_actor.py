@@ -1,4 +1,4 @@
-"""A recipe for an engine in; what a pool's actor does with it out: start, take weights, answer."""
+"""The Ray actor that runs one engine of a pool."""
 
 from __future__ import annotations
 

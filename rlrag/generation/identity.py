@@ -1,4 +1,4 @@
-"""Weights, number format and back end in, the name under which results are cached out."""
+"""The identity of a generator, under which its results are cached."""
 
 from __future__ import annotations
 

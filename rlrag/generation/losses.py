@@ -1,4 +1,4 @@
-"""Chunks that actors did not answer in; what is sent again, apart or never again out.
+"""Retries of chunks that actors lost: sent again, split, or given up.
 
     lost once    the chunk is sent again as it was: most actors die of something else
     lost twice   its prompts are sent one by one

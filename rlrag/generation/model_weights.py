@@ -1,4 +1,4 @@
-"""A transformers model and published weights in; the model with these weights in place out."""
+"""Loads published weights into a transformers model."""
 
 from __future__ import annotations
 

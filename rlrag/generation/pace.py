@@ -1,4 +1,4 @@
-"""What chunks took in; how long one may take before another actor is asked too, out."""
+"""Decides when a request is late enough to be sent to a second actor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine recipe and numbers of actors in; running engines and a client of them out."""
+"""Starts and restarts the engine actors of a pool."""
 
 from __future__ import annotations
 

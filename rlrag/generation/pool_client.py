@@ -1,4 +1,4 @@
-"""Batches of prompts in, results of the actors of a pool out.
+"""The client of a generator pool: batches of prompts to results.
 
 A call is cut into chunks (`plan_chunks`), which `dispatch` gives to the actors. A prompt that no
 engine survives gets an error in the place of its result. Every wait has a bound and its error names

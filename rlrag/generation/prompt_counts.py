@@ -1,4 +1,4 @@
-"""Built prompts in; which share of their tokens and passages did not fit, out."""
+"""Counts prompt tokens and passages that did not fit."""
 
 from __future__ import annotations
 

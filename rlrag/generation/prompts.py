@@ -1,4 +1,4 @@
-"""Question and ordered passages in, the token ids that a generator reads out.
+"""Builds the generator's prompts from questions and ordered passages.
 
 A prompt is made of segments that are tokenised one by one and joined as ids: the prefix
 (instruction and few-shot examples), each passage, the question. So every prompt starts with exactly

@@ -1,4 +1,4 @@
-"""Prompts in, answers or the log-probability of given answers out, by transformers.
+"""The generator on transformers: answers and log-probabilities of given answers.
 
 The model lives in this process. Shapes: B rows of a batch, P prefix tokens, T tokens after the
 prefix, A answer tokens, V vocabulary.

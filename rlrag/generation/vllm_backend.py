@@ -1,4 +1,4 @@
-"""Prompts in, answers or the log-probability of given answers out, by a vLLM engine.
+"""The generator on a vLLM engine: answers and log-probabilities of given answers.
 
 The engine lives in this process, normally a Ray actor whose environment `vllm_environment` gives:
 the variables are read when vLLM is imported, so they cannot be set later.

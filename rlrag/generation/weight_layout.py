@@ -1,4 +1,4 @@
-"""A model directory in; what published weights must hold, and adapters merged in, out.
+"""The tensor names and shapes that an engine expects of published weights.
 
 No engine is needed.
 """

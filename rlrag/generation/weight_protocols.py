@@ -1,7 +1,4 @@
-"""Names and shapes of published tensors in, an error that names those that do not fit out.
-
-Also what an engine or a client can do with published weights beyond `Generator`.
-"""
+"""Protocols of engines and clients that take new weights, and checks of those weights."""
 
 from __future__ import annotations
 

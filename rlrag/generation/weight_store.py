@@ -1,4 +1,4 @@
-"""A pool's newest weights: tensors of the learner in, what a restarted engine loads out.
+"""Keeps a pool's newest weights in Ray's object store for engines that restart.
 
 The learner puts one copy into Ray's object store, tensor by tensor, and engines on its node read it
 there without a copy of their own. Such an object ends with the process that put it, and the learner

@@ -1,4 +1,4 @@
-"""Tensors of a trained generator in; a numbered set of weights that engines can take over out."""
+"""A numbered set of generator weights that engines can load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What encodes passages and what writes them in; a directory that is filled and can be resumed out.
+"""Builds an index directory in chunks, so that an interrupted build resumes.
 
 Beside what is written stands `progress.json` with the number of passages that are safe on disk, and
 once they all are, with the files' checksums.

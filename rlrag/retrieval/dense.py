@@ -1,4 +1,4 @@
-"""Questions in; the passages whose vectors are nearest, and their scores, out.
+"""Dense retrieval: the passages with the nearest vectors.
 
 Shape letters: B questions, P passages, D vector length, K hits, N given rows.
 """

@@ -1,4 +1,4 @@
-"""A configuration in; the encoder that it trains and the fixed first stage of its retrieval out."""
+"""Opens the encoder to be trained and the fixed first stage of its retrieval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A saved encoder's directory in; the directories of its question and passage encoders out.
+"""Where a saved encoder keeps its question and its passage encoder.
 
 An encoder that reads questions and passages alike lies in its directory itself, one for each in
 `question/` and `passage/` beneath.

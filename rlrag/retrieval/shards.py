@@ -1,4 +1,4 @@
-"""Parts of the passage vectors, each searched alone, in; the best rows of them all out.
+"""Merges searches over parts of the passage vectors.
 
 A part proposes its own best k rows with exact scores, so the best k of all proposals are those of
 one search over everything, ties included: among equal scores the lower row comes first in either.

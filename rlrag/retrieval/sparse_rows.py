@@ -1,4 +1,4 @@
-"""Sparse rows on disk in; searched by inner product, without loading them all, they come out.
+"""Memory-mapped sparse matrix with top-k inner-product search.
 
 One row a passage, in compressed sparse row form, in three files:
 

@@ -1,4 +1,4 @@
-"""Texts in; vectors of length 1 that carry a gradient out, by a sentence-transformers model.
+"""A sentence-transformers encoder whose vectors carry gradients.
 
 Shape letters: B texts, D vector length.
 """

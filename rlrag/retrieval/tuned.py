@@ -1,4 +1,4 @@
-"""A retriever's configuration and trained weights in; the configuration of the tuned one out."""
+"""The retrieval configuration with a trained encoder in place of the original."""
 
 from __future__ import annotations
 

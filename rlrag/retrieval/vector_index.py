@@ -1,4 +1,4 @@
-"""Passage vectors in; the rows nearest a vector, through FAISS, out.
+"""Nearest-neighbour search over passage vectors with FAISS.
 
 `flat` searches the memory map of the vectors itself, in blocks that FAISS walks through, and keeps
 no second copy. `hnsw` and `ivfpq` are FAISS indexes in a file, trained and filled from the memory

@@ -1,4 +1,4 @@
-"""Questions and ordered picks in, rewards out, through a language model's answers or without."""
+"""Rewards of selections, from the answers that a language model gives to them."""
 
 from __future__ import annotations
 

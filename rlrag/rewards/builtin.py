@@ -1,4 +1,4 @@
-"""What is known of one rollout in, one number out: the rewards that have a name of their own.
+"""The built-in reward functions.
 
 Each is an ordinary function of keyword arguments, written as a custom reward would be.
 """

@@ -1,4 +1,4 @@
-"""The name of a reward in, the function and the keyword arguments that it wants out.
+"""Finds reward functions by name: built-in ones or `package.module:function`.
 
 A name is a built-in one or `package.module:function`. A custom function may be `def` or
 `async def`, takes any of the keywords below by name (`**kwargs` asks for all of them) and returns

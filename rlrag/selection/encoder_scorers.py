@@ -1,4 +1,4 @@
-"""Texts in; a logit for every pick and candidate out, from a text encoder that is trained itself.
+"""Scorers that read texts: a bi-encoder and a cross-encoder.
 
 Shape letters: B questions, K picks, N candidates, L tokens, D hidden.
 """

@@ -1,4 +1,4 @@
-"""Frozen features and embeddings in; a logit for every pick and candidate out, by a small network.
+"""A small network that scores candidates from frozen features and embeddings.
 
 Shape letters: B questions, K picks, N candidates, F features, D embedding, P projection.
 """

@@ -1,4 +1,4 @@
-"""A batch of candidates in; numbers that describe each candidate beside its question out.
+"""Features that describe each candidate relative to the question's others.
 
 Every feature is relative to the question's other candidates or bounded, so that one network serves
 any corpus and retriever.

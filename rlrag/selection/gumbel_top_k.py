@@ -1,4 +1,4 @@
-"""Log-probabilities of the next pick in; different ordered selections with inclusion odds out.
+"""Gumbel top-k: distinct ordered selections with their inclusion probabilities.
 
 Adding independent Gumbel(0, 1) noise to the log-probability of every selection and keeping the m
 largest draws m selections without replacement (Gumbel top-k; Vieira, 2014). Stochastic beam search

@@ -1,4 +1,4 @@
-"""Question and passages in; the token ids of a ranking prompt and the rankings that may follow out.
+"""The ranking prompt of the listwise policy and the rankings that may follow it.
 
 The prompt numbers the n passages from 1 and asks for the K most useful ones. What the model writes
 is `[i] > [j] > ...` with K distinct numbers. Prompt and ranking are tokenised in pieces that are

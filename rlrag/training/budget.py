@@ -1,4 +1,4 @@
-"""An untrained policy and the questions in; what the run will ask of the generator out."""
+"""Estimates how many generator tokens a run will need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a run in; a directory that is whole or absent out, and back.
+"""Saves and loads checkpoints of a training run.
 
 A checkpoint is a directory `step-000120` with `state.json`, `policy.safetensors`,
 `optimizer.safetensors` and, where a generator is trained, `generator.safetensors` and

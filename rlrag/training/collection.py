@@ -1,4 +1,4 @@
-"""A step's number in; its experience, of one version of policy and generator, out.
+"""The E-step: draws and rewards the episodes that a step trains on.
 
     begin of an E-step   the drawing policy is renewed; the trained generator's weights go to the
                          engines

@@ -1,4 +1,4 @@
-"""A generator to be trained and the engines that answer for it in; why they would answer otherwise.
+"""Checks before training that engines score answers as the learner does.
 
 Families of models differ in what their weights are called, tied to and packed into, and an engine
 may take a set without a word and answer with another. So the learner's weights are moved a little,

@@ -1,4 +1,4 @@
-"""Batches of episodes in; a log of them on disk, and what each passage added to the rewards, out.
+"""A log of rewarded episodes, and each passage's contribution to the rewards.
 
 Rewards of selections cost generator tokens. Kept, they tell a retriever what they told the
 selector: a passage whose presence raises the reward helps, and need not be judged again by itself.

@@ -1,4 +1,4 @@
-"""A checkpoint of another run in; the weights that a new run starts from out, or why it cannot.
+"""Starts a new run from the weights of another run's checkpoint.
 
 Of the checkpoint's files the weights are taken: optimisers, the step, the place in the data and the
 index that a retriever was searched with begin anew.

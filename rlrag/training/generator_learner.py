@@ -1,4 +1,4 @@
-"""Weighted answers in; an updated generator and the numbers that describe the update out (M-step).
+"""The generator's M-step: weighted supervised updates.
 
 L_G = - sum_i w_i log p(y | x, d_{z_i}; theta_g), w constant (DRO, arXiv 2505.03075, Eq. 11): the
 generator is trained on the golden answer after the passages of each selection, most where it finds

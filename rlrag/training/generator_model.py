@@ -1,4 +1,4 @@
-"""A model directory in; a causal language model whose answers can be made more probable out.
+"""The causal language model that is trained, in full or by LoRA.
 
 The weights are float32. With LoRA (Hu et al., 2021, arXiv 2106.09685) each linear layer W of
 attention and feed-forward becomes W + (alpha / rank) B A, where W stays as it is and A and B are

@@ -1,4 +1,4 @@
-"""Gradients of one worker in; gradients of the whole batch, with their norm, out."""
+"""All-reduce of gradients over workers, and their norm."""
 
 from __future__ import annotations
 

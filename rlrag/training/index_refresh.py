@@ -1,4 +1,4 @@
-"""An encoder in training in; an index of its passage vectors that follows some steps behind out.
+"""Rebuilds the passage index beside training, some steps behind the encoder.
 
     step 40    the encoder is saved, and all passages are encoded with it beside training
     step 53    the new index is whole: from this step on every search uses it, and none the old one

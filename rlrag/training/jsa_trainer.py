@@ -1,4 +1,4 @@
-"""A configuration and opened parts in; steps that train retriever and generator by JSA out.
+"""The JSA trainer: retriever and generator.
 
     domain     both retrievers search the index with their present encoders of questions
     sample     the posterior retriever proposes passages, the generator scores them, and each gets

@@ -1,4 +1,4 @@
-"""A configuration, a generator and a run directory in; a finished training run out.
+"""Launches a training run, in this process or on Ray Train.
 
 `local` runs the loop in this process. `ray` runs it in Ray Train workers, which reach the generator
 through its picklable client, and restarts them when one dies.

@@ -1,4 +1,4 @@
-"""The number of a step in; the size of that step out."""
+"""Linear warm-up and decay of the learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Something to train and a run directory in; its trained weights, checkpoints and metrics out.
+"""The training loop: steps, validation, checkpoints and metrics.
 
     for step in range(num_steps):
         step      what the trainer does on this step, `dro_trainer`, `openrag_trainer`,

@@ -1,4 +1,4 @@
-"""A run directory in; the same in remote storage, kept up to date beside training, out.
+"""Copies a run directory to remote storage while training goes on.
 
 One thread of the process that launched the run looks for what training has finished and uploads it,
 so that a step waits for its own files on disk and for nothing else. What goes there:

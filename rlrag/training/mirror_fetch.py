@@ -1,4 +1,4 @@
-"""A run in remote storage in; the run directory with what it continues from there out.
+"""Fetches from remote storage what a run needs to continue.
 
 Fetched is what lies there beyond the newest checkpoint that is usable here: all of it where the
 directory here is empty, nothing where the run here is as far.

@@ -1,4 +1,4 @@
-"""Training questions in; their pools on disk, and what they are worth, out (OpenRAG's first stage).
+"""OpenRAG's offline stage: labels the training questions' candidates once.
 
 It runs once, before the loop and in the process that launches it. Every judgement goes through the
 generator's cache, so a stage that was stopped continues without asking for one twice.

@@ -1,4 +1,4 @@
-"""A configuration and opened parts in; steps that train the retriever by OpenRAG out.
+"""The OpenRAG trainer: the retriever.
 
     offline stage   pairs at random from the pools of the first retrieval
     online stage    pairs from what the retriever in training finds and the generator makes of it

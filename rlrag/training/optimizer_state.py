@@ -1,4 +1,4 @@
-"""An optimiser in, tensors for a checkpoint out, and back."""
+"""Optimiser state as tensors of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A configuration in; the parts that a run trains, with their learners, out.
+"""The selector and the generator that a run trains, with their learners.
 
 The selector is a policy over selections, the generator a causal language model. Each has its own
 learner and optimiser; a part that is not trained has none. Both M-steps use the weights of one

@@ -1,4 +1,4 @@
-"""Questions with one passage each in; how likely and whether right the generator's answer is, out.
+"""OpenRAG's score and label of a single passage: how the generator answers with it.
 
 The RAG score and the RAG label of OpenRAG (arXiv 2503.08398, section 3.1). With one passage d in
 context the score is the log-probability of the golden answer, log P(y | q, d), summed over its

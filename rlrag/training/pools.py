@@ -1,4 +1,4 @@
-"""Questions with their candidates in; for each which passages helped the generator, and how much.
+"""Pools of helpful and unhelpful passages for each training question.
 
 The offline stage of OpenRAG (arXiv 2503.08398, section 3.2). The candidates of a question fall into
 a pool of positives and a pool of negatives. A question with an empty pool teaches nothing and is

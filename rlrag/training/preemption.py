@@ -1,4 +1,4 @@
-"""A SIGTERM to the launching process in; a run that ends between two steps, resumable, out.
+"""Ends a run between two steps on SIGTERM, so that it can be resumed.
 
 Whoever takes a machine away says so first, by SIGTERM, and gives some seconds. While a loop runs,
 the signal becomes a sign in the run directory: rank 0 looks at it before each step, wherever it

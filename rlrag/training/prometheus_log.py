@@ -1,4 +1,4 @@
-"""Metrics of finished steps in; an HTTP address where Prometheus reads the newest of each out.
+"""Serves a run's newest metrics to Prometheus.
 
 A metric is called `rlrag_` and its name in `metrics.jsonl`, `validation/em` for example
 `rlrag_validation_em`, and has the labels `run` and `recipe`. It keeps its last value while steps

@@ -1,4 +1,4 @@
-"""New weights and a group of workers in; engines that answer with them out."""
+"""Sends newly trained weights to the engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of finished steps in; a live line, log lines and experiment trackers out.
+"""Reports metrics to the terminal, log files and experiment trackers.
 
 On a terminal one line is redrawn; elsewhere each step is one short line. What libraries have to say
 goes to a file, `json_logs`, so that neither is disturbed. A tracker that fails is dropped with one

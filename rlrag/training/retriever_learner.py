@@ -1,4 +1,4 @@
-"""Questions with passages that helped and did not in; an updated retriever's encoder out.
+"""Contrastive updates of the retriever's encoder.
 
 The loss of a batch compares every question with every passage of the batch, so that neither the
 batch's texts nor its workers can be treated one by one. Vectors are computed in pieces that fit

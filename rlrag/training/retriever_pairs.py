@@ -1,4 +1,4 @@
-"""Questions of a step in; a passage that helps and one that does not for each, out.
+"""Draws a helpful and an unhelpful passage for each question of a step.
 
 Offline, both are drawn at random from the pools. Online (OpenRAG, arXiv 2503.08398, section 3.3)
 they come from what the retriever in training finds: its list is walked from the top, passages are

@@ -1,4 +1,4 @@
-"""What a retriever in training finds for held-back questions in; how good the answers are out."""
+"""Validation of a retriever in training on held-back questions."""
 
 from __future__ import annotations
 

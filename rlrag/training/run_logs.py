@@ -1,4 +1,4 @@
-"""Log records of a run's processes in; files in its `logs/` out, one for each process.
+"""Log files of a run's processes.
 
 The launching process writes `libraries.log`, each Ray Train worker `worker-RANK.log` and each actor
 of the generator `generator-NUMBER.log`, so that no two append to one file on shared storage.

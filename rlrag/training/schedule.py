@@ -1,4 +1,4 @@
-"""A seed and a step number in; the questions of that step and the seeds of their draws out.
+"""Which questions and random seeds each training step uses.
 
 Nothing here has a state: what a step sees depends on the seed and its number alone, so a resumed
 run sees what an undisturbed one would have, and any number of workers share the same batch.

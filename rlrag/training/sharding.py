@@ -1,4 +1,4 @@
-"""A model in; the same model with its weights spread over the workers (FSDP2) out, and back.
+"""Sharding of a model over the workers with FSDP2.
 
 A sharded tensor is a DTensor: every worker holds a slice of it. Functions that make it whole, or
 slice it, are called by all workers at once.

@@ -1,4 +1,4 @@
-"""What is under way in; a report out when it makes no progress for long: no wait is silent.
+"""Reports a run that makes no progress, and what it waits for.
 
 A report is a warning, which says what is under way, for how long, and whom it waits for, and a line
 of the log with the stacks of all threads. Nothing is ended: every wait has a bound of its own, and

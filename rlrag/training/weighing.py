@@ -1,6 +1,6 @@
-"""Experience in; importance weights and the numbers that describe rewards and weights out.
+"""Importance weights of a batch, with statistics of rewards and weights.
 
-What selector and generator share: both M-steps use the same weights.
+Selector and generator share them: both M-steps use the same weights.
 
 Shape letters: B questions, M samples.
 """
