@@ -173,8 +173,8 @@ def check_whole(directory: Path) -> None:
     unlisted = sorted(found.keys() - listed.keys())
     if unlisted:
         raise CheckpointError(
-            f"{directory / unlisted[0]} is not listed in {directory / MANIFEST}, so that nobody "
-            "vouches for it; delete it, or fetch the directory anew"
+            f"{directory / unlisted[0]} is not in the manifest {directory / MANIFEST} and cannot "
+            "be verified; delete it, or fetch the directory again"
         )
     for name, expected in listed.items():
         path = found.get(name)

@@ -200,7 +200,7 @@ def test_golden_questions_are_a_sample_that_is_always_the_same():
 @pytest.mark.parametrize("name", ["extra.json", "generator/extra.json", "generator/.hidden"])
 def test_a_file_that_the_manifest_does_not_list_is_refused(bundle, name):
     (bundle / name).write_text("{}")
-    with pytest.raises(CheckpointError, match=rf"{name} is not listed in .*manifest\.json"):
+    with pytest.raises(CheckpointError, match=rf"{name} is not in the manifest .*manifest\.json"):
         read_bundle(bundle)
 
 

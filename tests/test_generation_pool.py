@@ -230,7 +230,7 @@ def test_a_prompt_that_an_engine_fails_on_is_given_up(open_pool):
 
 def test_engines_that_answer_nothing_end_the_call(open_pool):
     prompts = [prompt(RAISE, i) for i in range(20)]
-    with pytest.raises(GenerationError, match=r"KeyError.*the engines are to blame"):
+    with pytest.raises(GenerationError, match=r"KeyError.*the engines, not a prompt, are at fault"):
         open_pool().generate(prompts, Sampling())
 
 

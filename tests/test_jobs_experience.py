@@ -193,7 +193,10 @@ def test_a_refused_log_leaves_the_run_directory_to_a_corrected_command(
             train.main([*words, "--experience", str(name)])
         assert exit_code(caught.value) == 3
     picky = ["--off-policy.min-ess", "1000"]
-    with pytest.raises(DataError, match="says too little about the policy to start from"):
+    with pytest.raises(
+        DataError,
+        match=r"effective sample size of the starting policy is .* below off_policy.min_ess",
+    ):
         train.main([*words, *picky, "--experience", str(log)])
     train.main([*words, "--experience", str(log)])
     kept = RunDirectory(tmp_path / "run")

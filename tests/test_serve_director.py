@@ -165,7 +165,7 @@ def check(pipeline, tmp_path, bundles, golden=GOLDEN) -> None:
 def test_golden_questions_must_be_answered_as_recorded(bundles, tmp_path):
     check(EchoPipeline(), tmp_path, bundles)
     check(EchoPipeline(wrong=("question 3",)), tmp_path, bundles)
-    with pytest.raises(CheckpointError, match=r"only 8 of its 10 golden questions.*'question 3'"):
+    with pytest.raises(CheckpointError, match=r"only 8 of 10 golden answers.*'question 3'"):
         check(EchoPipeline(wrong=("question 3", "question 7")), tmp_path, bundles)
 
 
@@ -202,7 +202,7 @@ def test_the_first_bundle_must_answer_as_recorded_too(recorded, tmp_path, caplog
     found = director(recorded, tmp_path, wrong)
     assert not first_checked(found)
     assert "the service does not start: version" in caplog.text
-    assert "only 0 of its 10 golden questions" in caplog.text
+    assert "only 0 of 10 golden answers" in caplog.text
     assert run(found, recorded[1]).active == read_bundle(recorded[1]).version
     assert found.hear(Report("i1", "ingress", epoch=0)).checked  # another bundle repairs it
 

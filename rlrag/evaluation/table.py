@@ -178,7 +178,8 @@ def build_table(
     lengths = {name: metrics.num_questions for name, metrics in systems.items()}
     if len(set(lengths.values())) != 1:
         raise DataError(
-            f"systems have questions in the numbers {lengths}; give the same questions to all"
+            f"systems were evaluated on different numbers of questions, {lengths}; evaluate all on "
+            "the same ones"
         )
     summaries = {
         name: _summarize(name, metrics, num_resamples, seed) for name, metrics in systems.items()

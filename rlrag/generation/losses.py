@@ -106,7 +106,7 @@ class Losses:
     def _fail(self, error: GenerationError) -> NoReturn:
         self._in_a_row = 0
         raise type(error)(
-            f"{error}; several chunks in a row were lost and none answered between them, so that "
-            "the engines are to blame and no prompt: read Ray's logs of the actors; if memory ran "
-            "out, lower generator.batch_size or prompt.max_prompt_tokens"
+            f"{error}; several chunks in a row were lost, so the engines, not a prompt, are at "
+            "fault: read Ray's logs of the actors; if memory ran out, lower generator.batch_size "
+            "or prompt.max_prompt_tokens"
         ) from error

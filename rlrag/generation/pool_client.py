@@ -121,8 +121,8 @@ class PoolClient:
     ) -> list[Generation | GenerationError]:
         """Decode one answer a prompt.
 
-        A prompt that engines die of, hang on or fail with, also alone, gets the error as its
-        result, and gets it again without being asked.
+        A prompt that makes engines die, hang or fail even when it is sent alone gets the error as
+        its result; when it comes again, it is not sent.
 
         Raises:
             GeneratorTimeoutError, GenerationError: when no actor can be restarted any more, or

@@ -174,9 +174,9 @@ class Director:
         if num_right < self._bounds.golden_share * len(golden):
             wrong = golden[found.index(False)]
             raise _GoldenError(
-                f"version {version} answers only {num_right} of its {len(golden)} golden questions "
-                f"as recorded, first {wrong.question!r} otherwise; it was trained with another "
-                "corpus, index or generator than this service has"
+                f"version {version} reproduces only {num_right} of {len(golden)} golden answers; "
+                f"first mismatch: {wrong.question!r}; it was trained with another corpus, index or "
+                "generator than this service has"
             )
 
     async def _agrees(self, version: str, golden: GoldenQuestion) -> bool:

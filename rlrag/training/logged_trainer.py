@@ -56,7 +56,7 @@ class LoggedTrainer(SavesOptimizer):
 
         Raises:
             CheckpointError: when `selector.weights` is missing or belongs to another policy.
-            DataError: when the log says too little about that policy.
+            DataError: when the effective sample size of that policy on the log is too small.
         """
         self._environment = config.environment
         self._training = config.training
@@ -180,10 +180,10 @@ class LoggedTrainer(SavesOptimizer):
         ess, limit = off_policy.effective_sample_size(ratios_Q), self._settings.min_ess
         if ess < limit:
             raise DataError(
-                f"the log says too little about the policy to start from: its {len(part):,} "
-                f"held-back selections are worth {ess:.1f}, and off_policy.min_ess is {limit:g}; "
-                "start from the policy that was served (selector.weights), log more, or serve "
-                "with a higher feedback.explore_share"
+                f"the effective sample size of the starting policy is {ess:.1f} on {len(part):,} "
+                f"held-out selections, below off_policy.min_ess {limit:g}; start from the policy "
+                "that was served (selector.weights), log more, or serve with a higher "
+                "feedback.explore_share"
             )
 
     def _warn(self, step: int, ess: float) -> None:
