@@ -1,12 +1,19 @@
-"""Clients that ask a running service without a pause, and the processes that serve them."""
+"""A service that is started by its command, clients that ask it without a pause, its processes."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +22,42 @@ _PATIENCE_S = 180.0
 _NUM_CLIENTS = 3
 _STEADY = 20
 """Answers in a row after which a service counts as working."""
+
+
+PROGRAM = (sys.executable, "-c", "from rlrag.cli import main; main()")
+
+
+@contextmanager
+def started_service(
+    *words: object,
+    folder: Path,
+    program: tuple[object, ...] = PROGRAM,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """The address of `rlrag serve`, started in a folder with these words on a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with subprocess.Popen(
+        [str(word) for word in (*program, "serve", *words, f"port={port}")],
+        cwd=folder,
+        env=os.environ | dict(variables or {}),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as service:
+        try:
+            assert service.stderr is not None
+            said = []
+            for line in service.stderr:
+                said.append(line)
+                if line.startswith("ready at "):
+                    break
+            url = f"http://127.0.0.1:{port}"
+            assert said[-1].startswith(f"ready at {url} "), "".join(said)[-3000:]
+            yield url
+        finally:
+            service.send_signal(signal.SIGINT)
+            service.communicate(timeout=120)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ def test_every_field_is_a_flag(capsys):
     names = flag_names(RunConfig())
     assert len(names) > 60
     assert [name for name in names if f"--{name}" not in said] == []
-    assert "Permutations drawn a question (m)" in said
+    assert "Selections drawn for each question (m)" in said
 
 
 def arguments(*words: str) -> train.TrainArguments:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from serve_load import PROGRAM, started_service
 from tiny_models import save_tiny_encoder, save_tiny_llama, save_tiny_masked_lm
 
 import rlrag
@@ -25,6 +29,7 @@ from rlrag.retrieval.plugin import PluginRetriever
 from rlrag.selection.build import build_policy
 from rlrag.testing import check_policy, check_retriever
 
+ROOT = Path(__file__).resolve().parents[1]
 TITLES = "examples.own_retriever:TitleRetriever"
 AGREEMENT = "examples.own_policy:AgreementPolicy"
 QUESTIONS = ["what does the lamp hold?", "and what the whistle?"]
@@ -282,6 +287,35 @@ def test_parts_are_trained_bundled_evaluated_and_asked(openrag_files, tmp_path):
         answer = pipeline.answer(QUESTIONS[0])
         assert answer.passages == pipeline.select(QUESTIONS[0])
         assert len(answer.passages) == 1
+
+
+@pytest.mark.slow
+def test_they_work_on_ray_and_behind_the_service(openrag_files, tmp_path):
+    here = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    given = {
+        "training.launcher": "ray",
+        "generator.backend": "transformers",
+        "generator.num-actors": 1,
+        "reward.functions": "examples.custom_reward:short_and_right",
+        "reward.weights": 1,
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    subprocess.run(
+        [*PROGRAM, "train", "quickstart", *flags(openrag_files, tmp_path), *words],
+        cwd=tmp_path,
+        env=os.environ | here,
+        check=True,
+        timeout=300,
+    )
+    bundle = tmp_path / "run" / "bundle"
+    with rlrag.load_pipeline(bundle, allow_code=(AGREEMENT, TITLES)) as pipeline:
+        answer = pipeline.answer(QUESTIONS[0])
+    trusted = f"allow_code={AGREEMENT} {TITLES}"
+    settings = (bundle, trusted, "generator_backend=transformers", "generator.num_cpus=0.2")
+    with started_service(*settings, folder=tmp_path, variables=here) as url:
+        reply = httpx.post(f"{url}/v1/answer", json={"question": QUESTIONS[0]}, timeout=60).json()
+    assert reply["answer"] == answer.text
+    assert [passage["id"] for passage in reply["passages"]] == [p.id for p in answer.passages]
 
 
 def test_defaults_name_no_code():

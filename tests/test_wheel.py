@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from serve_load import started_service
 from tiny_models import save_family
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,27 +90,8 @@ gymnasium.make(RunConfig().environment.id)"""
 with rlrag.load_pipeline({str(bundle)!r}) as pipeline:
     print(pipeline.answer("what does the lamp hold?").text)"""
     said = run(tmp_path, python, "-c", answer).strip()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    service = subprocess.Popen(
-        [str(word) for word in (rlrag, "serve", bundle, f"port={port}")],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert service.stderr is not None
-        lines = []
-        for line in service.stderr:
-            lines.append(line)
-            if line.startswith("ready at "):
-                break
-        assert lines[-1].startswith(f"ready at http://127.0.0.1:{port} "), "".join(lines)[-3000:]
+    with started_service(bundle, folder=tmp_path, program=(rlrag,)) as url:
         question = {"question": "what does the lamp hold?"}
-        reply = httpx.post(f"http://127.0.0.1:{port}/v1/answer", json=question, timeout=60)
+        reply = httpx.post(f"{url}/v1/answer", json=question, timeout=60)
         assert reply.json()["answer"] == said, reply.text
-        assert httpx.get(f"http://127.0.0.1:{port}/", timeout=60).status_code == 200
-    finally:
-        service.send_signal(signal.SIGINT)
-        service.communicate(timeout=120)
+        assert httpx.get(url, timeout=60).status_code == 200

@@ -27,7 +27,7 @@ BUILTIN_CORPUS = "factbook"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 Placement = Literal["pack", "spread", "strict_pack", "strict_spread"]
-"""As few nodes as there is room on, as many as there are; one node and no other, a node each."""
+"""Strategies of Ray's placement groups."""
 
 
 class Section(BaseModel):
@@ -72,13 +72,13 @@ class DataConfig(Section):
     train_questions: str = f"{BUILTIN_CORPUS}:train"
     """Questions to train on, in any of the same forms."""
     eval_questions: str = f"{BUILTIN_CORPUS}:test"
-    """Questions that the final table is measured on; give none that are trained on."""
+    """Questions of the final evaluation, none of which may be trained on."""
     max_train_questions: int | None = Field(default=None, ge=1)
     """Use a sample of this many training questions, the same for every `seed`; all when unset."""
     max_eval_questions: int | None = Field(default=None, ge=1)
     """Use a sample of this many evaluation questions, the same for every `seed`; all when unset."""
     num_validation_questions: int = Field(default=100, ge=0)
-    """Training questions held back to choose the best checkpoint; 0 keeps the last one."""
+    """Training questions held out to choose the best checkpoint; 0 keeps the last one."""
     passage_words: int = Field(default=100, ge=8, lt=2**31)
     """Words of a passage that are indexed and shown to the generator."""
 
@@ -92,12 +92,12 @@ class RetrievalConfig(Section):
     options: tuple[str, ...] = ()
     """Options of a retriever of your own, each `name=value`."""
     num_candidates: int = Field(default=10, ge=1)
-    """Candidates a question (n)."""
+    """Candidates retrieved for each question (n)."""
     encoder: str | None = BUILTIN_ENCODER
     """Sentence encoder of `dense` and `hybrid`, whose vectors are also features of the selector: a
     Hugging Face id, a path or the built-in name; may be unset for the other kinds."""
     encoder_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` takes bfloat16 where the processor multiplies it natively, else float32."""
+    """`auto`: bfloat16 where the processor supports it natively, else float32."""
     encoder_max_tokens: int = Field(default=160, ge=8)
     """Tokens of a passage or question that the encoder reads."""
     encode_batch_size: int = Field(default=64, ge=1)
@@ -106,34 +106,34 @@ class RetrievalConfig(Section):
     """Masked language model of `semi_parametric`: a Hugging Face id, a path or the built-in
     name."""
     vocabulary_head: Literal["masked_lm", "layer_norm"] = "masked_lm"
-    """How hidden states reach the vocabulary: through the model's own head, or through a fresh
-    LayerNorm as in VDR."""
+    """Projection of hidden states to the vocabulary: the model's own head, or a new LayerNorm as in
+    VDR."""
     vocabulary_top_k: int = Field(default=768, ge=0)
-    """Largest entries of a vector in vocabulary space that are kept, besides those of its own
-    tokens."""
+    """Entries kept of each vocabulary-space vector, the largest ones, besides those of the text's
+    own tokens."""
     index: Literal["flat", "hnsw", "ivfpq"] = "flat"
     """FAISS index over the passage vectors."""
     hnsw_links: int = Field(default=32, ge=2)
-    """Links a node of the HNSW graph keeps (M)."""
+    """Links per node of the HNSW graph (M)."""
     hnsw_search_depth: int = Field(default=128, ge=1)
-    """Candidates an HNSW search keeps open (efSearch)."""
+    """Size of the candidate list in an HNSW search (efSearch)."""
     ivf_lists: int = Field(default=256, ge=1)
     """Cells of the IVF-PQ index."""
     ivf_probes: int = Field(default=32, ge=1)
-    """Cells that an IVF-PQ search visits."""
+    """Cells visited by an IVF-PQ search."""
     pq_bytes: int = Field(default=48, ge=1)
-    """Bytes a vector takes in the IVF-PQ index; must divide the vector length."""
+    """Bytes per vector in the IVF-PQ index; must divide the vector length."""
     num_shards: int = Field(default=1, ge=1)
-    """Parts of the passage vectors, each searched by a Ray actor that keeps it in memory; 1
-    searches in the process that asks."""
+    """Shards of the passage vectors, each searched by a Ray actor of its own; 1 searches in the
+    calling process."""
     shard_cpus: float = Field(default=1, gt=0)
-    """Ray CPU reservation of such an actor."""
+    """Ray CPU reservation of a shard's actor."""
     shard_restarts: int = Field(default=3, ge=0)
-    """Times that a dead one is made anew."""
+    """How often a dead shard actor is restarted."""
     shard_timeout_s: float = Field(default=600, gt=0)
-    """Longest wait for the answers of all parts, the building of their indexes included."""
+    """Longest wait for the results of all shards, including the time to build their indexes."""
     bm25_scores: bool = False
-    """Where dense retrieval ranks, give the selector the candidates' BM25 scores as well."""
+    """Also give the selector BM25 scores where dense retrieval ranks."""
     bm25_k1: float = Field(default=0.9, gt=0)
     """BM25 term-frequency saturation."""
     bm25_b: float = Field(default=0.4, ge=0, le=1)
@@ -164,7 +164,7 @@ class EnvironmentConfig(Section):
     """Gymnasium id of the environment; `module:namespace/Name-v0` for one that a module of yours
     registers."""
     num_selected: int = Field(default=1, ge=1)
-    """Most passages picked in one episode (K)."""
+    """Maximum number of passages picked in one episode (K)."""
 
 
 class SelectorConfig(Section):
@@ -179,11 +179,11 @@ class SelectorConfig(Section):
     hidden_size: int = Field(default=64, ge=1, le=65_536)
     """Width of the feature network."""
     projection_size: int = Field(default=32, ge=1, le=65_536)
-    """Length to which frozen question and passage embeddings are projected."""
+    """Size to which frozen question and passage embeddings are projected."""
     may_stop: bool = False
     """Let the policy end an episode with fewer passages; not for `listwise_lm`."""
     prior_scale: float = Field(default=0.5, gt=0)
-    """Logit lost per retriever rank before training; larger means less exploration."""
+    """Decrease of the logit per retriever rank before training; larger means less exploration."""
     model: str = BUILTIN_ENCODER
     """Encoder that `bi_encoder` and `cross_encoder` start from, or the causal language model of
     `listwise_lm`."""
@@ -192,18 +192,17 @@ class SelectorConfig(Section):
     adapter_rank: int | None = Field(default=16, ge=1)
     """Rank of the LoRA adapter that `listwise_lm` trains; unset trains all its weights."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format in which `listwise_lm` multiplies; its weights and their updates stay in
-    float32."""
+    """Number format of the forward pass of `listwise_lm`; weights and updates stay in float32."""
     weights: str | None = None
     """File of a trained selector of the same kind to start from (`bundle/selector.safetensors`)."""
     imitation_steps: int = Field(default=0, ge=0)
-    """Steps of supervised training before the first E-step, on orders drawn around the retriever's
-    as `prior_scale` says: what lets a language model start from a ranker."""
+    """Steps of supervised training before the first E-step, on orders sampled around the
+    retriever's (see `prior_scale`), so that `listwise_lm` starts as a ranker."""
     imitation_learning_rate: float = Field(default=1e-3, gt=0)
     """AdamW step size of those steps."""
     imitation_run: str | None = None
-    """TREC run file, plain or gzip, whose order those steps imitate in place of the retriever's;
-    where it ranks fewer candidates than are selected, the retriever's order follows."""
+    """TREC run file, plain or gzip, to imitate instead of the retriever's order, which completes
+    rankings that are too short."""
 
     @property
     def reads_texts(self) -> bool:
@@ -259,17 +258,18 @@ class PromptConfig(Section):
     passage_template: str = "[{number}] {title}: {text}\n"
     """One passage; fields: number, title, text."""
     passage_order: Literal["as_picked", "best_last"] = "as_picked"
-    """`best_last` shows the passage picked first next to the question, where small models read it
-    best; whoever picks, ranks or trains is not concerned."""
+    """Order of the passages in the prompt. `best_last` puts the first pick last, next to the
+    question, which small models read best. Affects only the prompt."""
     question_template: str = "Question: {question}\nAnswer:"
-    """What follows the passages; field: question. The answer continues it after one space."""
+    """Text after the passages; field: question. The answer follows after one space."""
     few_shot: tuple[FewShotExample, ...] = ()
-    """Worked examples in front of the question."""
+    """Worked examples before the question."""
     max_prompt_tokens: int = Field(default=1024, ge=16)
-    """Passages are cut, the longest first, until the prompt fits; the question never is."""
+    """Longest prompt; passages are truncated, the longest first, until it fits. The question never
+    is."""
     score_end_of_answer: bool = False
-    """Score golden answers together with what ends them: the stop string, or the end of a chat
-    turn. What a generator learns always has that end."""
+    """Include the end of the answer (stop string or end of turn) when golden answers are scored.
+    Training targets always include it."""
 
 
 class GeneratorConfig(Section):
@@ -289,9 +289,9 @@ class GeneratorConfig(Section):
     """Environment variable with the key that is sent to that server; one that wants none needs
     none."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: bfloat16 where the device multiplies it natively, else float32."""
+    """`auto`: bfloat16 where the device supports it natively, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes a GPU when torch sees one."""
+    """`auto`: a GPU if torch finds one."""
     num_actors: int = Field(default=2, ge=1)
     """Ray actors, each with its own engine."""
     cpus_per_actor: float = Field(default=0.5, gt=0)
@@ -299,35 +299,35 @@ class GeneratorConfig(Section):
     gpus_per_actor: float = Field(default=0, ge=0)
     """Ray GPU reservation of an actor."""
     placement: Placement | None = None
-    """Nodes of the actors: `pack` onto few, `spread` over many, `strict_pack` onto one,
-    `strict_spread` one each. All get their resources together then, or none does; unset lets Ray
-    place each where there is room."""
+    """Ray placement strategy of the actors: `pack` on few nodes, `spread` over many, `strict_pack`
+    on one, `strict_spread` one each; resources are then reserved for all actors at once. Unset
+    places each actor where there is room."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """Devices, on a CPU processes, that hold one vLLM engine together; they must divide the model's
+    """Tensor parallelism of a vLLM engine: GPUs, or processes on a CPU; must divide the number of
     attention heads."""
     threads_per_actor: int = Field(default=1, ge=1)
     """Compute threads of an actor's engine on a CPU."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences in one forward pass (transformers) or in flight (vLLM, endpoint)."""
     kv_cache_gib: int = Field(default=1, ge=1)
-    """Key-value cache of a vLLM engine on a CPU."""
+    """Size of the key-value cache of a vLLM engine on a CPU."""
     max_model_len: int = Field(default=2048, ge=32)
-    """Prompt and answer tokens together."""
+    """Maximum number of prompt and answer tokens together."""
     max_new_tokens: int = Field(default=12, ge=1)
-    """Answer tokens."""
+    """Maximum number of answer tokens."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 is greedy."""
+    """Sampling temperature; 0 decodes greedily."""
     stop: tuple[str, ...] = ("\n",)
-    """The answer ends before the first of these."""
+    """Stop strings; the answer ends before the first of them."""
     request_timeout_s: float = Field(default=300, gt=0)
     """Longest wait for one batch of one actor, or for one answer of an endpoint with all its
     repetitions."""
     start_timeout_s: float = Field(default=300, gt=0)
     """Longest wait for an actor to load its model."""
     max_restarts: int = Field(default=10, ge=0)
-    """Times a dead actor is replaced; after that the others go on without it."""
+    """How often a dead actor is restarted; after that the others go on without it."""
     prompt: PromptConfig = PromptConfig()
-    """The prompt; part of every cache key."""
+    """The prompt."""
 
     @model_validator(mode="after")
     def _endpoint_is_whole(self) -> Self:
@@ -378,17 +378,18 @@ class RewardConfig(Section):
     """What an answer is worth."""
 
     functions: tuple[str, ...] = ("answer_logp",)
-    """Built-in names or `package.module:function`; the reward is their weighted sum."""
+    """Reward functions: built-in names or `package.module:function`. The reward is their weighted
+    sum."""
     weights: tuple[float, ...] = (1.0,)
-    """One weight a function; weight 0 logs a term without training on it."""
+    """One weight per function; a term of weight 0 is logged but not trained on."""
     golden_answers: Literal["likeliest", "all"] = "likeliest"
-    """Where a question has several, `answer_logp` is that of the likeliest and a generator learns
-    the first. `all` is the exact form for a set: `answer_logp` is the log of their summed
-    likelihoods, and a generator trained by DRO learns each, weighted by its share of that sum."""
+    """How several golden answers count. `likeliest`: `answer_logp` is that of the likeliest answer,
+    and the generator learns the first. `all`: `answer_logp` is the log of their summed likelihoods,
+    and a generator trained by DRO learns each, weighted by its share of the sum."""
     timeout_s: float = Field(default=30, gt=0)
-    """Longest time that one call of a custom function may take, from its own start."""
+    """Time limit of one call of a custom function."""
     max_concurrent: int = Field(default=8, ge=1)
-    """Calls of a custom function that run at once; 1 for a function that is not thread-safe."""
+    """Concurrent calls of a custom function; set 1 if it is not thread-safe."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:

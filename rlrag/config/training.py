@@ -16,16 +16,17 @@ class DROConfig(Section):
     """Direct Retrieval-augmented Optimization (arXiv 2505.03075)."""
 
     num_samples: int = Field(default=8, ge=1)
-    """Permutations drawn a question (m). One sample has weight 1 whatever its reward: the selector
-    then learns nothing."""
+    """Selections drawn for each question (m). With 1 the selector learns nothing, since a single
+    sample always has weight 1."""
     reward_temperature: float = Field(default=1.0, gt=0)
     """w = softmax(reward / temperature); 1 with `answer_logp` is the paper's weight."""
     weighting: Literal["self_normalised", "raw"] = "self_normalised"
-    """`self_normalised`: weights of a question sum to 1; `raw`: exp(reward / temperature) / m."""
+    """`self_normalised`: the weights of a question sum to 1; `raw`: exp(reward / temperature) /
+    m."""
     baseline: Literal["none", "mean", "leave_one_out"] = "mean"
-    """What is subtracted from a weight. `mean`: the mean weight of the question, which removes the
-    pull towards whatever was drawn; `leave_one_out`: the mean of the other samples' likelihoods,
-    for `raw` weights."""
+    """Baseline subtracted from each weight. `mean`: the question's mean weight, so that samples are
+    not reinforced merely for having been drawn; `leave_one_out`: the mean likelihood of the other
+    samples, for `raw` weights."""
     replacement: bool = True
     """Draw samples independently. False draws m different selections by Gumbel top-k and corrects
     their weights (Kool et al., 2019, 2020)."""
@@ -34,16 +35,15 @@ class DROConfig(Section):
     passes: int = Field(default=1, ge=1)
     """Optimiser passes over the samples of an E-step; the paper's M-step takes several."""
     refresh_every: int | None = Field(default=1, ge=1)
-    """Steps between refreshes of the policy and the generator that an E-step draws and scores with;
-    1 is on-policy, unset is once a pass over the questions, the paper's EM."""
+    """Steps between updates of the policy and generator that the E-step draws and scores with. 1 is
+    on-policy; unset updates once per epoch, as in the paper."""
     clip_ratio: float | None = Field(default=None, gt=0, lt=1)
-    """Off-policy guard: bounds p_now(z|x) / p_drawn(z|x) to 1 +- this, as PPO does; unset is the
-    paper's weighted likelihood."""
+    """Clips the ratio p_now(z|x) / p_drawn(z|x) to 1 +- this, as PPO does; unset clips nothing, as
+    in the paper."""
     entropy_weight: float = Field(default=0.0, ge=0)
-    """Adds this times the policy's entropy to the objective."""
+    """Coefficient of the entropy bonus."""
     kl_weight: float = Field(default=0.0, ge=0)
-    """Subtracts this times KL(policy || untrained policy) from the objective, estimated anew in
-    every pass over the samples."""
+    """Coefficient of the penalty KL(policy || untrained policy), estimated again in every pass."""
 
     @property
     def on_policy(self) -> bool:
@@ -79,22 +79,22 @@ class OffPolicyConfig(Section):
     """The selector's training on logged selections, see `training.experience`."""
 
     max_ratio: float = Field(default=20.0, ge=1)
-    """Bound on p_now(z|x) / propensity in the gradient; a service that draws a share e of its
-    selections logs ratios of 1/e."""
+    """Upper bound of the importance ratio p_now(z|x) / propensity in the gradient. A service that
+    explores with probability e logs ratios of up to 1/e."""
     reward_range: tuple[float, float] = (-1.0, 1.0)
-    """Lowest and highest value of the feedback's scale, by default what the service takes. The few
-    values outside are clipped to it and counted, so that none can move an estimate far; a log with
-    more than 5 % outside is refused."""
+    """Lowest and highest feedback value. Values outside are clipped and counted; a log with more
+    than 5 % of its values outside is refused."""
     num_epochs: int = Field(default=20, ge=1)
     """Passes over the logged selections."""
     held_back_share: float = Field(default=0.3, ge=0, lt=1)
-    """Part of the logged questions that is not trained on and chooses the best checkpoint; 0 keeps
-    the last one, without an estimate."""
+    """Share of the logged questions held out to choose the best checkpoint; 0 keeps the last one
+    and gives no estimate."""
     min_ess: float = Field(default=10.0, ge=2)
-    """Effective sample size of the held-back selections below which an estimate is not trusted: a
-    run does not start there, and chooses no such checkpoint."""
+    """Smallest effective sample size on held-out selections: a run does not start below it, and no
+    checkpoint below it is chosen."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Of the intervals; the checkpoint with the highest lower end is the best."""
+    """Confidence level of the intervals; the best checkpoint is the one with the highest lower
+    bound."""
 
     @model_validator(mode="after")
     def _range_has_a_width(self) -> Self:
@@ -114,35 +114,34 @@ class OpenRAGConfig(Section):
     """
 
     stages: tuple[Literal["offline", "online"], ...] = ("offline", "online")
-    """`offline` trains on the pools of the first retrieval, `online` on what the retriever in
-    training finds; either alone is an ablation of the paper."""
+    """`offline` trains on passages labelled before training, `online` on those that the retriever
+    currently finds; either alone is an ablation in the paper."""
     labels: Literal["generator", "gold", "generator_else_gold"] = "generator"
-    """A passage is positive when the generator answers right with it; `gold` takes the passages
-    that the questions name, the relevance training that OpenRAG is compared with;
-    `generator_else_gold` takes these where the generator is right with none, which a small
-    generator is for most questions."""
+    """Which passages are positive. `generator`: those with which the generator answers correctly;
+    `gold`: the questions' gold passages, OpenRAG's baseline; `generator_else_gold`: gold passages
+    only where the generator is correct with no passage."""
     num_offline: int = Field(default=100, ge=2)
-    """Passages a question that are labelled before training (k)."""
+    """Passages labelled for each question before training (k)."""
     num_online: int = Field(default=20, ge=2)
-    """Passages that the fixed first stage finds and the current weights rank again (m)."""
+    """Passages that the fixed first stage retrieves and the current encoder reranks (m)."""
     first_stage: Literal["frozen", "bag_of_tokens", "bm25"] = "frozen"
-    """What finds passages online: the vectors before training, the passages' plain tokens
-    (`semi_parametric` alone, the paper's), or BM25. None of them changes."""
+    """First stage of online retrieval: the untrained encoder's vectors, a bag-of-tokens index
+    (`semi_parametric` only, as in the paper), or BM25. It stays fixed during training."""
     refresh_every: int | None = Field(default=None, ge=1)
-    """Steps between refreshes of an index of all passages' vectors, which then is the first stage
-    in place of `first_stage`; unset never encodes the corpus in training."""
+    """Rebuild the passage index with the current encoder every so many steps and use it as the
+    first stage; unset never rebuilds it."""
     refresh_waits: bool = False
-    """Training waits until a refresh is done, so that a seed repeats a run exactly; otherwise it
-    goes on with the older index."""
+    """Wait for each rebuild, so that a run is reproducible; otherwise training goes on with the old
+    index."""
     refresh_timeout_s: float = Field(default=3600, gt=0)
-    """Longest wait for a refresh."""
+    """Longest wait for a rebuild."""
     offline_epochs: int = Field(default=40, ge=1)
-    """Passes over the questions in the offline stage."""
+    """Epochs of the offline stage."""
     online_epochs: int = Field(default=40, ge=1)
-    """Passes over the questions in the online stage."""
+    """Epochs of the online stage."""
     offline_token_share: float = Field(default=0.8, gt=0, le=1)
-    """Where `training.max_generator_tokens` is set and the online stage follows, the share of them
-    that judgements before it may take; questions that they do not suffice for are left out."""
+    """Share of `training.max_generator_tokens` for labelling before the online stage; questions
+    beyond it are skipped."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak AdamW step size."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -150,28 +149,27 @@ class OpenRAGConfig(Section):
     max_grad_norm: float = Field(default=2.0, gt=0)
     """Gradients are clipped to this global norm."""
     loss: Literal["contrastive", "kl"] = "contrastive"
-    """`kl` draws the retriever's distribution over a question's passages to the generator's
-    likelihoods (RePlug), the paper's ablation."""
+    """`kl` distils the generator's likelihoods into the retriever's distribution over a question's
+    passages (RePlug), an ablation in the paper."""
     vectors: Literal["sparse", "one_whole"] = "sparse"
-    """What the contrastive loss of a `semi_parametric` retriever compares: vectors as they are
-    searched, or one side of each term with all its entries (VDR's code), so that all tokens of a
-    passage get a gradient."""
+    """Vectors in the contrastive loss of a `semi_parametric` retriever. `sparse`: as in search;
+    `one_whole`: one side of each term is dense, as in VDR's code, so that all tokens of a passage
+    get a gradient."""
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the inner products of the loss; the paper has 1, vectors of length 1 want less."""
+    """Temperature of the inner products in the loss. The paper uses 1; unit vectors need less."""
     likelihood_temperature: float = Field(default=1.0, gt=0)
-    """Divides the log-likelihoods that `kl` distils."""
+    """Temperature of the log-likelihoods that `kl` distils."""
     micro_batch_texts: int = Field(default=32, ge=1)
-    """Texts that are embedded at once; vectors of a larger batch are cached and their gradients
-    fed back piece by piece, with the same result."""
+    """Texts in one forward pass. Larger batches use gradient caching, with the same result."""
     tied: bool = True
-    """One encoder for questions and passages, or one each that start alike."""
+    """Use one encoder for questions and passages; False trains one for each."""
     contribution_margin: float = Field(default=1.0, gt=0)
-    """Where selections were rewarded before, a passage counts as positive without being judged when
-    the mean reward with it is higher than without it by this much, and as negative when it is no
-    higher and some selection with it was rewarded by this much less than the question's best."""
+    """Labels from logged rewards: a passage is positive if the mean reward with it is higher by
+    this much than without it, and negative if it is not higher and some selection with it was
+    rewarded by this much less than the question's best."""
     min_auc: float = Field(default=0.6, ge=0, le=1)
-    """A warning is recorded when the generator's score tells right from wrong answers worse than
-    this, as the area under the ROC curve within questions."""
+    """Warn if the generator's score separates correct from wrong answers with an AUC (within
+    questions) below this."""
 
 
 class JSAConfig(Section):
@@ -183,27 +181,26 @@ class JSAConfig(Section):
     """
 
     mis_steps: int = Field(default=50, ge=1)
-    """Passages that the posterior retriever proposes for a question, with repetitions (m): the
-    steps of a Metropolis chain. Passages that are proposed again are scored once."""
+    """Steps of the Metropolis chain for each question (m); a passage that is proposed again is not
+    scored again."""
     weights: Literal["posterior", "visits"] = "posterior"
-    """What the parts learn from: the exact posterior over the passages that were scored, or how
-    often the Metropolis chain visits each, the paper's form, with the chain's noise."""
+    """`posterior`: the exact posterior over the scored passages; `visits`: how often the Metropolis
+    chain visits each, as in the paper."""
     num_prior: int = Field(default=10, ge=1)
-    """Passages that the retriever ranks first and that may be proposed."""
+    """Top passages of the retriever among the proposals."""
     num_posterior: int = Field(default=10, ge=1)
-    """Passages that the posterior retriever, which also reads the answer, ranks first; proposals
-    are from both together."""
+    """Top passages of the posterior retriever, which also reads the answer, among the proposals."""
     temperature: float = Field(default=0.1, gt=0)
-    """Divides the inner products of both retrievers; 0.1 is the released code's, for vectors of
-    length 1."""
+    """Temperature of both retrievers' inner products; 0.1 is that of the released code, for unit
+    vectors."""
     likelihood: Literal["product", "mean"] = "product"
-    """`product`: the posterior has the probability of the whole answer; `mean`: its geometric
-    mean over the tokens, as in the released code."""
+    """Likelihood of the answer in the posterior. `product`: over all tokens; `mean`: the geometric
+    mean per token, as in the released code."""
     likelihood_temperature: float = Field(default=1.0, gt=0)
-    """Divides the log-likelihood in the posterior; above 1 flattens it."""
+    """Temperature of the log-likelihood in the posterior; above 1 flattens it."""
     answer: Literal["first", "likeliest"] = "first"
-    """What is scored where a question has several golden answers: the first, which the posterior
-    reads and the generator learns too, or whichever is likeliest behind the passage."""
+    """Which of several golden answers is scored: the first, which the posterior retriever reads and
+    the generator learns, or the likeliest given the passage."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak AdamW step size of both retrievers."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -211,7 +208,7 @@ class JSAConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of both retrievers together are clipped to this global norm."""
     micro_batch_texts: int = Field(default=32, ge=1)
-    """Questions that are embedded at once; more of them have the same gradient, piece by piece."""
+    """Questions in one forward pass; gradients accumulate."""
 
     @model_validator(mode="after")
     def _mean_has_one_answer(self) -> Self:
@@ -227,7 +224,7 @@ class GeneratorTrainingConfig(Section):
     """The generator's M-step: L_G = - sum w log p(y | x, d_z)."""
 
     method: Literal["lora", "full"] = "lora"
-    """Train a low-rank adapter or all weights."""
+    """Train a LoRA adapter, or all weights."""
     lora_rank: int = Field(default=16, ge=1)
     """Rank of the adapter."""
     lora_alpha: float = Field(default=32, gt=0)
@@ -241,21 +238,22 @@ class GeneratorTrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the forward pass; weights and optimiser stay in float32."""
     micro_batch_tokens: int = Field(default=4096, ge=64)
-    """Padded tokens in one forward pass; gradients accumulate over a step's passes."""
+    """Padded tokens in one forward pass; gradients accumulate over a step."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass, which saves memory and takes about a third more
+    time."""
     sequences_per_question: int | None = Field(default=None, ge=1)
-    """Selections a question that the step trains on: unset takes all m with their weights; a number
-    draws that many by weight, which has the same mean gradient and costs less."""
+    """Train on this many selections per question, drawn in proportion to their weights, which has
+    the same expected gradient and costs less; unset trains on all m, weighted."""
     sharding: Literal["replicated", "fsdp2"] = "replicated"
-    """`fsdp2` shards weights, gradients and optimiser over the workers, for a generator larger than
-    one device."""
+    """`fsdp2` shards weights, gradients and optimiser state over the workers, for a generator that
+    does not fit on one device."""
     share_base: bool = False
-    """Selector and generator train their adapters on one copy of the base model; both must name the
-    same model."""
+    """Selector and generator share one copy of the base model, which both must name, and each train
+    an adapter."""
     max_staleness: int = Field(default=0, ge=0)
-    """A batch that was rewarded by weights older than this many published versions is collected
-    again and counted; only `training.overlap` can make one."""
+    """Collect a batch again if its rewards come from weights older than this many published
+    versions; happens only with `training.overlap`."""
 
 
 class TrainingConfig(Section):
@@ -273,27 +271,27 @@ class TrainingConfig(Section):
     launcher: Literal["ray", "local"] = "ray"
     """`ray`: Ray Train workers and generator actors; `local`: this process alone."""
     num_workers: int = Field(default=1, ge=1)
-    """Ray Train workers; each takes a shard of every batch."""
+    """Ray Train workers; each processes a shard of every batch."""
     worker_cpus: float = Field(default=0.5, gt=0)
     """Ray CPU reservation of a worker."""
     worker_gpus: float = Field(default=0, ge=0)
     """Ray GPU reservation of a worker."""
     worker_placement: Placement = "pack"
-    """Nodes of the workers, as `generator.placement`; their gradients travel fastest within one."""
+    """Placement of the workers on nodes, as in `generator.placement`."""
     worker_threads: int = Field(default=1, ge=1)
-    """Compute threads of a worker on a CPU; the engines rest while the M-step runs."""
+    """Compute threads of a worker on a CPU."""
     collective_timeout_s: float = Field(default=1800, gt=0)
-    """Longest time that workers wait for each other."""
+    """Timeout of collective operations."""
     num_epochs: int = Field(default=3, ge=1)
-    """Passes over the training questions."""
+    """Epochs over the training questions."""
     batch_size: int = Field(default=32, ge=1)
-    """Questions a step, over all workers."""
+    """Questions per step, over all workers."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak AdamW step size."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up; then linear decay to zero."""
+    """Steps of linear warm-up, followed by linear decay to zero."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""
     validate_every: int = Field(default=20, ge=1)
@@ -301,48 +299,44 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints; the first and last step are always kept."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints kept, besides the first, the best, and what each of the newest counts as
-    the best."""
+    """Number of newest checkpoints to keep, besides the first and the best ones."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Besides, the first checkpoint of every so many steps is kept for good; unset keeps none."""
+    """Also keep one checkpoint permanently every N steps; off by default."""
     start_from: str | None = None
-    """Checkpoint directory of another run of the same parts, whose weights training starts from, in
-    place of untrained ones and of `selector.imitation_steps`. Optimiser and step begin anew."""
+    """Start from the weights of another run's checkpoint directory (same parts), instead of
+    untrained ones; `selector.imitation_steps` is skipped. Optimiser state and step count are not
+    taken."""
     max_failures: int = Field(default=3, ge=0)
-    """Times that Ray Train restarts a broken worker group."""
+    """How often Ray Train restarts a failed worker group."""
     patience: int | None = Field(default=None, ge=1)
-    """Training ends early after this many validations in a row without a better score
-    (the one that chooses the best checkpoint)."""
+    """Stop early after this many validations in a row without improvement; off by default."""
     rounds: int = Field(default=1, ge=1)
-    """Where the retriever and another part are trained: turns of training the retriever and then
-    the others on what it finds."""
+    """Rounds of training the retriever and then the other parts on what it finds."""
     log_experience: bool = False
-    """Keep every selection and reward in the run directory, which training in turns needs."""
+    """Log every selection and reward in the run directory, which training in rounds needs."""
     overlap: bool = False
-    """Collect the next batch while the present one trains, with a policy and a generator that are
-    one update old; drained before every checkpoint."""
+    """Collect the next batch while the current one trains, with a policy and generator that are one
+    update old. No batch is in flight at a checkpoint."""
     max_failed_share: float = Field(default=0.05, ge=0, lt=1)
-    """The run ends when a larger share of a batch's rewards could not be computed."""
+    """End the run if a larger share of a batch's rewards could not be computed."""
     max_generator_tokens: int | None = Field(default=None, ge=1)
-    """Training stops and evaluates once it asked for this many prompt and answer tokens, computed
-    or cached, so that a run and its repetition stop at the same step; steps that ask for none go
-    on. Of several turns each may take an equal share of what is left to it and those after it."""
+    """Stop training and evaluate after this many prompt and answer tokens. Cached results count, so
+    that a repeated run stops at the same step. Rounds share the budget equally."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "prometheus"], ...] = ("tensorboard",)
-    """Besides `metrics.jsonl`, which is always written. `prometheus` serves the newest metrics over
-    HTTP while steps run."""
+    """Trackers besides `metrics.jsonl`, which is always written. `prometheus` serves the newest
+    metrics over HTTP during training."""
     metrics_host: str = Field(default="127.0.0.1", min_length=1)
-    """Address that `prometheus` listens on. Whoever reaches it may read the metrics, so that any
-    but this machine's own wants a network to trust; `0.0.0.0` is all of them."""
+    """Bind address of the metrics endpoint. It has no authentication: expose it only on trusted
+    networks; `0.0.0.0` binds all interfaces."""
     metrics_port: int = Field(default=9464, ge=0, le=65535)
-    """Port that `prometheus` listens on; 0 takes a free one, which is said on stderr."""
+    """Port of the metrics endpoint; 0 takes a free one and prints it."""
     stall_report_s: float | None = Field(default=300, ge=0)
-    """A warning says what is under way, and the log gets the stacks of all threads, when there was
-    no progress for so long, and again after each further such time; 0 or unset never. It ends
-    nothing."""
+    """Log a warning and the stacks of all threads whenever there was no progress for this long; 0
+    or unset never does. Logs only, never aborts."""
     profile_steps: str | None = None
-    """First and last step that are profiled, such as `10:13`, each into a trace for Chrome's viewer
-    in the run's `profile/`; with `launcher` ray Ray's timeline of the whole run follows at the end.
-    Those steps take longer."""
+    """First and last step to profile, such as `10:13`; traces for Chrome's viewer go to the run's
+    `profile/`, and with launcher `ray` Ray's timeline of the whole run. Profiled steps are
+    slower."""
 
     @field_validator("profile_steps")
     @classmethod
@@ -367,7 +361,7 @@ class TrainingConfig(Section):
 
 
 class MirrorConfig(Section):
-    """A second place for what a run keeps, which it continues from where the first one is lost."""
+    """A copy of the run directory in remote storage, from which a run can continue."""
 
     uri: str | None = None
     """A directory for this run alone: `s3://bucket/prefix`, `gs://bucket/prefix` or
@@ -376,9 +370,9 @@ class MirrorConfig(Section):
     timeout_s: float = Field(default=60, gt=0)
     """Longest silence of the storage within one request."""
     wait_s: float = Field(default=1800, gt=0)
-    """Longest time that the beginning of a run fetches, and its end waits for the last upload."""
+    """Longest time for the download at the start of a run, and for the last upload at its end."""
     max_attempts: int = Field(default=3, ge=1)
-    """Times that an upload is tried before it waits for the next checkpoint."""
+    """Attempts at an upload before it is put off until the next checkpoint."""
 
     @field_validator("uri")
     @classmethod
@@ -438,7 +432,7 @@ class EvaluationConfig(Section):
     """The final comparison."""
 
     systems: tuple[System, ...] | None = None
-    """Systems in the table. Unset: those that fit what is trained; an empty list leaves the
-    comparison out."""
+    """Systems in the table; unset chooses those that fit what is trained, an empty list skips the
+    comparison."""
     num_bootstrap: int = Field(default=10_000, ge=100)
-    """Resamples for intervals and the paired test."""
+    """Bootstrap resamples for intervals and the paired test."""
