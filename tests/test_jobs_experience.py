@@ -136,8 +136,8 @@ def test_a_log_becomes_a_bundle_that_is_compared_like_any_other(
     systems = json.loads((run / "evaluation.json").read_text())["systems"]
     assert list(systems) == ["retriever_order", "trained"]
 
-    # The command of the README, from the weights that were served.
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    # The command of the page about serving, from the weights that were served.
+    text = (ROOT / "docs/how-to/serving.md").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^python -m jobs.train .* --experience .*$", text, re.M)
     for there, here in (
         ("runs/served", tmp_path / "served"),

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 ADMIN_KEY = "a-key-of-the-operator"
 AS_OPERATOR = {"Authorization": f"Bearer {ADMIN_KEY}"}
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "serving.md"
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,8 @@ def test_served_answers_are_those_of_evaluation(service, bundles, evaluated):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_curl_commands_of_the_readme_work(service, bundles):
-    ask, change = [line for line in readme_blocks("") if line.startswith("curl ")]
+def test_the_curl_commands_of_the_page_work(service, bundles):
+    ask, change = [line for line in page_blocks("") if line.startswith("curl ")]
     said = run_in_shell(ask, service)
     assert said["passages"]
     assert {"answer", "answer_logp", "bundle_version", "timings_ms"} <= said.keys()
@@ -161,13 +161,11 @@ def test_the_curl_commands_of_the_readme_work(service, bundles):
         service.delete("/admin/bundle/canary", headers=AS_OPERATOR)
 
 
-def test_the_openai_client_of_the_readme_works(service, capsys):
-    code = "\n".join(readme_blocks("python"))
+def test_the_openai_client_of_the_page_works(service, capsys):
+    code = "\n".join(page_blocks("python"))
     question = "What is the capital of Mongolia?"
     assert question in code
-    exec(
-        compile(code.replace("localhost:8000", service.base_url.netloc.decode()), "README", "exec")
-    )
+    exec(compile(code.replace("localhost:8000", service.base_url.netloc.decode()), PAGE, "exec"))
     answered = service.post("/v1/answer", json={"question": question}).json()
     assert capsys.readouterr().out == answered["answer"] + "\n"
 
@@ -194,10 +192,9 @@ def test_a_client_of_search_r1_finds_what_retrieval_finds(service, evaluated, bu
         assert [hit["score"] for hit in hits] == [p["retriever_score"] for p in passages]
 
 
-def readme_blocks(language: str) -> list[str]:
-    """Commands, or lines of code, in the README's section about serving."""
-    section = README.read_text().partition("\n## Serving\n")[2].partition("\n## ")[0]
-    fences = re.findall(r"^```(.*?)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+def page_blocks(language: str) -> list[str]:
+    """Commands, or lines of code, of the page about serving."""
+    fences = re.findall(r"^```(.*?)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     blocks = [block for name, block in fences if name == language]
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
