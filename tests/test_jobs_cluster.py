@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 from training_program import tiny_flags
 
 from benchmarks.programs import (
@@ -25,6 +26,7 @@ from benchmarks.programs import (
     quiet_environment,
     read_metrics,
 )
+from rlrag.cli import cluster
 from rlrag.cli.cluster import start_twice
 from rlrag.errors import SetupError
 
@@ -87,6 +89,14 @@ def test_a_path_too_long_for_sockets_is_not_tried_twice(capsys):
         start_twice(start, lambda: calls.append("end"))
     assert calls == ["start", "end"]
     assert "trying once more" not in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_one_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setattr(cluster, "connect", lambda address: None)
+    error = OutOfMemoryError("7 worker(s) were killed")
+    with pytest.raises(SetupError, match="memory ran out, and Ray ended"), cluster.cluster("ray"):
+        raise error
 
 
 def test_an_unreachable_cluster_is_named_in_bounded_time(tmp_path, unused_port):

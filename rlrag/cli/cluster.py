@@ -36,7 +36,8 @@ def cluster(launcher: str) -> Iterator[None]:
     authentication on for it, which this leaves as it is.
 
     Raises:
-        SetupError: when Ray is missing, or the cluster cannot be joined or started.
+        SetupError: when Ray is missing, the cluster cannot be joined or started, or Ray ended
+            processes of this program because memory ran out.
     """
     if launcher == "local":
         yield
@@ -59,6 +60,12 @@ def cluster(launcher: str) -> Iterator[None]:
 
     try:
         yield
+    except ray.exceptions.OutOfMemoryError as error:
+        raise SetupError(
+            "memory ran out, and Ray ended processes of this program; end other programs, use "
+            "fewer or smaller parts (--generator.num-actors, a smaller model), or a larger "
+            "machine; the same command continues"
+        ) from error
     finally:
         ray.shutdown()
 
