@@ -46,6 +46,7 @@ LANGUAGES = {"python", "bash", "text", "json", ""}
 TOP_LEVEL = ("rlrag", "envs", "jobs", "serve")
 FOREIGN = {"export", "jq", "ls", "pip", "python3", "ray", "source", "uv"}
 ARGUMENTS = {
+    "jobs.data": "DataArguments",
     "jobs.evaluate": "EvaluateArguments",
     "jobs.export": "ExportArguments",
     "jobs.judge": "JudgeArguments",

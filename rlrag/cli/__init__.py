@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("export", "write a checkpoint as a bundle"),
     "doctor": ("doctor.program", "check, before a run, that it can work"),
     "serve": ("serve", "answer questions over HTTP with a bundle"),
+    "data": ("data", "get the data that recipes train on"),
 }
 """Each command's module, and what it does. A module is imported when its command is run."""
 

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlrag.config import DATA_DIR_VARIABLE
+from rlrag.data.folder import how_to_get
 from rlrag.errors import DataError
-from rlrag.submitted_job import is_submitted, where_to_look
 
 MAX_LINE_BYTES = 64 * 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -47,24 +46,10 @@ def check_exists(path: Path) -> None:
         path.stat()
         return
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a null character
-        message = f"{path} does not exist; {_where_to_look(path)}"
+        message = f"{path} does not exist; {how_to_get(path)}"
     except OSError as error:
         raise _unreadable(path, error) from error
     raise DataError(message)
-
-
-def _where_to_look(path: Path) -> str:
-    if not path.parts or path.parts[0].strip("${}") != DATA_DIR_VARIABLE:
-        return where_to_look(path)
-    advice = (
-        f"check the path, or set the environment variable {DATA_DIR_VARIABLE} to the data folder"
-    )
-    if is_submitted():
-        advice += (
-            "; a job does not get that of the shell that submits it: begin the submitted command "
-            f"with 'env {DATA_DIR_VARIABLE}=DIR', where every node sees DIR"
-        )
-    return advice
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -76,9 +61,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
         DataError: for a file that is missing, unreadable, truncated, not UTF-8 or has a line of
             more than `MAX_LINE_BYTES`.
     """
-    check_exists(path)
     number = 0
-    with _open(path) as file:
+    with open_bytes(path) as file:
         while True:
             number += 1
             place = f"{path}:{number}"
@@ -98,7 +82,13 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[io.BufferedIOBase]:
+def open_bytes(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The bytes of a file, unpacked where it is gzip.
+
+    Raises:
+        DataError: when it is missing, unreadable or of another format.
+    """
+    check_exists(path)
     try:
         raw = open(path, "rb")  # noqa: SIM115
     except OSError as error:
@@ -125,14 +115,19 @@ def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path} cannot be read: {error.strerror}; expected a readable file")
 
 
+def damaged(place: str, error: Exception) -> DataError:
+    """What is said of a file that cannot be read to its end."""
+    return DataError(
+        f"{place}: the file is damaged or truncated ({error}); expected a complete gzip or text "
+        "file, fetch it again"
+    )
+
+
 def _next_line(file: io.BufferedIOBase, place: str) -> bytes:
     try:
         line = file.readline(MAX_LINE_BYTES + 1)
     except (EOFError, zlib.error, OSError) as error:
-        raise DataError(
-            f"{place}: the file is damaged or truncated ({error}); expected a complete gzip or "
-            "text file, fetch it again"
-        ) from error
+        raise damaged(place, error) from error
     if len(line) > MAX_LINE_BYTES:
         raise DataError(
             f"{place}: the line is longer than {MAX_LINE_BYTES} bytes; expected one record a line"
@@ -152,14 +147,14 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             _refuse_other_layouts(path, text.strip())
             is_first = False
         try:
-            value = json.loads(text, parse_constant=_refuse_constant)
+            value = json.loads(text, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{place}: not JSON ({error}); expected one JSON object a line"
             ) from error
         if not isinstance(value, dict):
             raise DataError(
-                f"{place}: {_shown(value)} is not an object; expected one JSON object a line"
+                f"{place}: {shown(value)} is not an object; expected one JSON object a line"
             )
         yield place, value
 
@@ -182,7 +177,8 @@ def _refuse_other_layouts(path: Path, line: str) -> None:
     raise DataError(f"{path} is {found}; expected one JSON object a line: {advice}")
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and infinities, which Python reads as JSON."""
     raise ValueError(f"{name} is no JSON number")
 
 
@@ -196,7 +192,7 @@ def take_text(record: dict[str, Any], keys: tuple[str, ...], place: str) -> str:
         if key in record:
             value = record[key]
             if not isinstance(value, str):
-                raise DataError(f"{place}: {key!r} is {_shown(value)}; expected a string")
+                raise DataError(f"{place}: {key!r} is {shown(value)}; expected a string")
             return checked_text(value, f"{place}: {key!r}")
     raise _missing_key(record, keys, place)
 
@@ -229,11 +225,11 @@ def take_texts(
         raise _missing_key(record, (key,), place)
     values = record.get(key, [])
     if not isinstance(values, list):
-        raise DataError(f"{place}: {key!r} is {_shown(values)}; expected a list of strings")
+        raise DataError(f"{place}: {key!r} is {shown(values)}; expected a list of strings")
     for value in values:
         if not isinstance(value, str) or not value.strip():
             raise DataError(
-                f"{place}: {key!r} holds {_shown(value)}; expected strings that are not blank"
+                f"{place}: {key!r} holds {shown(value)}; expected strings that are not blank"
             )
         checked_text(value, f"{place}: {key!r}")
     return tuple(values)
@@ -249,7 +245,7 @@ def take_metadata(record: dict[str, Any], place: str) -> dict[str, Any]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict):
-        raise DataError(f"{place}: 'metadata' is {_shown(metadata)}; expected an object")
+        raise DataError(f"{place}: 'metadata' is {shown(metadata)}; expected an object")
     gold_ids = metadata.get("gold_ids")
     if isinstance(gold_ids, list):  # ids of passages may be integers, see `take_id`
         is_integer = [isinstance(each, int) and not isinstance(each, bool) for each in gold_ids]
@@ -278,10 +274,11 @@ def checked_text(text: str, place: str) -> str:
 
 def _missing_key(record: dict[str, Any], keys: tuple[str, ...], place: str) -> DataError:
     wanted = " or ".join(repr(key) for key in keys)
-    found = ", ".join(_shown(key) for key in list(record)[:10]) or "no keys"
+    found = ", ".join(shown(key) for key in list(record)[:10]) or "no keys"
     return DataError(f"{place}: key {wanted} is missing; expected it beside {found}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,7 @@ DataError; a passage or question without text is skipped and counted in the tall
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,11 @@ def _read_qrels(path: Path) -> dict[str, list[str]]:
 
 
 def read_hub(
-    dataset_id: str, subset: str | None, split: str | None, cache_dir: Path
+    dataset_id: str,
+    subset: str | None,
+    split: str | None,
+    cache_dir: Path,
+    data_files: Mapping[str, str] | None = None,
 ) -> tuple[str, PlacedRecords]:
     """A data set of the `datasets` library: its fingerprint, and its records as they stream by.
 
@@ -209,6 +213,7 @@ def read_hub(
         subset: Name of a configuration of the data set.
         split: Name of a split; needed where the data set has several.
         cache_dir: Where the library keeps what it downloads.
+        data_files: Files by split, where `dataset_id` is the name of their format.
 
     Raises:
         SetupError: when the library is not installed.
@@ -223,7 +228,9 @@ def read_hub(
         ) from error
     name = ":".join(part for part in ("hub", dataset_id, subset, split) if part)
     try:
-        loaded = datasets.load_dataset(dataset_id, subset, cache_dir=str(cache_dir))
+        loaded = datasets.load_dataset(
+            dataset_id, subset, data_files=data_files, cache_dir=str(cache_dir)
+        )
     except Exception as error:  # StopIteration for an empty file, for one
         reason = error.__cause__ or error
         raise DataError(

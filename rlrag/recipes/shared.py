@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from rlrag.config import DATA_DIR_VARIABLE, DataConfig, FewShotExample, PromptConfig, RunConfig
+from rlrag.data.folder import corpus_path, questions_path
 
 
 def _data_folder() -> str:
@@ -18,9 +19,9 @@ def questions_of(
     """The corpus and questions of a data set in that folder."""
     folder = _data_folder()
     return DataConfig(
-        corpus=f"{folder}/corpus/{name}.jsonl.gz",
-        train_questions=f"{folder}/questions/{name}.train.jsonl",
-        eval_questions=f"{folder}/questions/{name}.dev.jsonl",
+        corpus=str(corpus_path(folder, name)),
+        train_questions=str(questions_path(folder, name, "train")),
+        eval_questions=str(questions_path(folder, name, "dev")),
         max_train_questions=max_train_questions,
         num_validation_questions=num_validation,
     )

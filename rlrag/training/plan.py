@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from rlrag.config import BUILTIN_ENCODER, BUILTIN_MODELS, RunConfig
+from rlrag.data.folder import command_that_makes
 from rlrag.data.load import load_questions
 from rlrag.data.split import are_here, remarks, training_questions
 from rlrag.errors import ConfigError
@@ -110,6 +111,8 @@ def _remarks(config: RunConfig) -> list[str]:
         return []
     if not are_here(data.train_questions):
         said = [f"{data.train_questions} is not here: it may have fewer questions"]
+        if command := command_that_makes(Path(data.train_questions)):
+            said[0] += f"; this makes it: {command}"
     else:
         evaluation = None
         if config.systems and are_here(data.eval_questions):
