@@ -225,7 +225,8 @@ def open_policy(config: RunConfig, candidates: CandidateTable, base: Any = None)
 
 def open_reward(config: RunConfig, generator: Generator, prompts: PromptBuilder) -> AnsweringReward:
     """The reward that answers from a selection and applies the configured functions."""
-    return AnsweringReward(generator, prompts, RewardModel(config.reward), sampling_of(config))
+    rewards = RewardModel(config.reward, config.cache_path)
+    return AnsweringReward(generator, prompts, rewards, sampling_of(config))
 
 
 def open_answering(

@@ -17,8 +17,8 @@ from question_files import EVIL
 from rlrag.cli import judge
 from rlrag.cli.command_line import run_program
 from rlrag.errors import ConfigError, DataError, GenerationError, SetupError
-from rlrag.evaluation import llm_judge
-from rlrag.evaluation.llm_judge import (
+from rlrag.rewards import llm_judge
+from rlrag.rewards.llm_judge import (
     PROMPT_DIGEST,
     REMINDER,
     Case,
@@ -27,7 +27,7 @@ from rlrag.evaluation.llm_judge import (
     key_of,
     parse_verdict,
 )
-from rlrag.evaluation.verdict_store import VerdictStore
+from rlrag.rewards.verdict_store import VerdictStore
 
 MANY = [Case("which river", ("Rhine",), f"answer {number}") for number in range(120)]
 CASES = MANY[:6]

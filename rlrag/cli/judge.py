@@ -89,13 +89,13 @@ def _judge(arguments: JudgeArguments, path: Path, output: Path) -> None:
         read_labels,
         render,
     )
-    from rlrag.evaluation.llm_judge import (
+    from rlrag.rewards.llm_judge import (
         PROMPT_DIGEST,
         TEMPERATURE,
         JudgeSettings,
         judge_answers,
     )
-    from rlrag.evaluation.verdict_store import VerdictStore
+    from rlrag.rewards.verdict_store import VerdictStore
 
     settings = JudgeSettings(
         arguments.url,

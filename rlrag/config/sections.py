@@ -26,6 +26,15 @@ BUILTIN_CORPUS = "factbook"
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
+
+def _check_variable(name: str, field: str) -> None:
+    if not _VARIABLE.fullmatch(name):  # it may be the key itself
+        raise ValueError(
+            f"{field} is no name of an environment variable; put the key into one, and give its "
+            f"name, as {DEFAULT_KEY_VARIABLE}"
+        )
+
+
 Placement = Literal["pack", "spread", "strict_pack", "strict_spread"]
 """Strategies of Ray's placement groups."""
 
@@ -344,11 +353,7 @@ class GeneratorConfig(Section):
                 )
         if self.url is not None:
             check_address(self.url, "generator.url")
-        if not _VARIABLE.fullmatch(self.key_variable):  # it may be the key itself
-            raise ValueError(
-                "generator.key_variable is no name of an environment variable; put the key into "
-                f"one, and give its name, as {DEFAULT_KEY_VARIABLE}"
-            )
+        _check_variable(self.key_variable, "generator.key_variable")
         return self
 
     @property
@@ -374,6 +379,27 @@ _BY_GOLDEN_ANSWERS = frozenset(
 )
 
 
+class JudgeConfig(Section):
+    """The server whose language model the reward `judge` asks whether an answer is correct."""
+
+    url: str | None = None
+    """Address of its OpenAI-compatible API, as `http://127.0.0.1:8000/v1`."""
+    model: str | None = None
+    """Name of the model there."""
+    key_variable: str = DEFAULT_KEY_VARIABLE
+    """Environment variable with the key that is sent there; a server that wants none needs none."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if (self.url is None) != (self.model is None):
+            unset = "url" if self.url is None else "model"
+            raise ValueError(f"reward.judge.{unset} is unset; set url and model, or neither")
+        if self.url is not None:
+            check_address(self.url, "reward.judge.url")
+        _check_variable(self.key_variable, "reward.judge.key_variable")
+        return self
+
+
 class RewardConfig(Section):
     """What an answer is worth."""
 
@@ -386,10 +412,13 @@ class RewardConfig(Section):
     """How several golden answers count. `likeliest`: `answer_logp` is that of the likeliest answer,
     and the generator learns the first. `all`: `answer_logp` is the log of their summed likelihoods,
     and a generator trained by DRO learns each, weighted by its share of the sum."""
+    judge: JudgeConfig = JudgeConfig()
+    """The language model that the reward `judge` asks."""
     timeout_s: float = Field(default=30, gt=0)
-    """Time limit of one call of a custom function."""
+    """Time limit of one call of a custom function, or of one reply of the judge."""
     max_concurrent: int = Field(default=8, ge=1)
-    """Concurrent calls of a custom function; set 1 if it is not thread-safe."""
+    """Concurrent calls of a custom function, or requests to the judge; set 1 if the function is not
+    thread-safe."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:
@@ -397,6 +426,11 @@ class RewardConfig(Section):
             raise ValueError(
                 f"reward.functions has {len(self.functions)} entries and reward.weights "
                 f"{len(self.weights)}; give one weight a function"
+            )
+        if ("judge" in self.functions) != (self.judge.url is not None):
+            raise ValueError(
+                "reward.functions and reward.judge belong together: name 'judge' among the "
+                "functions, and set reward.judge.url and reward.judge.model, or leave out all three"
             )
         if self.golden_answers == "all" and "answer_logp_mean" in self.functions:
             raise ValueError(
@@ -416,7 +450,8 @@ class RewardConfig(Section):
         """
         counted = zip(self.functions, self.weights, strict=True)
         return any(
-            name in _BY_GOLDEN_ANSWERS and (weight != 0 or name.startswith("answer_logp"))
+            name in {*_BY_GOLDEN_ANSWERS, "judge"}
+            and (weight != 0 or name.startswith("answer_logp"))
             for name, weight in counted
         )
 
@@ -424,7 +459,8 @@ class RewardConfig(Section):
     def follows_golden_answers(self) -> bool:
         """Whether it says how well answers agree with golden ones, as exact match and F1 do.
 
-        Quality is then measured by these; any other reward is what quality means.
+        Quality is then measured by these; any other reward, such as a judge's, is what quality
+        means.
         """
         counted = zip(self.functions, self.weights, strict=True)
         return all(

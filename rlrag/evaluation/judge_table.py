@@ -16,7 +16,6 @@ from rich.text import Text
 from rlrag.errors import DataError
 from rlrag.evaluation.agreement import Agreement
 from rlrag.evaluation.baselines import Baseline
-from rlrag.evaluation.llm_judge import CORRECT, UNPARSABLE, Case, Judged, Verdict
 from rlrag.evaluation.question_records import EvaluatedQuestion, EvaluatedQuestions
 from rlrag.evaluation.significance import (
     bootstrap_ci,
@@ -24,6 +23,7 @@ from rlrag.evaluation.significance import (
     paired_randomization_test,
 )
 from rlrag.evaluation.table import name_pair, paired_systems
+from rlrag.rewards.llm_judge import CORRECT, UNPARSABLE, Case, Judged, Verdict
 
 MEASURES = ("em", "contained")
 """What the judge is compared with; both are 0 or 1."""

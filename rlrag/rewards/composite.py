@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from rlrag.config import RewardConfig
 from rlrag.errors import ConfigError, RewardError
 from rlrag.records import Passage, Question, RewardResult
 from rlrag.rewards.bounded_calls import CallFailure, Keywords, LoopCalls, ThreadCalls
+from rlrag.rewards.judged import JUDGE, JudgeCalls
 from rlrag.rewards.plugin import RewardFunction, load_reward
 
 
@@ -61,6 +63,7 @@ class RewardModel:
     `timeout_s`. One that raises, returns
     anything but finite numbers, or overruns gives its rollout a `RewardError` that names the
     function, the question's id and the cause, and the remaining functions are not called for it.
+    `judge` asks a language model for a whole batch, and keeps its verdicts in `cache_dir`.
 
     Raises:
         ConfigError: a function is named twice or cannot be loaded, or all golden answers are to
@@ -77,7 +80,7 @@ class RewardModel:
         (0.9, {'exact_match': 1.0, 'selection_cost': -1.0})
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, cache_dir: Path | None = None) -> None:
         repeated = sorted({name for name in config.functions if config.functions.count(name) > 1})
         if repeated:
             raise ConfigError(
@@ -92,10 +95,7 @@ class RewardModel:
                 f"reward.golden_answers is 'all', but none of reward.functions {config.functions} "
                 "asks for answer_logp; add it, with weight 0 if it is not to count"
             )
-        self._callers = tuple(
-            _caller(function, config.timeout_s, config.max_concurrent)
-            for function in self.functions
-        )
+        self._callers = tuple(_caller(function, config, cache_dir) for function in self.functions)
 
     @property
     def wants(self) -> frozenset[str]:
@@ -145,12 +145,14 @@ class RewardModel:
 
 
 def _caller(
-    function: RewardFunction, timeout_s: float, at_once: int
+    function: RewardFunction, config: RewardConfig, cache_dir: Path | None
 ) -> Callable[[Sequence[Keywords]], list[Any]]:
+    if function.name == JUDGE:
+        return JudgeCalls(config, cache_dir)
     if function.is_builtin:
         return _BuiltinCalls(function.function)
     kind = LoopCalls if function.is_async else ThreadCalls
-    return kind(function.function, timeout_s, at_once)
+    return kind(function.function, config.timeout_s, config.max_concurrent)
 
 
 class _BuiltinCalls:

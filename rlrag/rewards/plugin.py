@@ -15,6 +15,7 @@ from typing import Any
 from rlrag import plugins
 from rlrag.errors import ConfigError, nearest_name
 from rlrag.rewards.builtin import BUILTIN_REWARDS
+from rlrag.rewards.judged import JUDGE, JUDGE_WANTS, JudgeCalls
 
 KEYWORDS: Mapping[str, str] = {
     "question": "the question's text",
@@ -35,7 +36,7 @@ answers. What no function asks for is not computed.
 
 @dataclass(frozen=True, slots=True)
 class RewardFunction:
-    """A reward function that can be called.
+    """A reward function that can be called; for `judge`, what makes one of the configuration.
 
     `name` is what the configuration calls it and `wants` the keywords that it is given.
     """
@@ -62,6 +63,8 @@ def load_reward(name: str) -> RewardFunction:
         Traceback (most recent call last):
         rlrag.errors.ConfigError: unknown reward 'token_f2'; did you mean 'token_f1'?
     """
+    if name == JUDGE:
+        return RewardFunction(name, JudgeCalls, JUDGE_WANTS, False, True)
     if ":" not in name:
         if name not in BUILTIN_REWARDS:
             raise ConfigError(_unknown_builtin(name))
@@ -75,11 +78,12 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def _unknown_builtin(name: str) -> str:
+    names = (*BUILTIN_REWARDS, JUDGE)
     listing = (
-        f"built-in rewards: {', '.join(BUILTIN_REWARDS)}; "
+        f"built-in rewards: {', '.join(names)}; "
         "a function of your own is named 'package.module:function'"
     )
-    return f"unknown reward {name!r}; {nearest_name(name, BUILTIN_REWARDS, listing)}"
+    return f"unknown reward {name!r}; {nearest_name(name, names, listing)}"
 
 
 def _function(name: str) -> Callable[..., Any]:

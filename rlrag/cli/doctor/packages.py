@@ -77,6 +77,7 @@ def extras_of(config: RunConfig) -> list[str]:
         ),
         "gemma": lambda: "gemma" in of_models,
         "endpoint": lambda: config.generator.is_remote,
+        "judge": lambda: config.reward.judge.url is not None,
         "hub": lambda: any(source.startswith("hub:") for source in data),
         "mirror": lambda: config.mirror.uri is not None,
         "wandb": lambda: "wandb" in config.training.loggers,

@@ -51,11 +51,10 @@ class VerdictStore:
             yield
         except sqlite3.OperationalError as error:
             raise SetupError(
-                f"the cache {self._path} cannot be used: {error}; free space on its disk, or give "
-                "another file by --cache"
+                f"the cache {self._path} cannot be used: {error}; free space on its disk, or use "
+                "another file"
             ) from error
         except sqlite3.Error as error:
             raise DataError(
-                f"the cache {self._path} cannot be used: {error}; delete it, or give another file "
-                "by --cache"
+                f"the cache {self._path} cannot be used: {error}; delete it, or use another file"
             ) from error

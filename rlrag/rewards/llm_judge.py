@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlrag.errors import ConfigError, GenerationError, SetupError
-from rlrag.evaluation.verdict_store import VerdictStore
 from rlrag.openai_api import check_address, describe_error
+from rlrag.rewards.verdict_store import VerdictStore
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -63,6 +63,7 @@ _REFUSALS = (400, 413, 422)
 """Statuses with which a judge that works refuses one request, as too long or against its rules."""
 _NUM_SILENT = 5
 """Answers without a reply, at least, until a judge that has not replied to any counts as down."""
+_KEY_IS = "in the variable that --api-key-env or reward.judge.key_variable names"
 _REPLY = re.compile(r"\W*(?:verdict\W+)?(correct|incorrect)\W*", re.IGNORECASE)
 
 
@@ -163,8 +164,9 @@ def judge_answers(
     cases: Sequence[Case],
     settings: JudgeSettings,
     api_key: str | None,
-    store: VerdictStore,
+    store: VerdictStore | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    keep_going: bool = False,
 ) -> Judged:
     """Ask for the verdicts that are not stored; each is stored before the next is begun.
 
@@ -172,22 +174,30 @@ def judge_answers(
         cases: Equal ones are asked once.
         settings: Checked.
         api_key: Sent with every request and written nowhere; None for a server that wants none.
-        store: Verdicts of this and earlier runs.
+        store: Verdicts of this and earlier runs; None keeps none.
         progress: Called with how many verdicts there are of how many.
+        keep_going: Whether a judge that goes silent fails the cases that it left, not the call.
 
     Raises:
         ConfigError: the judge refuses the key or does not know the model or the address.
         GenerationError: nothing can be reached, or the first cases or too many of all stay
-            without a reply.
+            without a reply; not with `keep_going`.
         SetupError: the package openai is not installed.
     """
     keys = {case: key_of(case, settings) for case in cases}
-    stored = store.get(list(keys.values()))
+    stored = {} if store is None else store.get(list(keys.values()))
     verdicts = {case: _known(stored[key]) for case, key in keys.items() if key in stored}
     missing = [case for case in keys if case not in verdicts]
     asking = _Asking(settings, api_key, store, progress, keys, missing, verdicts)
     if missing:
-        asyncio.run(asking.ask_all())
+        try:
+            asyncio.run(asking.ask_all())
+        except GenerationError as error:
+            if not keep_going:
+                raise
+            for case in missing:
+                if case not in asking.verdicts:
+                    asking.failed.setdefault(case, str(error))
     return Judged(asking.verdicts, asking.failed, len(keys) - len(missing))
 
 
@@ -202,7 +212,7 @@ class _Asking:
         self,
         settings: JudgeSettings,
         api_key: str | None,
-        store: VerdictStore,
+        store: VerdictStore | None,
         progress: Callable[[int, int], None],
         keys: Mapping[Case, bytes],
         missing: Sequence[Case],
@@ -248,7 +258,8 @@ class _Asking:
         for case in waiting:
             verdict = await self._verdict(client, case)
             if verdict is not None:
-                self._store.put(self._keys[case], verdict)
+                if self._store is not None:
+                    self._store.put(self._keys[case], verdict)
                 self.verdicts[case] = verdict
             self._progress(len(self.verdicts) + len(self.failed), len(self._keys))
 
@@ -323,9 +334,10 @@ class _Asking:
 
     def _refused(self, error: Any) -> str:
         ways = {
-            401: "set the right key in the environment (--api-key-env names the variable)",
-            403: "set a key in the environment that may use it (--api-key-env names the variable)",
-            404: "check --model, and that --url ends as the API wants it, mostly in /v1",
+            401: f"set the right key {_KEY_IS}",
+            403: f"set a key that may use it {_KEY_IS}",
+            404: "check the name of the model, and that the address ends as the API wants it, "
+            "mostly in /v1",
         }
         return (
             f"the judge at {self._settings.url} refuses model {self._settings.model!r} with "
