@@ -6,12 +6,14 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import envs
+from rlrag.environment import sample_task
 from rlrag.environment.sample_task import (
     NUM_CANDIDATES,
     VECTOR_SIZE,
@@ -57,6 +59,16 @@ def test_overlap_weights_rare_words_by_hand():
     scores = overlap_scores([["the", "cat", "dog"]], [["the", "cat"], ["the", "the"]])
     total = idf_the + idf_cat + idf_dog
     np.testing.assert_allclose(scores, [[(idf_the + idf_cat) / total, idf_the / total]])
+
+
+def test_case_makes_no_difference(monkeypatch):
+    table = sample_candidates()
+    questions = tuple(replace(q, question=q.question.upper()) for q in table.questions)
+    monkeypatch.setattr(sample_task, "sample_questions", lambda: questions)
+    loud = sample_candidates.__wrapped__()  # not the one that the process keeps
+    assert np.array_equal(loud.rows_QN, table.rows_QN)
+    assert np.array_equal(loud.scores_QNC, table.scores_QNC)
+    assert np.array_equal(loud.question_vectors_QD, table.question_vectors_QD)
 
 
 def test_overlap_of_a_question_without_words_is_zero():

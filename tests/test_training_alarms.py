@@ -119,6 +119,29 @@ def test_the_reward_must_rise_after_the_best_validation():
     assert raised(records) == []
 
 
+def test_of_equal_validations_the_first_is_the_best():
+    """The reward rose from 20 to 30, between two validations that are equally good."""
+    records = validated({20: (0.2, 0.5), 30: (0.2, 0.5), 40: (0.1, 0.2)}, slope=0.1)
+    for record in records[31:]:
+        record["reward"] = 3.0 + 0.1 * (-1) ** record["step"]
+    (alarm,) = Alarms(config()).replay(records)
+    assert (alarm.name, alarm.step) == ("reward_up_quality_down", 40)
+    assert alarm.text.startswith("since step 20 the reward rose")
+
+
+@pytest.mark.parametrize(("middle", "expected"), [(-0.7, ["reward_up_quality_down"]), (-0.75, [])])
+def test_a_reward_rises_when_its_slope_is_above_the_standard_error(middle, expected):
+    """Rewards 0, d and 2 lie off their line of slope 1 by e, -2e and e with e = (1 - d) / 3.
+
+    A line through three points leaves one degree of freedom: the error of its slope is
+    sqrt(6 e^2 / 1) / sqrt(2), which is 0.98 for d = -0.7 and 1.01 for d = -0.75.
+    """
+    records: Records = [{"step": 0, "validation/em": 0.5, "validation/f1": 0.6}]
+    records += series("reward", [0.0, middle, 2.0])
+    records[-1] |= {"validation/em": 0.1, "validation/f1": 0.2}
+    assert [name for name, _ in raised(records)] == expected
+
+
 def test_a_run_that_is_best_untrained_is_compared_with_its_start():
     records = validated({0: (0.5, 0.6), 20: (0.3, 0.4)}, slope=0.1, num_steps=20)
     assert raised(records) == [("reward_up_quality_down", 20)]

@@ -140,6 +140,7 @@ def test_steps_belong_to_esteps(refresh_every, passes, esteps):
 def test_each_batch_of_an_estep_comes_in_every_pass_with_the_same_draws(
     batch_size, num_questions, num_epochs, refresh_every, passes
 ):
+    """Epochs count each batch when it is first seen."""
     once = schedule(batch_size, num_epochs, num_questions)
     batches = schedule(
         batch_size, num_epochs, num_questions, refresh_every=refresh_every, passes=passes
@@ -156,6 +157,10 @@ def test_each_batch_of_an_estep_comes_in_every_pass_with_the_same_draws(
         seen += one_pass
     assert seen == plain
     assert set(Counter(x for found in by_estep.values() for x in found).values()) == {passes}
+    steps = [draws(batches, step, batch_size) for step in range(batches.num_steps)]
+    for step in range(batches.num_steps + 1):
+        num_seen = len(set(steps[:step])) * batch_size
+        assert batches.epoch(step) == pytest.approx(num_seen / num_questions), step
 
 
 def test_a_second_pass_sees_nothing_new():

@@ -88,11 +88,16 @@ def test_a_failed_reward_is_left_out_and_counted():
     assert found["duplicate_share"] == pytest.approx(1 / 3)
 
 
+def terms_of(metrics: dict[str, float]) -> list[str]:
+    return [name for name in metrics if name.startswith("reward/")]
+
+
 def test_a_term_has_its_mean_over_the_selections_that_have_it():
     terms = {"b": np.array([[1.0, 0.0]]), "a": np.array([[3.0, NAN]]), "c": np.array([[NAN, NAN]])}
     metrics = described(with_terms(drawn(LIKELIER_FIRST), terms))
     assert (metrics["reward/b"], metrics["reward/a"]) == (0.5, 3.0)
     assert not {"reward/answer_logp", "reward/c"} & metrics.keys()
+    assert terms_of(metrics) == ["reward/a", "reward/b"]
 
 
 @pytest.mark.parametrize(("share", "ends"), [(0.5, False), (0.49, True), (0.0, True)])
@@ -165,3 +170,13 @@ def test_workers_may_have_met_other_terms():
     nothing = with_terms(mine, {})
     for found in together([nothing, theirs], batch_size=4, max_failed_share=0.5):
         assert found["reward/a"] == 5.0
+
+
+def test_workers_put_terms_in_the_same_order():
+    """Each adds up its own terms place by place, so that the places must mean the same."""
+    mine, theirs = part(slice(0, 2)), part(slice(2, 4))
+    letters = "qwertzuiopasdfghjkl"
+    mine = with_terms(mine, {name: np.ones((2, 2)) for name in letters})
+    theirs = with_terms(theirs, {name: np.ones((2, 2)) for name in letters[::-1]})
+    for found in together([mine, theirs], batch_size=4, max_failed_share=0.5):
+        assert terms_of(found) == [f"reward/{name}" for name in sorted(letters)]
