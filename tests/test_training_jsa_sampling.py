@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,6 +146,15 @@ def test_the_configuration_says_whose_likelihood_counts_and_how(settings, powers
     assert torch.allclose(found.weights_BN, posterior(*powers), atol=1e-12)
     assert found.sums["answer_logp"] == pytest.approx(mean_logp(posterior(*powers)))
     assert found.sums["ess"] == pytest.approx(chains_of(*powers)[1])
+
+
+def test_an_answer_of_one_token_has_the_same_likelihood_under_both():
+    one_token = replace(QUESTIONS[0], golden_answers=("a",))
+    for likelihood in ("product", "mean"):
+        config = JSAConfig(mis_steps=NUM_STEPS, likelihood=likelihood)
+        sampler = PosteriorSampler(CORPUS, Judge(), WordPrompts(), config, 0.0)
+        found = sampler.sample([one_token, QUESTIONS[1]], domain(), SEEDS)
+        assert torch.allclose(found.weights_BN, posterior(1.0, 1.0), atol=1e-12)
 
 
 def test_what_could_not_be_scored_is_left_out_named_and_bounded():
