@@ -102,6 +102,7 @@ def test_a_checkpoint_of_other_parts_is_refused_before_anything_is_opened(
         ("generator", "generator.model", "another"),
         ("generator", "generator_training.lora_alpha", 3.0),
         ("retriever", "retrieval.encoder", "another"),
+        ("retriever", "openrag.tied", False),
     ],
 )
 def test_what_gives_the_weights_their_meaning_must_be_the_same(
@@ -117,6 +118,14 @@ def test_what_gives_the_weights_their_meaning_must_be_the_same(
     other = getattr(fork, section).model_copy(update={field: value})
     with pytest.raises(ConfigError, match=rf"{name}: .* there, {value!r} here"):
         check_start(fork.model_copy(update={section: other}), RunDirectory(tmp_path / "fork"))
+
+
+def test_a_checkpoint_without_the_weights_of_a_part_is_named(small_config, tmp_path, source):
+    store = CheckpointStore(source.parent)
+    files, state = store.load(4)
+    store.save(4, {"optimizer": files["optimizer"]}, state)
+    with pytest.raises(ConfigError, match=rf"{source} has no weights of the selector; give a"):
+        starting_weights(forked(small_config, source))
 
 
 def test_what_only_the_weights_tell_is_refused_as_well(

@@ -40,6 +40,8 @@ def test_selections_of_a_policy_that_may_stop_differ_in_length(tmp_path):
     table = make_table(1)
     log = ExperienceLog(tmp_path, SingleWorker(), table)
     log.append(0, batch([0], [[[0, 5], [0, 1], [1, 5], [5, -1]]], [[-1.0, -1.0, -5.0, -5.0]]))
+    (line,) = (tmp_path / "worker-0.jsonl").read_text().splitlines()
+    assert json.loads(line)["selections"] == [[0], [0, 1], [1], []]
     rows = table.rows_QN[0].tolist()
     assert labels_from_experience(tmp_path, margin=1.0) == {"q0": {rows[0]: 1, rows[1]: 0}}
 
@@ -136,6 +138,22 @@ def test_a_resumed_run_drops_what_it_collects_again(tmp_path):
     log.truncate(2)
     lines = (tmp_path / "worker-0.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
+
+
+def test_workers_meet_once_the_logs_are_shortened(tmp_path):
+    """Any of them may shorten any log, to which its owner appends from then on."""
+
+    class Arriving(SingleWorker):
+        def barrier(self) -> None:
+            lines = (tmp_path / "worker-0.jsonl").read_text().splitlines()
+            self.steps = [json.loads(line)["step"] for line in lines]
+
+    worker = Arriving()
+    log = ExperienceLog(tmp_path, worker, make_table(1))
+    for step in range(4):
+        log.append(step, batch([0], [[[step]]], [[-1.0]]))
+    log.truncate(2)
+    assert worker.steps == [0, 1]
 
 
 def test_fewer_workers_drop_what_those_that_are_gone_had_collected_too(tmp_path):

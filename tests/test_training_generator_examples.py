@@ -8,7 +8,7 @@ import episodes
 import numpy as np
 import pytest
 import torch
-from stand_ins import ReadingGenerator, WordPrompts, make_table
+from stand_ins import CutPrompts, ReadingGenerator, WordPrompts, make_table
 
 from rlrag.algorithms import dro
 from rlrag.config import DROConfig, EnvironmentConfig, RewardConfig, RunConfig, SelectorConfig
@@ -36,10 +36,14 @@ def renamed(table: CandidateTable, golden: dict[int, tuple[str, ...]]) -> Candid
     return replace(table, questions=questions)
 
 
-def examples(table: CandidateTable, weights_BM: torch.Tensor = WEIGHTS_BM, prompts=None):
+def built(table: CandidateTable, weights_BM: torch.Tensor = WEIGHTS_BM, prompts=None):
     rewards_BM = np.zeros(WEIGHTS_BM.shape)
     drawn = episodes.experience(table, ROWS, POSITIONS_BMK, rewards_BM)
-    return weighted_examples(table.questions, prompts or WordPrompts(), drawn, weights_BM).examples
+    return weighted_examples(table.questions, prompts or WordPrompts(), drawn, weights_BM)
+
+
+def examples(*arguments, **named):
+    return built(*arguments, **named).examples
 
 
 def test_each_selection_of_weight_above_zero_is_an_example_with_its_weight():
@@ -97,7 +101,23 @@ def test_a_selection_whose_prompt_cannot_be_built_gives_no_example():
                 raise PromptTooLongError("question 'q4' is too long; raise max_prompt_tokens")
             return super().build(question, passages)
 
-    assert [example.weight for example in examples(make_table(6), prompts=Narrow())] == [0.25, 0.75]
+    found = built(make_table(6), prompts=Narrow())
+    assert [example.weight for example in found.examples] == [0.25, 0.75]
+    assert [str(error)[:13] for error in found.errors] == ["question 'q4'"] * 2
+
+
+def test_what_prompts_left_out_is_counted_over_those_that_are_read():
+    """Of two passages each the last is not shown; two prompts have weight 0 and are not built."""
+
+    class WithoutTheLast(CutPrompts):
+        def build(self, question, passages):
+            return super().build(question, passages[:-1])
+
+    found = built(make_table(6), prompts=WithoutTheLast())
+    assert found.prompt_counts.shares() == {
+        "prompt_cut_share": 0.5,
+        "dropped_passage_share": 0.5,
+    }
 
 
 def test_without_a_limit_every_weight_stays():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from thread_workers import make_group, run_together
 from tiny_models import save_tiny_llama
 
 from rlrag.config import GeneratorTrainingConfig, TrainingConfig
@@ -118,6 +120,16 @@ def test_the_variance_over_passes_is_that_of_their_gradients(model_dir):
     assert metrics["generator/grad_variance"] == pytest.approx(float(expected), rel=1e-3)
     _, full = make(model_dir, method="full")
     assert "generator/grad_variance" not in full.update(lengthy[:1], NUM_QUESTIONS, 0)
+
+
+def test_equal_gradients_have_no_variance_and_none_below_zero(model_dir):
+    """Two workers with the same example: what is left is rounding."""
+    learners = [make(model_dir, workers=worker)[1] for worker in make_group(2)]
+    for step, example in enumerate(EXAMPLES):
+        one = partial(GeneratorLearner.update, examples=[example], num_questions=2, step=step)
+        metrics, _ = run_together([partial(one, learner) for learner in learners])
+        assert metrics["generator/grad_variance"] >= 0.0
+        assert metrics["generator/grad_variance"] < 1e-5 * metrics["generator/grad_norm"] ** 2
 
 
 def test_examples_without_weight_are_left_out_and_equal_ones_merged(model_dir):

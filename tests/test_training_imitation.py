@@ -79,6 +79,45 @@ def test_the_first_loss_is_the_mean_over_the_batch(model_dir):
     assert losses == pytest.approx([expected], abs=1e-5)
 
 
+def test_steps_are_those_of_adamw_on_gradients_of_norm_one(model_dir, table):
+    """All questions in every batch, so that their order plays no part."""
+    found = imitate(open_policy(model_dir), table, 4, NUM_QUESTIONS, 0.01, seed=0)
+    policy, losses, norms = open_policy(model_dir), [], []
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
+    first_two = np.tile([0, 1], (NUM_QUESTIONS, 1, 1))
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = -episodes.log_prob(policy, table.batch(range(NUM_QUESTIONS)), first_two).mean()
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, 1.0).item())
+        optimizer.step()
+    assert max(norms) > 1.0
+    assert found == pytest.approx(losses, rel=1e-4)
+
+
+def test_each_pass_has_every_question_once_and_draws_its_own_targets(model_dir, table):
+    """Batches of four from six questions: three of them are two passes."""
+    policy, seen = open_policy(model_dir), []
+    log_prob = policy.log_prob
+
+    def recording(trajectories):
+        seen.append(trajectories)
+        return log_prob(trajectories)
+
+    policy.log_prob = recording
+    imitate(policy, table, 3, 4, 1e-3, seed=0, prior_scale=0.1)
+    rows, targets = (
+        np.concatenate([getattr(found, name) for found in seen]).reshape(12, 8, -1)
+        for name in ("question_rows_E", "actions_ET")
+    )
+    assert sorted(rows[:6, 0, 0]) == sorted(rows[6:, 0, 0]) == list(range(NUM_QUESTIONS))
+    for row in range(NUM_QUESTIONS):
+        first, second = targets[rows[:, 0, 0] == row]
+        assert not np.array_equal(first, second)
+
+
 def test_drawn_targets_make_the_policy_the_prior_of_the_others(model_dir, table):
     """The first pick's distribution becomes softmax(-scale * rank), and so keeps exploring."""
     policy = open_policy(model_dir)

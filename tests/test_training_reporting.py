@@ -102,11 +102,11 @@ def test_the_legend_says_what_every_column_means():
     ("pace_s", "left"), [(0.0, "0:00"), (59.7, "1:00"), (1.0, "0:01"), (4000.0, "66:40")]
 )
 def test_the_time_left_follows_the_pace_so_far(monkeypatch, pace_s, left):
-    clock = iter([1000.0, 1000.0 + pace_s])
+    clock = iter([1000.0, 1000.0 + 3 * pace_s])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     log = io.StringIO()
     line = ProgressLine(6, log)
-    line.update({"step": 4.0})
+    line.update({"step": 2.0})
     line.update({"step": 5.0})
     assert log.getvalue().splitlines()[2].endswith(f"  {left} left")
 

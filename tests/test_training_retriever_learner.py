@@ -147,6 +147,11 @@ def test_a_passage_that_is_right_too_does_not_count_against_accuracy():
     assert metrics["retriever/accuracy"] == 1.0
 
 
+def test_a_positive_that_scores_as_another_passage_does_is_not_above_it():
+    _, learner = make(FixedVectors({"q": [1.0], "p": [2.0], "n": [2.0]}))
+    assert learner.update(["q"], ["p"], ["n"], step=0)["retriever/accuracy"] == 0.0
+
+
 # AdamW blows a gradient of 0 up that rounding leaves at 1e-16: to 1e-8 of a step.
 def test_the_gradient_is_clipped_and_reported_unclipped():
     _, plain = make()
@@ -226,9 +231,12 @@ def test_a_restored_run_goes_on_bit_by_bit():
     for step in range(2):
         learner.update(*BATCH, step=step)
     restored, restored_learner = make(copy.deepcopy(encoder), micro_batch_texts=5)
-    restored_learner.load_optimizer(learner.optimizer_tensors())
+    given = learner.optimizer_tensors()
+    kept = {name: tensor.clone() for name, tensor in given.items()}
+    restored_learner.load_optimizer(given)
     for step in range(2, 4):
         assert learner.update(*BATCH, step=step) == restored_learner.update(*BATCH, step=step)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in given.items())
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, restored.state_dict()[name])
 

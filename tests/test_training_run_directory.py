@@ -178,6 +178,8 @@ def test_data_that_changed_between_a_stop_and_its_continuation_is_refused(tmp_pa
         run_dir.check_sources({"corpus": "c2", "train_questions": "q3"})
     with pytest.raises(RunDirectoryError, match=r"of corpus and train_questions than is there"):
         run_dir.check_sources({"corpus": "c3", "train_questions": "q3"})
+    with pytest.raises(RunDirectoryError, match=r"another content of feedback than"):
+        run_dir.check_sources({"corpus": "c2", "train_questions": "q2", "feedback": "f1"})
     for text in ("", "[1]", "{"):
         run_dir.sources.write_text(text)
         with pytest.raises(DataError, match=r"sources\.json is damaged"):

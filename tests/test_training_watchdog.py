@@ -104,6 +104,17 @@ def test_nothing_is_reported_while_progress_comes(heard):
     assert heard.messages == []
 
 
+def test_the_time_before_a_block_does_not_count():
+    clock = Clock()
+    watchdog = Watchdog(LONG_S, "the beginning", clock=clock)
+    clock.now = 50
+    with watchdog:
+        clock.now = LONG_S + 49
+        assert not watchdog.check()
+        clock.now = LONG_S + 50
+        assert watchdog.check()
+
+
 def test_an_answer_of_an_engine_is_progress():
     clock = Clock()
     watchdog = Watchdog(100, "step 1", num_answers, clock)
@@ -159,6 +170,13 @@ def test_phases_go_to_the_innermost_watchdog_of_the_thread(heard):
         clock.now = LONG_S
         assert outer.check()
     assert "under way is outer" in reports(heard)[0]
+    with Watchdog(LONG_S, "outer", clock=clock) as outer:
+        with Watchdog(LONG_S, "inner", clock=clock):
+            pass
+        under_way("step 2")
+        clock.now += LONG_S
+        assert outer.check()
+    assert "under way is step 2" in reports(heard)[1]
 
 
 def test_a_worker_keeps_the_report_in_its_log(tmp_path):

@@ -363,11 +363,9 @@ def describe_differences(kept: RunConfig, given: RunConfig) -> list[str]:
 
     before = leaves(kept.model_dump(mode="json"), "")
     after = leaves(given.model_dump(mode="json"), "")
-    names = sorted(
-        name for name in (before.keys() | after.keys()) - _PLACEMENT if not name.startswith(_AROUND)
-    )
+    names = sorted(name for name in before.keys() - _PLACEMENT if not name.startswith(_AROUND))
     return [
-        f"{name}: {before.get(name)!r} there, {after.get(name)!r} given"
+        f"{name}: {before[name]!r} there, {after[name]!r} given"
         for name in names
-        if before.get(name) != after.get(name)
+        if before[name] != after[name]
     ]
