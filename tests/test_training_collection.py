@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import episodes
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from loop_runs import changed
 from stand_ins import CutPrompts, ReadingGenerator, WordPrompts, make_table
+from thread_workers import make_group, run_together
 
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError
@@ -359,6 +361,38 @@ def test_workers_share_a_batch(small_config):
     for rank, part in enumerate(parts):
         for name in ("question_rows", "actions_BMT", "behaviour_logp_BM", "rewards_BM"):
             assert np.array_equal(getattr(part, name), getattr(whole, name)[rank::2]), name
+
+
+def num_prompt_tokens(experience: Experience) -> int:
+    """Tokens that the prompts of all different episodes show."""
+    found = experience.trajectories
+    prompts = {
+        WordPrompts().build(TABLE.questions[row], evidence).token_ids
+        for row, evidence in zip(found.question_rows_E, found.evidence, strict=True)
+    }
+    return sum(map(len, prompts))
+
+
+def test_what_is_told_of_a_batch_is_that_of_all_workers(ahead):
+    """One of them cuts as much of its prompts as it shows, the other shows them whole."""
+    strict = ahead.generator_training.model_copy(update={"max_staleness": 0})
+    config = ahead.model_copy(update={"generator_training": strict})
+    cases = [
+        Case(config, with_generator=True, workers=worker, prompts=prompts)
+        for worker, prompts in zip(make_group(2), (CutPrompts(), WordPrompts()), strict=True)
+    ]
+
+    def work(case: Case) -> tuple[Experience, dict[str, float]]:
+        case.collect(0)
+        found = case.collect(1, pauses_after=True)
+        case.collection.close()
+        return found
+
+    (cut, first), (whole, second) = run_together([partial(work, case) for case in cases])
+    assert first == second
+    assert first["num_stale"] == 8 * 8
+    num_cut, num_whole = (num_prompt_tokens(experience) for experience in (cut, whole))
+    assert first["prompt_cut_share"] == num_cut / (2 * num_cut + num_whole)
 
 
 def test_sft_takes_the_untrained_policys_order_with_weight_one_and_asks_nobody(small_config):

@@ -71,11 +71,11 @@ class Collection:
         self._published = 0
         self._drawing: TrainablePolicy | None = None
         self._drawing_version = 0
-        self._ahead: tuple[int, Future[_Batch]] | None = None
+        self._ahead: Future[_Batch] | None = None
         self._thread = ThreadPoolExecutor(1, "run-ahead") if config.training.overlap else None
 
     def collect(self, step: int, pauses_after: bool) -> tuple[Experience, dict[str, float]]:
-        """The batch of a step, and metrics about how it was collected.
+        """The batch of a step, and metrics about how it was collected; one step after another.
 
         Args:
             step: Number of the step.
@@ -85,7 +85,7 @@ class Collection:
         if self._config.training.objective == "sft":
             return self._own_order(step), {"num_rollouts": 0.0, **_described(torch.zeros(2))}
         ahead, self._ahead = self._ahead, None
-        batch = ahead[1].result() if ahead and ahead[0] == step else None
+        batch = ahead.result() if ahead else None
         if self._drawing is None or self._schedule.starts_estep(step):
             self._drawing_version = self._schedule.estep(step)
             self.publish(self._drawing_version)
@@ -98,7 +98,7 @@ class Collection:
         if batch is None:
             batch = self._draw(step, self._drawing)
         if self._thread and not pauses_after and step + 1 < self._schedule.num_steps:
-            self._ahead = step + 1, self._thread.submit(self._draw, step + 1, self._drawing)
+            self._ahead = self._thread.submit(self._draw, step + 1, self._drawing)
         experience = batch.experience
         tokens = self._workers.sum(torch.from_numpy(batch.num_tokens + stale_tokens))
         return experience, {
@@ -124,7 +124,7 @@ class Collection:
         if weights is None:
             return
         if self._ahead is not None:  # of a run that ends early: nobody will ask for it
-            wait([self._ahead[1]])
+            wait([self._ahead])
         hand_over(weights, self._generator, self._workers)
         self._published = version
 
