@@ -248,8 +248,12 @@ def test_lists_of_the_retriever_for_the_divergence():
 def test_a_listed_passage_that_cannot_be_scored_is_marked_and_too_many_end_the_run():
     ranked = Ranked({"question 0": [20, 2, 1, 0]})
     judge = Scores({(0, 20): None})
-    _, _, logp_BM = finder(judge, 0.25).listed(np.array([0]), ranked)
+    found = finder(judge, 0.25)
+    _, _, logp_BM = found.listed(np.array([0]), ranked)
     assert np.isnan(logp_BM[0, 0])
     assert logp_BM[0, 1:].tolist() == [-3.0, -2.0, -1.0]
+    assert found.failures == ["unreadable"]
+    found.listed(np.array([0]), None)
+    assert found.failures == [], "those of the last batch alone"
     with pytest.raises(GenerationError, match=r"1 of 4 passages could not be scored.*unreadable"):
         finder(judge, 0.2).listed(np.array([0]), ranked)

@@ -47,13 +47,10 @@ class PassageJudge:
             AnsweringReward(
                 generator,
                 prompts,
-                RewardModel(RewardConfig(functions=names, weights=weights)),
+                RewardModel(RewardConfig(functions=names, weights=(1.0,) * len(names))),
                 sampling,
             )
-            for names, weights in (
-                (("answer_logp",), (1.0,)),
-                (("answer_logp", "answer_contained"), (1.0, 0.0)),
-            )
+            for names in (("answer_logp",), ("answer_logp", "answer_contained"))
         )
         self.prompt_counts = PromptCounts()
         """Of all prompts that were built."""

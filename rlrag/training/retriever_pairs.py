@@ -129,12 +129,12 @@ class PairFinder:
         Raises:
             GenerationError: when more passages cannot be scored than is allowed.
         """
-        self.failures = []
         questions = rows.tolist()
         texts = [self._questions[row].question for row in questions]
         found_BM = retriever.search(texts).rows_BK if retriever else self._pools.rows_QN[rows]
         logp_BM = np.empty(found_BM.shape)
         asked = []
+        failed: list[RlragError] = []
         for place, (question, found) in enumerate(zip(questions, found_BM, strict=True)):
             known = self._pools.known_logp(question)
             for column, row in enumerate(found.tolist()):
@@ -147,13 +147,12 @@ class PairFinder:
                 [self._corpus[row] for _, _, row in asked],
                 with_labels=False,
             )
-            failed = []
             for (place, column, _), judgement in zip(asked, judgements, strict=True):
                 if isinstance(judgement, RlragError):
                     failed.append(judgement)
                 else:
                     logp_BM[place, column] = judgement.logp
-            self._check_failed(failed, found_BM.size)
+        self._check_failed(failed, found_BM.size)
         passages = [[self._corpus[row].contents for row in found] for found in found_BM.tolist()]
         return texts, passages, logp_BM
 
