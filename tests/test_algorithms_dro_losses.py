@@ -70,37 +70,6 @@ def test_regularisers_at_their_edges():
     assert likelier.item() == pytest.approx(-2 * math.exp(20), rel=1e-6)
 
 
-def test_merged_duplicates_equal_unmerged_in_value_and_gradient():
-    case = EnumerableCase()
-    draws = torch.tensor([[3, 7, 3, 3, 0, 7], [5, 5, 5, 5, 5, 5]])
-    positions = torch.tensor(PERMUTATIONS)[draws]
-    coefficient = case.coefficients(
-        draws, independent(case.likelihood_Z[draws]), "self_normalised", "mean"
-    )
-    merged = dro.merge_duplicates(positions, coefficient)
-    assert merged[0, 0].item() == pytest.approx(coefficient[0, [0, 2, 3]].sum().item())
-    assert merged[0, [2, 3, 5]].tolist() == merged[1, 1:4].tolist() == [0.0, 0.0, 0.0]
-
-    def value_and_gradient(constants: torch.Tensor, clipped: bool) -> tuple[torch.Tensor, ...]:
-        logits = case.logits.clone().requires_grad_()
-        logp = episodes.log_prob_of(logits.expand(2, -1), positions)
-        behaviour = case.probability_Z.log()[draws] + 0.1
-        loss = (
-            dro.clipped_selector_loss(logp, behaviour, constants, 0.2)
-            if clipped
-            else dro.selector_loss(logp, constants)
-        )
-        return loss, *torch.autograd.grad(loss.sum(), logits)
-
-    for clipped in (False, True):
-        for one, other in zip(
-            value_and_gradient(coefficient, clipped),
-            value_and_gradient(merged, clipped),
-            strict=True,
-        ):
-            assert torch.allclose(one, other, atol=1e-12)
-
-
 def test_the_clipped_loss_on_policy_has_the_gradient_of_the_plain_one():
     case = EnumerableCase()
     draws = torch.tensor([[0, 5, 5, 11, 3]])

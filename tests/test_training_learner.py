@@ -133,7 +133,7 @@ def test_duplicates_count_with_their_multiplicity():
 
 @pytest.mark.parametrize("clip_ratio", [None, 0.2])
 @pytest.mark.parametrize("baseline", ["none", "mean"])
-def test_merging_duplicates_changes_nothing(baseline, clip_ratio):
+def test_a_repeated_selection_counts_each_time(baseline, clip_ratio):
     """The gradient is autograd's on the same objective, sample by sample."""
     experience = drawn([[-1.0, -1.0, -3.0, -1.0]], [[0, 0, 1, 0]], behaviour=(0.58, 0.42))
     case = Case((0.4, 0.1), num_samples=4, baseline=baseline, clip_ratio=clip_ratio)

@@ -195,26 +195,6 @@ def _reweighted(
     return torch.where(weight_BM > 0, weight_BM * ratio_BM * value_BM, 0.0).detach()
 
 
-def merge_duplicates(positions_BMK: torch.Tensor, coefficients_BM: torch.Tensor) -> torch.Tensor:
-    """Coefficients with those of equal selections of a question summed at the first, shape (B, M).
-
-    The repeats get 0, so that a learner may leave them out of its forward pass. Both losses are
-    linear in their coefficients: value and gradient are unchanged, up to rounding. The clipped loss
-    is too, where equal selections have coefficients of one sign.
-
-    Example:
-        >>> positions = torch.tensor([[[0, 1], [1, 0], [0, 1]]])
-        >>> merge_duplicates(positions, torch.tensor([[0.5, -0.25, 0.5]]))
-        tensor([[ 1.0000, -0.2500,  0.0000]])
-    """
-    first_BM = _equal_selections(positions_BMK).int().argmax(dim=2)
-    return torch.zeros_like(coefficients_BM).scatter_add(1, first_BM, coefficients_BM)
-
-
-def _equal_selections(positions_BMK: torch.Tensor) -> torch.Tensor:
-    return (positions_BMK.unsqueeze(1) == positions_BMK.unsqueeze(2)).all(dim=-1)
-
-
 def selector_loss(logp_BM: torch.Tensor, coefficients_BM: torch.Tensor) -> torch.Tensor:
     """L_S = - sum_i c_i log p(z_i | x) for each question, shape (B,), in nats (Eq. 10).
 
@@ -316,7 +296,8 @@ def diagnostics(
     valid_BM = ~rewards_BM.isnan()
     low_B = rewards_BM.masked_fill(~valid_BM, float("inf")).amin(dim=1)
     high_B = rewards_BM.masked_fill(~valid_BM, float("-inf")).amax(dim=1)
-    repeats_BM = _equal_selections(positions_BMK).tril(diagonal=-1).any(dim=-1)
+    same_BMM = (positions_BMK.unsqueeze(1) == positions_BMK.unsqueeze(2)).all(dim=-1)
+    repeats_BM = same_BMM.tril(diagonal=-1).any(dim=-1)
     return WeightDiagnostics(
         ess_B,
         entropy_B,

@@ -132,11 +132,10 @@ class SelectorLearner(SavesOptimizer):
         return policy.log_prob(trajectories).sum(dim=1).view(-1, num_samples)
 
     def _coefficients(self, experience: Experience, weights_BM: torch.Tensor) -> torch.Tensor:
-        """What multiplies log p of an episode by its reward, duplicates merged."""
+        """What multiplies log p of an episode by its reward, shape (B, M)."""
         log_weights_BM = torch.from_numpy(experience.log_weights_BM)
         valid_BM = dro.valid_samples(torch.from_numpy(experience.rewards_BM), log_weights_BM)
-        found_BM = dro.coefficients(weights_BM, log_weights_BM, valid_BM, self._dro.baseline)
-        return dro.merge_duplicates(torch.from_numpy(experience.actions_BMT), found_BM)
+        return dro.coefficients(weights_BM, log_weights_BM, valid_BM, self._dro.baseline)
 
     def _loss(
         self,
