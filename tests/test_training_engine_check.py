@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,13 @@ class Half(TransformersGenerator):
 def case(small_config, few_data, tmp_path):
     """What checks a family's engines of a class, with the learner and the engines."""
 
-    def check(family: str, method: str, engine=TransformersGenerator, cache: Path | None = None):
+    def check(
+        family: str,
+        method: str,
+        engine=TransformersGenerator,
+        cache: Path | None = None,
+        table=few_data.train,
+    ):
         directory = tmp_path / family
         if not directory.exists():
             save_family(directory, family)
@@ -63,7 +70,7 @@ def case(small_config, few_data, tmp_path):
         prompts = PromptBuilder(config.generator.prompt, load_tokenizer(directory))
         state = torch.get_rng_state()
         try:
-            check_engines(config, model, asked, few_data.train, prompts, SingleWorker())
+            check_engines(config, model, asked, table, prompts, SingleWorker())
         finally:
             assert torch.equal(torch.get_rng_state(), state)
             left = model.trainable_tensors()
@@ -88,6 +95,14 @@ def test_right_engines_pass_and_stand_where_they_stood(case, family, method, tmp
 def test_engines_that_answer_with_other_weights_are_refused(case, method, engine):
     with pytest.raises(ConfigError, match=r"before the first step.* the engines give .*learner"):
         case("llama", method, engine)
+
+
+def test_an_answer_longer_than_the_model_reads_is_no_hindrance(case, few_data):
+    questions = tuple(
+        replace(question, golden_answers=("a word " * 10_000,))
+        for question in few_data.train.questions
+    )
+    case("llama", "lora", table=replace(few_data.train, questions=questions))
 
 
 def test_what_an_earlier_run_kept_does_not_hide_an_engine(case, tmp_path):
