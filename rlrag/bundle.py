@@ -31,7 +31,7 @@ from rlrag.bundle_files import (
 )
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
-from rlrag.generation.identity import model_hash
+from rlrag.generation.identity import hashed_files, model_hash
 from rlrag.licences import LICENCES_FILE, licences_json, licences_of
 from rlrag.models import resolve_generator, resolve_model, weights_hash
 from rlrag.retrieval.candidates import CandidateTable
@@ -161,20 +161,20 @@ def load_bundle(directory: Path, allow_code: Collection[str] = ()) -> Bundle:
 
     Args:
         directory: The bundle.
-        allow_code: Environment, policy and retriever of somebody's own, `module:...`, that the
-            bundle names and that may be imported; without it such a bundle is refused. Its reward
-            functions are for `BundleFiles.check_code` to look at, where they are used.
+        allow_code: Environment, policy, retriever and generator of somebody's own, `module:...`,
+            that the bundle names and that may be imported; without it such a bundle is refused. Its
+            reward functions are for `BundleFiles.check_code` to look at, where they are used.
 
     Raises:
         CheckpointError: when the bundle is absent, damaged, of another format, holds weights that
             are not finite, or a model has other weights than it was trained with.
-        ConfigError: when its configuration is none of this version, or names an environment's
-            module that the caller does not.
+        ConfigError: when its configuration is none of this version, or names code that the caller
+            does not.
     """
     files = read_bundle(directory)
     files.check_code_to_answer(allow_code)
     config, facts = files.config, files.facts
-    of_generator = "tokenizer" if config.generator.is_remote else "weights"
+    of_generator = hashed_files(config.generator)
     selector_hash = _selector_model_hash(config)
     for model, what, here, expected in (
         (config.generator.model, of_generator, _generator_hash(config), facts.generator_weights),

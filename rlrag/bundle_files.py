@@ -186,7 +186,7 @@ def bundle_version(directory: Path) -> str:
         ) from error
 
 
-ANSWERING = ("environment.id", "selector.kind", "retrieval.kind")
+ANSWERING = ("environment.id", "selector.kind", "retrieval.kind", "generator.backend")
 """Fields whose code is imported to answer a question."""
 
 
@@ -200,13 +200,15 @@ def code_named_by(config: RunConfig) -> Mapping[str, tuple[str, ...]]:
     """By field, what a configuration names of modules to import; built-in names are none.
 
     Example:
-        >>> code_named_by(RunConfig())
-        {'environment.id': (), 'selector.kind': (), 'retrieval.kind': (), 'reward.functions': ()}
+        >>> config = RunConfig.model_validate({"generator": {"backend": "mine:Writer"}})
+        >>> code_named_by(config)["generator.backend"]
+        ('mine:Writer',)
     """
     named = {
         "environment.id": (config.environment.id,),
         "selector.kind": (config.selector.kind,),
         "retrieval.kind": (config.retrieval.kind,),
+        "generator.backend": (config.generator.backend,),
         "reward.functions": config.reward.functions,
     }
     return {field: tuple(n for n in names if ":" in n) for field, names in named.items()}

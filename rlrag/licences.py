@@ -81,6 +81,9 @@ def licences_of(config: RunConfig) -> tuple[PartLicence, ...]:
     if generator.is_remote:
         source = f"ask the provider of {generator.url}"
         found.insert(0, PartLicence("generator", generator.answering_model, UNKNOWN, source))
+    if generator.is_own:
+        source = "ask who wrote it"
+        found.insert(0, PartLicence("generator_code", generator.backend, UNKNOWN, source))
     corpus = config.data.corpus
     unknown = (UNKNOWN, "check where the corpus comes from")
     return (*found, PartLicence("corpus", corpus, *_BUILTIN.get(corpus, unknown)))

@@ -449,9 +449,10 @@ def load_pipeline(
         bundle: Directory of the bundle.
         corpus: Takes the place of the corpus that was trained on, in any form of `data.corpus`.
         backend: What the generator runs in, as `generator.backend`: `vllm`, or `transformers`,
-            which the bundle's `auto` stands for here.
-        allow_code: An environment `module:namespace/Name-v0` that the bundle names and that may be
-            imported.
+            which the bundle's `auto` stands for here, or one of your own.
+        allow_code: What the bundle names of somebody's own and may be imported, as it names it: an
+            environment `module:namespace/Name-v0`, a retriever, policy or generator
+            `package.module:name`.
 
     Raises:
         CheckpointError: when the bundle is absent, damaged or of another format.

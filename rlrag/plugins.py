@@ -6,11 +6,14 @@ its kind is offered that it has parameters for, and its own options, which are i
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import json
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,13 +25,20 @@ from rlrag.errors import ConfigError, RlragError, nearest_name
 OFFERED: Mapping[str, tuple[str, ...]] = {
     "retriever": ("corpus",),
     "policy": ("num_selected", "num_scores", "vector_size"),
+    "generator": ("model_dir",),
 }
 """By kind of part, the keyword arguments that are no options of its own."""
-SECTIONS: Mapping[str, str] = {"retrieval": "retriever", "selector": "policy"}
-"""Sections of a configuration whose `kind` may be such a name, and the kind of part."""
+FIELDS: Mapping[str, str] = {
+    "retrieval.kind": "retriever",
+    "selector.kind": "policy",
+    "generator.backend": "generator",
+}
+"""Fields of a configuration that may be such a name, and the kind of part; `options` of the same
+section are the part's own."""
 METHODS: Mapping[str, tuple[str, ...]] = {
     "retriever": ("search",),
     "policy": ("act", "log_prob", "named_parameters"),
+    "generator": ("generate",),
 }
 """By kind, the methods that a part must have; a policy is a `torch.nn.Module`."""
 
@@ -76,11 +86,13 @@ def check(kind: str, name: str, words: Sequence[str]) -> None:
 def check_named(config: RunConfig) -> list[str]:
     """`check` the parts that a configuration names; returns their names."""
     found = []
-    for section, kind in SECTIONS.items():
+    for field, kind in FIELDS.items():
+        section, _, named_by = field.partition(".")
         part = getattr(config, section)
-        if is_own(part.kind):
-            check(kind, part.kind, part.options)
-            found.append(part.kind)
+        name = getattr(part, named_by)
+        if is_own(name):
+            check(kind, name, part.options)
+            found.append(name)
     return found
 
 
@@ -116,6 +128,31 @@ def make(kind: str, name: str, words: Sequence[str], **offered: Any) -> Any:
                 f"rlrag.testing.check_{kind} says what a {kind} must do"
             )
     return part
+
+
+def identity(kind: str, name: str, words: Sequence[str]) -> list[str]:
+    """What the results of a part depend on: its name, its options and the text of its module.
+
+    What else they depend on, such as the version of a package or of a file, the class or function
+    may tell by an attribute `revision`, which is a text.
+
+    Raises:
+        ConfigError: when the part cannot be found, or its `revision` is no text.
+    """
+    found = load(kind, name)
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(found))
+    except TypeError:  # an object that was made, such as a functools.partial
+        source = inspect.getsourcefile(sys.modules[name.partition(":")[0]])
+    content = Path(source).read_bytes() if source else b""
+    revision = getattr(found, "revision", "")
+    if not isinstance(revision, str):
+        raise ConfigError(
+            f"{kind} {name!r} has a revision of type {type(revision).__name__}; give the class or "
+            "function itself a text"
+        )
+    parts = [name, *sorted(words), hashlib.sha256(content).hexdigest()]
+    return [*parts, revision] if revision else parts
 
 
 def options_of(kind: str, name: str) -> Iterator[str]:

@@ -89,8 +89,8 @@ def parse(
 def _say_own_options(argv: Sequence[str]) -> None:
     """After the help, the options of the parts that the words name."""
     words = list(argv)
-    for section, kind in plugins.SECTIONS.items():
-        flag = f"--{section}.kind"
+    for field, kind in plugins.FIELDS.items():
+        flag, section = f"--{field}", field.partition(".")[0]
         if flag in words[:-1] and plugins.is_own(name := words[words.index(flag) + 1]):
             print(f"\n--{section}.options of {name}:")
             for line in plugins.options_of(kind, name):

@@ -66,8 +66,8 @@ class EvaluateArguments:
     """Systems to compare, also ones that the run did not; those of `evaluation.systems` when
     unset."""
     allow_code: tuple[str, ...] = ()
-    """Code that the bundle names and that may run here, as it names it: a reward
-    `package.module:function`, an environment `module:namespace/Name-v0`."""
+    """Code that the bundle names and that may run here, as it names it: a reward, retriever, policy
+    or generator `package.module:name`, an environment `module:namespace/Name-v0`."""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -75,7 +75,8 @@ class ProbeArguments:
     launcher: Literal["ray", "local"] | None = None
     """Where the generator runs; as in training when unset."""
     allow_code: tuple[str, ...] = ()
-    """An environment `module:namespace/Name-v0` that the bundle names and that may run here."""
+    """Code that the bundle names and that may run here, as it names it: an environment
+    `module:namespace/Name-v0`, a retriever, policy or generator `package.module:name`."""
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def _prepare(
 
     budget = estimate_budget(config, data, prompts)
     speed = measure_speed(generator.inner, budget.sample_prompts)
-    if config.generator.is_remote and needs_scores(config):
+    if (config.generator.is_remote or config.generator.is_own) and needs_scores(config):
         check_scores(generator.inner, budget.sample_prompts[0])
     say(budget.describe(speed, config.training.max_generator_tokens))
     if not config.trains_by_openrag:

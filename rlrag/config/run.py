@@ -131,11 +131,13 @@ class RunConfig(Section):
             raise ValueError(
                 "training.launcher 'local' runs without vLLM; use generator.backend transformers"
             )
-        if self.trains_generator and self.generator.is_remote:
+        if self.trains_generator and (self.generator.is_remote or self.generator.is_own):
+            backend = self.generator.backend
+            what = "asks a server" if self.generator.is_remote else "is a generator of your own"
             raise ValueError(
-                f"training.parts is {list(self.training.parts)}, but generator.backend 'endpoint' "
-                "asks a server, whose weights cannot be trained from here; leave the generator "
-                "out, or use vllm or transformers"
+                f"training.parts is {list(self.training.parts)}, but generator.backend "
+                f"{backend!r} {what}, whose weights cannot be trained from here; leave the "
+                "generator out, or use vllm or transformers"
             )
         if self.reward.golden_answers == "all" and self.training.objective != "dro":
             raise ValueError(

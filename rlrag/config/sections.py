@@ -61,14 +61,15 @@ def _known_or_own(field: str, names: Sequence[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _check_options(section: str, kind: str, options: Sequence[str]) -> None:
-    if options and ":" not in kind:
+def _check_options(field: str, name: str, options: Sequence[str]) -> None:
+    if options and ":" not in name:
         raise ValueError(
-            f"{section}.options are for a part of your own, but {section}.kind is {kind!r}; "
-            "leave them out"
+            f"{field.partition('.')[0]}.options are for a part of your own, but {field} is "
+            f"{name!r}; leave them out"
         )
 
 
+BACKENDS = ("auto", "vllm", "transformers", "endpoint")
 RETRIEVERS = ("bm25", "dense", "hybrid", "semi_parametric")
 SELECTORS = ("features", "bi_encoder", "cross_encoder", "listwise_lm")
 
@@ -152,7 +153,7 @@ class RetrievalConfig(Section):
 
     @model_validator(mode="after")
     def _encoder_present(self) -> Self:
-        _check_options("retrieval", self.kind, self.options)
+        _check_options("retrieval.kind", self.kind, self.options)
         if self.encoder is None and self.kind in ("dense", "hybrid"):
             raise ValueError(
                 f"retrieval.kind {self.kind!r} needs retrieval.encoder; name one, or use bm25 or "
@@ -220,7 +221,7 @@ class SelectorConfig(Section):
 
     @model_validator(mode="after")
     def _imitation_fits(self) -> Self:
-        _check_options("selector", self.kind, self.options)
+        _check_options("selector.kind", self.kind, self.options)
         if self.may_stop and ":" in self.kind:
             raise ValueError(
                 "selector.may_stop is True, but a policy of your own decides itself when it stops; "
@@ -286,10 +287,13 @@ class GeneratorConfig(Section):
 
     model: str = BUILTIN_GENERATOR
     """Built-in name, Hugging Face id or path of a causal language model; of its tokenizer alone,
-    which builds the prompts, where an endpoint answers."""
-    backend: Literal["auto", "vllm", "transformers", "endpoint"] = "auto"
-    """`auto`: vLLM under the ray launcher, transformers under the local one. `endpoint` asks an
-    OpenAI-compatible server, which is started and stopped by somebody else."""
+    which builds the prompts, where an endpoint or a generator of your own answers."""
+    backend: Annotated[str, _known_or_own("generator.backend", BACKENDS)] = "auto"
+    """auto (vLLM under the ray launcher, transformers under the local one), vllm, transformers,
+    endpoint (an OpenAI-compatible server, which is started and stopped by somebody else), or
+    `package.module:name` of a generator of your own."""
+    options: tuple[str, ...] = ()
+    """Options of a generator of your own, each `name=value`."""
     url: str | None = None
     """Address of that server's API, as `http://127.0.0.1:8000/v1`."""
     served_model: str | None = None
@@ -339,7 +343,8 @@ class GeneratorConfig(Section):
     """The prompt."""
 
     @model_validator(mode="after")
-    def _endpoint_is_whole(self) -> Self:
+    def _backend_fits(self) -> Self:
+        _check_options("generator.backend", self.backend, self.options)
         if self.is_remote and self.url is None:
             raise ValueError(
                 "generator.backend 'endpoint' asks a server, but generator.url is unset; set it, "
@@ -362,15 +367,20 @@ class GeneratorConfig(Section):
         return self.backend == "endpoint"
 
     @property
+    def is_own(self) -> bool:
+        """Whether a generator of somebody's own answers, and not a model that is loaded here."""
+        return ":" in self.backend
+
+    @property
     def answering_model(self) -> str:
         """The name of the model that answers."""
-        return self.served_model or self.model
+        return self.backend if self.is_own else self.served_model or self.model
 
     def with_model(self, model: str) -> GeneratorConfig:
-        """The same with another model, which is loaded here where a server answered before."""
-        changes: dict[str, str | None] = {"model": model}
-        if self.is_remote:
-            changes |= {"backend": "auto", "url": None, "served_model": None}
+        """The same with another model, which a built-in back end loads."""
+        changes: dict[str, object] = {"model": model}
+        if self.is_remote or self.is_own:
+            changes |= {"backend": "auto", "options": (), "url": None, "served_model": None}
         return self.model_copy(update=changes)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rlrag.config import GeneratorConfig
 from rlrag.errors import ConfigError, GenerationError, SetupError
 from rlrag.generation.cache import CachedGenerator
-from rlrag.generation.identity import endpoint_identity, generator_identity
+from rlrag.generation.identity import endpoint_identity, generator_identity, own_identity
 from rlrag.generation.prompts import PromptBuilder, lacks_first_token, load_tokenizer
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.models import resolve_device, resolve_dtype, resolve_generator
@@ -32,7 +32,9 @@ def open_generator(
     Under `ray` (initialised by the caller) the engines live in a pool of actors and load in the
     background, and say what they have to say in the directory of `logs`, under the run's name that
     comes with it; under `local` the model is loaded into this process. A server is asked by this
-    process, and by each that gets a copy of the generator.
+    process, and by each that gets a copy of the generator. A generator of somebody's own goes where
+    a model goes and not where a client goes, since it may be one: in a pool it is loaded once an
+    actor, with the CPUs and GPUs reserved for it, and one that dies or hangs is started anew.
 
     Raises:
         ModelNotFoundError: when the model cannot be found.
@@ -62,7 +64,11 @@ def open_generator(
         from rlrag.generation.vllm_backend import vllm_environment
 
         environment = vllm_environment(config)
-    identity = generator_identity(model_dir, config.backend, config.dtype, config.device)
+    identity = (
+        own_identity(config, model_dir)
+        if config.is_own
+        else generator_identity(model_dir, config.backend, config.dtype, config.device)
+    )
     pool = GeneratorPool(config, engine, identity, environment, logs)
     return CachedGenerator(pool, cache_dir), prompts
 
@@ -147,7 +153,8 @@ def open_engine(
     """Load the back end that `config` names into this process.
 
     Raises:
-        ConfigError: when a server is to be asked with a key that the environment lacks.
+        ConfigError: when a server is to be asked with a key that the environment lacks, or a
+            generator of somebody's own cannot be made.
         SetupError: when vLLM, a C++ compiler or the package openai is missing.
         GenerationError: when the model cannot be loaded.
     """
@@ -155,6 +162,10 @@ def open_engine(
         from rlrag.generation.endpoint_backend import EndpointGenerator
 
         return EndpointGenerator(config, endpoint_identity(config, model_dir))
+    if config.is_own:
+        from rlrag.generation.plugin import PluginGenerator
+
+        return PluginGenerator(config, model_dir)
     if config.backend == "vllm":
         import importlib.util
 
@@ -201,7 +212,7 @@ def measure_speed(
 
 
 def check_scores(generator: Generator, prompt: Prompt) -> None:
-    """Ask for one score, so that a server which gives none is found before any work.
+    """Ask for one score, so that a generator which gives none is found before any work.
 
     Raises:
         ConfigError: when it gives none.

@@ -250,7 +250,8 @@ class Dispatcher:
         if standing.identity != self._identity:
             raise GenerationError(
                 f"{name} loaded generator {standing.identity} where {self._identity} was "
-                "expected; its node has other model files than this one"
+                "expected; its node has other files of the model, or another module of your own "
+                "generator, than this one"
             )
         if standing.process in self._ended:  # Ray ends a process some time after it is told to
             self._ask_again(work, flight)

@@ -180,14 +180,14 @@ class EngineLoop:
                 self._deliver([(request, error)])
         return True
 
-    def _hand_out(self, updates: Iterable[tuple[str, Update]]) -> None:
+    def _hand_out(self, updates: Iterable[tuple[str, Update | GenerationError]]) -> None:
         items: list[tuple[_Request, Update | GenerationError]] = []
         with self._changed:
             for name, update in updates:
                 request = self._running.get(name)
                 if request is None:  # withdrawn during the step
                     continue
-                if update.finished:
+                if isinstance(update, GenerationError) or update.finished:
                     del self._running[name]
                 items.append((request, update))
         self._deliver(items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from rlrag import plugins
 from rlrag.config import GeneratorConfig
 from rlrag.models import resolve_dtype, tokenizer_hash, weights_hash
 
@@ -29,9 +30,27 @@ def endpoint_identity(config: GeneratorConfig, model_dir: Path) -> str:
     return _hashed(("endpoint", address, config.answering_model, tokenizer_hash(model_dir)))
 
 
+def own_identity(config: GeneratorConfig, model_dir: Path) -> str:
+    """The identity of a generator of somebody's own; see `rlrag.plugins.identity`.
+
+    The files in `model_dir`, which it may read, decide too.
+    """
+    part = plugins.identity("generator", config.backend, config.options)
+    return _hashed(("own", *part, model_hash(config, model_dir)))
+
+
 def model_hash(config: GeneratorConfig, model_dir: Path) -> str:
-    """What a bundle remembers of its generator: the weights, or which server has them."""
-    return endpoint_identity(config, model_dir) if config.is_remote else weights_hash(model_dir)
+    """What a bundle remembers of its generator; `hashed_files` says what that is."""
+    if config.is_remote:
+        return endpoint_identity(config, model_dir)
+    if config.is_own and not any(model_dir.glob("*.safetensors")):
+        return tokenizer_hash(model_dir)
+    return weights_hash(model_dir)
+
+
+def hashed_files(config: GeneratorConfig) -> str:
+    """What `model_hash` reads of a model, for messages."""
+    return "tokenizer" if config.is_remote else "files" if config.is_own else "weights"
 
 
 def pushed_identity(identity: str, digest: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -36,10 +37,11 @@ class Stepper(Protocol):
         """
         ...
 
-    def step(self) -> list[tuple[str, Update]]:
+    def step(self) -> Sequence[tuple[str, Update | GenerationError]]:
         """Compute once; what requests gained by it, by their ids.
 
-        An update without text is left out unless it is the last one of its answer.
+        An update without text is left out unless it is the last one of its answer. A request that
+        ends without an answer has the error in its place, and others go on.
 
         Raises:
             GenerationError: when the engine failed and can answer nobody any more.
@@ -84,7 +86,7 @@ class BatchStepper:
         self._generator.check_prompt(prompt, sampling.max_new_tokens)
         self._waiting[request_id] = (prompt, sampling)
 
-    def step(self) -> list[tuple[str, Update]]:
+    def step(self) -> list[tuple[str, Update | GenerationError]]:
         """Answer the requests that are decoded as the longest waiting one is.
 
         Raises:
@@ -104,7 +106,7 @@ class BatchStepper:
         self._waiting.pop(request_id, None)
 
 
-def _whole(answer: Generation | GenerationError) -> Update:
+def _whole(answer: Generation | GenerationError) -> Update | GenerationError:
     if isinstance(answer, GenerationError):
-        raise answer
+        return answer
     return Update(answer.text, answer.logp, answer.num_tokens, finished=True)

@@ -26,7 +26,7 @@ from rlrag.retrieval.dense import DenseRetriever, ShardedDenseRetriever
 from rlrag.retrieval.encoder import Encoder, TextEncoder
 from rlrag.retrieval.hybrid import HybridRetriever
 from rlrag.retrieval.manifest import IndexKind, Manifest, digest
-from rlrag.retrieval.plugin import PluginRetriever, identity
+from rlrag.retrieval.plugin import PluginRetriever
 from rlrag.retrieval.protocol import Retriever, check_num_hits
 from rlrag.retrieval.role_directories import has_encoder_each
 from rlrag.retrieval.shards import Shards, ShardSource, shard_sources
@@ -283,7 +283,7 @@ def _search_parameters(config: RetrievalConfig) -> dict[str, Any]:
     if config.kind == "hybrid":
         parameters["rrf_k"] = config.rrf_k
     if plugins.is_own(config.kind):
-        parameters["own"] = identity(config)
+        parameters["own"] = plugins.identity("retriever", config.kind, config.options)
     if config.index != "flat" and config.num_shards > 1:
         parameters["num_shards"] = config.num_shards  # each has an approximate index of its own
     if config.encoder is not None and config.index == "hnsw":

@@ -11,11 +11,8 @@ question for one list of ids a question, exists too, filters of the service that
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,10 +126,3 @@ class PluginRetriever:
         if len(set(rows)) < k:
             raise RetrievalError(f"{who}: a passage was found twice")
         return rows, scores
-
-
-def identity(config: RetrievalConfig) -> list[str]:
-    """What results depend on: the name, the options and the text of the retriever's module."""
-    source = inspect.getsourcefile(inspect.unwrap(plugins.load("retriever", config.kind)))
-    content = Path(source).read_bytes() if source else b""
-    return [config.kind, *sorted(config.options), hashlib.sha256(content).hexdigest()]

@@ -24,7 +24,7 @@ from rlrag.errors import (
     OverloadedError,
     RequestError,
 )
-from rlrag.generation.identity import model_hash
+from rlrag.generation.identity import hashed_files, model_hash
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
 from rlrag.generation.protocol import Sampling
 from rlrag.generation.stepping import Update
@@ -39,7 +39,15 @@ from rlrag.serving.versions import check_version
 
 # What two versions must have in common to be answered by one engine.
 _ENGINE_FIELDS = frozenset(
-    ("backend", "dtype", "key_variable", "kv_cache_gib", "max_model_len", "request_timeout_s")
+    (
+        "backend",
+        "dtype",
+        "key_variable",
+        "kv_cache_gib",
+        "max_model_len",
+        "options",
+        "request_timeout_s",
+    )
 )
 
 
@@ -127,14 +135,15 @@ class GeneratorPart:
         with self._loading:
             files = read_bundle(directory)
             check_version(version, files.version, directory)
+            files.check_code("generator.backend", self._settings.allow_code)
             config = engine_config(files.config.generator, self._settings)
             model_dir = files.generator_dir or resolve_generator(config, files.config.cache_path)
             weights = model_hash(config, model_dir)
             if files.generator_dir is None and weights != files.facts.generator_weights:
-                what = "tokenizer" if config.is_remote else "weights"
                 raise CheckpointError(
-                    f"the model {config.model!r} has {what} {weights} here, but bundle "
-                    f"{directory} was trained with {files.facts.generator_weights}; provide those"
+                    f"the model {config.model!r} has {hashed_files(config)} {weights} here, but "
+                    f"bundle {directory} was trained with {files.facts.generator_weights}; provide "
+                    "those"
                 )
             prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
             key = _engine_key(config, weights, prompts.prefix_ids)
@@ -213,15 +222,16 @@ def engine_config(config: GeneratorConfig, settings: ServeSettings) -> Generator
     """A bundle's generator with the resources that the service gives its engine.
 
     Raises:
-        ConfigError: when the service would load a model that a server has.
+        ConfigError: when the service would load a model in the place of a server or of a generator
+            of somebody's own.
     """
     backend: str = settings.generator_backend
-    if config.is_remote and backend != "auto":
-        raise ConfigError(
-            f"generator_backend is {backend!r}, but the bundle's generator answers at "
-            f"{config.url}; leave the setting at auto"
-        )
-    if config.is_remote:
+    if config.is_remote or config.is_own:
+        if backend != "auto":
+            raise ConfigError(
+                f"generator_backend is {backend!r}, but the bundle's generator is "
+                f"{config.url or config.backend}; leave the setting at auto"
+            )
         backend = config.backend
     elif backend == "auto":
         backend = "transformers" if importlib.util.find_spec("vllm") is None else "vllm"

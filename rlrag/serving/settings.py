@@ -120,8 +120,9 @@ class ServeSettings(Section):
     corpus: str | None = None
     """Corpus in any form that `data.corpus` takes; that of the bundle when unset."""
     allow_code: Words = ()
-    """Environments `module:namespace/Name-v0` that bundles name and that may run here; a bundle
-    that names another is refused. Reward functions are never run."""
+    """Environments `module:namespace/Name-v0`, and retrievers, policies and generators
+    `package.module:name`, that bundles name and that may run here; a bundle that names another is
+    refused. Reward functions are never run."""
     state_dir: str | None = None
     """Folder that keeps which bundles serve over a restart; beside the caches when unset."""
     ingress: PartSettings = PartSettings()

@@ -202,9 +202,14 @@ def _generator_memory(config: RunConfig) -> list[str]:
             f"  generator   {generator.answering_model} at {generator.url}, asked "
             f"{generator.batch_size} prompts at once by each process"
         ]
+    where = "GPU" if generator.gpus_per_actor else "CPU"
+    if generator.is_own:
+        return [
+            f"  generator   {generator.backend}, in each of {generator.num_actors} {where} actors; "
+            "what it takes is not known here"
+        ]
     size = num_parameters(generator.model, config.cache_path)
     weights = size * NUMBER_BYTES[generator.dtype] / GIB
-    where = "GPU" if generator.gpus_per_actor else "CPU"
     cache = (
         f"0.85 of the GPU less {weights:.1f} GiB"
         if generator.gpus_per_actor

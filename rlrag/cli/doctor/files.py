@@ -223,7 +223,7 @@ def check_rewards(config: RunConfig) -> Answer:
 
 
 def check_own_parts(config: RunConfig) -> Answer:
-    """Whether retriever and policy can be imported and have the options that they are given.
+    """Whether parts of somebody's own can be imported and have the options that they are given.
 
     Raises:
         ConfigError: naming what is wrong.

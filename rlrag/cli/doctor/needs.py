@@ -75,7 +75,7 @@ def needs_of(config: RunConfig) -> Needs:
     num_workers = training.num_workers if on_ray else 1
     held, trained = _learner(config, sizes)
     learner = 4 * held + _STATE_BYTES * trained
-    weights = sizes.of(generator.model) * NUMBER_BYTES[generator.dtype] if num_actors else 0
+    weights = _generator_bytes(config, sizes) if num_actors else 0
     engine_on_gpu = bool(generator.gpus_per_actor) or generator.device == "cuda"
     memory: float = _PROCESS_BYTES
     if num_actors and not engine_on_gpu:
@@ -101,6 +101,15 @@ def needs_of(config: RunConfig) -> Needs:
         nodes=_nodes(config, num_actors) if on_ray else 1,
         unknown=tuple(sizes.unknown),
     )
+
+
+def _generator_bytes(config: RunConfig, sizes: _Sizes) -> int:
+    """Weights of one engine."""
+    generator = config.generator
+    if generator.is_own:
+        sizes.unknown[generator.backend] = None
+        return 0
+    return sizes.of(generator.model) * NUMBER_BYTES[generator.dtype]
 
 
 def _nodes(config: RunConfig, num_actors: int) -> int:
