@@ -524,7 +524,7 @@ def test_one_that_always_fails_ends_a_run_before_its_first_step(
 def test_prompts_that_fail_in_training_are_counted(openrag_files, tmp_path, module):
     own = {"generator__backend": f"{module}:Parrot", "generator__options": "fault=raise"}
     words = flags(openrag_files, tmp_path, **own, training__max_failed_share=0.9)
-    words.insert(words.index("fault=raise") + 1, "mark=e?")
+    words.insert(words.index("fault=raise") + 1, "mark=legend")
     train.main(words)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert any(record.get("num_failed", 0) > 0 for record in records)
