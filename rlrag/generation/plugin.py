@@ -266,7 +266,7 @@ def _score(prompt: Prompt, answer: tuple[int, ...], found: Any) -> Score:
 
 
 def _logp(found: Any) -> float:
-    if not isinstance(found, Real) or not math.isfinite(found) or found > _ROUNDING:
+    if not isinstance(found, Real) or not -math.inf < float(found) <= _ROUNDING:
         raise _UselessError(
             f"gave {_shown(found)} as a log-probability; give a finite number of nats, 0 at most"
         )
