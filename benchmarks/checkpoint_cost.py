@@ -26,7 +26,7 @@ from benchmarks.runs import own_cluster
 
 if TYPE_CHECKING:
     from rlrag.config import RunConfig
-    from rlrag.training.loop import Files, Metrics, Trainer
+    from rlrag.training.trainer import Files, Metrics, Trainer
 
 RESULTS_FILE = Path(__file__).parent / "results" / "checkpoint_cost.md"
 TARGET_SHARE = 0.05
@@ -39,7 +39,7 @@ class EndOfTrial(Exception):
 
 
 class TimedTrainer:
-    """Passes every call on and notes when steps begin; implements `loop.Trainer`."""
+    """Passes every call on and notes when steps begin; implements `Trainer`."""
 
     def __init__(self, inner: Trainer, num_steps: int) -> None:
         self._inner = inner
@@ -157,6 +157,7 @@ def measure(name: str, config: RunConfig, folder: Path, num_steps: int) -> Costs
     from rlrag.training.launch import open_trainer
     from rlrag.training.loop import TrainingLoop
     from rlrag.training.run_directory import RunDirectory
+    from rlrag.training.trainer import TrainerContext
     from rlrag.training.workers import SingleWorker
 
     torch.set_num_threads(config.training.worker_threads)
@@ -168,7 +169,9 @@ def measure(name: str, config: RunConfig, folder: Path, num_steps: int) -> Costs
     try:
         generator = CachedGenerator(opened.inner, folder / "cache")
         workers = SingleWorker()
-        inner = open_trainer(config, library, data, generator, prompts, run_dir, workers)
+        inner = open_trainer(
+            TrainerContext(config, workers, run_dir, library, data, generator, prompts)
+        )
         trainer = TimedTrainer(inner, num_steps)
         with suppress(EndOfTrial):
             TrainingLoop(config, trainer, run_dir, workers, trainer.on_step).run()

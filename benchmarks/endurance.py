@@ -219,11 +219,11 @@ def train(folder: Path, config: RunConfig, every: int) -> list[Sample]:
 
 def _train(run_dir: RunDirectory, config: RunConfig, every: int) -> list[Sample]:
     from rlrag.generation.cache import CachedGenerator
-    from rlrag.pipeline import TrainingData, open_reward
+    from rlrag.pipeline import TrainingData
     from rlrag.training.dro_trainer import DROTrainer
-    from rlrag.training.experience_log import ExperienceLog
     from rlrag.training.loop import TrainingLoop
     from rlrag.training.preemption import ended_between_steps
+    from rlrag.training.trainer import TrainerContext
     from rlrag.training.workers import SingleWorker
 
     run_dir.claim(config)
@@ -232,10 +232,11 @@ def _train(run_dir: RunDirectory, config: RunConfig, every: int) -> list[Sample]
     )
     generator = CachedGenerator(ReadingGenerator(), config.cache_path)
     prompts: Any = WordPrompts()
+    library: Any = None  # DRO asks it for nothing
     workers = SingleWorker()
-    reward = open_reward(config, generator, prompts)
-    log = ExperienceLog(run_dir.experience, workers, data.train)
-    trainer = DROTrainer(config, data, generator, prompts, reward, workers, log)
+    trainer = DROTrainer(
+        TrainerContext(config, workers, run_dir, library, data, generator, prompts)
+    )
     recorder = Recorder(run_dir, every)
     with ended_between_steps(run_dir):
         TrainingLoop(config, trainer, run_dir, workers, recorder.on_step).run()

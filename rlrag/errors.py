@@ -54,6 +54,10 @@ class EpisodeError(RlragError, RuntimeError):
     """An environment or policy breaks its contract, or raises in the middle of an episode."""
 
 
+class TrainerError(RlragError, RuntimeError):
+    """A trainer of somebody's own breaks its contract, or raises in the middle of a step."""
+
+
 class NonFiniteLossError(RlragError, FloatingPointError):
     """A loss or gradient is NaN or infinite; the run ends rather than train on it."""
 

@@ -26,12 +26,14 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
     "retriever": ("corpus",),
     "policy": ("num_selected", "num_scores", "vector_size"),
     "generator": ("model_dir",),
+    "trainer": ("context",),
 }
 """By kind of part, the keyword arguments that are no options of its own."""
 FIELDS: Mapping[str, str] = {
     "retrieval.kind": "retriever",
     "selector.kind": "policy",
     "generator.backend": "generator",
+    "training.objective": "trainer",
 }
 """Fields of a configuration that may be such a name, and the kind of part; `options` of the same
 section are the part's own."""
@@ -39,8 +41,10 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "retriever": ("search",),
     "policy": ("act", "log_prob", "named_parameters"),
     "generator": ("generate",),
+    "trainer": ("step", "tensors", "load"),
 }
-"""By kind, the methods that a part must have; a policy is a `torch.nn.Module`."""
+"""By kind, the methods that a part must have; a policy is a `torch.nn.Module`, a trainer a
+`rlrag.training.trainer.Trainer`."""
 
 
 def is_own(name: str) -> bool:
@@ -80,17 +84,19 @@ def check(kind: str, name: str, words: Sequence[str]) -> None:
     Raises:
         ConfigError: what is wrong.
     """
-    _values(kind, name, load(kind, name), words)
+    factory = load(kind, name)
+    _values(kind, name, factory, words)
+    for method in sorted(getattr(factory, "__abstractmethods__", ())):
+        raise _lacking(kind, name, method)
 
 
 def check_named(config: RunConfig) -> list[str]:
     """`check` the parts that a configuration names; returns their names."""
     found = []
-    for field, kind in FIELDS.items():
-        section, _, named_by = field.partition(".")
+    for path, kind in FIELDS.items():
+        section, _, field = path.partition(".")
         part = getattr(config, section)
-        name = getattr(part, named_by)
-        if is_own(name):
+        if is_own(name := getattr(part, field)):
             check(kind, name, part.options)
             found.append(name)
     return found
@@ -123,10 +129,7 @@ def make(kind: str, name: str, words: Sequence[str], **offered: Any) -> Any:
         ) from error
     for method in METHODS[kind]:
         if not callable(getattr(part, method, None)):
-            raise ConfigError(
-                f"{kind} {name!r} made a {type(part).__name__}, which has no method {method!r}; "
-                f"rlrag.testing.check_{kind} says what a {kind} must do"
-            )
+            raise _lacking(kind, name, method, f" made a {type(part).__name__}, which")
     return part
 
 
@@ -171,6 +174,13 @@ def options_of(kind: str, name: str) -> Iterator[str]:
             "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
         )
         yield f"{option}={getattr(hint, '__name__', hint)} ({default})"
+
+
+def _lacking(kind: str, name: str, method: str, who: str = "") -> ConfigError:
+    return ConfigError(
+        f"{kind} {name!r}{who} has no method {method!r}; rlrag.testing.check_{kind} says what a "
+        f"{kind} must do"
+    )
 
 
 def _import(kind: str, name: str, module_name: str) -> ModuleType:

@@ -13,9 +13,9 @@ from rlrag.config import RunConfig
 from rlrag.generation.protocol import Generator
 from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.jsa_trainer import JSATrainer
-from rlrag.training.launch import open_trainer
 from rlrag.training.loop import TrainingLoop
 from rlrag.training.run_directory import RunDirectory
+from rlrag.training.trainer import TrainerContext
 from rlrag.training.workers import SingleWorker, Workers
 
 
@@ -47,17 +47,16 @@ def start(
         if metrics["step"] == stop_at:
             raise StopAfter
 
-    trainer = open_trainer(
+    context = TrainerContext(
         config,
+        workers,
+        run_dir,
         task.library,
         task.data,
         generator or ReadingGenerator(),
         WordPrompts(),
-        run_dir,
-        workers,
     )
-    assert isinstance(trainer, JSATrainer)
-    return TrainingLoop(config, trainer, run_dir, workers, on_step)
+    return TrainingLoop(config, JSATrainer(context), run_dir, workers, on_step)
 
 
 def last_checkpoint(directory: Path, step: int | None = None) -> dict[str, torch.Tensor]:

@@ -17,10 +17,11 @@ from stand_ins import ReadingGenerator, WordPrompts
 from rlrag.config import RunConfig
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
-from rlrag.pipeline import TrainingData, open_reward
+from rlrag.pipeline import TrainingData
 from rlrag.training.dro_trainer import DROTrainer
 from rlrag.training.loop import TrainingLoop
 from rlrag.training.run_directory import RunDirectory
+from rlrag.training.trainer import TrainerContext
 from rlrag.training.workers import SingleWorker, Workers
 
 
@@ -77,9 +78,9 @@ def start(
         if metrics["step"] == stop_at:
             raise StopAfter
 
-    reward = open_reward(config, generator, prompts)
-    trainer = DROTrainer(config, data, generator, prompts, reward, workers)
-    return TrainingLoop(config, trainer, run_dir, workers, on_step)
+    library: Any = None  # DRO asks it for nothing
+    context = TrainerContext(config, workers, run_dir, library, data, generator, prompts)
+    return TrainingLoop(config, DROTrainer(context), run_dir, workers, on_step)
 
 
 def weights(loop: TrainingLoop[DROTrainer]) -> dict[str, torch.Tensor]:

@@ -30,11 +30,11 @@ from rlrag.generation.protocol import Generator
 from rlrag.pipeline import Library, TrainingData, candidates_of
 from rlrag.records import Passage, Question
 from rlrag.retrieval.build import open_retrievers
-from rlrag.training.launch import open_trainer
 from rlrag.training.loop import TrainingLoop
 from rlrag.training.offline_stage import run_offline_stage
 from rlrag.training.openrag_trainer import OpenRAGTrainer
 from rlrag.training.run_directory import RunDirectory
+from rlrag.training.trainer import TrainerContext
 from rlrag.training.workers import SingleWorker, Workers
 
 SUBJECTS = (
@@ -175,11 +175,10 @@ def start(
             raise StopAfter
 
     run_dir = RunDirectory(directory)
-    trainer = open_trainer(
-        config, task.library, task.data, generator, WordPrompts(), run_dir, workers
+    context = TrainerContext(
+        config, workers, run_dir, task.library, task.data, generator, WordPrompts()
     )
-    assert isinstance(trainer, OpenRAGTrainer)
-    return TrainingLoop(config, trainer, run_dir, workers, on_step)
+    return TrainingLoop(config, OpenRAGTrainer(context), run_dir, workers, on_step)
 
 
 def weights(loop: TrainingLoop[Any]) -> dict[str, torch.Tensor]:

@@ -38,6 +38,7 @@ MODULES = (
     "rlrag.rewards.protocol",
     "rlrag.selection.plackett_luce",
     "rlrag.selection.protocol",
+    "rlrag.training.trainer",
     "rlrag.environment.document_selection",
     "rlrag.environment.task",
     "rlrag.environment.vector",

@@ -11,28 +11,12 @@ import numpy as np
 import pytest
 
 from rlrag.data.corpus import MemoryCorpus
-from rlrag.generation.protocol import Sampling, TokenCount
-from rlrag.generation.weights import GeneratorWeights
-from rlrag.records import Generation, Passage, Prompt, Question, Score
+from rlrag.records import Passage, Prompt, Question
 from rlrag.retrieval.candidates import CandidateTable
+from rlrag.testing.reader import ReadingGenerator as ReadingGenerator
+from rlrag.testing.reader import WordPrompts
 
 NUM_CANDIDATES = 5
-
-
-class WordPrompts:
-    """Builds a prompt whose text is question and passages; its token ids are hashes of words."""
-
-    def build(self, question: Question, passages: Sequence[Passage]) -> Prompt:
-        text = " | ".join([*(p.contents for p in passages), question.question])
-        return Prompt(tuple(text.encode()), text, len(passages))
-
-    def encode_answer(self, answer: str) -> tuple[int, ...]:
-        return tuple(answer.strip().encode())
-
-    encode_scored = encode_answer
-
-    def encode_target(self, answer: str) -> tuple[int, ...]:
-        return (*self.encode_answer(answer), *b"\n")
 
 
 class CutPrompts(WordPrompts):
@@ -41,47 +25,6 @@ class CutPrompts(WordPrompts):
     def build(self, question: Question, passages: Sequence[Passage]) -> Prompt:
         prompt = super().build(question, passages)
         return replace(prompt, num_cut_tokens=len(prompt.token_ids))
-
-
-class ReadingGenerator:
-    """Answers with the last word of the first passage that names the question's subject.
-
-    It scores an answer by whether the prompt holds it, so that good selections are rewarded.
-    """
-
-    def __init__(self) -> None:
-        self.identity, self.version = "reading-generator", 0
-        self.tokens = TokenCount()
-        self.num_calls = 0
-
-    def load_weights(self, weights: GeneratorWeights) -> None:
-        self.identity, self.version = f"reading-{weights.digest}", weights.version
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
-        self._count(prompts)
-        return [
-            Generation(p.text.split(" | ")[0].split()[-1], -1.0, 1, len(p.token_ids), self.version)
-            for p in prompts
-        ]
-
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> list[Score]:
-        self._count(prompts)
-        return [
-            Score(
-                -0.5 if bytes(a).decode() in p.text else -6.0,
-                len(a),
-                len(p.token_ids),
-                self.version,
-            )
-            for p, a in zip(prompts, answers, strict=True)
-        ]
-
-    def close(self) -> None:
-        """Nothing to free."""
-
-    def _count(self, prompts: Sequence[Prompt]) -> None:
-        self.num_calls += 1
-        self.tokens.spent += sum(len(p.token_ids) for p in prompts)
 
 
 def make_table(num_questions: int, seed: int = 0) -> CandidateTable:

@@ -151,23 +151,19 @@ from pathlib import Path
 import torch
 from rlrag.config import RunConfig, TrainingConfig
 from rlrag.errors import CheckpointError
-from rlrag.training.loop import Before, TrainingLoop
+from rlrag.training.loop import TrainingLoop
 from rlrag.training.run_directory import RunDirectory
+from rlrag.training.trainer import Trainer
 from rlrag.training.workers import SingleWorker
 
-class Counting:
-    best_by, before, num_steps = "validation/f1", Before(), 6
+class Counting(Trainer):
+    num_steps = 6
 
     def __init__(self):
         self.weight = torch.zeros(10_000)
 
-    def may_pause(self, step): return True
-    def warm_start(self): pass
-    def validate(self, step): return {}
     def tensors(self): return {"policy": {"weight": self.weight}}
     def load(self, files): self.weight = files["policy"]["weight"]
-    def resume(self, step, files, first): self.load(files)
-    def close(self): pass
 
     def step(self, step, pauses_after):
         self.weight = self.weight + step

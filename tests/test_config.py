@@ -135,7 +135,7 @@ def test_the_digest_changes_with_every_field():
         ),
         (
             saved(reward={"xyz": 1}),
-            "unknown field 'reward.xyz'; valid fields: functions, golden_answers, max_concurrent",
+            "unknown field 'reward.xyz'; valid fields: functions, golden_answers, judge",
         ),
     ],
 )

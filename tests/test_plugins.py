@@ -1,4 +1,4 @@
-"""Retrievers and policies of anybody's own: by name, with options, trained, bundled, served."""
+"""Parts of anybody's own: by name, with options, trained, bundled, served."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from rlrag.testing import check_policy, check_retriever
 ROOT = Path(__file__).resolve().parents[1]
 TITLES = "examples.own_retriever:TitleRetriever"
 AGREEMENT = "examples.own_policy:AgreementPolicy"
+SELF_CRITICAL = "examples.own_trainer:SelfCritical"
 QUESTIONS = ["what does the lamp hold?", "and what the whistle?"]
 
 SOURCE = """
@@ -249,6 +250,8 @@ def flags(files: Path, folder: Path) -> list[str]:
         "selector.kind": AGREEMENT,
         "generator.model": files / "generator",
         "training.launcher": "local",
+        "training.objective": SELF_CRITICAL,
+        "training.options": "num_samples=2",
         "training.num-epochs": 1,
         "training.batch-size": 4,
         "evaluation.systems": "trained",
@@ -262,15 +265,32 @@ def test_help_shows_the_options_of_the_parts_that_are_named(openrag_files, tmp_p
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert f"--retrieval.options of {TITLES}:\n    weight=float (default 3.0)" in said
+    assert f"--training.options of {SELF_CRITICAL}:\n    num_samples=int (default 4)" in said
 
 
-def test_a_misspelt_option_costs_no_training(openrag_files, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("right", "wrong", "error"),
+    [
+        ("weight=2", "wieght=2", "has no option 'wieght'; did you mean 'weight'?"),
+        ("num_samples=2", "samples=2", "has no option 'samples'; did you mean 'num_samples'?"),
+        (SELF_CRITICAL, "drp", "training.objective 'drp' is unknown; did you mean 'dro'?"),
+        (SELF_CRITICAL, "dro", "training.options are for a part of your own"),
+        (SELF_CRITICAL, "nowhere_at_all:T", "there is no module 'nowhere_at_all'"),
+        (SELF_CRITICAL, "rlrag.training.trainer:Trainer", "has no method 'load'"),
+    ],
+)
+def test_a_misspelt_name_or_option_costs_no_training(
+    right, wrong, error, openrag_files, tmp_path, capsys
+):
     words = ["quickstart", *flags(openrag_files, tmp_path)]
-    words[words.index("weight=2")] = "wieght=2"
+    words[words.index(right)] = wrong
+    if ":" in wrong:
+        place = words.index("--training.options")
+        del words[place : place + 2]
     with pytest.raises(SystemExit) as ended:
         run_program(train.main, words)
     assert ended.value.code == 2
-    assert "has no option 'wieght'; did you mean 'weight'?" in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -287,6 +307,7 @@ def test_parts_are_trained_bundled_evaluated_and_asked(openrag_files, tmp_path):
         answer = pipeline.answer(QUESTIONS[0])
         assert answer.passages == pipeline.select(QUESTIONS[0])
         assert len(answer.passages) == 1
+    assert config.training.objective == SELF_CRITICAL  # whose code an answer does not need
 
 
 @pytest.mark.slow

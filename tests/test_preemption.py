@@ -19,7 +19,6 @@ import torch
 from loop_runs import changed, co_training, start, steps_of, weights
 from stand_ins import ReadingGenerator
 from test_jobs_experience import config_of, flags_of, write_log
-from thread_workers import make_group, run_together
 from training_program import tiny_flags
 
 from rlrag.cli import train
@@ -30,6 +29,7 @@ from rlrag.generation.protocol import Sampling
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.pipeline import TrainingData
 from rlrag.records import Generation, Prompt, Score
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.preemption import ended_between_steps, ended_by_sigterm, interruptible
 from rlrag.training.run_directory import RunDirectory

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from loop_runs import start, steps_of
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import GeneratorConfig, OpenRAGConfig, RunConfig, SelectorConfig
 from rlrag.errors import PromptTooLongError
-from rlrag.pipeline import TrainingData, open_reward
+from rlrag.pipeline import TrainingData
 from rlrag.training.budget import Budget, estimate_budget
-from rlrag.training.dro_trainer import DROTrainer
-from rlrag.training.loop import TrainingLoop
-from rlrag.training.run_directory import RunDirectory
-from rlrag.training.workers import SingleWorker
 
 
 def with_training(config: RunConfig, **changes) -> RunConfig:
@@ -88,14 +85,9 @@ def test_the_estimate_is_of_the_order_of_what_a_run_asks_for(small_config, train
             return super().score(prompts, answers)
 
     budget = estimate_budget(small_config, training_data, WordPrompts())
-    generator, run_dir = Counting(), RunDirectory(tmp_path / "run")
-    run_dir.claim(small_config)
-    reward = open_reward(small_config, generator, WordPrompts())
-    trainer = DROTrainer(
-        small_config, training_data, generator, WordPrompts(), reward, SingleWorker()
-    )
-    TrainingLoop(small_config, trainer, run_dir, SingleWorker()).run()
-    assert budget.num_steps == run_dir.read_metrics()[-1]["step"]
+    generator = Counting()
+    start(small_config, training_data, tmp_path / "run", generator=generator).run()
+    assert budget.num_steps == steps_of(tmp_path / "run")[-1]["step"]
     assert budget.num_requests / 2 < len(generator.asked) < budget.num_requests * 1.5
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from loop_runs import changed, co_training, policy_weights, start, steps_of, weights
 from stand_ins import CutPrompts, ReadingGenerator
-from thread_workers import make_group, run_together
 
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError, PromptTooLongError
 from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.generation.weights import GeneratorWeights
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.parts import open_whole_generator
 from rlrag.training.run_directory import RunDirectory

@@ -13,13 +13,13 @@ import pytest
 import torch
 from loop_runs import changed
 from stand_ins import CutPrompts, ReadingGenerator, WordPrompts, make_table
-from thread_workers import make_group, run_together
 
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.pipeline import open_policy, open_reward
 from rlrag.records import Passage, Prompt, Question
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.collection import Collection
 from rlrag.training.experience import Experience
 from rlrag.training.schedule import BatchSchedule

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from loop_runs import StopAfter, changed, start, steps_of, weights
-from thread_workers import make_group, run_together
 
 from rlrag.config import RunConfig
 from rlrag.errors import RunDirectoryError
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.run_directory import RunDirectory
 
 

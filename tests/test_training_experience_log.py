@@ -9,10 +9,10 @@ import episodes
 import numpy as np
 import pytest
 from stand_ins import make_table
-from thread_workers import make_group, run_together
 
 from rlrag.algorithms.rag_labels import marginal_contributions
 from rlrag.errors import DataError
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.experience import Experience
 from rlrag.training.experience_log import ExperienceLog, labels_from_experience
 from rlrag.training.workers import SingleWorker

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from thread_workers import make_group, run_together
 from tiny_models import save_tiny_llama
 
 from rlrag.config import GeneratorTrainingConfig, TrainingConfig
 from rlrag.errors import CheckpointError, NonFiniteLossError
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.generator_learner import GeneratorLearner, WeightedExample
 from rlrag.training.generator_model import TrainableGenerator
 from rlrag.training.workers import SingleWorker, TorchWorkers

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from thread_workers import ThreadWorker, make_group, run_together
 from torch import nn
 
+from rlrag.testing.thread_workers import ThreadWorker, make_group, run_together
 from rlrag.training import gradients
 from rlrag.training.gradients import share_gradient
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from loop_runs import StopAfter, changed, steps_of
 from openrag_runs import Task, make_corpus, make_task, openrag_config, start, weights
-from thread_workers import make_group, run_together
 from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, SetupError
 from rlrag.retrieval.build import open_retrievers
 from rlrag.retrieval.open_trainable import open_trainable_encoder, searched_index
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training import index_refresh
 from rlrag.training.index_refresh import (
     ProcessBuild,

@@ -13,12 +13,12 @@ from jsa_runs import jsa_config, last_checkpoint, series, start
 from loop_runs import StopAfter, changed, steps_of
 from openrag_runs import NUM_VALIDATION, Task, make_task, weights
 from stand_ins import CutPrompts, ReadingGenerator, WordPrompts
-from thread_workers import make_group, run_together
 from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 
 from rlrag.config import RunConfig
 from rlrag.errors import DataError, GenerationError
 from rlrag.records import Score
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.budget import estimate_budget
 from rlrag.training.plan import describe_plan
 from rlrag.training.run_directory import RunDirectory

@@ -18,8 +18,9 @@ from rlrag.evaluation.systems import evaluate
 from rlrag.pipeline import TrainingData, open_reward
 from rlrag.records import Generation, Score
 from rlrag.training.checkpoints import CheckpointStore
-from rlrag.training.loop import Before, TrainingLoop
+from rlrag.training.loop import TrainingLoop
 from rlrag.training.run_directory import RunDirectory
+from rlrag.training.trainer import Before, Trainer
 from rlrag.training.workers import SingleWorker, TorchWorkers
 
 
@@ -241,16 +242,13 @@ def test_the_first_the_best_and_the_newest_checkpoints_are_kept(
     assert steps == sorted({0, loop.progress.best_step, 12})
 
 
-class Plain:
+class Plain(Trainer):
     """A trainer of one number, without a validation; asks the generator from step 4 on."""
 
-    best_by, before, num_steps = "validation/f1", Before(num_tokens=7), 10
+    before, num_steps = Before(num_tokens=7), 10
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.weight, self.fails_at, self.is_closed = torch.zeros(1), fails_at, False
-
-    def may_pause(self, step):
-        return True
 
     def asks_generator(self, step):
         return step >= 4
@@ -264,17 +262,11 @@ class Plain:
         self.weight = self.weight + step
         return {"generator_tokens_spent": 2.0, "generator_tokens_saved": 1.0}
 
-    def validate(self, step):
-        return {}
-
     def tensors(self):
         return {"policy": {"weight": self.weight}}
 
     def load(self, files):
         self.weight = files["policy"]["weight"]
-
-    def resume(self, step, files, first):
-        self.load(files)
 
     def close(self):
         self.is_closed = True

@@ -21,12 +21,12 @@ from openrag_runs import (
     weights,
 )
 from stand_ins import CutPrompts, ReadingGenerator
-from thread_workers import make_group, run_together
 from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError
 from rlrag.records import Generation, Score
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.loop import TrainingLoop
 

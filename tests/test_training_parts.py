@@ -10,13 +10,13 @@ import pytest
 import torch
 from loop_runs import changed, co_training
 from stand_ins import NUM_CANDIDATES, WordPrompts, make_table
-from thread_workers import make_group, run_together
 from tiny_models import save_tiny_encoder, save_tiny_llama
 
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError
 from rlrag.generation.weights import pack_weights
 from rlrag.pipeline import TrainingData
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.experience import Experience
 from rlrag.training.parts import TrainedParts, open_whole_generator
 from rlrag.training.schedule import BatchSchedule

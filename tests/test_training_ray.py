@@ -152,6 +152,21 @@ def test_two_workers_give_the_same_metrics_as_one(reference, start):
     )
 
 
+def test_two_workers_train_by_a_trainer_of_ones_own_as_one_process_does(start):
+    own = ("--training.objective", "examples.own_trainer:SelfCritical")
+    own = (*own, "--training.options", "num_samples=3", "--training.num-epochs", "2")
+    runs = [
+        start("two", *own, "--training.num-workers", "2"),
+        start("local", *own, "--training.launcher", "local"),
+    ]
+    for program in runs:
+        assert program.wait(EXIT_TIMEOUT_S) == 0, program.stderr()
+        assert (program.run_dir / "bundle" / "selector.safetensors").is_file()
+    two, local = (without_clocks(read_metrics(program.run_dir)) for program in runs)
+    assert len(two) == NUM_STEPS // 3 + 1
+    assert_close(two, local, rel=2e-4)
+
+
 def test_a_run_goes_on_after_kill_9_of_the_driver_a_generator_actor_and_the_learner(
     reference, start
 ):

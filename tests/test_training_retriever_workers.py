@@ -18,9 +18,9 @@ from retriever_tasks import (
     gradient_of,
     make,
 )
-from thread_workers import make_group, run_together
 
 from rlrag.algorithms.contrastive import likelihood_distillation
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.workers import TorchWorkers
 
 WEIGHTS_ATOL = 1e-8

@@ -12,7 +12,6 @@ import pytest
 import torch
 from loop_runs import changed, co_training, start, steps_of, weights
 from stand_ins import NUM_CANDIDATES, WordPrompts, make_table
-from thread_workers import make_group, run_together
 from tiny_models import save_tiny_llama, save_tiny_masked_lm
 
 from rlrag.adapters import copy_around_frozen
@@ -21,6 +20,7 @@ from rlrag.errors import ConfigError, GenerationError
 from rlrag.pipeline import TrainingData, open_policy
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.storage import load_weights, save_weights
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.experience import Experience
 from rlrag.training.generator_model import load_base
 from rlrag.training.parts import TrainedParts, open_whole_generator

@@ -10,11 +10,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from thread_workers import ThreadWorker, make_group, run_together
 from two_candidates import LIKELIER_FIRST, drawn
 
 from rlrag.config import DROConfig, TrainingConfig
 from rlrag.errors import GenerationError, RewardError
+from rlrag.testing.thread_workers import ThreadWorker, make_group, run_together
 from rlrag.training.experience import Experience
 from rlrag.training.weighing import describe_experience, importance_weights
 from rlrag.training.workers import SingleWorker

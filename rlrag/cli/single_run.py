@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # these bring torch and FAISS, which a refused command line d
     from rlrag.pipeline import Library, TrainingData
     from rlrag.training.checkpoints import CheckpointStore
     from rlrag.training.logged_selections import LoggedData
-    from rlrag.training.loop import Files
+    from rlrag.training.trainer import Files
 
 
 def run_once(
@@ -204,8 +204,11 @@ def _prepare(
     generator: CachedGenerator,
     prompts: PromptBuilder,
     experience: Path | None,
-) -> int:
-    """Say what the run will cost, and do what comes before its loop; returns the loop's steps."""
+) -> int | None:
+    """Say what the run will cost, and do what comes before its loop; returns the loop's steps.
+
+    These are None where they are not known.
+    """
     from rlrag.training.budget import estimate_budget
     from rlrag.training.launch import needs_scores
     from rlrag.training.schedule import openrag_schedule
@@ -228,7 +231,7 @@ def _prepare(
 def _train(
     config: RunConfig,
     run_dir: RunDirectory,
-    num_steps: int,
+    num_steps: int | None,
     library: Library,
     data: TrainingData,
     generator: CachedGenerator,
@@ -320,7 +323,7 @@ def _trained_retriever(
     from rlrag.storage import restore_weights
 
     what = f"the retriever of checkpoint {step}"
-    if config.trains_by_openrag:
+    if config.algorithm != "jsa":
         encoder = open_trainable_encoder(config.retrieval, config.openrag, config.cache_path)
         restore_weights(encoder, weights, what)
         return encoder.save_pretrained
@@ -330,7 +333,7 @@ def _trained_retriever(
 
 
 @contextmanager
-def _followed(config: RunConfig, run_dir: RunDirectory, num_steps: int) -> Iterator[None]:
+def _followed(config: RunConfig, run_dir: RunDirectory, num_steps: int | None) -> Iterator[None]:
     """Show every step of the block as it is recorded."""
     from rlrag.training.reporting import consumers, following
 

@@ -89,7 +89,7 @@ class RunConfig(Section):
         if self.training.objective == "jsa":
             self._check_jsa()
         elif self.trains_retriever:
-            self._check_retriever_training()
+            self._check_trained_retriever()
         if self.training.rounds > 1 and not self.trains_in_turns:
             raise ValueError(
                 f"training.rounds is {self.training.rounds}, but only a run that trains the "
@@ -181,6 +181,11 @@ class RunConfig(Section):
             )
 
     def _check_experience(self) -> None:
+        if self.training.objective != "dro":
+            raise ValueError(
+                "training.experience learns from a log by inverse propensities, but "
+                f"training.objective is {self.training.objective!r}; leave it at dro"
+            )
         if self.training.parts != ("selector",):
             raise ValueError(
                 f"training.experience trains the selector alone, but training.parts is "
@@ -258,13 +263,15 @@ class RunConfig(Section):
                 "'jsa' has no policy; leave it out"
             )
 
-    def _check_retriever_training(self) -> None:
+    def _check_trained_retriever(self) -> None:
         retrieval, openrag = self.retrieval, self.openrag
         if retrieval.kind not in ("dense", "semi_parametric"):
             raise ValueError(
                 f"training.parts names the retriever, but retrieval.kind {retrieval.kind!r} has "
                 "nothing to train; use dense or semi_parametric"
             )
+        if not self.trains_by_openrag:
+            return
         if openrag.stages not in (("offline",), ("online",), ("offline", "online")):
             raise ValueError(
                 f"openrag.stages is {list(openrag.stages)}; name offline, online or both in this "
@@ -305,6 +312,15 @@ class RunConfig(Section):
             )
 
     @property
+    def algorithm(self) -> str:
+        """What trains the parts: `dro`, `sft`, `openrag`, `jsa`, `off-policy`, or one's own."""
+        if self.training.experience is not None:
+            return "off-policy"
+        if self.trains_retriever and self.training.objective in ("dro", "sft"):
+            return "openrag"
+        return self.training.objective
+
+    @property
     def trains_in_turns(self) -> bool:
         """Whether the retriever and other parts are trained, one after the other."""
         return self.trains_by_openrag and len(self.training.parts) > 1
@@ -317,7 +333,7 @@ class RunConfig(Section):
     @property
     def trains_by_openrag(self) -> bool:
         """Whether the retriever is trained on pools of passages that were judged before."""
-        return self.trains_retriever and self.training.objective != "jsa"
+        return self.algorithm == "openrag"
 
     @property
     def needs_golden_answers(self) -> bool:
@@ -325,18 +341,18 @@ class RunConfig(Section):
 
         JSA keeps them among its held-back questions, and leaves them out of its batches.
         """
-        if self.training.experience is not None or self.training.objective == "jsa":
+        if self.algorithm in ("off-policy", "jsa"):
             return False
-        if self.training.objective == "sft":
+        if self.algorithm == "sft":
             return True
         judges = self.trains_by_openrag and self.openrag.labels != "gold"
-        rewards = self.training.parts != ("retriever",)
+        rewards = not self.trains_by_openrag or self.trains_in_turns
         return judges or (rewards and self.reward.needs_golden_answers)
 
     @property
     def num_trained_encoders(self) -> int:
         """Copies of the retriever's encoder that a worker trains."""
-        return 1 if self.trains_by_openrag and self.openrag.tied else 2
+        return 2 if self.algorithm == "jsa" or not self.openrag.tied else 1
 
     @property
     def trains_selector(self) -> bool:

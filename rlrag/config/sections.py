@@ -47,7 +47,7 @@ class Section(BaseModel):
     )
 
 
-def _known_or_own(field: str, names: Sequence[str]) -> AfterValidator:
+def known_or_own(field: str, names: Sequence[str]) -> AfterValidator:
     """Takes for this field one of these names, or `package.module:name` of one's own part."""
 
     def check(value: str) -> str:
@@ -61,7 +61,12 @@ def _known_or_own(field: str, names: Sequence[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _check_options(field: str, name: str, options: Sequence[str]) -> None:
+def check_options(field: str, name: str, options: Sequence[str]) -> None:
+    """Refuse options beside the name of a built-in part.
+
+    Raises:
+        ValueError: naming both.
+    """
     if options and ":" not in name:
         raise ValueError(
             f"{field.partition('.')[0]}.options are for a part of your own, but {field} is "
@@ -96,7 +101,7 @@ class DataConfig(Section):
 class RetrievalConfig(Section):
     """How candidates are found."""
 
-    kind: Annotated[str, _known_or_own("retrieval.kind", RETRIEVERS)] = "hybrid"
+    kind: Annotated[str, known_or_own("retrieval.kind", RETRIEVERS)] = "hybrid"
     """The order that the untrained selector reproduces: bm25, dense, hybrid, semi_parametric, or
     `package.module:name` of your own."""
     options: tuple[str, ...] = ()
@@ -153,7 +158,7 @@ class RetrievalConfig(Section):
 
     @model_validator(mode="after")
     def _encoder_present(self) -> Self:
-        _check_options("retrieval.kind", self.kind, self.options)
+        check_options("retrieval.kind", self.kind, self.options)
         if self.encoder is None and self.kind in ("dense", "hybrid"):
             raise ValueError(
                 f"retrieval.kind {self.kind!r} needs retrieval.encoder; name one, or use bm25 or "
@@ -180,7 +185,7 @@ class EnvironmentConfig(Section):
 class SelectorConfig(Section):
     """The selection policy."""
 
-    kind: Annotated[str, _known_or_own("selector.kind", SELECTORS)] = "features"
+    kind: Annotated[str, known_or_own("selector.kind", SELECTORS)] = "features"
     """features (small network on frozen features), bi_encoder or cross_encoder (a trained encoder
     that reads the texts), listwise_lm (a language model that writes the order, as in the DRO
     paper), or `package.module:name` of your own."""
@@ -221,7 +226,7 @@ class SelectorConfig(Section):
 
     @model_validator(mode="after")
     def _imitation_fits(self) -> Self:
-        _check_options("selector.kind", self.kind, self.options)
+        check_options("selector.kind", self.kind, self.options)
         if self.may_stop and ":" in self.kind:
             raise ValueError(
                 "selector.may_stop is True, but a policy of your own decides itself when it stops; "
@@ -288,7 +293,7 @@ class GeneratorConfig(Section):
     model: str = BUILTIN_GENERATOR
     """Built-in name, Hugging Face id or path of a causal language model; of its tokenizer alone,
     which builds the prompts, where an endpoint or a generator of your own answers."""
-    backend: Annotated[str, _known_or_own("generator.backend", BACKENDS)] = "auto"
+    backend: Annotated[str, known_or_own("generator.backend", BACKENDS)] = "auto"
     """auto (vLLM under the ray launcher, transformers under the local one), vllm, transformers,
     endpoint (an OpenAI-compatible server, which is started and stopped by somebody else), or
     `package.module:name` of a generator of your own."""
@@ -344,7 +349,7 @@ class GeneratorConfig(Section):
 
     @model_validator(mode="after")
     def _backend_fits(self) -> Self:
-        _check_options("generator.backend", self.backend, self.options)
+        check_options("generator.backend", self.backend, self.options)
         if self.is_remote and self.url is None:
             raise ValueError(
                 "generator.backend 'endpoint' asks a server, but generator.url is unset; set it, "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rlrag.config.sections import Placement, Section
+from rlrag.config.sections import Placement, Section, check_options, known_or_own
+
+OBJECTIVES = ("dro", "sft", "jsa")
 
 
 class DROConfig(Section):
@@ -264,10 +266,13 @@ class TrainingConfig(Section):
     experience: str | None = None
     """A service's log of feedback (`feedback.path`) to train the selector on in place of questions,
     without a generator."""
-    objective: Literal["dro", "sft", "jsa"] = "dro"
-    """`sft` trains the generator alone on the untrained policy's own order, one selection a
+    objective: Annotated[str, known_or_own("training.objective", OBJECTIVES)] = "dro"
+    """`dro`; `sft` trains the generator alone on the untrained policy's own order, one selection a
     question with weight 1: the baseline that DRO is compared with. `jsa` trains the retriever, and
-    the generator where it is a part, together; by the others a retriever is trained by OpenRAG."""
+    the generator where it is a part, together; by `dro` a retriever is trained by OpenRAG. Or
+    `package.module:name` of a trainer of your own, for all parts that are trained."""
+    options: tuple[str, ...] = ()
+    """Options of a trainer of your own, each `name=value`."""
     launcher: Literal["ray", "local"] = "ray"
     """`ray`: Ray Train workers and generator actors; `local`: this process alone."""
     num_workers: int = Field(default=1, ge=1)
@@ -350,6 +355,11 @@ class TrainingConfig(Section):
                 "which count from 1, such as 10:13"
             )
         return profile_steps
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        check_options("training.objective", self.objective, self.options)
+        return self
 
     @property
     def profiled_steps(self) -> range:

@@ -70,21 +70,18 @@ class RunRecord:
         """Selections drawn a question (m); one under `sft`, the steps of a chain under `jsa`.
 
         None where a retriever alone is trained by OpenRAG, or a selector on a service's log: these
-        draw none.
+        draw none; nor is it known of a trainer of somebody's own.
         """
-        if self.objective in ("openrag", "off-policy"):
-            return None
-        drawn = {"sft": 1, "jsa": self.config.jsa.mis_steps}
-        return drawn.get(self.config.training.objective, self.config.dro.num_samples)
+        drawn = {"dro": self.config.dro.num_samples, "sft": 1, "jsa": self.config.jsa.mis_steps}
+        in_turns = self.config.trains_in_turns
+        return drawn.get(self.config.training.objective if in_turns else self.config.algorithm)
 
     @property
     def objective(self) -> str:
         """What the parts were trained by."""
         if self.config.trains_in_turns:
             return f"openrag and {self.config.training.objective}, in turns"
-        if self.config.training.experience is not None:
-            return "off-policy"
-        return "openrag" if self.config.trains_by_openrag else self.config.training.objective
+        return self.config.algorithm
 
     @property
     def num_epochs(self) -> int:

@@ -182,7 +182,8 @@ def judged_by_reward(config: RunConfig, candidates: CandidateTable) -> bool:
 
 def prefers_reward(config: RunConfig) -> bool:
     """Whether the run was trained to something else than agreement with golden answers."""
-    return not config.reward.follows_golden_answers and config.training.objective == "dro"
+    by_answers = config.training.objective in ("sft", "jsa")
+    return not config.reward.follows_golden_answers and not by_answers
 
 
 def choices_of(

@@ -29,6 +29,8 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.protocol import Retriever
 from rlrag.rewards.composite import RewardModel, Rollout
 from rlrag.selection.protocol import Draws
+from rlrag.testing.trainers import check_trainer as check_trainer
+from rlrag.testing.trainers import sample_context as sample_context
 
 _NUM_EPISODES = 4
 _NUM_QUESTIONS = 4

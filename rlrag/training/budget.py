@@ -14,6 +14,7 @@ from rlrag.environment.rollout import Unrewarded, play
 from rlrag.errors import PromptTooLongError
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.pipeline import TrainingData, open_policy
+from rlrag.plugins import is_own
 from rlrag.records import Passage, Prompt, Question
 from rlrag.selection.protocol import Draws
 from rlrag.training.schedule import BatchSchedule, jsa_schedule, openrag_schedule
@@ -26,10 +27,11 @@ class Budget:
     """Expected work of a run with an empty cache.
 
     `num_requests` counts distinct (question, selection) pairs that training and validation are
-    expected to reward; `num_tokens` their prompt and answer tokens.
+    expected to reward; `num_tokens` their prompt and answer tokens. `num_steps` is None where a
+    trainer of somebody's own decides, and what they cost is not known.
     """
 
-    num_steps: int
+    num_steps: int | None
     num_rollouts: int
     num_requests: int
     num_tokens: int
@@ -43,13 +45,18 @@ class Budget:
             limit: Tokens after which training stops, if there is a limit.
         """
         minutes = self.num_tokens / tokens_per_s / 60
-        return (
+        known = (
             f"{self.num_steps} steps, {self.num_rollouts:,} rollouts, about "
             f"{self.num_requests:,} different prompts = {self.num_tokens / 1e6:.2f} M generator "
             f"tokens; at {tokens_per_s:,.0f} tokens/s about {minutes:.0f} min, less what the cache "
             "already holds"
-            + ("" if limit is None else f"; training stops at {limit / 1e6:.2f} M tokens")
         )
+        if self.num_steps is None:
+            known = (
+                "what a trainer of your own costs is not known before it runs; the generator does "
+                f"{tokens_per_s:,.0f} tokens/s"
+            )
+        return known + ("" if limit is None else f"; training stops at {limit / 1e6:.2f} M tokens")
 
 
 def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -> Budget:
@@ -57,10 +64,12 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
 
     As training sharpens the policy it repeats itself more, so the estimate is on the high side.
     """
-    if config.training.objective == "jsa":
+    if config.algorithm == "jsa":
         return _jsa_budget(config, data, prompts)
-    if config.trains_retriever:
+    if config.algorithm == "openrag":
         return _openrag_budget(config, data, prompts)
+    if is_own(config.algorithm):
+        return Budget(None, 0, 0, 0, _first_prompts(data, prompts))
     schedule = BatchSchedule(config.training, config.dro, len(data.train), config.seed)
     policy = open_policy(config, data.train)
     rows = np.linspace(0, len(data.train) - 1, min(_SAMPLE, len(data.train))).astype(int)
@@ -109,10 +118,7 @@ def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     """
     openrag = config.openrag
     num_questions = len(data.train)
-    rows = np.linspace(0, num_questions - 1, min(_SAMPLE, num_questions)).astype(int)
-    sample = _sample_prompts(
-        prompts, ((data.train.questions[row], data.train.passages(int(row))[:1]) for row in rows)
-    )
+    sample = _first_prompts(data, prompts)
     num_requests = 0
     if openrag.labels != "gold":
         num_requests = 2 * data.train.rows_QN.size
@@ -161,6 +167,14 @@ def _jsa_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -
         num_requests=num_requests,
         num_tokens=round(num_requests * tokens),
         sample_prompts=sample,
+    )
+
+
+def _first_prompts(data: TrainingData, prompts: PromptBuilder) -> tuple[Prompt, ...]:
+    """Prompts of some training questions, each with its first candidate."""
+    rows = np.linspace(0, len(data.train) - 1, min(_SAMPLE, len(data.train))).astype(int)
+    return _sample_prompts(
+        prompts, ((data.train.questions[row], data.train.passages(int(row))[:1]) for row in rows)
     )
 
 

@@ -34,6 +34,9 @@ from rlrag.storage import (
 )
 from rlrag.text_files import delete_rubbish
 
+WEIGHTS = {"retriever": "retriever", "selector": "policy", "generator": "generator"}
+"""The file that holds the weights of each part, of which a bundle is made."""
+
 _NAME = re.compile(r"step-(\d{6,})")
 
 

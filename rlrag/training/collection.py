@@ -65,8 +65,9 @@ class Collection:
         self._schedule = schedule
         self._workers = workers
         self._prompt_counts = reward.prompt_counts
+        num_questions = len(range(workers.rank, config.training.batch_size, workers.size))
         self._collector = ExperienceCollector(
-            config.environment, config.dro, candidates, reward, len(self._places())
+            config.environment, config.dro, candidates, reward, num_questions
         )
         self._published = 0
         self._drawing: TrainablePolicy | None = None
@@ -147,12 +148,10 @@ class Collection:
         return policy if self._config.dro.on_policy and not self._thread else copy.deepcopy(policy)
 
     def _draw(self, step: int, policy: TrainablePolicy) -> _Batch:
-        places = self._places()
         tokens, prompts = self._tokens(), self._prompt_counts.values()
         experience = self._collector.collect(
             policy,
-            self._schedule.rows(step)[places],
-            [self._schedule.sampling_seed(step, place) for place in places],
+            *self._schedule.share(step, self._workers),
             policy_version=self._drawing_version,
             generator_version=self._generator.version,
         )
@@ -164,13 +163,9 @@ class Collection:
 
     def _own_order(self, step: int) -> Experience:
         """The untrained policy's best episode of each question, as one sample of weight 1."""
-        rows = self._schedule.rows(step)[self._places()]
+        rows, _ = self._schedule.share(step, self._workers)
         greedy = play_greedy(self._config.environment, self._parts.initial, self._candidates, rows)
         return Experience(greedy, 1, policy_version=0, generator_version=self._generator.version)
-
-    def _places(self) -> range:
-        """This worker's places in every batch."""
-        return range(self._workers.rank, self._config.training.batch_size, self._workers.size)
 
 
 def _described(num_tokens: torch.Tensor) -> dict[str, float]:

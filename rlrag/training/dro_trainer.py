@@ -12,73 +12,48 @@ from __future__ import annotations
 
 import time
 
-from rlrag.config import RunConfig
-from rlrag.evaluation.systems import judged_by_reward
-from rlrag.generation.prompts import PromptBuilder
-from rlrag.generation.protocol import Generator
-from rlrag.pipeline import TrainingData
-from rlrag.rewards.answering import AnsweringReward
 from rlrag.training.collection import Collection
 from rlrag.training.experience_log import ExperienceLog
-from rlrag.training.generator_model import TrainableGenerator
-from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.parts import TrainedParts
-from rlrag.training.schedule import BatchSchedule
-from rlrag.training.validation import validate
+from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
 from rlrag.training.watchdog import under_way
 from rlrag.training.weighing import describe_experience, importance_weights
-from rlrag.training.workers import Workers
 
 
-class DROTrainer:
-    """Direct Retrieval-augmented Optimization (arXiv 2505.03075); implements `loop.Trainer`.
+class DROTrainer(Trainer):
+    """Direct Retrieval-augmented Optimization (arXiv 2505.03075).
 
     With `training.objective` `sft` the same steps fine-tune the generator on the untrained
     policy's own order.
     """
 
-    before = Before()
-
-    def __init__(
-        self,
-        config: RunConfig,
-        data: TrainingData,
-        generator: Generator,
-        prompts: PromptBuilder,
-        reward: AnsweringReward,
-        workers: Workers,
-        log: ExperienceLog | None = None,
-    ) -> None:
-        self._config = config
-        self._log = log
-        self._validation = data.validation
-        self._by_reward = data.validation is not None and judged_by_reward(config, data.validation)
-        self.best_by = "validation/reward" if self._by_reward else "validation/f1"
-        self._reward = reward
-        self._workers = workers
-        self._schedule = BatchSchedule(config.training, config.dro, len(data.train), config.seed)
-        self.parts = TrainedParts(config, data, prompts, self._schedule, workers)
-        self._collection = Collection(
-            config, data.train, reward, generator, self.parts, self._schedule, workers
+    def __init__(self, context: TrainerContext) -> None:
+        self._context = context
+        self._config = config = context.config
+        self.best_by = context.best_by
+        self._log: ExperienceLog | None = None
+        if config.training.log_experience:
+            place = context.run_dir.experience
+            self._log = ExperienceLog(place, context.workers, context.data.train)
+        self._schedule = context.schedule
+        self.num_steps = self._schedule.num_steps
+        self.parts = TrainedParts(
+            config, context.data, context.prompts, self._schedule, context.workers
         )
-
-    @property
-    def generator(self) -> TrainableGenerator | None:
-        """The generator that learns, where it does."""
-        return self.parts.generator
-
-    @property
-    def num_steps(self) -> int:
-        """Batches times passes."""
-        return self._schedule.num_steps
+        self.generator = self.parts.generator
+        self._collection = Collection(
+            config,
+            context.data.train,
+            context.reward,
+            context.generator,
+            self.parts,
+            self._schedule,
+            context.workers,
+        )
 
     def may_pause(self, step: int) -> bool:
         """Between two E-steps."""
         return step == self._schedule.num_steps or self._schedule.starts_estep(step)
-
-    def asks_generator(self, step: int) -> bool:
-        """Always: selections are rewarded by what it answers."""
-        return True
 
     def warm_start(self) -> None:
         """Bring a policy that starts anywhere to the retriever's order, where configured."""
@@ -96,7 +71,7 @@ class DROTrainer:
         weights_BM = importance_weights(experience, self._config.dro)
         if self._config.training.objective == "dro":
             metrics |= describe_experience(
-                experience, weights_BM, self._config.training, self._workers
+                experience, weights_BM, self._config.training, self._context.workers
             )
         metrics |= collected
         metrics |= self.parts.update(experience, weights_BM, step)
@@ -108,17 +83,9 @@ class DROTrainer:
 
     def validate(self, step: int) -> Metrics:
         """The greedy policy's answers by the generator's present weights."""
-        if self._validation is None:
-            return {}
-        self._collection.publish(self._schedule.estep(step))
-        return validate(
-            self._config.environment,
-            self.parts.policy,
-            self._validation,
-            self._reward,
-            self._workers,
-            self._by_reward,
-        )
+        if self._context.data.validation is not None:
+            self._collection.publish(self._schedule.estep(step))
+        return self._context.validate(self.parts.policy)
 
     def tensors(self) -> Files:
         """Weights and optimisers of every part."""

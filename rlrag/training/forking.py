@@ -7,6 +7,7 @@ index that a retriever was searched with begin anew.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,10 @@ import torch
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
 from rlrag.submitted_job import where_to_look
-from rlrag.training.checkpoints import CheckpointStore
+from rlrag.training.checkpoints import WEIGHTS, CheckpointStore
 from rlrag.training.run_directory import RunDirectory
 
 _STEP = re.compile(r"step-(\d+)")
-_WEIGHTS = {"retriever": "retriever", "selector": "policy", "generator": "generator"}
-"""The checkpoint's file of each part."""
 _POSTERIOR = "posterior"
 """What JSA trains a retriever with, which starts where that stood too."""
 _BUILT_BY = {
@@ -99,15 +98,19 @@ def starting_weights(config: RunConfig) -> dict[str, dict[str, torch.Tensor]]:
     named = _STEP.fullmatch(place.name)
     assert named is not None
     files, _ = CheckpointStore(place.parent).load(int(named[1]))
-    wanted = [*_WEIGHTS.values(), _POSTERIOR]
-    weights = {name: files[name] for name in wanted if name in files}
-    lacking = [part for part in config.training.parts if _WEIGHTS[part] not in weights]
+    weights = weights_in(files)
+    lacking = [part for part in config.training.parts if WEIGHTS[part] not in weights]
     if lacking:
         raise ConfigError(
             f"training.start_from {place} has no weights of the {' and the '.join(lacking)}; give "
             "a checkpoint of a run that trained the same parts"
         )
     return weights
+
+
+def weights_in(files: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Those of a checkpoint's files that another run can start from."""
+    return {name: files[name] for name in (*WEIGHTS.values(), _POSTERIOR) if name in files}
 
 
 def _checkpoint_of(config: RunConfig) -> Path:

@@ -23,9 +23,9 @@ from rlrag.records import Question
 from rlrag.training.generator_examples import thinned
 from rlrag.training.generator_learner import GeneratorLearner, WeightedExample
 from rlrag.training.jsa_retrievers import target_answer
-from rlrag.training.loop import Files
 from rlrag.training.parts import open_trainable_generator
 from rlrag.training.publishing import hand_over
+from rlrag.training.trainer import Files
 from rlrag.training.workers import Workers
 
 

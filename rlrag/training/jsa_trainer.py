@@ -20,111 +20,70 @@ import copy
 import time
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 
-from rlrag.config import RunConfig
 from rlrag.data.questions import answerable_rows
 from rlrag.generation.prompt_counts import shares_of
-from rlrag.generation.prompts import PromptBuilder
-from rlrag.generation.protocol import Generator
-from rlrag.pipeline import Library, TrainingData
+from rlrag.pipeline import sampling_of
 from rlrag.retrieval.query_encoder import static_index
-from rlrag.rewards.answering import AnsweringReward
 from rlrag.storage import restore_weights
-from rlrag.training.generator_model import TrainableGenerator
 from rlrag.training.jsa_generator import JSAGenerator
 from rlrag.training.jsa_retrievers import JSARetrievers
 from rlrag.training.jsa_sampling import PosteriorSampler
-from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.passage_judge import PassageJudge
 from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
 from rlrag.training.schedule import jsa_schedule
+from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
 from rlrag.training.watchdog import under_way
-from rlrag.training.workers import Workers
 
 _PER_WEIGHED = ("num_visited", "answer_logp")
 _PER_QUESTION = ("num_domain", "num_scored", "ess", "kl")
 
 
-class JSATrainer:
-    """JSA-RAG (arXiv 2508.18168); implements `loop.Trainer`.
+class JSATrainer(Trainer):
+    """JSA-RAG (arXiv 2508.18168)."""
 
-    Args:
-        config: The whole run.
-        library: The corpus and the retriever whose encoder of questions is trained.
-        data: Training questions and held-back ones.
-        generator: Scores and answers; counts the tokens.
-        prompts: Builds what it is asked.
-        judge: Scores answers behind single passages.
-        answering: Answers for validation.
-        workers: This worker's view of the group.
-    """
-
-    before = Before()
-
-    def __init__(
-        self,
-        config: RunConfig,
-        library: Library,
-        data: TrainingData,
-        generator: Generator,
-        prompts: PromptBuilder,
-        judge: PassageJudge,
-        answering: AnsweringReward,
-        workers: Workers,
-    ) -> None:
-        self._config = config
+    def __init__(self, context: TrainerContext) -> None:
+        config, library, data = context.config, context.library, context.data
+        self._context, self._config, self._workers = context, config, context.workers
         self._corpus = library.corpus
         self._validation = data.validation
         self.best_by = best_retriever_by(data.validation)
-        self._generator = generator
-        self._judge = judge
-        self._answering = answering
-        self._workers = workers
+        self._judge = PassageJudge(context.generator, context.prompts, sampling_of(config))
         self._questions = data.train.questions
         self._usable = answerable_rows(data.train.questions)
         self._schedule = jsa_schedule(config, len(self._usable))
+        self.num_steps = self._schedule.num_steps
         index = static_index(library.retrievers.primary)
-        self.retrievers = JSARetrievers(config, index, len(library.corpus), self.num_steps, workers)
+        self.retrievers = JSARetrievers(
+            config, index, len(library.corpus), self.num_steps, context.workers
+        )
         self._sampler = PosteriorSampler(
-            library.corpus, judge, prompts, config.jsa, config.training.max_failed_share
+            library.corpus,
+            self._judge,
+            context.prompts,
+            config.jsa,
+            config.training.max_failed_share,
         )
         self._trained_generator: JSAGenerator | None = None
         if config.trains_generator:
             self._trained_generator = JSAGenerator(
-                config, library.corpus, prompts, generator, self.num_steps, workers
+                config,
+                library.corpus,
+                context.prompts,
+                context.generator,
+                self.num_steps,
+                context.workers,
             )
-
-    @property
-    def generator(self) -> TrainableGenerator | None:
-        """The generator that learns, where it does."""
-        return self._trained_generator.model if self._trained_generator else None
-
-    @property
-    def num_steps(self) -> int:
-        """Batches of all passes."""
-        return self._schedule.num_steps
-
-    def may_pause(self, step: int) -> bool:
-        """Always: chains begin anew with every step."""
-        return True
-
-    def asks_generator(self, step: int) -> bool:
-        """Always: weights are what it makes of passages."""
-        return True
-
-    def warm_start(self) -> None:
-        """Nothing: step 0 is the retriever as it came."""
+            self.generator = self._trained_generator.model
 
     def step(self, step: int, pauses_after: bool) -> Metrics:
         """Sample passages for each question of the batch and train on them."""
-        started, before = time.monotonic(), self._tokens()
+        started, before = time.monotonic(), self._context.num_tokens()
         prompts = self._judge.prompt_counts.values()
         self._publish(step)
-        places = range(self._workers.rank, self._config.training.batch_size, self._workers.size)
-        rows = self._usable[self._schedule.rows(step)[places]]
-        seeds = [self._schedule.sampling_seed(step, place) for place in places]
+        places, seeds = self._schedule.share(step, self._workers)
+        rows = self._usable[places]
         questions = [self._questions[row] for row in rows]
         domain = self.retrievers.domain(questions)
         weighed = self._sampler.sample(questions, domain, seeds)
@@ -143,7 +102,7 @@ class JSATrainer:
             metrics |= self._trained_generator.update(
                 questions, domain.rows_BN, weighed.weights_BN, step, thinning
             )
-        tokens = self._workers.sum(torch.from_numpy(self._tokens() - before)).tolist()
+        tokens = self._workers.sum(torch.from_numpy(self._context.num_tokens() - before)).tolist()
         return metrics | {
             "epoch": self._schedule.epoch(step + 1),
             "generator_tokens_spent": tokens[0],
@@ -162,7 +121,7 @@ class JSATrainer:
                 self._validation,
                 self.retrievers.search,
                 self._corpus,
-                self._answering,
+                self._context.reward,
                 self._config.environment.num_selected,
                 self._workers,
             )
@@ -196,9 +155,6 @@ class JSATrainer:
         self.load(files)
         self._publish(step, again=True)
 
-    def close(self) -> None:
-        """Nothing runs ahead."""
-
     def _publish(self, version: int, again: bool = False) -> None:
         if self._trained_generator is not None:
             self._trained_generator.publish(version, again)
@@ -219,6 +175,3 @@ class JSATrainer:
         metrics |= {f"jsa/{name}": found[name] / num_questions for name in _PER_QUESTION}
         num_weighed = max(found["num_weighed"], 1.0)
         return metrics | {f"jsa/{name}": found[name] / num_weighed for name in _PER_WEIGHED}
-
-    def _tokens(self) -> np.ndarray:
-        return np.array([self._generator.tokens.spent, self._generator.tokens.saved], np.float64)

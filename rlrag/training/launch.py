@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,67 +20,48 @@ from rlrag.errors import GenerationError, PreemptedError, RlragError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
-from rlrag.pipeline import (
-    Library,
-    TrainingData,
-    open_library,
-    open_reward,
-    open_training_data,
-    sampling_of,
-)
+from rlrag.pipeline import Library, TrainingData, open_library, open_training_data
 from rlrag.rewards.composite import RewardModel
 from rlrag.training.dro_trainer import DROTrainer
 from rlrag.training.engine_check import check_engines
-from rlrag.training.experience_log import ExperienceLog
 from rlrag.training.jsa_trainer import JSATrainer
 from rlrag.training.logged_selections import LoggedData, open_logged_data
 from rlrag.training.logged_trainer import LoggedTrainer
-from rlrag.training.loop import Metrics, Trainer, TrainingLoop
+from rlrag.training.loop import TrainingLoop
 from rlrag.training.openrag_trainer import OpenRAGTrainer
-from rlrag.training.passage_judge import PassageJudge
-from rlrag.training.pools import load_pools
+from rlrag.training.plugin import PluginTrainer
 from rlrag.training.preemption import ended_between_steps, interruptible
 from rlrag.training.profiling import save_ray_timeline
 from rlrag.training.run_directory import RunDirectory
 from rlrag.training.run_logs import note_step, worker_log
+from rlrag.training.trainer import Metrics, Trainer, TrainerContext
 from rlrag.training.watchdog import Watchdog
 from rlrag.training.workers import SingleWorker, TorchWorkers, Workers
 
+TRAINERS: Mapping[str, Callable[[TrainerContext], Trainer]] = {
+    "dro": DROTrainer,
+    "sft": DROTrainer,
+    "openrag": OpenRAGTrainer,
+    "jsa": JSATrainer,
+}
+"""By `RunConfig.algorithm`, the trainers that learn from questions."""
 
-def open_trainer(
-    config: RunConfig,
-    library: Library,
-    data: TrainingData,
-    generator: Generator,
-    prompts: PromptBuilder,
-    run_dir: RunDirectory,
-    workers: Workers,
-) -> Trainer:
+
+def open_trainer(context: TrainerContext) -> Trainer:
     """What the configured parts are trained by.
 
     Raises:
+        ConfigError: when a trainer of somebody's own cannot be made.
         CheckpointError: when a retriever is to be trained and its pools are missing or damaged.
     """
-    reward = open_reward(config, generator, prompts)
-    if not config.trains_retriever:
-        log = None
-        if config.training.log_experience:
-            log = ExperienceLog(run_dir.experience, workers, data.train)
-        return DROTrainer(config, data, generator, prompts, reward, workers, log)
-    judge = PassageJudge(generator, prompts, sampling_of(config))
-    if config.training.objective == "jsa":
-        return JSATrainer(config, library, data, generator, prompts, judge, reward, workers)
-    pools = load_pools(config, data.train, generator.identity, run_dir.pools)
-    return OpenRAGTrainer(
-        config, library, data, pools, generator, judge, reward, workers, run_dir.indexes
-    )
+    return TRAINERS.get(context.config.algorithm, PluginTrainer)(context)
 
 
 def needs_scores(config: RunConfig) -> bool:
     """Whether training asks the generator how probable golden answers are."""
-    if config.training.objective == "jsa":
+    if config.algorithm == "jsa":
         return True
-    if config.trains_retriever:
+    if config.algorithm == "openrag":
         return config.openrag.labels != "gold"
     return RewardModel(config.reward).needs_score
 
@@ -98,9 +80,10 @@ def train_locally(
         ConfigError: when the generator would not answer as the one that is trained.
     """
     workers = SingleWorker()
-    trainer = open_trainer(config, library, data, generator, prompts, run_dir, workers)
-    if isinstance(trainer, DROTrainer | JSATrainer):
-        check_engines(config, trainer.generator, generator, data.train, prompts, workers)
+    trainer = open_trainer(
+        TrainerContext(config, workers, run_dir, library, data, generator, prompts)
+    )
+    check_engines(config, trainer.generator, generator, data.train, prompts, workers)
     with ended_between_steps(run_dir):
         TrainingLoop(config, trainer, run_dir, workers).run()
 
@@ -243,9 +226,10 @@ def _take_part(task: _WorkerTask, run_dir: RunDirectory, workers: Workers) -> No
         assert generator is not None  # only training on a log does without
         assert prompts is not None
         data = open_training_data(config, library)
-        trainer = open_trainer(config, library, data, generator, prompts, run_dir, workers)
-        if isinstance(trainer, DROTrainer | JSATrainer):
-            check_engines(config, trainer.generator, generator, data.train, prompts, workers)
+        trainer = open_trainer(
+            TrainerContext(config, workers, run_dir, library, data, generator, prompts)
+        )
+        check_engines(config, trainer.generator, generator, data.train, prompts, workers)
     TrainingLoop(config, trainer, run_dir, workers, on_step=_report).run()
 
 

@@ -35,9 +35,9 @@ from rlrag.storage import restore_weights
 from rlrag.training.gradients import clip_gradient, share_gradient
 from rlrag.training.learning_rate import linear_schedule, set_rate
 from rlrag.training.logged_selections import LoggedData, LoggedPart
-from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.optimizer_state import SavesOptimizer
 from rlrag.training.schedule import BatchSchedule
+from rlrag.training.trainer import Files, Metrics, Trainer
 from rlrag.training.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,10 @@ logger = logging.getLogger(__name__)
 _CHUNK = 64
 
 
-class LoggedTrainer(SavesOptimizer):
-    """Counterfactual training of the selector; implements `loop.Trainer`."""
+class LoggedTrainer(SavesOptimizer, Trainer):
+    """Counterfactual training of the selector."""
 
     best_by = "validation/score"
-    before = Before()
 
     def __init__(self, config: RunConfig, data: LoggedData, workers: Workers) -> None:
         """Open the policy that training starts from.
@@ -67,6 +66,7 @@ class LoggedTrainer(SavesOptimizer):
         self._baseline = float(data.train.rewards_Q.mean())
         self._warned = False
         self._schedule = logged_schedule(config, len(data.train))
+        self.num_steps = self._schedule.num_steps
         self.policy: TrainablePolicy = open_policy(config, data.train.candidates)
         self._parameters = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -77,21 +77,9 @@ class LoggedTrainer(SavesOptimizer):
         if self._held_back is not None:
             self._check_overlap(self._held_back)
 
-    @property
-    def num_steps(self) -> int:
-        """Batches of all passes over the log."""
-        return self._schedule.num_steps
-
-    def may_pause(self, step: int) -> bool:
-        """Always: no step depends on what an earlier one left in flight."""
-        return True
-
     def asks_generator(self, step: int) -> bool:
         """Never: the log has the rewards."""
         return False
-
-    def warm_start(self) -> None:
-        """Nothing: step 0 is the policy as it came."""
 
     def step(self, step: int, pauses_after: bool) -> Metrics:
         """One optimiser step on a batch; metrics are those before the step.
@@ -234,16 +222,10 @@ class LoggedTrainer(SavesOptimizer):
         }
 
     def load(self, files: Files) -> None:
-        """Take over weights and optimiser."""
+        """Take over the weights and, where it is given, the optimiser's state."""
         restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
-        self.load_optimizer(files["optimizer"])
-
-    def resume(self, step: int, files: Files, first: Files) -> None:
-        """Continue from a checkpoint."""
-        self.load(files)
-
-    def close(self) -> None:
-        """Nothing runs ahead."""
+        if "optimizer" in files:
+            self.load_optimizer(files["optimizer"])
 
 
 def _are_equal(one_QT: np.ndarray, other_QT: np.ndarray) -> np.ndarray:

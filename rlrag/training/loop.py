@@ -1,8 +1,7 @@
 """The training loop: steps, validation, checkpoints and metrics.
 
     for step in range(num_steps):
-        step      what the trainer does on this step, `dro_trainer`, `openrag_trainer`,
-                  `jsa_trainer` or `logged_trainer`
+        step      what the trainer does on this step (`trainer.Trainer`)
         validate  now and then
         record    metrics.jsonl; now and then a checkpoint
 
@@ -15,9 +14,9 @@ asked to stop, `preemption`, ends between two steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -28,87 +27,9 @@ from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.forking import starting_weights
 from rlrag.training.profiling import StepProfiler
 from rlrag.training.run_directory import RunDirectory
+from rlrag.training.trainer import Metrics, Trainer
 from rlrag.training.watchdog import Watchdog, under_way
 from rlrag.training.workers import Workers
-
-Metrics = dict[str, Any]
-Files = Mapping[str, Mapping[str, torch.Tensor]]
-"""Tensors of a checkpoint, by file and name."""
-
-
-@dataclass(frozen=True)
-class Before:
-    """What was asked of the generator before the first step.
-
-    Attributes:
-        num_tokens: Of prompts and answers, computed or cached.
-        seconds: How long that took.
-        failures: Why parts of it could not be had.
-        prompts: What the prompts left out, by `PromptCounts.shares`; empty where none was built.
-    """
-
-    num_tokens: int = 0
-    seconds: float = 0.0
-    failures: tuple[str, ...] = ()
-    prompts: Mapping[str, float] = field(default_factory=dict)
-
-
-class Trainer(Protocol):
-    """What one worker trains; all workers hold the same weights at every step."""
-
-    best_by: str
-    """The validation metric whose highest value chooses the checkpoint that a run ends with."""
-
-    before: Before
-    """What was asked of the generator before the first step."""
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole run."""
-        ...
-
-    def may_pause(self, step: int) -> bool:
-        """Whether a validation or a checkpoint may stand after so many steps."""
-        ...
-
-    def asks_generator(self, step: int) -> bool:
-        """Whether the step of this number, from 0, spends tokens of the generator."""
-        ...
-
-    def warm_start(self) -> None:
-        """Bring the untrained weights to where step 0 stands."""
-        ...
-
-    def step(self, step: int, pauses_after: bool) -> Metrics:
-        """Do one step.
-
-        Args:
-            step: Its number, from 0.
-            pauses_after: Whether a validation or checkpoint follows it, so that nothing may run
-                ahead of it.
-        """
-        ...
-
-    def validate(self, step: int) -> Metrics:
-        """Metrics on held-back questions after so many steps; empty where there are none."""
-        ...
-
-    def tensors(self) -> Files:
-        """Everything that a checkpoint keeps; all workers call it together."""
-        ...
-
-    def load(self, files: Files) -> None:
-        """Take over the weights and, where they are given, the optimisers' states."""
-        ...
-
-    def resume(self, step: int, files: Files, first: Files) -> None:
-        """Continue after so many steps from a checkpoint; `first` is the one of step 0."""
-        ...
-
-    def close(self) -> None:
-        """Wait for what is on its way."""
-        ...
-
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 

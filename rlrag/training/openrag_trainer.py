@@ -17,76 +17,52 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from rlrag.config import RunConfig
 from rlrag.generation.prompt_counts import shares_of
-from rlrag.generation.protocol import Generator
-from rlrag.pipeline import Library, TrainingData
+from rlrag.pipeline import sampling_of
 from rlrag.retrieval.late_parametric import LateParametricRetriever
 from rlrag.retrieval.open_trainable import (
     open_first_stage,
     open_trainable_encoder,
     searched_index,
 )
-from rlrag.rewards.answering import AnsweringReward
 from rlrag.storage import restore_weights
 from rlrag.training.index_refresh import ProcessBuild, RayBuild, RefreshedIndex
-from rlrag.training.loop import Before, Files, Metrics
 from rlrag.training.passage_judge import PassageJudge
-from rlrag.training.pools import Pools
+from rlrag.training.pools import load_pools
 from rlrag.training.retriever_learner import RetrieverLearner
 from rlrag.training.retriever_pairs import PairFinder
 from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
 from rlrag.training.schedule import num_offline_steps, openrag_schedule
+from rlrag.training.trainer import Before, Files, Metrics, Trainer, TrainerContext
 from rlrag.training.watchdog import under_way
-from rlrag.training.workers import Workers
 
 
-class OpenRAGTrainer:
-    """OpenRAG (arXiv 2503.08398); implements `loop.Trainer`."""
+class OpenRAGTrainer(Trainer):
+    """OpenRAG (arXiv 2503.08398)."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        library: Library,
-        data: TrainingData,
-        pools: Pools,
-        generator: Generator,
-        judge: PassageJudge,
-        answering: AnsweringReward,
-        workers: Workers,
-        indexes: Path,
-    ) -> None:
+    def __init__(self, context: TrainerContext) -> None:
         """Build the untrained encoder.
 
-        Args:
-            config: The whole run.
-            library: The corpus and the retrievers that the first stage may be.
-            data: Training questions, those of the pools in their order, and held-back ones.
-            pools: What the offline stage found out.
-            generator: Counts the tokens.
-            judge: Scores passages online.
-            answering: Answers for validation.
-            workers: This worker's view of the group.
-            indexes: Where versions of the index are kept, if it is refreshed.
+        Raises:
+            CheckpointError: when the pools of the offline stage are missing or damaged.
         """
-        self._config = config
+        config, library, data = context.config, context.library, context.data
+        workers, generator = context.workers, context.generator
+        self._context, self._config, self._workers = context, config, workers
         self._validation = data.validation
         self.best_by = best_retriever_by(data.validation)
-        self._generator = generator
-        self._judge = judge
-        self._answering = answering
-        self._workers = workers
+        self._judge = PassageJudge(generator, context.prompts, sampling_of(config))
+        pools = load_pools(config, data.train, generator.identity, context.run_dir.pools)
         self._questions = data.train.questions
         self._corpus = library.corpus
-        self._pools = pools
         self.before = Before(pools.num_tokens, pools.seconds, pools.failures, pools.prompts)
         self._usable = pools.usable
         self._schedule = openrag_schedule(config, len(self._usable))
+        self.num_steps = self._schedule.num_steps
         self._offline_steps = num_offline_steps(config, len(self._usable))
         unscored = bool(np.isnan(pools.logp_QN[self._usable]).any())
         self._scores_offline = config.openrag.loss == "kl" and unscored
@@ -98,7 +74,8 @@ class OpenRAGTrainer:
         if config.openrag.refresh_every:
             first = searched_index(library.retrievers.primary)
             build = RayBuild() if config.training.launcher == "ray" else ProcessBuild()
-            self._index = RefreshedIndex(config, library.corpus, first, indexes, workers, build)
+            place = context.run_dir.indexes
+            self._index = RefreshedIndex(config, library.corpus, first, place, workers, build)
         self._retriever = LateParametricRetriever(
             self.encoder,
             self._index
@@ -117,18 +94,9 @@ class OpenRAGTrainer:
             self._questions,
             library.corpus,
             pools,
-            judge if config.openrag.labels != "gold" else None,
+            self._judge if config.openrag.labels != "gold" else None,
             config.training.max_failed_share,
         )
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of both stages."""
-        return self._schedule.num_steps
-
-    def may_pause(self, step: int) -> bool:
-        """Always: no step depends on what an earlier one left in flight."""
-        return True
 
     def asks_generator(self, step: int) -> bool:
         """In the online stage, and where likelihoods are distilled that the pools do not hold.
@@ -139,18 +107,14 @@ class OpenRAGTrainer:
             return False
         return step >= self._offline_steps or self._scores_offline
 
-    def warm_start(self) -> None:
-        """Nothing: step 0 is the retriever as it came."""
-
     def step(self, step: int, pauses_after: bool) -> Metrics:
         """Find a pair for each question of the batch and train on them."""
-        started, before = time.monotonic(), self._tokens()
+        started, before = time.monotonic(), self._context.num_tokens()
         prompts = self._judge.prompt_counts.values()
         if self._index is not None:
             self._index.before_step(step, self.encoder)
-        places = range(self._workers.rank, self._schedule.batch_size, self._workers.size)
-        rows = self._usable[self._schedule.rows(step)[places]]
-        seeds = [self._schedule.sampling_seed(step, place) for place in places]
+        places, seeds = self._schedule.share(step, self._workers)
+        rows = self._usable[places]
         is_online = step >= self._offline_steps
         if self._config.openrag.loss == "kl":
             metrics, collected_at = self._learn_from_likelihoods(rows, step, is_online)
@@ -161,7 +125,7 @@ class OpenRAGTrainer:
         if self.asks_generator(step):
             prompts = self._judge.prompt_counts.values() - prompts
             metrics |= shares_of(self._workers.sum(torch.from_numpy(prompts)).numpy())
-        tokens = self._workers.sum(torch.from_numpy(self._tokens() - before)).tolist()
+        tokens = self._workers.sum(torch.from_numpy(self._context.num_tokens() - before)).tolist()
         if self._index is not None:
             metrics["index_age"] = float(step - self._index.version)
         return metrics | {
@@ -217,7 +181,7 @@ class OpenRAGTrainer:
                 self._validation,
                 lambda questions, k: self._retriever.search(questions, k).rows_BK,
                 self._corpus,
-                self._answering,
+                self._context.reward,
                 self._config.environment.num_selected,
                 self._workers,
             )
@@ -256,6 +220,3 @@ class OpenRAGTrainer:
         """Begin no more refreshes of the index; nothing else runs ahead."""
         if self._index is not None:
             self._index.close()
-
-    def _tokens(self) -> np.ndarray:
-        return np.array([self._generator.tokens.spent, self._generator.tokens.saved], np.float64)

@@ -35,8 +35,8 @@ from rlrag.training.generator_learner import GeneratorLearner
 from rlrag.training.generator_model import TrainableGenerator, load_base
 from rlrag.training.imitation import imitate, orders_of_run
 from rlrag.training.learner import SelectorLearner
-from rlrag.training.loop import Files, Metrics
 from rlrag.training.schedule import BatchSchedule
+from rlrag.training.trainer import Files, Metrics
 from rlrag.training.workers import Workers
 
 logger = logging.getLogger(__name__)

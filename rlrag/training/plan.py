@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rlrag import plugins
 from rlrag.config import BUILTIN_ENCODER, BUILTIN_MODELS, RunConfig
 from rlrag.data.folder import command_that_makes
 from rlrag.data.load import load_questions
@@ -27,7 +28,7 @@ def describe_plan(config: RunConfig) -> str:
 
     Raises:
         ConfigError: when the size of a model is neither on this machine nor in its name, or there
-            is no such reward or environment.
+            is no such reward, environment or part of one's own.
         EpisodeError: when the environment's spaces break its contract.
         DataError: when the training questions are here and cannot be trained on.
     """
@@ -36,6 +37,7 @@ def describe_plan(config: RunConfig) -> str:
     from rlrag.training.plan_room import describe_room
 
     RewardModel(config.reward)
+    plugins.check_named(config)
     check_environment(config.environment)
     lines = [f"{config.recipe}: trains {' and '.join(config.training.parts)}", *_steps(config)]
     room = describe_room(config)
@@ -169,11 +171,11 @@ def _steps(config: RunConfig) -> list[str]:
             *_retriever_steps(config),
             *_steps(config.model_copy(update={"training": turn})),
         ]
-    if config.training.objective == "jsa":
+    if config.algorithm == "jsa":
         return _jsa_steps(config)
-    if config.trains_retriever:
+    if config.algorithm == "openrag":
         return _retriever_steps(config)
-    if config.training.experience is not None:
+    if config.algorithm == "off-policy":
         off_policy = config.off_policy
         return [
             f"  log         selections of {config.training.experience}, "
@@ -182,6 +184,11 @@ def _steps(config: RunConfig) -> list[str]:
         ]
     dro, training = config.dro, config.training
     amount, trained = _questions(config)
+    if plugins.is_own(config.algorithm):
+        return [
+            f"  data        {amount}",
+            f"  trainer     {config.algorithm}; its steps and what they cost are not known here",
+        ]
     if trained is not None:
         steps = training.num_epochs * trained // training.batch_size * dro.passes
         amount += f", {steps:,} steps"

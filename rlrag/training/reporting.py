@@ -53,9 +53,12 @@ LEGEND = (
 
 
 class ProgressLine:
-    """Step, EM and F1, reward, ESS, selections a second and the time left, below their legend."""
+    """Step, EM and F1, reward, ESS, selections a second and the time left, below their legend.
 
-    def __init__(self, num_steps: int, stream: TextIO | None = None) -> None:
+    Where the number of steps is not known there is no time left.
+    """
+
+    def __init__(self, num_steps: int | None, stream: TextIO | None = None) -> None:
         self._num_steps = num_steps
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
@@ -78,7 +81,7 @@ class ProgressLine:
 
     def _line(self, metrics: Mapping[str, float], now: float) -> str:
         step = metrics["step"]
-        parts = [f"step {step:.0f}/{self._num_steps}"]
+        parts = [f"step {step:.0f}" + (f"/{self._num_steps}" if self._num_steps else "")]
         for label, key in (("EM", "validation/em"), ("F1", "validation/f1")):
             if key in metrics:
                 self._validated[label] = metrics[key]
@@ -92,7 +95,7 @@ class ProgressLine:
             parts.append(f"{metrics['rollouts_per_s']:.1f}/s")
         if self._first is None:
             self._first = (step, now)
-        elif step > self._first[0]:
+        elif self._num_steps and step > self._first[0]:
             pace = (now - self._first[1]) / (step - self._first[0])
             minutes, seconds = divmod(round(pace * (self._num_steps - step)), 60)
             parts.append(f"{minutes}:{seconds:02d} left")
@@ -166,7 +169,7 @@ _LOGS: dict[str, Callable[[Path], MetricsConsumer]] = {
 
 @contextmanager
 def consumers(
-    names: Sequence[str], directory: Path, num_steps: int
+    names: Sequence[str], directory: Path, num_steps: int | None
 ) -> Iterator[list[MetricsConsumer]]:
     """The progress line and the named trackers, closed at the end of the block.
 

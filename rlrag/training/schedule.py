@@ -10,6 +10,7 @@ import numpy as np
 
 from rlrag.config import DROConfig, RunConfig, TrainingConfig
 from rlrag.errors import DataError
+from rlrag.training.workers import Workers
 
 
 class BatchSchedule:
@@ -55,6 +56,11 @@ class BatchSchedule:
         passes, within = np.divmod(places, self._num_questions)
         orders = {p: self._order(p) for p in np.unique(passes)}
         return np.array([orders[p][i] for p, i in zip(passes, within, strict=True)])
+
+    def share(self, step: int, workers: Workers) -> tuple[np.ndarray, list[list[int]]]:
+        """What a worker does of a step's batch: rows of its questions, seeds of their draws."""
+        places = range(workers.rank, self.batch_size, workers.size)
+        return self.rows(step)[places], [self.sampling_seed(step, place) for place in places]
 
     def epoch(self, step: int) -> float:
         """Passes over the questions whose samples were first seen before a step."""

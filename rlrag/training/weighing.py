@@ -7,6 +7,7 @@ Shape letters: B questions, M samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from rlrag.algorithms import dro
 from rlrag.config import DROConfig, TrainingConfig
-from rlrag.errors import GenerationError
+from rlrag.errors import GenerationError, RlragError
 from rlrag.training.experience import Experience
 from rlrag.training.workers import Workers, names_of_all
 
@@ -55,23 +56,39 @@ def describe_experience(
     for name in names_of_all(experience.terms_BM, workers):
         values = experience.terms_BM.get(name, np.empty(0))
         measures[f"reward/{name}"] = _of_those_known(values)
-    sizes = (len(experience.errors), rewards_BM.numel())
-    summed = workers.sum(torch.tensor([*measures.values(), sizes], dtype=torch.float64)).tolist()
-    num_failed, num_samples = summed.pop()
+    summed = workers.sum(torch.tensor([*measures.values()], dtype=torch.float64)).tolist()
+    metrics = {
+        name: total / count for name, (total, count) in zip(measures, summed, strict=True) if count
+    }
+    return metrics | count_failures(experience.trajectories.errors, config, workers)
+
+
+def count_failures(
+    errors: Sequence[RlragError | None], config: TrainingConfig, workers: Workers
+) -> dict[str, Any]:
+    """How many episodes of all workers, which must call this together, and how many failed.
+
+    Args:
+        errors: Why an episode of this worker has no reward, None for each that has one.
+        config: Says how many may fail.
+        workers: Whom the batch is shared with.
+
+    Raises:
+        GenerationError: when more rewards failed than `max_failed_share` allows.
+    """
+    own = [str(error) for error in errors if error is not None]
+    sizes = torch.tensor([len(own), len(errors)], dtype=torch.float64)
+    num_failed, num_samples = workers.sum(sizes).tolist()
     if num_failed > config.max_failed_share * num_samples:
-        first = experience.errors[0] if experience.errors else "see the other workers' logs"
+        first = own[0] if own else "see the other workers' logs"
         raise GenerationError(
             f"{num_failed:.0f} of {num_samples:.0f} rewards of a batch could not be computed, "
             f"more than training.max_failed_share {config.max_failed_share} allows; "
             f"the first: {first}"
         )
-    metrics: dict[str, Any] = {
-        name: total / count for name, (total, count) in zip(measures, summed, strict=True) if count
-    }
-    metrics["num_rollouts"] = num_samples
-    metrics["num_failed"] = num_failed
-    if experience.errors:
-        metrics["failures"] = sorted({str(error) for error in experience.errors})
+    metrics: dict[str, Any] = {"num_rollouts": num_samples, "num_failed": num_failed}
+    if own:
+        metrics["failures"] = sorted(set(own))
     return metrics
 
 

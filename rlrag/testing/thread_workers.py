@@ -1,4 +1,4 @@
-"""A group of learners in the threads of one process: what each does alone, done together."""
+"""Workers in the threads of one process, which meet as processes do."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class ThreadWorker:
         self._meeting = meeting
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over the group."""
         self._meeting.brought[self.rank] = tensor.detach().clone()
         self.barrier()
         total = torch.stack([t for t in self._meeting.brought if t is not None]).sum(dim=0)
@@ -37,6 +38,7 @@ class ThreadWorker:
         return total
 
     def barrier(self) -> None:
+        """Wait for the others."""
         self._meeting.barrier.wait(_TIMEOUT_S)
 
 
