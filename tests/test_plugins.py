@@ -31,6 +31,7 @@ from rlrag.testing import check_policy, check_retriever
 
 ROOT = Path(__file__).resolve().parents[1]
 TITLES = "examples.own_retriever:TitleRetriever"
+SENTENCES = "examples.own_generator:SentenceGenerator"
 AGREEMENT = "examples.own_policy:AgreementPolicy"
 SELF_CRITICAL = "examples.own_trainer:SelfCritical"
 QUESTIONS = ["what does the lamp hold?", "and what the whistle?"]
@@ -315,7 +316,8 @@ def test_they_work_on_ray_and_behind_the_service(openrag_files, tmp_path):
     here = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     given = {
         "training.launcher": "ray",
-        "generator.backend": "transformers",
+        "training.objective": "examples.own_trainer:SelfCritical",
+        "generator.backend": SENTENCES,
         "generator.num-actors": 1,
         "reward.functions": "examples.custom_reward:short_and_right",
         "reward.weights": 1,
@@ -329,10 +331,10 @@ def test_they_work_on_ray_and_behind_the_service(openrag_files, tmp_path):
         timeout=300,
     )
     bundle = tmp_path / "run" / "bundle"
-    with rlrag.load_pipeline(bundle, allow_code=(AGREEMENT, TITLES)) as pipeline:
+    trusted = (AGREEMENT, TITLES, SENTENCES)
+    with rlrag.load_pipeline(bundle, allow_code=trusted) as pipeline:
         answer = pipeline.answer(QUESTIONS[0])
-    trusted = f"allow_code={AGREEMENT} {TITLES}"
-    settings = (bundle, trusted, "generator_backend=transformers", "generator.num_cpus=0.2")
+    settings = (bundle, f"allow_code={' '.join(trusted)}", "generator.num_cpus=0.2")
     with started_service(*settings, folder=tmp_path, variables=here) as url:
         reply = httpx.post(f"{url}/v1/answer", json={"question": QUESTIONS[0]}, timeout=60).json()
     assert reply["answer"] == answer.text
