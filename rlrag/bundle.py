@@ -30,7 +30,6 @@ from rlrag.bundle_files import (
     read_bundle,
 )
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError
 from rlrag.generation.identity import hashed_files, model_hash
 from rlrag.licences import LICENCES_FILE, licences_json, licences_of
 from rlrag.models import resolve_generator, resolve_model, weights_hash
@@ -174,17 +173,18 @@ def load_bundle(directory: Path, allow_code: Collection[str] = ()) -> Bundle:
     files = read_bundle(directory)
     files.check_code_to_answer(allow_code)
     config, facts = files.config, files.facts
-    of_generator = hashed_files(config.generator)
-    selector_hash = _selector_model_hash(config)
-    for model, what, here, expected in (
-        (config.generator.model, of_generator, _generator_hash(config), facts.generator_weights),
-        (config.selector.model, "weights", selector_hash, facts.selector_model_weights),
-    ):
-        if here != expected:
-            raise CheckpointError(
-                f"the model {model!r} has {what} {here} here, but bundle {files.directory} was "
-                f"trained with {expected}; provide those"
-            )
+    files.check_model(
+        config.generator.model,
+        hashed_files(config.generator),
+        _generator_hash(config),
+        facts.generator_weights,
+    )
+    files.check_model(
+        config.selector.model,
+        "weights",
+        _selector_model_hash(config),
+        facts.selector_model_weights,
+    )
     policy = build_policy(
         config.selector,
         config.environment.num_selected,

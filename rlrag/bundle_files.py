@@ -146,6 +146,24 @@ class BundleFiles:
                     "service the setting allow_code, in Python load_bundle's argument allow_code)"
                 )
 
+    def check_model(self, model: str, what: str, here: str | None, expected: str | None) -> None:
+        """Refuse a model that is not the one that the bundle was trained with.
+
+        Args:
+            model: Its name.
+            what: Which of its files are compared.
+            here: Their hash on this machine.
+            expected: Their hash in training.
+
+        Raises:
+            CheckpointError: when they differ.
+        """
+        if here != expected:
+            raise CheckpointError(
+                f"the model {model!r} has {what} {here} here, but bundle {self.directory} was "
+                f"trained with {expected}; provide those"
+            )
+
     def check_code_to_answer(self, allow_code: Collection[str]) -> None:
         """`check_code` for everything that is imported to answer a question.
 

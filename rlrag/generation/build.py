@@ -45,15 +45,7 @@ def open_generator(
     """
     config = resolve_config(config, launcher)
     model_dir = resolve_generator(config, cache_dir)
-    check_positions(config, model_dir)
-    prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
-    if lacks_first_token(model_dir, prompts.prefix_ids):
-        logger.warning(
-            "prompts for the model in %s lack the beginning-of-text token that it was trained "
-            "with, without which it answers badly; give its tokenizer bos_token and a template "
-            "that adds it, or take the files that the model was published with",
-            model_dir,
-        )
+    prompts = open_prompts(config, model_dir)
     engine = partial(open_engine, config, model_dir, prompts.prefix_ids)
     if launcher == "local" or config.is_remote:
         return CachedGenerator(engine(), cache_dir), prompts
@@ -71,6 +63,24 @@ def open_generator(
     )
     pool = GeneratorPool(config, engine, identity, environment, logs)
     return CachedGenerator(pool, cache_dir), prompts
+
+
+def open_prompts(config: GeneratorConfig, model_dir: Path) -> PromptBuilder:
+    """The prompt builder of a model.
+
+    Raises:
+        ConfigError: when prompts may be longer than the model reads.
+    """
+    check_positions(config, model_dir)
+    prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
+    if lacks_first_token(model_dir, prompts.prefix_ids):
+        logger.warning(
+            "prompts for the model in %s lack the beginning-of-text token that it was trained "
+            "with, without which it answers badly; give its tokenizer bos_token and a template "
+            "that adds it, or take the files that the model was published with",
+            model_dir,
+        )
+    return prompts
 
 
 def check_positions(config: GeneratorConfig, model_dir: Path) -> None:

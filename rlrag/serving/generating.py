@@ -18,14 +18,14 @@ from typing import Protocol
 from rlrag.bundle import read_bundle
 from rlrag.config import GeneratorConfig
 from rlrag.errors import (
-    CheckpointError,
     ConfigError,
     GenerationError,
     OverloadedError,
     RequestError,
 )
+from rlrag.generation.build import open_prompts
 from rlrag.generation.identity import hashed_files, model_hash
-from rlrag.generation.prompts import PromptBuilder, load_tokenizer
+from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Sampling
 from rlrag.generation.stepping import Update
 from rlrag.models import resolve_generator
@@ -139,13 +139,10 @@ class GeneratorPart:
             config = engine_config(files.config.generator, self._settings)
             model_dir = files.generator_dir or resolve_generator(config, files.config.cache_path)
             weights = model_hash(config, model_dir)
-            if files.generator_dir is None and weights != files.facts.generator_weights:
-                raise CheckpointError(
-                    f"the model {config.model!r} has {hashed_files(config)} {weights} here, but "
-                    f"bundle {directory} was trained with {files.facts.generator_weights}; provide "
-                    "those"
-                )
-            prompts = PromptBuilder(config.prompt, load_tokenizer(model_dir), config.stop)
+            if files.generator_dir is None:
+                expected = files.facts.generator_weights
+                files.check_model(config.model, hashed_files(config), weights, expected)
+            prompts = open_prompts(config, model_dir)
             key = _engine_key(config, weights, prompts.prefix_ids)
             opener = open_endpoint_engine if config.is_remote else self._open_engine
             engine = self._running(key) or opener(config, model_dir, prompts.prefix_ids)
