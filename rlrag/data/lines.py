@@ -82,7 +82,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def open_bytes(path: Path) -> Iterator[io.BufferedIOBase]:
+def open_bytes(path: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
     """The bytes of a file, unpacked where it is gzip.
 
     Raises:
