@@ -219,6 +219,20 @@ def test_a_prefix_that_an_engine_computes_apart_is_part_of_what_it_is(
         assert len(recorders.opened) == num_engines
 
 
+def test_versions_whose_own_generators_have_other_options_have_an_engine_each(
+    recorders, generator_bundles
+):
+    own = "examples.own_generator:SentenceGenerator"
+    part = GeneratorPart(ServeSettings(bundle="unused", allow_code=(own,)), recorders)
+    for number, words in enumerate(("max_words=3", "max_words=4", "max_words=4"), start=1):
+        changes = {"backend": own, "options": (words,), "max_new_tokens": number}
+        load(part, generator_bundles(f"own-{number}", **changes))
+    assert [engine.config.options for engine in recorders.opened] == [
+        ("max_words=3",),
+        ("max_words=4",),
+    ]
+
+
 def test_closing_the_answer_closes_it_in_the_engine(part, recorders, generator_bundles):
     version = load(part, generator_bundles("plain"))
 
