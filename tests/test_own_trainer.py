@@ -30,6 +30,7 @@ SELF_CRITICAL = "examples.own_trainer:SelfCritical"
 SOURCE = """
 import torch
 from rlrag.training.trainer import Trainer
+from rlrag.training.workers import TorchWorkers
 
 class Counts(Trainer):
     num_steps, best_by = 6, "validation/score"
@@ -37,6 +38,7 @@ class Counts(Trainer):
         self.context, self.what, self.weight = context, what, torch.zeros(1)
     def step(self, step, pauses_after):
         if self.what == "raises" and step == 3: raise KeyError("gone")
+        if self.what == "sum": TorchWorkers.sum(None, self.weight)
         self.weight = self.weight + 1
         if self.what == "random": self.weight = self.weight + torch.rand(1)
         if self.what == "alone": self.weight = self.weight + self.context.workers.rank
@@ -181,6 +183,13 @@ def test_a_trainer_that_breaks_its_contract_is_named_and_its_checkpoints_stay(
         sys.modules.pop(module)
         start(context).run()
         assert store.load(store.steps()[-1])[0]["policy"]["weight"].item() == 6
+
+
+def test_a_sum_that_fails_is_not_the_trainers_fault(module, tmp_path):
+    """As where another worker died: Ray Train then starts the group again."""
+    context = sample_context(tmp_path, f"{module}:Counts", ["what=sum"])
+    with pytest.raises(ValueError, match="process group"):
+        start(context).run()
 
 
 def test_a_stopped_run_continues_to_the_same_weights(tmp_path):
