@@ -195,7 +195,7 @@ def test_a_client_of_search_r1_finds_what_retrieval_finds(service, evaluated, bu
 def page_blocks(language: str) -> list[str]:
     """Commands, or lines of code, of the page about serving."""
     fences = re.findall(r"^```(.*?)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    blocks = [block for name, block in fences if name == language]
+    blocks = [block for name, block in fences if name.partition(" ")[0] == language]
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
