@@ -176,7 +176,9 @@ def build_table(
             finite where one is needed.
     """
     lengths = {name: metrics.num_questions for name, metrics in systems.items()}
-    if len(set(lengths.values())) != 1:
+    if not lengths:
+        raise DataError("no systems were evaluated; give at least one")
+    if len(set(lengths.values())) > 1:
         raise DataError(
             f"systems were evaluated on different numbers of questions, {lengths}; evaluate all on "
             "the same ones"
