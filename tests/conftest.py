@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from rlrag.pipeline import TrainingData
 # A property holds however busy the machine is.
 settings.register_profile("rlrag", deadline=None)
 settings.load_profile("rlrag")
+# A shell's background job ignores Ctrl-C, and so would the programs that tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -56,8 +56,17 @@ def started_service(
             assert said[-1].startswith(f"ready at {url} "), "".join(said)[-3000:]
             yield url
         finally:
-            service.send_signal(signal.SIGINT)
-            service.communicate(timeout=120)
+            stop(service)
+
+
+def stop(service: subprocess.Popen[str]) -> None:
+    """End a service as Ctrl-C does."""
+    service.send_signal(signal.SIGINT)
+    try:
+        service.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        service.kill()
+        raise
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from ray.serve import Application
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ServeDeploySchema
 from serve_bundles import make_bundle
+from serve_load import stop
 
 from rlrag.errors import CheckpointError, ConfigError, SetupError
 from rlrag.serving.app import NotServableError, build
@@ -182,5 +182,4 @@ def test_it_says_when_it_is_ready_where_it_was_told_to_listen():
             assert where in second.stderr, second.stderr
             assert httpx.get(url).status_code == 200
         finally:
-            service.send_signal(signal.SIGINT)
-            service.communicate(timeout=120)
+            stop(service)
