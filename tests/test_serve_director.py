@@ -170,7 +170,7 @@ def test_golden_questions_must_be_answered_as_recorded(bundles, tmp_path):
 
 
 def test_golden_questions_must_lead_to_the_recorded_picks(bundles, tmp_path):
-    with pytest.raises(CheckpointError, match="only 0 of its 10"):
+    with pytest.raises(CheckpointError, match="only 0 of 10"):
         check(EchoPipeline(picks=(0, 1)), tmp_path, bundles)
 
 
