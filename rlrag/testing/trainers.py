@@ -15,7 +15,7 @@ from rlrag.environment.sample_task import sample_candidates
 from rlrag.pipeline import Library, TrainingData
 from rlrag.retrieval.build import open_retrievers
 from rlrag.testing.reader import ReadingGenerator, WordPrompts
-from rlrag.testing.thread_workers import ThreadWorker, make_group, run_together
+from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.checkpoints import WEIGHTS
 from rlrag.training.forking import weights_in
 from rlrag.training.launch import open_trainer
@@ -68,7 +68,7 @@ def check_trainer(context: TrainerContext) -> None:
 
     A stopped run continues from a checkpoint as if nothing had been; a checkpoint holds the weights
     of each part, and can be started from without the rest; two workers hold equal weights, those
-    that one alone has.
+    that one alone has. Building a trainer may not wait for the other workers.
 
     Args:
         context: A run with at least four steps that names the trainer in `training.objective`; such
@@ -104,14 +104,15 @@ def check_trainer(context: TrainerContext) -> None:
     again.close()
     alone.close()
 
-    def take_part(worker: ThreadWorker) -> Files:
-        run = _Run(replace(context, workers=worker))
+    def take_part(run: _Run) -> Files:
         run.trainer.resume(0, first, first)
         found = run.steps(0, _NUM_STEPS)
         run.close()
         return found
 
-    one, other = run_together([partial(take_part, worker) for worker in make_group(2)])
+    # Built one after the other: transformers does not load two models in two threads at once.
+    runs = [_Run(replace(context, workers=worker)) for worker in make_group(2)]
+    one, other = run_together([partial(take_part, run) for run in runs])
     assert (what := _differing(one, other)) is None, f"two workers hold another {what} each"
     what = _differing(one, whole, _TOLERANCE)
     assert what is None, f"two workers end with another {what} than one alone"
