@@ -244,7 +244,9 @@ def test_rewards_below_minus_one_choose_the_best_checkpoint_too(config, tmp_path
 
 def test_a_log_that_says_too_little_about_the_start_is_refused(config, data, tmp_path):
     picky = changed(config, off_policy={"min_ess": 59})
-    with pytest.raises(DataError, match=r"is 4\d\.\d on 60 held-out selections, below off_policy\.min_ess 59"):
+    with pytest.raises(
+        DataError, match=r"is 4\d\.\d on 60 held-out selections, below off_policy\.min_ess 59"
+    ):
         start(picky, data, tmp_path / "run").run()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
