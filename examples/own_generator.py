@@ -22,7 +22,7 @@ def words(text: str) -> list[str]:
 
 
 class SentenceGenerator:
-    """Answers with a sentence of the passages, cut to so many words."""
+    """Answers with a sentence of the passages, cut to at most `max_words` words."""
 
     def __init__(self, max_words: int = 20) -> None:
         self._max_words = max_words

@@ -130,7 +130,7 @@ class OpenRAGConfig(Section):
     """First stage of online retrieval: the untrained encoder's vectors, a bag-of-tokens index
     (`semi_parametric` only, as in the paper), or BM25. It stays fixed during training."""
     refresh_every: int | None = Field(default=None, ge=1)
-    """Rebuild the passage index with the current encoder every so many steps and use it as the
+    """Rebuild the passage index with the current encoder every N steps and use it as the
     first stage; unset never rebuilds it."""
     refresh_waits: bool = False
     """Wait for each rebuild, so that a run is reproducible; otherwise training goes on with the old

@@ -34,7 +34,7 @@ def open_generator(
     comes with it; under `local` the model is loaded into this process. A server is asked by this
     process, and by each that gets a copy of the generator. A generator of somebody's own goes where
     a model goes and not where a client goes, since it may be one: in a pool it is loaded once an
-    actor, with the CPUs and GPUs reserved for it, and one that dies or hangs is started anew.
+    actor, with the CPUs and GPUs reserved for it, and one that dies or hangs is restarted.
 
     Raises:
         ModelNotFoundError: when the model cannot be found.

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import ConfigError, GenerationError
@@ -27,11 +27,9 @@ from rlrag.generation.checks import answer_others, check_answers, refused_length
 from rlrag.generation.decoding import cut_at_stop, draw_seed
 from rlrag.generation.endpoint_client import EndpointClient, RefusedError, Reply
 from rlrag.generation.protocol import Sampling, TokenCount
+from rlrag.generation.weight_protocols import KeepsItsWeights
 from rlrag.openai_api import read_key
 from rlrag.records import Generation, Prompt, Score
-
-if TYPE_CHECKING:
-    from rlrag.generation.weights import GeneratorWeights
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,7 @@ class Abilities:
     scores: str | None = None
 
 
-class EndpointGenerator:
+class EndpointGenerator(KeepsItsWeights):
     """A language model that a server has; implements `Generator`.
 
     Can be pickled: each copy asks by itself, with `generator.batch_size` requests at once, and
@@ -89,6 +87,7 @@ class EndpointGenerator:
                 f"the environment variable {config.key_variable} holds a key where the run was "
                 "started, but not here; set it on every node before Ray is started there"
             )
+        self._who = f"the server at {config.url}"
         self._config = config
         self._identity = identity
         self._abilities = abilities or Abilities()
@@ -107,25 +106,9 @@ class EndpointGenerator:
         return self._identity
 
     @property
-    def version(self) -> int:
-        """Always 0: the weights on the server are never changed from here."""
-        return 0
-
-    @property
     def tokens(self) -> TokenCount:
         """Tokens that the server counted for this object, those of useless replies included."""
         return self._tokens
-
-    def load_weights(self, weights: GeneratorWeights) -> None:
-        """Refuse them.
-
-        Raises:
-            GenerationError: always.
-        """
-        raise GenerationError(
-            f"the server at {self._config.url} keeps its own weights; to train the generator use "
-            "generator.backend vllm or transformers"
-        )
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling

@@ -25,7 +25,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from rlrag import plugins
 from rlrag.config import GeneratorConfig
@@ -35,10 +35,8 @@ from rlrag.generation.decoding import cut_at_stop
 from rlrag.generation.identity import own_identity
 from rlrag.generation.prompts import load_tokenizer
 from rlrag.generation.protocol import Sampling, TokenCount
+from rlrag.generation.weight_protocols import KeepsItsWeights
 from rlrag.records import Generation, Prompt, Score
-
-if TYPE_CHECKING:
-    from rlrag.generation.weights import GeneratorWeights
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ _ROUNDING = 1e-3
 """Nats by which a log-probability may lie above 0."""
 
 
-class PluginGenerator:
+class PluginGenerator(KeepsItsWeights):
     """Answers and scores of a named generator, checked; implements `Generator`.
 
     A prompt that it fails on, or answers with what is no answer, has the error in the place of its
@@ -77,25 +75,9 @@ class PluginGenerator:
         return self._identity
 
     @property
-    def version(self) -> int:
-        """Always 0: what it answers with is never changed from here."""
-        return 0
-
-    @property
     def tokens(self) -> TokenCount:
         """Tokens of what was asked and answered since this object was made."""
         return self._tokens
-
-    def load_weights(self, weights: GeneratorWeights) -> None:
-        """Refuse them.
-
-        Raises:
-            GenerationError: always.
-        """
-        raise GenerationError(
-            f"{self._who} keeps its own weights; to train the generator use generator.backend vllm "
-            "or transformers"
-        )
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling
@@ -141,7 +123,7 @@ class PluginGenerator:
         )
 
     def check_prompt(self, prompt: Prompt, max_new_tokens: int) -> None:
-        """Refuse a prompt that is empty or too long for so many answer tokens.
+        """Refuse prompts that are empty or leave no room for the answer.
 
         Raises:
             GenerationError: with both lengths.

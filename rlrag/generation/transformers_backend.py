@@ -220,7 +220,7 @@ class TransformersGenerator:
         self._prefix_past = None
 
     def check_prompt(self, prompt: Prompt, max_new_tokens: int) -> None:
-        """Refuse a prompt that is empty or too long for so many answer tokens.
+        """Refuse prompts that are empty or leave no room for the answer.
 
         Raises:
             GenerationError: with both lengths.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rlrag.errors import GenerationError
+
+if TYPE_CHECKING:
+    from rlrag.generation.weights import GeneratorWeights
 
 _NUM_NAMED = 3
 
@@ -34,6 +37,28 @@ class FollowsWeights(Protocol):
     def expect_weights(self, version: int, digest: str | None) -> None:
         """From now on take results of this set alone."""
         ...
+
+
+class KeepsItsWeights:
+    """A generator whose weights cannot be changed from here; `_who` names it in errors."""
+
+    _who: str
+
+    @property
+    def version(self) -> int:
+        """Always 0."""
+        return 0
+
+    def load_weights(self, weights: GeneratorWeights) -> None:
+        """Refuse them.
+
+        Raises:
+            GenerationError: always.
+        """
+        raise GenerationError(
+            f"{self._who} keeps its own weights; to train the generator use generator.backend vllm "
+            "or transformers"
+        )
 
 
 def check_shapes(

@@ -167,7 +167,7 @@ class Trainer(ABC):
         """Take over the weights and, where they are given, everything else of `tensors`."""
 
     def may_pause(self, step: int) -> bool:
-        """Whether a validation or a checkpoint may stand after so many steps: always."""
+        """Whether validation or a checkpoint may follow `step` finished steps: always."""
         return True
 
     def asks_generator(self, step: int) -> bool:
@@ -178,11 +178,11 @@ class Trainer(ABC):
         """Bring the untrained weights to where step 0 stands: they stay as they are."""
 
     def validate(self, step: int) -> Metrics:
-        """Metrics on held-back questions after so many steps; empty where there are none."""
+        """Metrics on held-out questions after `step` finished steps; empty where there are none."""
         return {}
 
     def resume(self, step: int, files: Files, first: Files) -> None:
-        """Continue after so many steps from a checkpoint; `first` is the one of step 0."""
+        """Continue after `step` finished steps from a checkpoint; `first` is that of step 0."""
         self.load(files)
 
     def close(self) -> None:  # noqa: B027 - most have nothing to do
