@@ -153,12 +153,12 @@ def measure(name: str, config: RunConfig, folder: Path, num_steps: int) -> Costs
     from rlrag.generation.build import open_generator
     from rlrag.generation.cache import CachedGenerator
     from rlrag.pipeline import open_library, open_training_data
-    from rlrag.training.checkpoints import CheckpointStore
+    from rlrag.runs.checkpoints import CheckpointStore
+    from rlrag.runs.directory import RunDirectory
+    from rlrag.training.distributed.workers import SingleWorker
     from rlrag.training.launch import open_trainer
     from rlrag.training.loop import TrainingLoop
-    from rlrag.training.run_directory import RunDirectory
     from rlrag.training.trainer import TrainerContext
-    from rlrag.training.workers import SingleWorker
 
     torch.set_num_threads(config.training.worker_threads)
     library = open_library(config)

@@ -55,9 +55,9 @@ class Learner:
 
     def __init__(self, model_dir: Path, max_tokens: int, micro: int, num_steps: int) -> None:
         from rlrag.config import OpenRAGConfig, TrainingConfig
-        from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
-        from rlrag.training.retriever_learner import RetrieverLearner
-        from rlrag.training.workers import SingleWorker
+        from rlrag.retrieval.trainable.sentence_encoder import TrainableTextEncoder
+        from rlrag.training.distributed.workers import SingleWorker
+        from rlrag.training.learners.retriever import RetrieverLearner
 
         self._learner = RetrieverLearner(
             TrainableTextEncoder(model_dir, max_tokens),
@@ -86,7 +86,7 @@ class Library:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer import losses
 
-        from rlrag.models import resolve_device
+        from rlrag.models.directories import resolve_device
 
         self._model = SentenceTransformer(
             str(model_dir),
@@ -204,7 +204,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     import torch
 
     from rlrag.data.load import load_corpus
-    from rlrag.models import resolve_model
+    from rlrag.models.directories import resolve_model
 
     torch.set_num_threads(options.threads)
     cache_dir = Path(options.cache_dir).expanduser()

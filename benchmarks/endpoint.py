@@ -63,7 +63,7 @@ def serve(port: int, answer_s: float) -> None:
 def busy_share(url: str, num_prompts: int) -> float:
     """The busy share while one call answers this many different prompts."""
     from rlrag.config import GeneratorConfig
-    from rlrag.generation.endpoint_backend import EndpointGenerator
+    from rlrag.generation.backends.endpoint import EndpointGenerator
     from rlrag.generation.protocol import Sampling
     from rlrag.records import Prompt
 

@@ -40,7 +40,7 @@ from rlrag.records import Generation, Passage, Prompt, Question, Score
 if TYPE_CHECKING:
     from rlrag.generation.weights import GeneratorWeights
     from rlrag.retrieval.candidates import CandidateTable
-    from rlrag.training.run_directory import RunDirectory
+    from rlrag.runs.directory import RunDirectory
 
 RESULTS_FILE = Path(__file__).parent / "results" / "endurance.md"
 TARGET_GROWTH = 0.02
@@ -210,7 +210,7 @@ def endurance_config(folder: Path, num_steps: int) -> RunConfig:
 
 def train(folder: Path, config: RunConfig, every: int) -> list[Sample]:
     """Run the loop to its end, from the last checkpoint in the folder."""
-    from rlrag.training.run_directory import RunDirectory
+    from rlrag.runs.directory import RunDirectory
 
     run_dir = RunDirectory(folder / "run")
     with run_dir.in_use(print):
@@ -220,11 +220,11 @@ def train(folder: Path, config: RunConfig, every: int) -> list[Sample]:
 def _train(run_dir: RunDirectory, config: RunConfig, every: int) -> list[Sample]:
     from rlrag.generation.cache import CachedGenerator
     from rlrag.pipeline import TrainingData
-    from rlrag.training.dro_trainer import DROTrainer
+    from rlrag.runs.preemption import ended_between_steps
+    from rlrag.training.distributed.workers import SingleWorker
+    from rlrag.training.dro.trainer import DROTrainer
     from rlrag.training.loop import TrainingLoop
-    from rlrag.training.preemption import ended_between_steps
     from rlrag.training.trainer import TrainerContext
-    from rlrag.training.workers import SingleWorker
 
     run_dir.claim(config)
     data = TrainingData(

@@ -85,7 +85,7 @@ class PrefixScorer:
     """The package's own transformers generator in a process of its own."""
 
     def __init__(self, model_dir: str, dtype: str, prefix: tuple[int, ...]) -> None:
-        from rlrag.generation.transformers_backend import TransformersGenerator
+        from rlrag.generation.backends.transformers import TransformersGenerator
 
         self._generator = TransformersGenerator(
             Path(model_dir), dtype, "cpu", _BATCH_SIZE, shared_prefix=prefix
@@ -164,10 +164,10 @@ def _train(policy: Policy, candidates: CandidateTable, run: RunConfig, num_steps
 
     from rlrag.config import DROConfig, TrainingConfig
     from rlrag.rewards.answering import PassageReward
+    from rlrag.training.distributed.workers import SingleWorker
+    from rlrag.training.dro.weights import importance_weights
     from rlrag.training.experience import ExperienceCollector
-    from rlrag.training.learner import SelectorLearner
-    from rlrag.training.weighing import importance_weights
-    from rlrag.training.workers import SingleWorker
+    from rlrag.training.learners.selector import SelectorLearner
 
     dro = DROConfig(num_samples=8, reward_temperature=0.3)
     training = TrainingConfig(batch_size=32, learning_rate=5e-3)
@@ -190,7 +190,7 @@ class _Ways:
         import ray
 
         from rlrag.generation.build import open_generator, resolve_config
-        from rlrag.models import resolve_model
+        from rlrag.models.directories import resolve_model
 
         self.config = resolve_config(run.generator, "ray")
         shape = {"num_actors": threads, "threads_per_actor": 1, "backend": "vllm"}

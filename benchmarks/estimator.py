@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache-dir", default="~/.cache/rlrag")
     options = parser.parse_args(arguments)
 
+    from rlrag.files.directories import load_weights
     from rlrag.pipeline import open_library, open_policy, open_training_data
     from rlrag.recipes.selection import co_training
-    from rlrag.storage import load_weights
 
     run = co_training(options.name, 2, ("selector",))
     run = run.model_copy(update={"cache_dir": options.cache_dir})

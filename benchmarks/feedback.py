@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rlrag.retrieval.candidates import CandidateTable
     from rlrag.rewards.protocol import SelectionReward
     from rlrag.selection.protocol import Policy
-    from rlrag.training.logged_selections import LoggedPart
+    from rlrag.training.feedback.selections import LoggedPart
 
 RESULTS = Path(__file__).parent / "results" / "feedback.md"
 _MOST_SELECTIONS = 5000
@@ -200,11 +200,11 @@ def measure(
     """
     from rlrag.pipeline import open_policy
     from rlrag.rewards.answering import PassageReward
-    from rlrag.training.logged_selections import open_logged_data
-    from rlrag.training.logged_trainer import LoggedTrainer
+    from rlrag.runs.directory import RunDirectory
+    from rlrag.training.distributed.workers import SingleWorker
+    from rlrag.training.feedback.selections import open_logged_data
+    from rlrag.training.feedback.trainer import LoggedTrainer
     from rlrag.training.loop import TrainingLoop
-    from rlrag.training.run_directory import RunDirectory
-    from rlrag.training.workers import SingleWorker
 
     reward, num_selected = PassageReward(), config.environment.num_selected
     truths = {

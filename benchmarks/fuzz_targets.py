@@ -92,7 +92,7 @@ def _manifest_targets(scratch: Path) -> list[Target]:
     import torch
 
     from rlrag.retrieval.manifest import Manifest, check_manifest, write_manifest
-    from rlrag.training.checkpoints import CheckpointStore
+    from rlrag.runs.checkpoints import CheckpointStore
 
     index = scratch / "index"
     index.mkdir()
@@ -138,7 +138,7 @@ def _config_target() -> Target:
 def _bundle_target(scratch: Path) -> Target:
     from rlrag.bundle import load_bundle
     from rlrag.config import GeneratorConfig
-    from rlrag.models import resolve_model
+    from rlrag.models.directories import resolve_model
 
     bundle = make_bundle(scratch)
     # A configuration that names no generator means this one, which takes a while to unpack once;

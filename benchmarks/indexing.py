@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rlrag.records import Passage
-    from rlrag.retrieval.trainable import Role
+    from rlrag.retrieval.trainable.protocol import Role
 
 RESULTS_FILE = Path(__file__).parent / "results" / "indexing.md"
 TARGET_RATIO = 1.2
@@ -77,7 +77,7 @@ class HashEncoder:
     size = VECTOR_SIZE
 
     def __init__(self) -> None:
-        from rlrag.retrieval.encoder import EncoderIdentity
+        from rlrag.retrieval.dense.encoder import EncoderIdentity
 
         self.identity = EncoderIdentity("hash", "float32", 0)
 
@@ -139,7 +139,7 @@ def flat_search_speed(num_passages: int, num_questions: int, k: int) -> dict[str
     import numpy as np
 
     from rlrag.config import RetrievalConfig
-    from rlrag.retrieval.dense import DenseRetriever
+    from rlrag.retrieval.dense.search import DenseRetriever
 
     encoder = HashEncoder()
     vectors_PD = encoder.encode([f"passage {row}" for row in range(num_passages)])

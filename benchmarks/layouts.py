@@ -55,7 +55,7 @@ def measure(config: RunConfig, generator: Generator, num_questions: int) -> dict
     """Each layout's answers to a seeded sample of the training questions."""
     from rlrag.data.load import load_questions
     from rlrag.generation.prompts import PromptBuilder, load_tokenizer
-    from rlrag.models import resolve_model
+    from rlrag.models.directories import resolve_model
     from rlrag.pipeline import candidates_of, open_library, open_reward
     from rlrag.records import Generation
     from rlrag.rewards.answer_match import exact_match, token_f1

@@ -28,7 +28,7 @@ def untrained_orders(run_dir: Path) -> dict[str, dict[str, Any]]:
     from rlrag.evaluation.systems import evaluate
     from rlrag.generation.build import open_generator
     from rlrag.pipeline import open_evaluation_data, open_library, open_reward
-    from rlrag.training.reporting import library_chatter_in
+    from rlrag.runs.reporting import library_chatter_in
 
     policy = load_bundle(run_dir / "bundle").policy  # the systems asked for never use it
     kept = RunConfig.from_json((run_dir / "config.json").read_text())

@@ -19,7 +19,7 @@ class Poison(MetaPathFinder):
     """Lets engines of this process die of prompts with a word."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "rlrag.generation.transformers_backend":
+        if name != "rlrag.generation.backends.transformers":
             return None
         spec = PathFinder.find_spec(name, path)
         load = spec.loader.exec_module

@@ -67,10 +67,10 @@ class Reader:
     def __init__(self, model: str, run: RunConfig, threads: int) -> None:
         import ray
 
+        from rlrag.generation.backends.vllm import vllm_environment
         from rlrag.generation.build import resolve_config
         from rlrag.generation.prompts import PromptBuilder, load_tokenizer
-        from rlrag.generation.vllm_backend import vllm_environment
-        from rlrag.models import resolve_model
+        from rlrag.models.directories import resolve_model
         from rlrag.pipeline import sampling_of
 
         config = resolve_config(run.generator.model_copy(update={"model": model}), "ray")

@@ -31,16 +31,16 @@ from rlrag.config import BUILTIN_CORPUS, BUILTIN_VOCABULARY_ENCODER, RetrievalCo
 from rlrag.data.corpus import Corpus, MemoryCorpus
 from rlrag.data.load import load_corpus, load_questions
 from rlrag.records import Question
-from rlrag.retrieval.bag_of_tokens import open_bag_of_tokens
 from rlrag.retrieval.build import open_vocabulary_encoder
-from rlrag.retrieval.late_parametric import FrozenIndex, LateParametricRetriever
 from rlrag.retrieval.protocol import Hits
-from rlrag.retrieval.semi_parametric import (
+from rlrag.retrieval.trainable.late_parametric import FrozenIndex, LateParametricRetriever
+from rlrag.retrieval.vocabulary.bag_of_tokens import open_bag_of_tokens
+from rlrag.retrieval.vocabulary.encoder import VocabularyEncoder
+from rlrag.retrieval.vocabulary.semi_parametric import (
     SemiParametricRetriever,
     open_vocabulary_vectors,
     vocabulary_manifest,
 )
-from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
 from rlrag.retrieval.words import split_words
 
 RESULTS_FILE = Path(__file__).parent / "results" / "retrieval.md"

@@ -181,9 +181,9 @@ def measure(options: argparse.Namespace) -> str:
 def _open_bare(run: RunConfig, threads: int) -> Any:
     import ray
 
+    from rlrag.generation.backends.vllm import vllm_environment
     from rlrag.generation.build import resolve_config
-    from rlrag.generation.vllm_backend import vllm_environment
-    from rlrag.models import resolve_model
+    from rlrag.models.directories import resolve_model
 
     config = resolve_config(run.generator, "ray")
     variables = {

@@ -30,7 +30,7 @@ from benchmarks.runs import own_cluster
 
 if TYPE_CHECKING:  # an actor imports what its engine refers to, and 256 of them must fit
     from rlrag.config import GeneratorConfig
-    from rlrag.generation.pool import GeneratorPool
+    from rlrag.generation.pool.start import GeneratorPool
     from rlrag.generation.prompts import PromptBuilder
     from rlrag.generation.protocol import Sampling
     from rlrag.generation.weights import GeneratorWeights
@@ -241,7 +241,7 @@ def measure_pool(
     num_actors: int, latencies: Latencies, options: argparse.Namespace, slowdown: float = 1.0
 ) -> Row:
     """Start a pool, send it some turns of prompts, and end it."""
-    from rlrag.generation.pool import GeneratorPool
+    from rlrag.generation.pool.start import GeneratorPool
 
     engine = partial(open_sleeping, latencies.factors, options.tokens_per_s, slowdown)
     began = time.perf_counter()

@@ -79,7 +79,7 @@ def service(bundle: Path) -> Iterator[None]:
 
     from benchmarks.runs import own_cluster
     from rlrag.serving.app import build
-    from rlrag.serving.proxy import PROXY_VARIABLES
+    from rlrag.serving.http.proxy import PROXY_VARIABLES
 
     for name, value in PROXY_VARIABLES.items():  # as `serve run` does where it starts the cluster
         os.environ.setdefault(name, value)
@@ -172,7 +172,7 @@ class BareEngine:
     def __init__(self, bundle: Path) -> None:
         import ray
 
-        from rlrag.generation.vllm_backend import vllm_environment
+        from rlrag.generation.backends.vllm import vllm_environment
         from rlrag.serving.generating import engine_config
         from rlrag.serving.settings import parse_settings
 
@@ -202,7 +202,7 @@ class _Bare:
         from rlrag.bundle_files import read_bundle
         from rlrag.generation.build import open_engine, resolve_config
         from rlrag.generation.prompts import PromptBuilder, load_tokenizer
-        from rlrag.models import resolve_model
+        from rlrag.models.directories import resolve_model
         from rlrag.pipeline import sampling_of
         from rlrag.serving.generating import engine_config
         from rlrag.serving.retrieving import RetrieverPart

@@ -180,8 +180,8 @@ def measure(options: argparse.Namespace) -> str:
 
 def _learner(config: GeneratorConfig, cache: Path) -> Generator:
     """A model in this process, which the engines are compared with."""
-    from rlrag.generation.transformers_backend import TransformersGenerator
-    from rlrag.models import resolve_model
+    from rlrag.generation.backends.transformers import TransformersGenerator
+    from rlrag.models.directories import resolve_model
 
     return TransformersGenerator(resolve_model(config.model, cache), config.dtype, "cpu")
 
@@ -191,7 +191,7 @@ def _whole(config: GeneratorConfig, cache: Path) -> tuple[GeneratorWeights, Gene
     import torch
 
     from rlrag.generation.weights import pack_weights
-    from rlrag.models import resolve_model
+    from rlrag.models.directories import resolve_model
 
     parameters = _parameters(resolve_model(config.model, cache), config.dtype)
     random = torch.Generator().manual_seed(0)
@@ -209,8 +209,8 @@ def _adapters(
     import torch
 
     from rlrag.config import GeneratorTrainingConfig
-    from rlrag.models import resolve_model
-    from rlrag.training.generator_model import TrainableGenerator
+    from rlrag.models.directories import resolve_model
+    from rlrag.training.learners.generator_model import TrainableGenerator
 
     training = GeneratorTrainingConfig(lora_rank=rank, lora_alpha=2 * rank)
     learner = TrainableGenerator(resolve_model(config.model, cache), training, "cpu", seed=0)
@@ -229,8 +229,8 @@ def _copy_bytes(config: GeneratorConfig, cache: Path) -> int:
     """Bytes of the model in the number format of the engines."""
     import torch
 
-    from rlrag.generation.weight_layout import WeightLayout
-    from rlrag.models import resolve_model
+    from rlrag.generation.backends.weight_layout import WeightLayout
+    from rlrag.models.directories import resolve_model
 
     shapes = WeightLayout.of(resolve_model(config.model, cache)).shapes.values()
     return sum(map(math.prod, shapes)) * getattr(torch, config.dtype).itemsize
@@ -254,7 +254,7 @@ def _measure_pool(
     num_pushes: int,
 ) -> Pushes:
     from rlrag.generation.build import open_generator
-    from rlrag.generation.pool_client import PoolClient
+    from rlrag.generation.pool.client import PoolClient
     from rlrag.generation.weights import pack_weights
 
     start = time.perf_counter()

@@ -143,10 +143,9 @@ def modules(package: str) -> Iterator[str]:
     spec = find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise ValueError(f"{package} is no package; name one in the directive")
-    for module in sorted(
-        found.name for found in pkgutil.iter_modules(spec.submodule_search_locations)
-    ):
-        yield from ("", f"::: {package}.{module}", "    options:", "      heading_level: 2", "")
+    found = pkgutil.walk_packages(spec.submodule_search_locations, f"{package}.")
+    for module in sorted(each.name for each in found if not each.ispkg):
+        yield from ("", f"::: {module}", "    options:", "      heading_level: 2", "")
 
 
 _DIRECTIVES: dict[str, Callable[..., Iterator[str]]] = {

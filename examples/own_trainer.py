@@ -7,13 +7,13 @@ This is self-critical training (Rennie et al., 2017). Shape letters: B questions
 
 import torch
 
+from rlrag.files.directories import restore_weights
 from rlrag.pipeline import open_policy
 from rlrag.selection.protocol import Draws
-from rlrag.storage import restore_weights
-from rlrag.training.gradients import share_gradient
-from rlrag.training.optimizer_state import SavesOptimizer
+from rlrag.training.dro.weights import count_failures
+from rlrag.training.learners.gradients import share_gradient
+from rlrag.training.learners.optimizer_state import SavesOptimizer
 from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
-from rlrag.training.weighing import count_failures
 
 
 class SelfCritical(SavesOptimizer, Trainer):

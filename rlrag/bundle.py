@@ -30,12 +30,7 @@ from rlrag.bundle_files import (
     read_bundle,
 )
 from rlrag.config import RunConfig
-from rlrag.generation.identity import hashed_files, model_hash
-from rlrag.licences import LICENCES_FILE, licences_json, licences_of
-from rlrag.models import resolve_generator, resolve_model, weights_hash
-from rlrag.retrieval.candidates import CandidateTable
-from rlrag.selection.build import TrainablePolicy, build_policy
-from rlrag.storage import (
+from rlrag.files.directories import (
     MANIFEST,
     check_finite,
     find_whole,
@@ -44,6 +39,11 @@ from rlrag.storage import (
     save_weights,
     whole_directory,
 )
+from rlrag.generation.identity import hashed_files, model_hash
+from rlrag.models.directories import resolve_generator, resolve_model, weights_hash
+from rlrag.models.licences import LICENCES_FILE, licences_json, licences_of
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.selection.build import TrainablePolicy, build_policy
 
 __all__ = [
     "FORMAT",

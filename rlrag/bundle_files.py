@@ -35,11 +35,11 @@ from safetensors.torch import load_file
 
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError, RlragError
+from rlrag.files.directories import MANIFEST, check_finite, check_whole, find_whole
 from rlrag.generation.weights import GeneratorWeights, pack_weights
-from rlrag.licences import LICENCES_FILE, PartLicence
+from rlrag.models.licences import LICENCES_FILE, PartLicence
 from rlrag.records import Generation, Passage, Question
 from rlrag.retrieval.tuned import tuned_retrieval
-from rlrag.storage import MANIFEST, check_finite, check_whole, find_whole
 from rlrag.submitted_job import where_to_look
 
 FORMAT = 4

@@ -25,6 +25,7 @@ from rlrag.data.load import QuestionSet, load_corpus, load_questions
 from rlrag.data.split import training_questions
 from rlrag.environment.rollout import play_greedy
 from rlrag.errors import ConfigError, RequestError, RlragError
+from rlrag.files.directories import load_weights
 from rlrag.generation.build import open_generator, resolve_config
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompt_counts import cut_warning
@@ -38,7 +39,6 @@ from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.rewards.composite import RewardModel
 from rlrag.selection.build import TrainablePolicy, build_policy
-from rlrag.storage import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from ray.exceptions import RayTaskError
 
 from rlrag.config import RetrievalConfig
 from rlrag.errors import RetrievalError, RlragError
-from rlrag.generation.dispatch import ACTOR_ENDED
+from rlrag.generation.pool.dispatch import ACTOR_ENDED
+from rlrag.retrieval.dense.shards import ShardSource, VectorShard
 from rlrag.retrieval.protocol import Hits
-from rlrag.retrieval.shards import ShardSource, VectorShard
 
 _TASK_RETRIES = 2
 

@@ -11,12 +11,12 @@ from stand_ins import ReadingGenerator, WordPrompts
 
 from rlrag.config import RunConfig
 from rlrag.generation.protocol import Generator
-from rlrag.training.checkpoints import CheckpointStore
-from rlrag.training.jsa_trainer import JSATrainer
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.directory import RunDirectory
+from rlrag.training.distributed.workers import SingleWorker, Workers
+from rlrag.training.jsa.trainer import JSATrainer
 from rlrag.training.loop import TrainingLoop
-from rlrag.training.run_directory import RunDirectory
 from rlrag.training.trainer import TrainerContext
-from rlrag.training.workers import SingleWorker, Workers
 
 
 def jsa_config(directory: Path, **sections) -> RunConfig:

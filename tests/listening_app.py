@@ -10,7 +10,7 @@ from ray.serve import Application
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
-from rlrag.serving.listening import listen, running_command, say_when_ready
+from rlrag.serving.http.listening import listen, running_command, say_when_ready
 
 
 @ray_serve.deployment(ray_actor_options={"num_cpus": 0.1})

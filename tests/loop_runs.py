@@ -18,11 +18,11 @@ from rlrag.config import RunConfig
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
 from rlrag.pipeline import TrainingData
-from rlrag.training.dro_trainer import DROTrainer
+from rlrag.runs.directory import RunDirectory
+from rlrag.training.distributed.workers import SingleWorker, Workers
+from rlrag.training.dro.trainer import DROTrainer
 from rlrag.training.loop import TrainingLoop
-from rlrag.training.run_directory import RunDirectory
 from rlrag.training.trainer import TrainerContext
-from rlrag.training.workers import SingleWorker, Workers
 
 
 class StopAfter(Exception):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from rlrag.config import MirrorConfig, RunConfig, TrainingConfig
-from rlrag.training.checkpoints import CheckpointStore
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.directory import RunDirectory
 
 
 def mirrored_config(uri: str, keep_every: int | None = None, **mirror: Any) -> RunConfig:

@@ -30,12 +30,12 @@ from rlrag.generation.protocol import Generator
 from rlrag.pipeline import Library, TrainingData, candidates_of
 from rlrag.records import Passage, Question
 from rlrag.retrieval.build import open_retrievers
+from rlrag.runs.directory import RunDirectory
+from rlrag.training.distributed.workers import SingleWorker, Workers
 from rlrag.training.loop import TrainingLoop
-from rlrag.training.offline_stage import run_offline_stage
-from rlrag.training.openrag_trainer import OpenRAGTrainer
-from rlrag.training.run_directory import RunDirectory
+from rlrag.training.openrag.offline_stage import run_offline_stage
+from rlrag.training.openrag.trainer import OpenRAGTrainer
 from rlrag.training.trainer import TrainerContext
-from rlrag.training.workers import SingleWorker, Workers
 
 SUBJECTS = (
     *(

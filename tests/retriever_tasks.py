@@ -10,9 +10,9 @@ import torch
 
 from rlrag.algorithms.contrastive import openrag_loss
 from rlrag.config import OpenRAGConfig, TrainingConfig
-from rlrag.retrieval.trainable import Embedded, Role
-from rlrag.training.retriever_learner import RetrieverLearner
-from rlrag.training.workers import SingleWorker
+from rlrag.retrieval.trainable.protocol import Embedded, Role
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.learners.retriever import RetrieverLearner
 
 BETA1 = 0.9  # AdamW's default; its first moment after one step is (1 - BETA1) * gradient
 SIZE = 12

@@ -15,9 +15,9 @@ from rlrag.data.feedback import FeedbackStore
 from rlrag.errors import CheckpointError, OverloadedError, PromptTooLongError, RequestError
 from rlrag.records import Passage
 from rlrag.serving.answering import Answered, Answering
-from rlrag.serving.api import create_api
 from rlrag.serving.feedback_log import FeedbackLog
-from rlrag.serving.metrics import Metrics
+from rlrag.serving.http.api import create_api
+from rlrag.serving.http.metrics import Metrics
 from rlrag.serving.questions import Ask
 from rlrag.serving.records import AnswerPiece, Decoding, Filters, Picked, Retrieved, Routing
 from rlrag.serving.settings import ServeSettings, parse_settings

@@ -14,7 +14,7 @@ from rlrag.algorithms.contrastive import (
     vdr_loss,
 )
 from rlrag.errors import DataError
-from rlrag.retrieval.trainable import Embedded
+from rlrag.retrieval.trainable.protocol import Embedded
 
 INF, NAN = float("inf"), float("nan")
 N, P, D = 4, 8, 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlrag.evaluation.attribution import abstains, abstention, attribution
+from rlrag.evaluation.probe.attribution import abstains, abstention, attribution
 from rlrag.records import Passage, Question
 
 PARIS = Passage("fr", "France", "The capital, Paris, lies on the Seine.")

@@ -19,17 +19,17 @@ from rlrag import __version__
 from rlrag.bundle import FORMAT, Bundle, bundle_version, load_bundle, save_bundle
 from rlrag.config import GeneratorTrainingConfig, RetrievalConfig, RunConfig
 from rlrag.errors import CheckpointError, ModelNotFoundError
+from rlrag.files.directories import whole_directory
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.generation.weights import pack_weights
-from rlrag.models import weights_hash
+from rlrag.models.directories import weights_hash
 from rlrag.pipeline import open_policy
 from rlrag.records import Prompt
 from rlrag.retrieval.build import open_retrievers
-from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
+from rlrag.retrieval.trainable.sentence_encoder import TrainableTextEncoder
 from rlrag.retrieval.tuned import tuned_retrieval
-from rlrag.storage import whole_directory
-from rlrag.training.generator_model import TrainableGenerator
+from rlrag.training.learners.generator_model import TrainableGenerator
 
 HASHES = {"corpus": "c" * 16, "train_questions": "q" * 16}
 

@@ -34,10 +34,10 @@ from rlrag.config import (
     SelectorConfig,
 )
 from rlrag.errors import CheckpointError, ConfigError, ModelNotFoundError
-from rlrag.licences import UNKNOWN, licences_json, licences_of
+from rlrag.files.directories import check_whole
+from rlrag.models.licences import UNKNOWN, licences_json, licences_of
 from rlrag.pipeline import open_policy
 from rlrag.records import Generation, Passage, Question
-from rlrag.storage import check_whole
 
 GOLDEN = (
     GoldenQuestion("q1", "what is it?", "a lamp", ("p3", "p1"), -1.5),

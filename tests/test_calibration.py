@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlrag.errors import ConfigError, DataError
-from rlrag.evaluation.calibration import Bin, brier, expected_calibration_error, reliability
+from rlrag.evaluation.probe.calibration import Bin, brier, expected_calibration_error, reliability
 
 
 def test_four_questions_by_hand():

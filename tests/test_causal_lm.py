@@ -15,15 +15,15 @@ import torch
 import transformers
 from tiny_models import FAMILIES, save_family, save_tokenizer
 
-from rlrag.causal_lm import attention_for, differ, has_windows
 from rlrag.config import GeneratorTrainingConfig
 from rlrag.errors import ConfigError, GenerationError
-from rlrag.generation.transformers_backend import TransformersGenerator
-from rlrag.generation.weight_layout import WeightLayout
+from rlrag.generation.backends.transformers import TransformersGenerator
+from rlrag.generation.backends.weight_layout import WeightLayout
 from rlrag.generation.weights import pack_weights
+from rlrag.models.causal_lm import attention_for, differ, has_windows
 from rlrag.records import Prompt
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
-from rlrag.training.generator_model import TrainableGenerator
+from rlrag.training.learners.generator_model import TrainableGenerator
 
 TOLERANCE = 1e-4
 PREFIX = tuple(range(100, 140))

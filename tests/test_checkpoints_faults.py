@@ -12,8 +12,8 @@ import torch
 from loop_runs import StopAfter, start, steps_of, weights
 
 from rlrag.errors import CheckpointError
-from rlrag.training.checkpoints import CheckpointStore
-from rlrag.training.reporting import following
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.reporting import following
 
 DAMAGES = ["truncated", "altered", "missing", "without manifest", "torn manifest", "unlisted"]
 
@@ -152,9 +152,9 @@ import torch
 from rlrag.config import RunConfig, TrainingConfig
 from rlrag.errors import CheckpointError
 from rlrag.training.loop import TrainingLoop
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 from rlrag.training.trainer import Trainer
-from rlrag.training.workers import SingleWorker
+from rlrag.training.distributed.workers import SingleWorker
 
 class Counting(Trainer):
     num_steps = 6

@@ -12,11 +12,11 @@ from rlrag.cli.train import TrainArguments
 from rlrag.cli.train import config_of as resolve
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError
-from rlrag.generation.transformers_backend import TransformersGenerator
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.recipes import RECIPES
-from rlrag.training.checkpoints import CheckpointStore
-from rlrag.training.forking import check_start, starting_weights
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.forking import check_start, starting_weights
 
 
 def forked(config: RunConfig, checkpoint: Path, **sections) -> RunConfig:

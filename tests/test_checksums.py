@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from rlrag import checksums
-from rlrag.checksums import checksum, difference
+from rlrag.files import checksums
+from rlrag.files.checksums import checksum, difference
 
 
 @pytest.fixture

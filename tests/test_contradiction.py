@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlrag.evaluation.contradiction import contradiction
+from rlrag.evaluation.probe.contradiction import contradiction
 from rlrag.records import Passage, Question
 
 GOLD = [

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from rlrag.data import factbook_answers as answers
 from rlrag.data.corpus import DiskCorpus
-from rlrag.data.factbook import (
+from rlrag.data.factbook import answers
+from rlrag.data.factbook.passages import (
     clean_html,
     factbook_countries,
     factbook_fingerprint,
     factbook_passages,
 )
-from rlrag.data.factbook_questions import (
+from rlrag.data.factbook.questions import (
     MAX_ANSWER_WORDS,
     QUESTION_KINDS,
     factbook_questions,

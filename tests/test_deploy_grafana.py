@@ -17,10 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from tiny_models import save_tiny_encoder
 
 from rlrag.config import RunConfig
-from rlrag.serving.metrics import Metrics
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.prometheus import PrometheusLog
+from rlrag.serving.http.metrics import Metrics
 from rlrag.serving.records import Routing
-from rlrag.training.prometheus_log import PrometheusLog
-from rlrag.training.run_directory import RunDirectory
 
 FOLDER = Path(__file__).parents[1] / "deploy" / "grafana"
 FUNCTIONS = {"sum", "rate", "deriv", "histogram_quantile"}

@@ -31,7 +31,7 @@ from rlrag.cli.doctor.program import main
 from rlrag.cli.doctor.ray_cluster import check_cluster
 from rlrag.config import BETTER_GENERATOR, GeneratorConfig, RunConfig, TrainingConfig
 from rlrag.errors import ConfigError, RlragError, SetupError
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from rlrag.evaluation.agreement import Agreement
+from rlrag.evaluation.judge.agreement import Agreement
 
 
 def test_kappa_by_hand():

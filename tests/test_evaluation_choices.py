@@ -12,7 +12,7 @@ from test_evaluation_systems import run, three_questions
 
 from rlrag.evaluation.baselines import UNTRAINED, Baseline, baselines_to_json
 from rlrag.evaluation.choices import MIN_QUESTIONS, Choices
-from rlrag.evaluation.report import render_report
+from rlrag.evaluation.report.page import render_report
 
 
 def picks(*parts: tuple[tuple[int, ...], int]) -> np.ndarray:

@@ -11,9 +11,9 @@ from rlrag.evaluation.systems import evaluate
 from rlrag.pipeline import open_policy, open_reward
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import AnsweringReward
+from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.retriever_validation import validate_retriever
 from rlrag.training.validation import validate
-from rlrag.training.workers import SingleWorker
 
 
 class RoomForShort(WordPrompts):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from rlrag.config import RunConfig
-from rlrag.evaluation.paired_tests import between_runs, within_run
 from rlrag.evaluation.question_records import (
     EvaluatedQuestion,
     EvaluatedQuestions,
     SystemAnswer,
 )
-from rlrag.evaluation.run_record import RunRecord
+from rlrag.evaluation.report.paired_tests import between_runs, within_run
+from rlrag.evaluation.report.run_record import RunRecord
 
 
 def answer(em: float | None) -> SystemAnswer:

@@ -17,11 +17,11 @@ from rlrag.config import (
 )
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, GenerationError
-from rlrag.evaluation.contradiction import contradictions
 from rlrag.evaluation.picked import Picked, first_picks, seconds_per_question
-from rlrag.evaluation.probe import Probe, ProbeSettings, impossible, measure
-from rlrag.evaluation.probe_table import ProbeTable, render
-from rlrag.evaluation.robustness import GoldQuestions, gold_questions, shuffled
+from rlrag.evaluation.probe.contradiction import contradictions
+from rlrag.evaluation.probe.measures import Probe, ProbeSettings, impossible, measure
+from rlrag.evaluation.probe.robustness import GoldQuestions, gold_questions, shuffled
+from rlrag.evaluation.probe.table import ProbeTable, render
 from rlrag.pipeline import open_reward
 from rlrag.records import Passage, Question
 from rlrag.retrieval.candidates import CandidateTable

@@ -19,7 +19,6 @@ from test_evaluation_systems import LastFirst, three_questions
 from rlrag.config import EnvironmentConfig, EvaluationConfig, RunConfig
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import CheckpointError, DataError, GenerationError
-from rlrag.evaluation.question_browser import SCRIPT
 from rlrag.evaluation.question_records import (
     FOUND_CHARS,
     PICKED_CHARS,
@@ -28,7 +27,8 @@ from rlrag.evaluation.question_records import (
     read_questions,
     shortened,
 )
-from rlrag.evaluation.report import render_report
+from rlrag.evaluation.report.page import render_report
+from rlrag.evaluation.report.question_browser import SCRIPT
 from rlrag.evaluation.systems import Answered, evaluate
 from rlrag.pipeline import open_reward
 from rlrag.records import Generation, Passage, Question

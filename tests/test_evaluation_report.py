@@ -20,8 +20,8 @@ from rlrag.config import (
     RunConfig,
     TrainingConfig,
 )
-from rlrag.evaluation import report_figures
-from rlrag.evaluation.charts import (
+from rlrag.evaluation.report import figures as report_figures
+from rlrag.evaluation.report.charts import (
     BOTTOM,
     LEFT,
     MARKED_POINTS,
@@ -38,9 +38,9 @@ from rlrag.evaluation.charts import (
     thinned,
     tick_label,
 )
-from rlrag.evaluation.report import render_report
-from rlrag.evaluation.run_record import RunRecord, differing_fields, to_json
-from rlrag.training.alarms import Alarm
+from rlrag.evaluation.report.page import render_report
+from rlrag.evaluation.report.run_record import RunRecord, differing_fields, to_json
+from rlrag.runs.alarms import Alarm
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

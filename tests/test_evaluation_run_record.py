@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rlrag.config import OffPolicyConfig, RunConfig, TrainingConfig
-from rlrag.evaluation.report import render_report
-from rlrag.evaluation.run_record import RunRecord
+from rlrag.evaluation.report.page import render_report
+from rlrag.evaluation.report.run_record import RunRecord
 
 
 def test_a_run_on_a_log_draws_no_samples_and_passes_over_the_log():

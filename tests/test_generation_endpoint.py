@@ -33,13 +33,13 @@ from rlrag.cli.doctor.needs import needs_of
 from rlrag.cli.doctor.packages import extras_of
 from rlrag.config import DataConfig, GeneratorConfig, PromptConfig, RetrievalConfig, RunConfig
 from rlrag.errors import ConfigError, GenerationError, GeneratorTimeoutError, SetupError
-from rlrag.generation import endpoint_client
+from rlrag.generation.backends import endpoint_client
+from rlrag.generation.backends.endpoint import EndpointGenerator
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.build import check_scores, open_generator, resolve_config
 from rlrag.generation.cache import CachedGenerator
-from rlrag.generation.endpoint_backend import EndpointGenerator
 from rlrag.generation.identity import endpoint_identity
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.pipeline import open_policy
 from rlrag.records import Passage, Prompt
 from rlrag.serving.endpoint_engine import EndpointEngine
@@ -197,7 +197,7 @@ def test_a_server_that_refuses_unknown_fields_is_asked_without_them(server, open
     ids=["5xx", "429", "408"],
 )
 def test_refusals_for_now_are_repeated(server, open_it, faults, caplog):
-    caplog.set_level(logging.INFO, "rlrag.generation.endpoint_client")
+    caplog.set_level(logging.INFO, "rlrag.generation.backends.endpoint_client")
     server.fault = lambda body, before: faults[before]
     answers = open_it().generate(PROMPTS, SAMPLING)
     assert not any(isinstance(answer, GenerationError) for answer in answers)
@@ -206,7 +206,7 @@ def test_refusals_for_now_are_repeated(server, open_it, faults, caplog):
 
 
 def test_the_pause_that_a_server_wants_is_kept_or_the_answer_given_up(server, open_it, caplog):
-    caplog.set_level(logging.INFO, "rlrag.generation.endpoint_client")
+    caplog.set_level(logging.INFO, "rlrag.generation.backends.endpoint_client")
     soon, late = {"Retry-After": "0.3"}, {"Retry-After": "3600"}
     generator = open_it(request_timeout_s=20)
     generator.generate(PROMPTS[2:3], SAMPLING)

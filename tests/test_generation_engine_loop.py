@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from rlrag.errors import GenerationError, GeneratorTimeoutError
-from rlrag.generation.engine_loop import EngineLoop
+from rlrag.generation.backends.engine_loop import EngineLoop
+from rlrag.generation.backends.stepping import BatchStepper, Stepper, Update
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.stepping import BatchStepper, Stepper, Update
-from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.records import Prompt
 
 PATIENCE_S = 20.0

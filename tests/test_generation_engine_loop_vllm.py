@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlrag.generation.engine_loop import EngineLoop
+from rlrag.generation.backends.engine_loop import EngineLoop
+from rlrag.generation.backends.stepping import Stepper, Update
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.stepping import Stepper, Update
 from rlrag.records import Prompt
 
 
@@ -42,7 +42,7 @@ class VllmTrial:
 
     def __init__(self, model_dir: Path) -> None:
         from rlrag.config import GeneratorConfig
-        from rlrag.generation.vllm_backend import VllmGenerator
+        from rlrag.generation.backends.vllm import VllmGenerator
 
         config = GeneratorConfig(dtype="float32", batch_size=2, max_model_len=512)
         self._generator = VllmGenerator(model_dir, config)
@@ -91,7 +91,7 @@ def test_a_vllm_engine_streams_what_it_generates_and_frees_the_slots_of_who_leav
     from tiny_models import save_vllm_llama
 
     from rlrag.config import GeneratorConfig
-    from rlrag.generation.vllm_backend import vllm_environment
+    from rlrag.generation.backends.vllm import vllm_environment
 
     environment = {**vllm_environment(GeneratorConfig()), "OMP_NUM_THREADS": "1"}
     make = ray.remote(num_cpus=0.5, runtime_env={"env_vars": environment})(VllmTrial)

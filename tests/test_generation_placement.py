@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group_table
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GeneratorTimeoutError
-from rlrag.generation.pool import GeneratorPool
+from rlrag.generation.pool.start import GeneratorPool
 from rlrag.generation.protocol import Sampling, TokenCount
 from rlrag.records import Generation, Prompt
 

@@ -11,12 +11,14 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, Ra
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError
-from rlrag.generation import dispatch, engine_actor, pool_calls
-from rlrag.generation.awaited import awaited
-from rlrag.generation.engine_actor import Actors, EngineActor, Member, Standing
-from rlrag.generation.pool_client import PoolClient
+from rlrag.generation.pool import actor as engine_actor
+from rlrag.generation.pool import calls as pool_calls
+from rlrag.generation.pool import dispatch
+from rlrag.generation.pool.actor import Actors, EngineActor, Member, Standing
+from rlrag.generation.pool.client import PoolClient
+from rlrag.generation.pool.weights import WeightsTag
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.weight_store import WeightsTag
+from rlrag.generation.waits import awaited
 from rlrag.records import Generation, Prompt
 
 DIE, RAISE, HANG, REFUSE = 9001, 9002, 9003, 9004

@@ -22,7 +22,7 @@ from rlrag.errors import ConfigError, ModelNotFoundError, PromptTooLongError
 from rlrag.generation.build import open_generator
 from rlrag.generation.decoding import cut_at_stop
 from rlrag.generation.prompts import PromptBuilder, cut_lengths, lacks_first_token, load_tokenizer
-from rlrag.models import resolve_model
+from rlrag.models.directories import resolve_model
 from rlrag.records import Passage, Question
 
 EXAMPLE = FewShotExample(title="Sky", text="It is blue.", question="colour?", answer="blue")

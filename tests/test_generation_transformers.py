@@ -11,9 +11,9 @@ import torch
 
 from rlrag.config import GeneratorConfig, PromptConfig
 from rlrag.errors import ConfigError, GenerationError, ModelNotFoundError
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.build import check_positions, measure_speed, open_engine
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.records import Prompt
 
 TOLERANCE = 1e-4

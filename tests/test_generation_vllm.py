@@ -9,14 +9,14 @@ import pytest
 
 from rlrag.config import BUILTIN_CORPUS, FewShotExample, GeneratorConfig, PromptConfig, RunConfig
 from rlrag.errors import GenerationError, SetupError
-from rlrag.generation.build import open_generator, resolve_config
-from rlrag.generation.chunks import parts_within
-from rlrag.generation.protocol import Sampling
-from rlrag.generation.vllm_backend import (
+from rlrag.generation.backends.vllm import (
     answer_logp,
     check_compiler,
     vllm_environment,
 )
+from rlrag.generation.build import open_generator, resolve_config
+from rlrag.generation.chunks import parts_within
+from rlrag.generation.protocol import Sampling
 from rlrag.records import Prompt
 
 TOLERANCE_PER_TOKEN = 1e-2

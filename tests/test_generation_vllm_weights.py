@@ -12,13 +12,13 @@ from tiny_models import save_family, save_vllm_llama
 
 from rlrag.config import GeneratorConfig, GeneratorTrainingConfig, PromptConfig
 from rlrag.errors import GenerationError
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.build import open_generator
-from rlrag.generation.pool_client import PoolClient
+from rlrag.generation.pool.client import PoolClient
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.records import Prompt
-from rlrag.training.generator_model import TrainableGenerator
+from rlrag.training.learners.generator_model import TrainableGenerator
 
 TOLERANCE = 1e-3
 NUM_PUSHES = 8

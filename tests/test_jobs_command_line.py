@@ -26,7 +26,7 @@ from rlrag.errors import (
     RunDirectoryError,
 )
 from rlrag.recipes import RECIPES
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 Program = Callable[[Sequence[str]], None]

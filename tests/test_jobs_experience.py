@@ -21,7 +21,7 @@ from rlrag.data.load import load_questions
 from rlrag.errors import ConfigError, DataError, RunDirectoryError
 from rlrag.pipeline import candidates_of, open_library, open_policy
 from rlrag.recipes import RECIPES
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 

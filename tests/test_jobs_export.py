@@ -28,8 +28,8 @@ from rlrag.config import (
 from rlrag.errors import CheckpointError, ConfigError, DataError
 from rlrag.generation.build import open_generator
 from rlrag.pipeline import open_evaluation_data, open_library, open_policy, open_reward
-from rlrag.training.checkpoints import CheckpointStore
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.directory import RunDirectory
 
 NUM_QUESTIONS = 24
 NUM_STEPS = 4

@@ -8,7 +8,7 @@ from rlrag.cli import evaluate, export, judge, probe, train
 from rlrag.cli.opened_bundle import only_writer
 from rlrag.config import RunConfig
 from rlrag.errors import InUseError, RunDirectoryError
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 
 
 def test_a_run_directory_in_use_is_refused_and_its_run_kept(tmp_path):

@@ -18,7 +18,7 @@ from rlrag.config import (
     TrainingConfig,
 )
 from rlrag.errors import ConfigError, DataError, EpisodeError
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 
 
 def _no_room():

@@ -25,9 +25,9 @@ from rlrag.config import (
     TrainingConfig,
 )
 from rlrag.errors import CheckpointError, ConfigError, DataError
-from rlrag.evaluation.mirage import SHARES
 from rlrag.evaluation.picked import first_picks, policy_picks
-from rlrag.evaluation.probe import MEASURES
+from rlrag.evaluation.probe.measures import MEASURES
+from rlrag.evaluation.probe.mirage import SHARES
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
 from rlrag.pipeline import open_evaluation_data, open_library, open_policy
 from rlrag.retrieval.candidates import CandidateTable

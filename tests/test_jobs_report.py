@@ -14,7 +14,7 @@ from test_evaluation_report import evaluation
 from rlrag.cli import report
 from rlrag.config import DROConfig, RunConfig
 from rlrag.errors import ConfigError, DataError
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,8 +17,8 @@ from rlrag.config import EnvironmentConfig, GeneratorConfig, RunConfig, Training
 from rlrag.errors import ConfigError
 from rlrag.evaluation.question_records import questions_path, read_questions
 from rlrag.pipeline import open_policy
-from rlrag.training.reporting import LEGEND
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.reporting import LEGEND
 
 
 def evaluate_words(folder: Path, bundle: Path, output: Path, *extra: str) -> list[str]:

@@ -13,7 +13,7 @@ from rlrag.bundle import load_bundle
 from rlrag.cli import train
 from rlrag.cli.rounds import OTHERS, RETRIEVER, Trained, config_of_turn, join_metrics
 from rlrag.config import RetrievalConfig, RunConfig, SelectorConfig, TrainingConfig
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 
 JOINT = RunConfig(
     recipe="joint",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlrag.errors import DataError
-from rlrag.evaluation.mirage import SHARES, loosely_right, mirage
+from rlrag.evaluation.probe.mirage import SHARES, loosely_right, mirage
 
 PATTERNS = list(itertools.product((0, 1), repeat=3))
 

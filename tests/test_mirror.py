@@ -13,13 +13,13 @@ from loop_runs import StopAfter, changed, start, steps_of, weights
 from mirrored_runs import Run, content, mirrored_config
 from pydantic import ValidationError
 
-import rlrag.training.mirror as mirror_module
+import rlrag.runs.mirror as mirror_module
 from rlrag.config import RunConfig
 from rlrag.errors import RunDirectoryError, SetupError
-from rlrag.remote_storage import RemoteDirectory
-from rlrag.storage import whole_directory
-from rlrag.training.mirror import Mirror, mirrored
-from rlrag.training.run_directory import RunDirectory
+from rlrag.files.directories import whole_directory
+from rlrag.files.remote import RemoteDirectory
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.mirror import Mirror, mirrored
 
 WAIT_S = 60.0
 

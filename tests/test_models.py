@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlrag import models
 from rlrag.config import BUILTIN_ENCODER, BUILTIN_VOCABULARY_ENCODER
 from rlrag.errors import ModelNotFoundError, SetupError
-from rlrag.models import resolve_device, resolve_dtype, resolve_model, weights_hash
+from rlrag.models import directories as models
+from rlrag.models.directories import resolve_device, resolve_dtype, resolve_model, weights_hash
 
 
 def write_model(directory: Path, weight: float = 1.0) -> Path:
@@ -57,7 +57,7 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name, tmp_path):
 def test_a_name_that_nothing_answers_to_is_refused_with_the_ways_out(tmp_path):
     """The hub is switched off before its library is imported, hence the process of its own."""
     script = (
-        "import sys; from pathlib import Path; from rlrag.models import resolve_model\n"
+        "import sys; from pathlib import Path; from rlrag.models.directories import resolve_model\n"
         "from rlrag.errors import ModelNotFoundError\n"
         "try: resolve_model('nobody/nothing', Path(sys.argv[1]))\n"
         "except ModelNotFoundError as error: print(error)"

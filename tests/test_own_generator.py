@@ -22,14 +22,14 @@ from rlrag.cli.command_line import run_program
 from rlrag.cli.doctor.needs import needs_of
 from rlrag.config import GeneratorConfig, PromptConfig, RunConfig
 from rlrag.errors import ConfigError, GenerationError, SetupError
+from rlrag.generation.backends.engine_loop import EngineLoop
+from rlrag.generation.backends.stepping import BatchStepper, Update
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.build import check_scores, open_engine, open_generator
-from rlrag.generation.engine_loop import EngineLoop
 from rlrag.generation.identity import own_identity
 from rlrag.generation.plugin import PluginGenerator
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.generation.stepping import BatchStepper, Update
-from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.records import Generation, Prompt, Score
 from rlrag.rewards.builtin import BUILTIN_REWARDS
 from rlrag.serving.generating import GeneratorPart, engine_config
@@ -389,7 +389,7 @@ def test_the_contract_of_rewards_can_be_broken(name, message, tmp_path, monkeypa
 
 
 def test_on_ray_each_actor_makes_it_by_its_name(module, model_dir, tmp_path, monkeypatch):
-    from rlrag.generation import pool
+    from rlrag.generation.pool import start as pool
 
     made = []
 

@@ -15,22 +15,22 @@ from tiny_models import save_tiny_encoder
 
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, TrainerError
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.directory import RunDirectory
 from rlrag.testing import check_trainer, sample_context
 from rlrag.training.budget import estimate_budget
-from rlrag.training.checkpoints import CheckpointStore
+from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.launch import open_trainer
 from rlrag.training.loop import TrainingLoop
 from rlrag.training.plan import describe_plan
-from rlrag.training.run_directory import RunDirectory
 from rlrag.training.trainer import TrainerContext
-from rlrag.training.workers import SingleWorker
 
 SELF_CRITICAL = "examples.own_trainer:SelfCritical"
 
 SOURCE = """
 import torch
 from rlrag.training.trainer import Trainer
-from rlrag.training.workers import TorchWorkers
+from rlrag.training.distributed.workers import TorchWorkers
 
 class Counts(Trainer):
     num_steps, best_by = 6, "validation/score"

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from rlrag.errors import InUseError
-from rlrag.path_lock import held, this_process
+from rlrag.files.locks import held, this_process
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from rlrag.path_lock import held
+from rlrag.files.locks import held
 
 with held(Path(sys.argv[1]), "the place", print, 0.05):
     print("held", flush=True)
@@ -148,7 +148,7 @@ _RACE = """
 import os, sys, time
 from pathlib import Path
 from rlrag.errors import InUseError
-from rlrag.path_lock import held
+from rlrag.files.locks import held
 
 folder = Path(sys.argv[1])
 children = []

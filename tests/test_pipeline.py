@@ -20,7 +20,7 @@ from rlrag.pipeline import (
     open_training_data,
     other_retrievers,
 )
-from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
+from rlrag.retrieval.trainable.sentence_encoder import TrainableTextEncoder
 
 
 @pytest.fixture(scope="module")

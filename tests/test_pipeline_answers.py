@@ -15,7 +15,7 @@ from serve_bundles import NUM_CANDIDATES, NUM_SELECTED, make_bundle
 import rlrag
 from rlrag.errors import CheckpointError, ConfigError, PromptTooLongError, RequestError
 from rlrag.pipeline import Answer
-from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
+from rlrag.retrieval.trainable.sentence_encoder import TrainableTextEncoder
 
 QUESTION = "what does the lamp hold?"
 

@@ -25,14 +25,14 @@ from rlrag.cli import train
 from rlrag.cli.command_line import exit_code
 from rlrag.config import RunConfig
 from rlrag.errors import PreemptedError
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.pipeline import TrainingData
 from rlrag.records import Generation, Prompt, Score
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.preemption import ended_between_steps, ended_by_sigterm, interruptible
 from rlrag.testing.thread_workers import make_group, run_together
-from rlrag.training.checkpoints import CheckpointStore
-from rlrag.training.preemption import ended_between_steps, ended_by_sigterm, interruptible
-from rlrag.training.run_directory import RunDirectory
 
 OFF_POLICY = {"refresh_every": 2, "passes": 2, "baseline": "none"}
 
@@ -239,8 +239,8 @@ def test_another_thread_runs_without_signals(tmp_path):
 _TWICE = """
 import os, signal, sys, time
 from pathlib import Path
-from rlrag.training.preemption import ended_between_steps, ended_by_sigterm, interruptible
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.preemption import ended_between_steps, ended_by_sigterm, interruptible
+from rlrag.runs.directory import RunDirectory
 
 def ask():
     os.kill(os.getpid(), signal.SIGTERM)

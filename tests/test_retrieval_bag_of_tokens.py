@@ -13,9 +13,9 @@ from scipy.sparse import csr_array
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, DataError, IndexMismatchError, SetupError
 from rlrag.records import Passage
-from rlrag.retrieval import bag_of_tokens, sparse_rows
-from rlrag.retrieval.bag_of_tokens import open_bag_of_tokens
-from rlrag.retrieval.sparse_rows import SparseRows
+from rlrag.retrieval.vocabulary import bag_of_tokens, sparse_rows
+from rlrag.retrieval.vocabulary.bag_of_tokens import open_bag_of_tokens
+from rlrag.retrieval.vocabulary.sparse_rows import SparseRows
 
 NUM_WORDS = 40
 

@@ -9,7 +9,7 @@ from rlrag.config import SelectorConfig
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.records import Passage
 from rlrag.retrieval.cut_tokens import cut_share
-from rlrag.retrieval.encoder import TextEncoder
+from rlrag.retrieval.dense.encoder import TextEncoder
 from rlrag.selection.unread import count_unread, unread_warning
 
 

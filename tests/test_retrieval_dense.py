@@ -11,18 +11,18 @@ import pytest
 from rlrag.config import BUILTIN_ENCODER, RetrievalConfig
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, DataError, IndexMismatchError, SetupError
-from rlrag.models import resolve_model
+from rlrag.models.directories import resolve_model
 from rlrag.records import Passage
-from rlrag.retrieval import vector_index as vector_index_module
-from rlrag.retrieval import vectors as vectors_module
 from rlrag.retrieval.chunked_build import PROGRESS_FILE
-from rlrag.retrieval.dense import DenseRetriever
-from rlrag.retrieval.encoder import EncoderIdentity, TextEncoder
+from rlrag.retrieval.dense import index as vector_index_module
+from rlrag.retrieval.dense import vectors as vectors_module
+from rlrag.retrieval.dense.encoder import EncoderIdentity, TextEncoder
+from rlrag.retrieval.dense.index import open_index
+from rlrag.retrieval.dense.search import DenseRetriever
+from rlrag.retrieval.dense.vectors import VECTORS_FILE, open_vectors
 from rlrag.retrieval.manifest import Manifest
 from rlrag.retrieval.protocol import Retriever
-from rlrag.retrieval.trainable import Role
-from rlrag.retrieval.vector_index import open_index
-from rlrag.retrieval.vectors import VECTORS_FILE, open_vectors
+from rlrag.retrieval.trainable.protocol import Role
 
 
 class WordEncoder:

@@ -13,13 +13,13 @@ from rlrag.config import RetrievalConfig
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.records import Passage
 from rlrag.retrieval.build import open_retrievers
-from rlrag.retrieval.dense import DenseRetriever
-from rlrag.retrieval.late_parametric import (
+from rlrag.retrieval.dense.search import DenseRetriever
+from rlrag.retrieval.trainable.late_parametric import (
     FrozenIndex,
     LateParametricRetriever,
     RetrieverProposals,
 )
-from rlrag.retrieval.trainable import Embedded, Role
+from rlrag.retrieval.trainable.protocol import Embedded, Role
 
 SIZE = 16
 WORDS = ("red", "green", "blue", "old", "new", "boat", "house", "tree", "fish", "bird", "stone")

@@ -17,9 +17,9 @@ from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, IndexMismatchError, SetupError
 from rlrag.records import Passage
 from rlrag.retrieval.build import RetrieverSet, open_retrievers
-from rlrag.retrieval.encoder import EncoderIdentity
+from rlrag.retrieval.dense.encoder import EncoderIdentity
 from rlrag.retrieval.manifest import Manifest, check_manifest, staged_directory
-from rlrag.retrieval.trainable import Role
+from rlrag.retrieval.trainable.protocol import Role
 
 SMALL_IVFPQ = {"index": "ivfpq", "ivf_lists": 4, "pq_bytes": 4}
 

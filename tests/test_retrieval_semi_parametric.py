@@ -18,21 +18,21 @@ from rlrag.config import RetrievalConfig
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.data.sample import sample_corpus, sample_questions
 from rlrag.errors import ConfigError, IndexMismatchError
-from rlrag.retrieval import semi_parametric
-from rlrag.retrieval.bag_of_tokens import open_bag_of_tokens
 from rlrag.retrieval.build import RetrieverSet, open_retrievers, open_vocabulary_encoder
 from rlrag.retrieval.chunked_build import PROGRESS_FILE
-from rlrag.retrieval.encoder import EncoderIdentity
-from rlrag.retrieval.late_parametric import FrozenIndex, LateParametricRetriever
+from rlrag.retrieval.dense.encoder import EncoderIdentity
 from rlrag.retrieval.protocol import Retriever
-from rlrag.retrieval.semi_parametric import (
+from rlrag.retrieval.trainable.late_parametric import FrozenIndex, LateParametricRetriever
+from rlrag.retrieval.trainable.protocol import Role
+from rlrag.retrieval.vocabulary import semi_parametric
+from rlrag.retrieval.vocabulary.bag_of_tokens import open_bag_of_tokens
+from rlrag.retrieval.vocabulary.encoder import VocabularyEncoder
+from rlrag.retrieval.vocabulary.semi_parametric import (
     SemiParametricRetriever,
     open_vocabulary_vectors,
     vocabulary_manifest,
 )
-from rlrag.retrieval.sparse_rows import SparseRows
-from rlrag.retrieval.trainable import Role
-from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
+from rlrag.retrieval.vocabulary.sparse_rows import SparseRows
 
 QUESTIONS = [question.question for question in sample_questions()][:6]
 CORPUS = MemoryCorpus(sample_corpus())

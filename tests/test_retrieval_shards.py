@@ -17,12 +17,12 @@ from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, IndexMismatchError, RetrievalError
 from rlrag.records import Passage
 from rlrag.retrieval.build import open_retrievers
-from rlrag.retrieval.dense import DenseRetriever, ShardedDenseRetriever
-from rlrag.retrieval.encoder import EncoderIdentity
+from rlrag.retrieval.dense.encoder import EncoderIdentity
+from rlrag.retrieval.dense.search import DenseRetriever, ShardedDenseRetriever
+from rlrag.retrieval.dense.shards import ShardSource, VectorShard, merge, shard_sources
 from rlrag.retrieval.manifest import Manifest
 from rlrag.retrieval.protocol import Hits
-from rlrag.retrieval.shards import ShardSource, VectorShard, merge, shard_sources
-from rlrag.retrieval.trainable import Role
+from rlrag.retrieval.trainable.protocol import Role
 
 NUM_PASSAGES, SIZE = 203, 8
 

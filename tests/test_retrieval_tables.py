@@ -15,9 +15,9 @@ from rlrag.records import Passage, Question
 from rlrag.retrieval import tables as tables_module
 from rlrag.retrieval.build import open_retrievers
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.retrieval.encoder import EncoderIdentity
+from rlrag.retrieval.dense.encoder import EncoderIdentity
 from rlrag.retrieval.tables import candidate_table
-from rlrag.retrieval.trainable import Role
+from rlrag.retrieval.trainable.protocol import Role
 
 
 class WordEncoder:

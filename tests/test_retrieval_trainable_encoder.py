@@ -11,9 +11,9 @@ from tiny_models import save_tiny_encoder
 
 from rlrag.data.sample import sample_corpus
 from rlrag.errors import ConfigError
-from rlrag.models import weights_hash
-from rlrag.retrieval.encoder import TextEncoder
-from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
+from rlrag.models.directories import weights_hash
+from rlrag.retrieval.dense.encoder import TextEncoder
+from rlrag.retrieval.trainable.sentence_encoder import TrainableTextEncoder
 
 MAX_TOKENS = 24
 TEXTS = ["one", *(passage.text for passage in list(sample_corpus())[:6]), "two words"]

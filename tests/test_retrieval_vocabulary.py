@@ -14,11 +14,11 @@ from tiny_models import save_tiny_llama, save_tiny_masked_lm, save_word_pieces
 
 from rlrag.config import BUILTIN_VOCABULARY_ENCODER
 from rlrag.errors import ConfigError, DataError
-from rlrag.models import resolve_model
-from rlrag.retrieval import vocabulary_space
+from rlrag.models.directories import resolve_model
 from rlrag.retrieval.role_directories import has_encoder_each
-from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
-from rlrag.retrieval.vocabulary_space import elu1p, max_logits, sparsified
+from rlrag.retrieval.vocabulary import space as vocabulary_space
+from rlrag.retrieval.vocabulary.encoder import VocabularyEncoder
+from rlrag.retrieval.vocabulary.space import elu1p, max_logits, sparsified
 
 TEXTS = (
     "Niamey is the capital of Niger.",

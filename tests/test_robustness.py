@@ -11,7 +11,7 @@ import pytest
 
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, DataError
-from rlrag.evaluation.robustness import (
+from rlrag.evaluation.probe.robustness import (
     GoldContext,
     by_setting,
     gold_at_places,

@@ -16,12 +16,12 @@ from tiny_models import save_tiny_encoder, save_tiny_llama
 
 from rlrag.config import SelectorConfig
 from rlrag.errors import CheckpointError, ConfigError, PromptTooLongError
+from rlrag.files.directories import load_weights, save_weights
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.branches import lay_out, read_branches, read_prompts
 from rlrag.selection.build import build_policy
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.selection.listwise_prompt import RankingPrompt, Rankings
-from rlrag.storage import load_weights, save_weights
 
 MAX_TOKENS = 12
 TOLERANCE = 1e-5

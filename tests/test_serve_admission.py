@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from rlrag.errors import OverloadedError
-from rlrag.serving.limits import Admission
-from rlrag.serving.metrics import Metrics
+from rlrag.serving.http.limits import Admission
+from rlrag.serving.http.metrics import Metrics
 
 
 async def hold(room: Admission, release: asyncio.Event, order: list[int], name: int) -> None:

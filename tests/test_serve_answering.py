@@ -12,7 +12,7 @@ from serve_stand_ins import Parts, Served
 from rlrag.data.feedback import FeedbackStore, read_feedback
 from rlrag.errors import GenerationError, OverloadedError, PromptTooLongError, RequestError
 from rlrag.serving.answering import Answered
-from rlrag.serving.problems import DeadlineError
+from rlrag.serving.http.problems import DeadlineError
 from rlrag.serving.questions import decoding_of
 from rlrag.serving.records import Decoding, Filters, Routing
 from rlrag.serving.stages import Chosen

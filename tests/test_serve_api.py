@@ -11,7 +11,7 @@ import pytest
 from serve_stand_ins import Served
 
 from rlrag.errors import GenerationError, OverloadedError, RequestError
-from rlrag.serving import answer_routes
+from rlrag.serving.http import answer_routes
 from rlrag.serving.records import Routing
 
 QUESTION = "what?"  # the ranking begins with passage 5

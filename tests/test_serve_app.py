@@ -24,8 +24,8 @@ from serve_load import stop
 
 from rlrag.errors import CheckpointError, ConfigError, SetupError
 from rlrag.serving.app import NotServableError, build
-from rlrag.serving.listening import check_free, url_of_running
-from rlrag.serving.proxy import PROXY_VARIABLES
+from rlrag.serving.http.listening import check_free, url_of_running
+from rlrag.serving.http.proxy import PROXY_VARIABLES
 from rlrag.serving.settings import parse_settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"

@@ -14,9 +14,9 @@ from rlrag.bundle import add_evaluation
 from rlrag.bundle_files import Evaluated, GoldenQuestion, read_bundle
 from rlrag.errors import CheckpointError, RequestError
 from rlrag.records import Passage
-from rlrag.serving.director import Bounds, Director
 from rlrag.serving.records import AnswerPiece, Decoding, Filters, Picked, Retrieved
-from rlrag.serving.versions import PARTS, Report
+from rlrag.serving.versions.director import Bounds, Director
+from rlrag.serving.versions.registry import PARTS, Report
 
 GOLDEN = tuple(
     GoldenQuestion(f"q{n}", f"question {n}", f"answer to question {n}", ("p1", "p0"), -1.0)

@@ -15,10 +15,10 @@ from ray.exceptions import OutOfMemoryError
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, OverloadedError
-from rlrag.generation.engine_loop import EngineLoop
+from rlrag.generation.backends.engine_loop import EngineLoop
+from rlrag.generation.backends.stepping import Update
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.stepping import Update
-from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.records import Prompt
 from rlrag.serving import engine_process
 from rlrag.serving.engine_process import EngineClient, EngineProcess, open_engine_process

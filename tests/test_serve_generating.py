@@ -22,10 +22,10 @@ from rlrag.errors import (
     RequestError,
     SetupError,
 )
+from rlrag.generation.backends.stepping import Update
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.stepping import Update
-from rlrag.models import weights_hash
+from rlrag.models.directories import weights_hash
 from rlrag.pipeline import open_policy
 from rlrag.records import Passage, Prompt, Question
 from rlrag.serving.generating import GeneratorPart, decoded_so, engine_config

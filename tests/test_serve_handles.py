@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError
 from rlrag.errors import OverloadedError, RequestError
 from rlrag.serving.handles import RayPipeline, tell_registry
 from rlrag.serving.records import AnswerPiece, Decoding, Filters, Routing
-from rlrag.serving.versions import Report, Wanted
+from rlrag.serving.versions.registry import Report, Wanted
 
 Outcome = Any
 """What a call gives: an exception is raised, a callable is awaited, all else is returned."""

@@ -13,7 +13,7 @@ from serve_stand_ins import Served
 from starlette.types import Message
 
 from rlrag.errors import ConfigError
-from rlrag.serving.limits import Keys, read_keys
+from rlrag.serving.http.limits import Keys, read_keys
 
 ADMIN = {"Authorization": "Bearer admin-key"}
 

@@ -13,7 +13,7 @@ from page_visits import Site, contrast_failures, needs_chromium, open_site
 from question_files import EVIL, few_questions, many_questions
 from test_evaluation_report import run
 
-from rlrag.evaluation.report import render_report
+from rlrag.evaluation.report.page import render_report
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rlrag.serving import connections
-from rlrag.serving.proxy import PROXY_VARIABLES, ProxyProblems, layers
+from rlrag.serving.http import connections
+from rlrag.serving.http.proxy import PROXY_VARIABLES, ProxyProblems, layers
 
 
 async def says_nothing(scope: Scope, receive: Receive, send: Send) -> None:

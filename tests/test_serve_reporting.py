@@ -9,8 +9,8 @@ import pytest
 
 from rlrag.errors import CheckpointError, OverloadedError
 from rlrag.serving.records import Routing
-from rlrag.serving.reporting import PartReporter, RoutingReporter
-from rlrag.serving.versions import Report, Wanted
+from rlrag.serving.versions.registry import Report, Wanted
+from rlrag.serving.versions.replicas import PartReporter, RoutingReporter
 
 
 class PartInMemory:

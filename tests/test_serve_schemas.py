@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 from serve_stand_ins import Served, settings_of
 
-from rlrag.serving.openai_schemas import ChatRequest
-from rlrag.serving.problems import problem_of
-from rlrag.serving.schemas import AnswerRequest, AnswersRequest, BundleRequest, FeedbackRequest
+from rlrag.serving.http.openai_schemas import ChatRequest
+from rlrag.serving.http.problems import problem_of
+from rlrag.serving.http.schemas import AnswerRequest, AnswersRequest, BundleRequest, FeedbackRequest
 from rlrag.serving.service import filters_of
 
 

@@ -17,8 +17,8 @@ from schemathesis.engine import Status, events, from_schema
 from serve_stand_ins import Served
 
 from rlrag.data.feedback import FeedbackStore, SelectionEvent
+from rlrag.serving.http.schemas import EXAMPLE_ID
 from rlrag.serving.records import Routing
-from rlrag.serving.schemas import EXAMPLE_ID
 
 NUM_CASES = 2000
 NUM_EXAMPLES = 50  # of an operation in one phase; there are some 20 operations and several phases

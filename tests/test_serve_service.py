@@ -50,7 +50,7 @@ def service(bundles, tmp_path_factory) -> Iterator[httpx.Client]:
     from ray import serve as ray_serve
 
     from rlrag.serving.app import build
-    from rlrag.serving.proxy import PROXY_VARIABLES
+    from rlrag.serving.http.proxy import PROXY_VARIABLES
 
     folder = tmp_path_factory.mktemp("state")
     keys = folder / "admin-keys"

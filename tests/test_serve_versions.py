@@ -7,7 +7,7 @@ from stand_ins import fill_disk
 
 from rlrag.errors import CheckpointError, RequestError
 from rlrag.serving.records import Routing
-from rlrag.serving.versions import PARTS, SILENT_AFTER_S, Report, VersionRegistry
+from rlrag.serving.versions.registry import PARTS, SILENT_AFTER_S, Report, VersionRegistry
 
 
 class Clock:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from rlrag.sqlite_files import Journal, KeyedTable, on_network
+from rlrag.files.sqlite import Journal, KeyedTable, on_network
 
 NUM_WRITERS, NUM_ROWS = 3, 20
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlrag.errors import CheckpointError
-from rlrag.storage import (
+from rlrag.files.directories import (
     check_whole,
     contiguous,
     delete,
@@ -22,7 +22,7 @@ from rlrag.storage import (
     save_weights,
     whole_directory,
 )
-from rlrag.text_files import delete_rubbish
+from rlrag.files.text import delete_rubbish
 
 
 def write(target: Path, text: str = "first") -> Path:
@@ -90,7 +90,7 @@ def test_an_interrupted_write_leaves_the_old_directory_and_no_remains(tmp_path):
 _KILLED_AT_EACH_OPERATION = """
 import os, signal, sys
 from pathlib import Path
-from rlrag.storage import whole_directory
+from rlrag.files.directories import whole_directory
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree"}
 
@@ -223,7 +223,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from rlrag.errors import CheckpointError
-from rlrag.storage import save_weights, whole_directory
+from rlrag.files.directories import save_weights, whole_directory
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 for kind in ("text", "weights"):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlrag.errors import CheckpointError, SetupError
-from rlrag.remote_storage import RemoteDirectory, open_remote
-from rlrag.storage import check_whole, whole_directory
+from rlrag.files.directories import check_whole, whole_directory
+from rlrag.files.remote import RemoteDirectory, open_remote
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 from mirrored_runs import Run, content, mirrored_config
 from s3_server import S3Server, s3_server
 
-import rlrag.training.mirror as mirror_module
+import rlrag.runs.mirror as mirror_module
 from rlrag.errors import CheckpointError, SetupError
-from rlrag.remote_storage import open_remote
-from rlrag.storage import check_whole, whole_directory
-from rlrag.training.mirror import mirrored
+from rlrag.files.directories import check_whole, whole_directory
+from rlrag.files.remote import open_remote
+from rlrag.runs.mirror import mirrored
 
 
 @pytest.fixture(scope="module")

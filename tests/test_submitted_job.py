@@ -15,10 +15,10 @@ from rlrag.config import RunConfig, SelectorConfig, TrainingConfig
 from rlrag.data.feedback import read_feedback
 from rlrag.data.lines import check_exists
 from rlrag.errors import ConfigError, RlragError
-from rlrag.models import resolve_model
-from rlrag.storage import load_tensors
-from rlrag.training.forking import check_start
-from rlrag.training.run_directory import RunDirectory
+from rlrag.files.directories import load_tensors
+from rlrag.models.directories import resolve_model
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.forking import check_start
 
 ABSENT = "runs/absent"
 EVALUATE = ["--bundle", "/b", "--corpus", "/c", "--questions", "/q", "--output", "e.json"]

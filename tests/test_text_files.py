@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from stand_ins import fill_disk
 
-from rlrag.text_files import whole_file, write_whole
+from rlrag.files.text import whole_file, write_whole
 
 
 def test_a_text_replaces_the_file(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import pytest
 
 from rlrag.config import DataConfig, DROConfig, RunConfig, TrainingConfig
-from rlrag.training.alarms import Alarm, AlarmLimits, Alarms
+from rlrag.runs.alarms import Alarm, AlarmLimits, Alarms
 
 Records = list[dict[str, float]]
 

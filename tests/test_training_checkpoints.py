@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rlrag.errors import CheckpointError
-from rlrag.storage import restore_weights
-from rlrag.training.checkpoints import CheckpointStore, kept_steps
-from rlrag.training.optimizer_state import optimizer_tensors, restore_optimizer
+from rlrag.files.directories import restore_weights
+from rlrag.runs.checkpoints import CheckpointStore, kept_steps
+from rlrag.training.learners.optimizer_state import optimizer_tensors, restore_optimizer
 
 STATE = {"step": 3, "best_step": 2, "best_f1": 0.1 + 0.2, "generator_tokens": 2**40}
 

@@ -11,12 +11,12 @@ from stand_ins import CutPrompts, ReadingGenerator
 
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError, PromptTooLongError
-from rlrag.generation.transformers_backend import TransformersGenerator
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.weights import GeneratorWeights
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.directory import RunDirectory
 from rlrag.testing.thread_workers import make_group, run_together
-from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.parts import open_whole_generator
-from rlrag.training.run_directory import RunDirectory
 
 SIX_STEPS = {"batch_size": 4, "num_epochs": 2, "validate_every": 2, "checkpoint_every": 2}
 

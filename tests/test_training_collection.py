@@ -20,10 +20,10 @@ from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.pipeline import open_policy, open_reward
 from rlrag.records import Passage, Prompt, Question
 from rlrag.testing.thread_workers import make_group, run_together
-from rlrag.training.collection import Collection
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.dro.collection import Collection
 from rlrag.training.experience import Experience
 from rlrag.training.schedule import BatchSchedule
-from rlrag.training.workers import SingleWorker
 
 TABLE = make_table(24)
 

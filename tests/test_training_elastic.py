@@ -10,8 +10,8 @@ from loop_runs import StopAfter, changed, start, steps_of, weights
 
 from rlrag.config import RunConfig
 from rlrag.errors import RunDirectoryError
+from rlrag.runs.directory import RunDirectory
 from rlrag.testing.thread_workers import make_group, run_together
-from rlrag.training.run_directory import RunDirectory
 
 
 def on_workers(config, data, directory, size: int, stop_at: int | None = None):

@@ -11,12 +11,12 @@ from loop_runs import changed, co_training
 from tiny_models import save_family
 
 from rlrag.errors import ConfigError, GenerationError
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
-from rlrag.generation.transformers_backend import TransformersGenerator
-from rlrag.training.engine_check import check_engines
+from rlrag.training.distributed.engine_check import check_engines
+from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.parts import open_trainable_generator
-from rlrag.training.workers import SingleWorker
 
 
 class Stale(TransformersGenerator):

@@ -30,10 +30,10 @@ from rlrag.rewards.composite import RewardModel
 from rlrag.selection.protocol import Draws
 from rlrag.serving.records import Retrieved
 from rlrag.serving.selecting import Choice, SelectorPart
-from rlrag.training.learning_rate import linear_schedule
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.learners.learning_rate import linear_schedule
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.validation import validate
-from rlrag.training.workers import SingleWorker
 
 NUM_STEPS = 6
 

@@ -13,9 +13,9 @@ from stand_ins import make_table
 from rlrag.algorithms.rag_labels import marginal_contributions
 from rlrag.errors import DataError
 from rlrag.testing.thread_workers import make_group, run_together
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.dro.experience_log import ExperienceLog, labels_from_experience
 from rlrag.training.experience import Experience
-from rlrag.training.experience_log import ExperienceLog, labels_from_experience
-from rlrag.training.workers import SingleWorker
 
 
 def batch(rows: list[int], positions, rewards, generator_version: int = 0) -> Experience:

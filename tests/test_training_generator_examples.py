@@ -20,7 +20,7 @@ from rlrag.rewards.answering import AnsweringReward
 from rlrag.rewards.composite import RewardModel
 from rlrag.selection.build import build_policy
 from rlrag.training.experience import ExperienceCollector
-from rlrag.training.generator_examples import thinned, weighted_examples
+from rlrag.training.learners.generator_examples import thinned, weighted_examples
 
 ROWS = np.array([4, 1])
 POSITIONS_BMK = np.array([[[0, 3], [3, 0], [2, 1]], [[4, 2], [0, 1], [1, 0]]])

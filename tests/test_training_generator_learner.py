@@ -14,9 +14,9 @@ from tiny_models import save_tiny_llama
 from rlrag.config import GeneratorTrainingConfig, TrainingConfig
 from rlrag.errors import CheckpointError, NonFiniteLossError
 from rlrag.testing.thread_workers import make_group, run_together
-from rlrag.training.generator_learner import GeneratorLearner, WeightedExample
-from rlrag.training.generator_model import TrainableGenerator
-from rlrag.training.workers import SingleWorker, TorchWorkers
+from rlrag.training.distributed.workers import SingleWorker, TorchWorkers
+from rlrag.training.learners.generator import GeneratorLearner, WeightedExample
+from rlrag.training.learners.generator_model import TrainableGenerator
 
 BETA1 = 0.9  # AdamW's default; its first moment after one step is (1 - BETA1) * gradient
 EXAMPLES = [

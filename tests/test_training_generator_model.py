@@ -12,7 +12,7 @@ from tiny_models import save_tiny_llama
 
 from rlrag.config import GeneratorTrainingConfig
 from rlrag.errors import CheckpointError, ConfigError, GenerationError
-from rlrag.training.generator_model import TrainableGenerator
+from rlrag.training.learners.generator_model import TrainableGenerator
 
 PROMPTS = [tuple(range(10 + i, 13 + 3 * i)) for i in range(1, 9)]  # 2 to 16 tokens
 ANSWERS = [tuple(range(50 + 7 * i, 51 + 7 * i + i % 4)) for i in range(8)]  # 1 to 4 tokens
@@ -224,7 +224,7 @@ def test_merged_tensors_have_the_names_and_shapes_of_the_files(model_dir):
 def test_an_engine_that_took_what_is_published_holds_the_merged_model(
     model_dir, tied_dir, method, dtype, kind
 ):
-    from rlrag.generation.transformers_backend import TransformersGenerator
+    from rlrag.generation.backends.transformers import TransformersGenerator
 
     source, number_format = tied_dir if kind == "tied" else model_dir, getattr(torch, dtype)
     model = make(source, method=method, lora_alpha=6.0)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from rlrag.testing.thread_workers import ThreadWorker, make_group, run_together
-from rlrag.training import gradients
-from rlrag.training.gradients import share_gradient
+from rlrag.training.learners import gradients
+from rlrag.training.learners.gradients import share_gradient
 
 SHAPES = ((2, 3), (4,), (), (5, 1))  # 24, 16, 4 and 20 bytes
 

@@ -17,10 +17,10 @@ from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, DataError, NonFiniteLossError
 from rlrag.pipeline import TrainingData
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
-from rlrag.training.imitation import imitate, orders_of_run
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.dro.imitation import imitate, orders_of_run
 from rlrag.training.parts import TrainedParts
 from rlrag.training.schedule import BatchSchedule
-from rlrag.training.workers import SingleWorker
 
 NUM_QUESTIONS = 6
 

@@ -22,17 +22,17 @@ from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, SetupError
 from rlrag.retrieval.build import open_retrievers
-from rlrag.retrieval.open_trainable import open_trainable_encoder, searched_index
+from rlrag.retrieval.trainable.open import open_trainable_encoder, searched_index
 from rlrag.testing.thread_workers import make_group, run_together
-from rlrag.training import index_refresh
-from rlrag.training.index_refresh import (
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.openrag import index_refresh
+from rlrag.training.openrag.index_refresh import (
     ProcessBuild,
     RefreshedIndex,
     encode_from,
     encode_version,
     open_version,
 )
-from rlrag.training.workers import SingleWorker
 
 QUESTIONS = ["what does the lamp hold?", "which thing has the river got?"]
 

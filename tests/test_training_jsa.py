@@ -18,10 +18,10 @@ from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 from rlrag.config import RunConfig
 from rlrag.errors import DataError, GenerationError
 from rlrag.records import Score
+from rlrag.runs.directory import RunDirectory
 from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.budget import estimate_budget
 from rlrag.training.plan import describe_plan
-from rlrag.training.run_directory import RunDirectory
 
 # 28 questions in batches of 8, four passes.
 NUM_STEPS = 14

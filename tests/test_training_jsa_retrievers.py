@@ -17,10 +17,14 @@ from rlrag.algorithms import jsa
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
 from rlrag.records import Question
-from rlrag.retrieval.encoder import TextEncoder
-from rlrag.retrieval.query_encoder import open_query_encoder, save_with_passages, static_index
-from rlrag.training.jsa_retrievers import JSARetrievers, target_answer
-from rlrag.training.workers import SingleWorker
+from rlrag.retrieval.dense.encoder import TextEncoder
+from rlrag.retrieval.trainable.query_encoder import (
+    open_query_encoder,
+    save_with_passages,
+    static_index,
+)
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.jsa.retrievers import JSARetrievers, target_answer
 
 
 @pytest.fixture(scope="module")

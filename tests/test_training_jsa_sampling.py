@@ -15,9 +15,9 @@ from rlrag.config import JSAConfig
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import GenerationError, RewardError
 from rlrag.records import Passage, Question
-from rlrag.training.jsa_retrievers import Domain
-from rlrag.training.jsa_sampling import PosteriorSampler
-from rlrag.training.passage_judge import Judgement
+from rlrag.training.jsa.retrievers import Domain
+from rlrag.training.jsa.sampling import PosteriorSampler
+from rlrag.training.openrag.passage_judge import Judgement
 
 NUM_STEPS = 64  # so many that each passage of a domain is proposed
 SEEDS = ((0, 1), (0, 2))

@@ -17,10 +17,10 @@ from rlrag.config import DROConfig, TrainingConfig
 from rlrag.errors import NonFiniteLossError, RewardError
 from rlrag.selection.build import build_policy
 from rlrag.selection.plackett_luce import PlackettLucePolicy
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.dro.weights import importance_weights
 from rlrag.training.experience import Experience
-from rlrag.training.learner import SelectorLearner
-from rlrag.training.weighing import importance_weights
-from rlrag.training.workers import SingleWorker
+from rlrag.training.learners.selector import SelectorLearner
 
 BETA1 = 0.9  # AdamW's default; its first moment after one step is (1 - BETA1) * gradient
 NAN = float("nan")

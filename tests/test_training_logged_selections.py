@@ -19,7 +19,7 @@ from rlrag.data.sample import sample_corpus, sample_questions
 from rlrag.errors import ConfigError, DataError
 from rlrag.pipeline import Library, candidates_of
 from rlrag.retrieval.build import open_retrievers
-from rlrag.training.logged_selections import open_logged_data
+from rlrag.training.feedback.selections import open_logged_data
 
 
 @pytest.fixture

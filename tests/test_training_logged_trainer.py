@@ -18,14 +18,14 @@ from stand_ins import make_table
 from benchmarks.feedback import Enumeration, measure
 from rlrag.config import RunConfig
 from rlrag.errors import DataError, NonFiniteLossError
+from rlrag.files.directories import save_weights
 from rlrag.pipeline import open_policy
 from rlrag.rewards.answering import PassageReward
-from rlrag.storage import save_weights
-from rlrag.training.logged_selections import LoggedData, open_logged_data
-from rlrag.training.logged_trainer import LoggedTrainer
+from rlrag.runs.directory import RunDirectory
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.feedback.selections import LoggedData, open_logged_data
+from rlrag.training.feedback.trainer import LoggedTrainer
 from rlrag.training.loop import TrainingLoop
-from rlrag.training.run_directory import RunDirectory
-from rlrag.training.workers import SingleWorker
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_workers_share_a_batch_and_the_held_back_selections(config, data, monkey
     part = data.held_back
     assert part is not None
     whole, mine = alone._log_probs(part), half._log_probs(part)
-    monkeypatch.setattr("rlrag.training.logged_trainer._CHUNK", 7)
+    monkeypatch.setattr("rlrag.training.feedback.trainer._CHUNK", 7)
     assert torch.allclose(alone._log_probs(part), whole)
     assert torch.allclose(mine[::2], 2 * whole[::2])
     assert torch.equal(mine[1::2], torch.zeros_like(mine[1::2]))

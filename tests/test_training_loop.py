@@ -17,11 +17,11 @@ from rlrag.errors import GenerationError, NonFiniteLossError
 from rlrag.evaluation.systems import evaluate
 from rlrag.pipeline import TrainingData, open_reward
 from rlrag.records import Generation, Score
-from rlrag.training.checkpoints import CheckpointStore
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.directory import RunDirectory
+from rlrag.training.distributed.workers import SingleWorker, TorchWorkers
 from rlrag.training.loop import TrainingLoop
-from rlrag.training.run_directory import RunDirectory
 from rlrag.training.trainer import Before, Trainer
-from rlrag.training.workers import SingleWorker, TorchWorkers
 
 
 def test_training_finds_the_passages_that_answer(small_config, training_data, tmp_path):

@@ -20,8 +20,8 @@ from rlrag.errors import CheckpointError, DataError, GenerationError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.records import Question, Score
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.training.offline_stage import describe_pools, run_offline_stage
-from rlrag.training.pools import judging_order, load_pools
+from rlrag.training.openrag.offline_stage import describe_pools, run_offline_stage
+from rlrag.training.openrag.pools import judging_order, load_pools
 from rlrag.training.schedule import openrag_schedule
 
 

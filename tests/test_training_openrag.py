@@ -26,8 +26,8 @@ from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 from rlrag.config import RunConfig
 from rlrag.errors import GenerationError
 from rlrag.records import Generation, Score
+from rlrag.runs.checkpoints import CheckpointStore
 from rlrag.testing.thread_workers import make_group, run_together
-from rlrag.training.checkpoints import CheckpointStore
 from rlrag.training.loop import TrainingLoop
 
 # 24 of 28 questions have both pools: three steps a pass, two passes a stage.

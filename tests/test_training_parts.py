@@ -17,11 +17,11 @@ from rlrag.errors import CheckpointError
 from rlrag.generation.weights import pack_weights
 from rlrag.pipeline import TrainingData
 from rlrag.testing.thread_workers import make_group, run_together
+from rlrag.training.distributed.workers import SingleWorker, Workers
+from rlrag.training.dro.weights import importance_weights
 from rlrag.training.experience import Experience
 from rlrag.training.parts import TrainedParts, open_whole_generator
 from rlrag.training.schedule import BatchSchedule
-from rlrag.training.weighing import importance_weights
-from rlrag.training.workers import SingleWorker, Workers
 
 NUM_QUESTIONS, NUM_SAMPLES, NUM_SELECTED = 4, 3, 2
 CLOCKS = {"generator/tokens_per_s"}

@@ -10,11 +10,11 @@ from stand_ins import CutPrompts, WordPrompts
 
 from rlrag.config import PromptConfig
 from rlrag.errors import DataError, PromptTooLongError, RewardError
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
 from rlrag.generation.protocol import Sampling, TokenCount
-from rlrag.generation.transformers_backend import TransformersGenerator
 from rlrag.records import Generation, Passage, Question, Score
-from rlrag.training.passage_judge import Judgement, PassageJudge
+from rlrag.training.openrag.passage_judge import Judgement, PassageJudge
 
 NAN = float("nan")
 

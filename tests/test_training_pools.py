@@ -17,9 +17,9 @@ from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import CheckpointError, DataError, GenerationError, RewardError
 from rlrag.records import Passage, Question
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.training.offline_stage import describe_pools
-from rlrag.training.passage_judge import Judgement
-from rlrag.training.pools import (
+from rlrag.training.openrag.offline_stage import describe_pools
+from rlrag.training.openrag.passage_judge import Judgement
+from rlrag.training.openrag.pools import (
     FAILED,
     Pools,
     filled_by_gold,
@@ -183,8 +183,8 @@ def test_what_is_saved_loads_back_equal(pools, tmp_path):
 def test_pools_of_another_version_are_named(pools, tmp_path, monkeypatch):
     pools.save(tmp_path / "pools", {})
     older = {"source": "the source", "num_tokens": 1}
-    monkeypatch.setattr("rlrag.training.pools.json.loads", lambda text: older)
-    monkeypatch.setattr("rlrag.training.pools.check_whole", lambda directory: None)
+    monkeypatch.setattr("rlrag.training.openrag.pools.json.loads", lambda text: older)
+    monkeypatch.setattr("rlrag.training.openrag.pools.check_whole", lambda directory: None)
     with pytest.raises(CheckpointError, match="written by another version of rlrag; delete it"):
         Pools.load(tmp_path / "pools", "the source")
 

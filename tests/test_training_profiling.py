@@ -12,8 +12,8 @@ import pytest
 import torch
 from loop_runs import changed, start, weights
 
-from rlrag.training.profiling import StepProfiler, save_ray_timeline
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.profiling import StepProfiler, save_ray_timeline
 
 
 def events(path) -> set[str]:

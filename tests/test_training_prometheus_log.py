@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rlrag.config import RunConfig
 from rlrag.errors import SetupError
-from rlrag.training.prometheus_log import PrometheusLog
-from rlrag.training.reporting import consumers, following
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.prometheus import PrometheusLog
+from rlrag.runs.reporting import consumers, following
 
 CONFIG = changed(RunConfig(recipe="small"), training={"metrics_port": 0})
 

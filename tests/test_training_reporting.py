@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rlrag.errors import SetupError
-from rlrag.training.reporting import (
+from rlrag.runs.reporting import (
     LEGEND,
     ProgressLine,
     TensorBoardLog,
@@ -252,7 +252,7 @@ def test_a_closed_stderr_does_not_stop_the_trackers(tmp_path, monkeypatch):
 
 def test_a_tracker_that_cannot_be_closed_ends_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        "rlrag.training.reporting._LOGS", {"wandb": lambda directory: Failing(), "mlflow": Closed}
+        "rlrag.runs.reporting._LOGS", {"wandb": lambda directory: Failing(), "mlflow": Closed}
     )
     with consumers(["wandb", "mlflow"], tmp_path, 10) as found:
         pass
@@ -264,7 +264,7 @@ def test_a_tracker_that_cannot_be_closed_ends_nothing(tmp_path, monkeypatch, cap
 
 
 def test_a_tracker_that_hangs_is_named_in_bounded_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("rlrag.training.reporting._JOIN_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("rlrag.runs.reporting._JOIN_TIMEOUT_S", 0.5)
     answered = threading.Event()
 
     class Hanging(Recorder):

@@ -11,9 +11,9 @@ from loop_runs import StopAfter, changed, co_training, start, steps_of, weights
 from stand_ins import ReadingGenerator
 
 from rlrag.config import RunConfig
-from rlrag.generation.transformers_backend import TransformersGenerator
+from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.pipeline import TrainingData
-from rlrag.training.checkpoints import CheckpointStore
+from rlrag.runs.checkpoints import CheckpointStore
 
 OFF_POLICY = {"refresh_every": 2, "passes": 2, "baseline": "none"}
 

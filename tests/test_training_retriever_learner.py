@@ -28,9 +28,9 @@ from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 from rlrag.algorithms.contrastive import vdr_loss
 from rlrag.config import OpenRAGConfig, RetrievalConfig, RunConfig, TrainingConfig
 from rlrag.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
-from rlrag.retrieval.trainable import Embedded, Role
-from rlrag.retrieval.trainable_encoder import TrainableTextEncoder
-from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
+from rlrag.retrieval.trainable.protocol import Embedded, Role
+from rlrag.retrieval.trainable.sentence_encoder import TrainableTextEncoder
+from rlrag.retrieval.vocabulary.encoder import VocabularyEncoder
 
 
 @pytest.mark.parametrize("with_bags", [True, False])

@@ -11,9 +11,9 @@ from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import GenerationError, RewardError
 from rlrag.records import Passage, Question
 from rlrag.retrieval.protocol import Hits
-from rlrag.training.passage_judge import Judgement
-from rlrag.training.pools import FAILED, Pools
-from rlrag.training.retriever_pairs import Pair, PairFinder
+from rlrag.training.openrag.pairs import Pair, PairFinder
+from rlrag.training.openrag.passage_judge import Judgement
+from rlrag.training.openrag.pools import FAILED, Pools
 
 NAN = float("nan")
 CORPUS = MemoryCorpus(Passage(f"p{row}", "", f"text {row}") for row in range(40))

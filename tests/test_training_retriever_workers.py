@@ -21,7 +21,7 @@ from retriever_tasks import (
 
 from rlrag.algorithms.contrastive import likelihood_distillation
 from rlrag.testing.thread_workers import make_group, run_together
-from rlrag.training.workers import TorchWorkers
+from rlrag.training.distributed.workers import TorchWorkers
 
 WEIGHTS_ATOL = 1e-8
 

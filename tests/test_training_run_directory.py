@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from rlrag.config import DROConfig, RunConfig
 from rlrag.errors import ConfigError, DataError, InUseError, RunDirectoryError
-from rlrag.text_files import hidden_beside
-from rlrag.training.run_directory import RunDirectory
+from rlrag.files.text import hidden_beside
+from rlrag.runs.directory import RunDirectory
 
 CONFIG = RunConfig(recipe="small")
 
@@ -245,8 +245,8 @@ import resource, sys
 from pathlib import Path
 from rlrag.config import RunConfig
 from rlrag.errors import RlragError
-from rlrag.text_files import hidden_beside
-from rlrag.training.run_directory import RunDirectory
+from rlrag.files.text import hidden_beside
+from rlrag.runs.directory import RunDirectory
 
 run_dir = RunDirectory(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))

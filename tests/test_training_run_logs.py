@@ -14,13 +14,13 @@ import pytest
 
 from rlrag.errors import SetupError
 from rlrag.json_logs import JsonLines
-from rlrag.training.reporting import (
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.log_files import note_step, worker_log
+from rlrag.runs.reporting import (
     following,
     library_chatter_in,
     private_library_chatter,
 )
-from rlrag.training.run_directory import RunDirectory
-from rlrag.training.run_logs import note_step, worker_log
 
 FIELDS = ["time", "level", "logger", "run", "step", "actor", "message", "exception"]
 

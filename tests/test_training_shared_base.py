@@ -14,19 +14,19 @@ from loop_runs import changed, co_training, start, steps_of, weights
 from stand_ins import NUM_CANDIDATES, WordPrompts, make_table
 from tiny_models import save_tiny_llama, save_tiny_masked_lm
 
-from rlrag.adapters import copy_around_frozen
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, GenerationError
+from rlrag.files.directories import load_weights, save_weights
+from rlrag.models.adapters import copy_around_frozen
 from rlrag.pipeline import TrainingData, open_policy
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
-from rlrag.storage import load_weights, save_weights
 from rlrag.testing.thread_workers import make_group, run_together
+from rlrag.training.distributed.workers import SingleWorker, Workers
+from rlrag.training.dro.weights import importance_weights
 from rlrag.training.experience import Experience
-from rlrag.training.generator_model import load_base
+from rlrag.training.learners.generator_model import load_base
 from rlrag.training.parts import TrainedParts, open_whole_generator
 from rlrag.training.schedule import BatchSchedule
-from rlrag.training.weighing import importance_weights
-from rlrag.training.workers import SingleWorker, Workers
 
 NUM_QUESTIONS = 6
 TABLE = make_table(NUM_QUESTIONS)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import pytest
 from loop_runs import start, steps_of
 
-from rlrag.generation.awaited import awaited, awaiting, note_answer, num_answers
-from rlrag.training.run_directory import RunDirectory
-from rlrag.training.run_logs import worker_log
-from rlrag.training.watchdog import Watchdog, under_way
+from rlrag.generation.waits import awaited, awaiting, note_answer, num_answers
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.log_files import worker_log
+from rlrag.runs.watchdog import Watchdog, under_way
 
 SHORT_S = 0.02
 LONG_S = 60.0
@@ -43,7 +43,7 @@ class Heard(logging.Handler):
 
 @pytest.fixture
 def heard():
-    log, handler = logging.getLogger("rlrag.training.watchdog"), Heard()
+    log, handler = logging.getLogger("rlrag.runs.watchdog"), Heard()
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)

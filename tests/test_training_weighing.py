@@ -15,9 +15,9 @@ from two_candidates import LIKELIER_FIRST, drawn
 from rlrag.config import DROConfig, TrainingConfig
 from rlrag.errors import GenerationError, RewardError
 from rlrag.testing.thread_workers import ThreadWorker, make_group, run_together
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.dro.weights import describe_experience, importance_weights
 from rlrag.training.experience import Experience
-from rlrag.training.weighing import describe_experience, importance_weights
-from rlrag.training.workers import SingleWorker
 
 NAN = float("nan")
 FAILED = (RewardError("reward f for question 'q0': it raised"),)

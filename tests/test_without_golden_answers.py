@@ -16,8 +16,8 @@ from rlrag.config import EnvironmentConfig, EvaluationConfig, RewardConfig, RunC
 from rlrag.data.split import remarks, training_questions
 from rlrag.errors import DataError
 from rlrag.evaluation.question_records import QuestionRecorder, read_questions
-from rlrag.evaluation.report import render_report
-from rlrag.evaluation.run_record import RunRecord
+from rlrag.evaluation.report.page import render_report
+from rlrag.evaluation.report.run_record import RunRecord
 from rlrag.evaluation.systems import HeldBack, evaluate, judged_by_reward
 from rlrag.evaluation.table import EvaluationTable, plain_text
 from rlrag.pipeline import TrainingData, open_reward
@@ -25,8 +25,8 @@ from rlrag.records import Question
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import _unscorable
 from rlrag.selection.plackett_luce import PlackettLucePolicy
+from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
-from rlrag.training.workers import SingleWorker
 
 SYSTEMS = ("no_retrieval", "retriever_order", "retriever_reversed", "trained", "oracle")
 RECALL = RewardConfig(functions=("selection_recall",))

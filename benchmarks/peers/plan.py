@@ -21,7 +21,7 @@ from rlrag.config import BUILTIN_ENCODER, RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.errors import RunDirectoryError
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
-from rlrag.models import resolve_model
+from rlrag.models.directories import resolve_model
 from rlrag.pipeline import Library, open_evaluation_data, open_library, open_training_data
 from rlrag.records import Passage
 from rlrag.retrieval.candidates import CandidateTable

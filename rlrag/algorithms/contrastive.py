@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 
 from rlrag.errors import DataError
-from rlrag.retrieval.trainable import Embedded
+from rlrag.retrieval.trainable.protocol import Embedded
 
 
 def symmetric_info_nce(

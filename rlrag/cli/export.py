@@ -23,15 +23,15 @@ from rlrag.cli.opened_bundle import only_writer
 from rlrag.cli.single_run import best_step, bundle_checkpoint, data_of_log
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError
+from rlrag.runs.directory import RunDirectory
 from rlrag.submitted_job import check_outlives_job
-from rlrag.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # these bring torch, which a refused command line does without
     import torch
 
     from rlrag.bundle_files import Evaluated
     from rlrag.pipeline import TrainingData
-    from rlrag.training.checkpoints import CheckpointStore
+    from rlrag.runs.checkpoints import CheckpointStore
 
 _STEP = re.compile(r"step-(\d+)")
 _LORA_NAME = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
@@ -117,8 +117,8 @@ def _export_checkpoint(
     config: RunConfig, run_dir: RunDirectory, step: int | None, arguments: ExportArguments
 ) -> None:
     from rlrag.bundle_files import ADAPTER
-    from rlrag.training.checkpoints import CheckpointStore
-    from rlrag.training.reporting import private_library_chatter
+    from rlrag.runs.checkpoints import CheckpointStore
+    from rlrag.runs.reporting import private_library_chatter
 
     store = CheckpointStore(run_dir.checkpoints)
     step = best_step(store) if step is None else _existing(store, step)
@@ -165,7 +165,7 @@ def _add_index(bundle: Path, config: RunConfig) -> None:
 def _open_data(config: RunConfig, run_dir: RunDirectory) -> TrainingData:
     """What the run trained on; a bundle keeps its shapes and hashes."""
     from rlrag.pipeline import open_library, open_training_data
-    from rlrag.training.logged_selections import open_logged_data
+    from rlrag.training.feedback.selections import open_logged_data
 
     library = open_library(config)
     if config.training.experience is None:
@@ -181,7 +181,7 @@ def _export_rounds(config: RunConfig, run_dir: RunDirectory, arguments: ExportAr
             run in turns has only of its turns.
     """
     from rlrag.bundle import copy_bundle
-    from rlrag.storage import find_whole
+    from rlrag.files.directories import find_whole
 
     if arguments.checkpoint is not None or not find_whole(run_dir.bundle).is_dir():
         raise CheckpointError(
@@ -211,7 +211,7 @@ def _existing(store: CheckpointStore, step: int) -> int:
 def _evaluated(run_dir: RunDirectory, step: int) -> Evaluated | None:
     """What the run's final evaluation found, where it was of this checkpoint."""
     from rlrag.bundle_files import GOLDEN, Evaluated, read_bundle
-    from rlrag.storage import find_whole
+    from rlrag.files.directories import find_whole
 
     table = run_dir.read_evaluation()
     if table is None or table.get("bundle_step") != step:
@@ -231,7 +231,7 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: R
     from peft import LoraConfig, TaskType
     from safetensors.torch import save_file
 
-    from rlrag.storage import contiguous
+    from rlrag.files.directories import contiguous
 
     named, layers = {}, set()
     for name, tensor in tensors.items():

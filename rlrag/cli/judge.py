@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _judge(arguments: JudgeArguments, path: Path, output: Path) -> None:
     from rlrag.evaluation.baselines import baselines_for, baselines_from_json
-    from rlrag.evaluation.judge_table import (
+    from rlrag.evaluation.judge.table import (
         JudgeTable,
         answered_by_all,
         case_of,

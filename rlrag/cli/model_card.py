@@ -8,7 +8,7 @@ from typing import Any
 
 from rlrag.bundle_files import BundleFiles
 from rlrag.config import BETTER_GENERATOR, BUILTIN_ENCODER, BUILTIN_GENERATOR, RunConfig
-from rlrag.licences import UNKNOWN, PartLicence
+from rlrag.models.licences import UNKNOWN, PartLicence
 
 _HUB_PREFIX = "hub:"
 _HUB_IDS = {

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from rlrag.cli.cluster import cluster
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError, InUseError
-from rlrag.path_lock import held
+from rlrag.files.locks import held
+from rlrag.files.text import write_whole
 from rlrag.submitted_job import check_outlives_job
-from rlrag.text_files import write_whole
 
 if TYPE_CHECKING:  # they bring torch, which flags are checked without
     from rlrag.bundle import Bundle
@@ -39,7 +39,7 @@ def opened_pipeline(
         program: Names the temporary log that takes what libraries print.
     """
     from rlrag.pipeline import Pipeline
-    from rlrag.training.reporting import private_library_chatter
+    from rlrag.runs.reporting import private_library_chatter
 
     with (
         private_library_chatter(program),

@@ -34,8 +34,8 @@ from rlrag.errors import ConfigError, nearest_name
 
 if TYPE_CHECKING:  # they bring torch, which --help does without
     from rlrag.evaluation.picked import Part, Picked
-    from rlrag.evaluation.probe import Measured, ProbeSettings
-    from rlrag.evaluation.robustness import GoldQuestions
+    from rlrag.evaluation.probe.measures import Measured, ProbeSettings
+    from rlrag.evaluation.probe.robustness import GoldQuestions
     from rlrag.pipeline import Library, Pipeline
     from rlrag.retrieval.candidates import CandidateTable
     from rlrag.selection.protocol import Policy
@@ -99,9 +99,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _probe(arguments: ProbeArguments) -> None:
     from rlrag.bundle import load_bundle
-    from rlrag.evaluation.probe import MEASURES, ProbeSettings
-    from rlrag.evaluation.probe_table import ProbeTable, render
-    from rlrag.evaluation.robustness import gold_questions
+    from rlrag.evaluation.probe.measures import MEASURES, ProbeSettings
+    from rlrag.evaluation.probe.robustness import gold_questions
+    from rlrag.evaluation.probe.table import ProbeTable, render
     from rlrag.pipeline import open_library
 
     named = _measures(arguments.measures, MEASURES)
@@ -181,7 +181,7 @@ def _possible(
     settings: ProbeSettings,
 ) -> tuple[list[str], dict[str, str]]:
     """The measures that can be taken, and why not the others; an error for one insisted on."""
-    from rlrag.evaluation.probe import impossible
+    from rlrag.evaluation.probe.measures import impossible
 
     refused = impossible(
         own.candidates.questions,
@@ -255,7 +255,7 @@ def _measure(
 
     The untrained system comes first, as the generator is tuned only once.
     """
-    from rlrag.evaluation.probe import Probe, measure
+    from rlrag.evaluation.probe.measures import Probe, measure
     from rlrag.pipeline import open_answering
 
     answering = open_answering(own.config, pipeline.generator, pipeline.prompts)

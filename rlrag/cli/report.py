@@ -22,12 +22,12 @@ import tyro
 
 from rlrag.cli.command_line import parse, program_name
 from rlrag.errors import ConfigError
-from rlrag.evaluation.paired_tests import between_runs
 from rlrag.evaluation.question_records import EvaluatedQuestions, read_questions
-from rlrag.evaluation.report import render_report
-from rlrag.evaluation.run_record import RunRecord, to_json
-from rlrag.training.alarms import Alarms
-from rlrag.training.run_directory import RunDirectory
+from rlrag.evaluation.report.page import render_report
+from rlrag.evaluation.report.paired_tests import between_runs
+from rlrag.evaluation.report.run_record import RunRecord, to_json
+from rlrag.runs.alarms import Alarms
+from rlrag.runs.directory import RunDirectory
 
 _EXAMPLE = "rlrag report --run-dir runs/quickstart --output report.html"
 _MOST_NAMED = 5

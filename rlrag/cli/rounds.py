@@ -25,7 +25,7 @@ from rlrag.cli.opened_bundle import say
 from rlrag.cli.single_run import evaluate_bundle, open_all, run_once
 from rlrag.config import RunConfig
 from rlrag.retrieval.tuned import tuned_retrieval
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 
 RETRIEVER, OTHERS = "retriever", "selection"
 _ADDED = ("step", "epoch", "generator_tokens_total")

@@ -25,17 +25,17 @@ from rlrag.generation.build import (
 )
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
-from rlrag.models import resolve_generator, resolve_model
-from rlrag.training.run_directory import RunDirectory
-from rlrag.training.run_logs import run_name
+from rlrag.models.directories import resolve_generator, resolve_model
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.log_files import run_name
 
 if TYPE_CHECKING:  # these bring torch and FAISS, which a refused command line does without
     import torch
 
     from rlrag.bundle_files import Evaluated
     from rlrag.pipeline import Library, TrainingData
-    from rlrag.training.checkpoints import CheckpointStore
-    from rlrag.training.logged_selections import LoggedData
+    from rlrag.runs.checkpoints import CheckpointStore
+    from rlrag.training.feedback.selections import LoggedData
     from rlrag.training.trainer import Files
 
 
@@ -144,9 +144,9 @@ def _train_on_log(config: RunConfig, run_dir: RunDirectory, library: Library, lo
     """
     from rlrag.data.feedback import copy_feedback
     from rlrag.environment.rollout import check_environment
+    from rlrag.training.feedback.selections import open_logged_data
+    from rlrag.training.feedback.trainer import logged_schedule
     from rlrag.training.launch import train_on_log
-    from rlrag.training.logged_selections import open_logged_data
-    from rlrag.training.logged_trainer import logged_schedule
 
     if not run_dir.feedback.exists():
         copy_feedback(log, run_dir.feedback)
@@ -220,7 +220,7 @@ def _prepare(
     say(budget.describe(speed, config.training.max_generator_tokens))
     if not config.trains_by_openrag:
         return budget.num_steps
-    from rlrag.training.offline_stage import run_offline_stage
+    from rlrag.training.openrag.offline_stage import run_offline_stage
 
     pools = run_offline_stage(
         config, data.train, generator, prompts, run_dir.pools, say, experience
@@ -286,8 +286,8 @@ def bundle_checkpoint(
         CheckpointError: when the tensors do not fit the configuration.
     """
     from rlrag.bundle import save_bundle
+    from rlrag.files.directories import restore_weights
     from rlrag.pipeline import open_policy
-    from rlrag.storage import restore_weights
     from rlrag.training.parts import open_whole_generator
 
     policy = open_policy(config, data.train)
@@ -318,9 +318,9 @@ def _trained_retriever(
     config: RunConfig, weights: Mapping[str, torch.Tensor], step: int
 ) -> Callable[[Path], None]:
     """What writes the encoder with these weights into a new directory."""
-    from rlrag.retrieval.open_trainable import open_trainable_encoder
-    from rlrag.retrieval.query_encoder import open_query_encoder, save_with_passages
-    from rlrag.storage import restore_weights
+    from rlrag.files.directories import restore_weights
+    from rlrag.retrieval.trainable.open import open_trainable_encoder
+    from rlrag.retrieval.trainable.query_encoder import open_query_encoder, save_with_passages
 
     what = f"the retriever of checkpoint {step}"
     if config.algorithm != "jsa":
@@ -335,7 +335,7 @@ def _trained_retriever(
 @contextmanager
 def _followed(config: RunConfig, run_dir: RunDirectory, num_steps: int | None) -> Iterator[None]:
     """Show every step of the block as it is recorded."""
-    from rlrag.training.reporting import consumers, following
+    from rlrag.runs.reporting import consumers, following
 
     with (
         consumers(config.training.loggers, run_dir.logs, num_steps) as found,
@@ -346,7 +346,7 @@ def _followed(config: RunConfig, run_dir: RunDirectory, num_steps: int | None) -
 
 def _save_bundle(config: RunConfig, run_dir: RunDirectory, data: TrainingData) -> int:
     """Write the best checkpoint as a bundle; returns its step."""
-    from rlrag.training.checkpoints import CheckpointStore
+    from rlrag.runs.checkpoints import CheckpointStore
 
     store = CheckpointStore(run_dir.checkpoints)
     step = best_step(store)

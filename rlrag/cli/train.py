@@ -30,9 +30,9 @@ from rlrag.config import RunConfig, describe_validation_error
 from rlrag.data.feedback import count_selections
 from rlrag.errors import ConfigError, RlragError
 from rlrag.recipes import RECIPES
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.preemption import ended_by_sigterm
 from rlrag.submitted_job import check_outlives_job
-from rlrag.training.preemption import ended_by_sigterm
-from rlrag.training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def train(config: RunConfig, run_dir: Path | str) -> Path:
 
 
 def _train(config: RunConfig, run_dir: RunDirectory, when_connected: Callable[[], None]) -> None:
-    from rlrag.training.forking import check_start
-    from rlrag.training.mirror import mirrored
-    from rlrag.training.reporting import library_chatter_in
+    from rlrag.runs.forking import check_start
+    from rlrag.runs.mirror import mirrored
+    from rlrag.runs.reporting import library_chatter_in
 
     with (
         library_chatter_in(run_dir.logs / "libraries.log"),

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlrag.checksums import difference
 from rlrag.data.checks import DataReport
 from rlrag.errors import DataError, SetupError
+from rlrag.files.checksums import difference
 from rlrag.records import Passage
 
 DISK_FORMAT = 2

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from rlrag.checksums import checksum
 from rlrag.data.checks import Tally
 from rlrag.data.corpus import (
     DISK_FORMAT,
@@ -33,8 +32,9 @@ from rlrag.data.corpus import (
     read_id_record,
 )
 from rlrag.errors import DataError, RlragError, SetupError
+from rlrag.files.checksums import checksum
+from rlrag.files.text import hidden_beside
 from rlrag.records import Passage
-from rlrag.text_files import hidden_beside
 
 SCAN_ROWS = 1024
 """Records looked at together when the id table is scanned."""

@@ -3,7 +3,7 @@
 One SQLite file, to which several processes may append at once. A selection is one row of
 `selections`, every word about its answer one row of `feedback`; no row is ever changed. Old rows
 are deleted a few at a time, as selections come in (`FeedbackStore`). A local disk is faster than a
-network file system, which must keep locks (`rlrag.sqlite_files.Journal`).
+network file system, which must keep locks (`rlrag.files.sqlite.Journal`).
 
 The propensity of a selection is the probability with which this very selection was drawn. Without
 it a log says nothing about another policy; it cannot be computed afterwards, since the policy that

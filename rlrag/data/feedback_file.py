@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlrag.errors import DataError
-from rlrag.sqlite_files import Journal
+from rlrag.files.sqlite import Journal
 from rlrag.submitted_job import where_to_look
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from rlrag.config import BUILTIN_CORPUS
 from rlrag.data.checks import DataReport, Tally
 from rlrag.data.corpus import DISK_FORMAT, Corpus, DiskCorpus
 from rlrag.data.corpus_writer import write_disk_corpus
-from rlrag.data.factbook import factbook_fingerprint, factbook_passages
-from rlrag.data.factbook_questions import factbook_questions
+from rlrag.data.factbook.passages import factbook_fingerprint, factbook_passages
+from rlrag.data.factbook.questions import factbook_questions
 from rlrag.data.lines import check_exists
 from rlrag.data.questions import QuestionSet
 from rlrag.data.readers import (
@@ -35,8 +35,8 @@ from rlrag.data.readers import (
     read_questions,
 )
 from rlrag.errors import DataError, SetupError
+from rlrag.files.text import hidden_beside
 from rlrag.records import Passage, Question
-from rlrag.text_files import hidden_beside
 
 __all__ = ["QuestionSet", "corpus_stamp", "cut_words", "load_corpus", "load_questions"]
 

@@ -26,8 +26,8 @@ from rlrag.data.folder import corpus_path, questions_path
 from rlrag.data.lines import checked_text, read_lines, shown, take_id, take_text, take_texts
 from rlrag.data.readers import PlacedRecords
 from rlrag.errors import ConfigError, DataError, RlragError, SetupError
+from rlrag.files.text import hidden_beside
 from rlrag.records import Passage, Question
-from rlrag.text_files import hidden_beside
 
 _PASSAGE_ID_KEYS = ("passage_id", "psg_id", "docid")
 _TSV_COLUMNS = ["id", "text", "title"]

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlrag.errors import CheckpointError, DataError
+from rlrag.files.text import whole_file
 from rlrag.records import Question
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
-from rlrag.text_files import whole_file
 
 if TYPE_CHECKING:  # it brings torch, which reading does without
     from rlrag.evaluation.systems import Answered

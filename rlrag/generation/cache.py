@@ -7,7 +7,7 @@ drawn, so greedy answers serve every seed. The version of published weights does
 weights serve every run, and a stored result comes back with the version that this run gave them.
 Each chunk is one transaction: a process that is killed loses at most the chunk in flight. Errors
 are not stored. A folder on a network file system, whose locks must work, serves all nodes of a
-cluster (`rlrag.sqlite_files.Journal`).
+cluster (`rlrag.files.sqlite.Journal`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlrag.errors import GenerationError, SetupError
+from rlrag.files.sqlite import BUSY_TIMEOUT_S, KeyedTable
 from rlrag.generation.call_lock import CallLock
 from rlrag.generation.checks import check_answers
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
 from rlrag.generation.weight_protocols import FollowsWeights
 from rlrag.records import Generation, Prompt, Score
-from rlrag.sqlite_files import BUSY_TIMEOUT_S, KeyedTable
 
 if TYPE_CHECKING:
     from rlrag.generation.weights import GeneratorWeights

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlrag import plugins
 from rlrag.config import GeneratorConfig
-from rlrag.models import resolve_dtype, tokenizer_hash, weights_hash
+from rlrag.models.directories import resolve_dtype, tokenizer_hash, weights_hash
 
 
 def generator_identity(model_dir: Path, backend: str, dtype: str, device: str) -> str:

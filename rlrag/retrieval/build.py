@@ -19,23 +19,23 @@ from rlrag import plugins
 from rlrag.config import RetrievalConfig
 from rlrag.data.corpus import Corpus
 from rlrag.errors import ConfigError
-from rlrag.models import resolve_device, resolve_model
+from rlrag.models.directories import resolve_device, resolve_model
 from rlrag.retrieval.bm25 import open_bm25
 from rlrag.retrieval.cut_tokens import cut_share
-from rlrag.retrieval.dense import DenseRetriever, ShardedDenseRetriever
-from rlrag.retrieval.encoder import Encoder, TextEncoder
+from rlrag.retrieval.dense.encoder import Encoder, TextEncoder
+from rlrag.retrieval.dense.index import check_index_fits, open_index
+from rlrag.retrieval.dense.search import DenseRetriever, ShardedDenseRetriever
+from rlrag.retrieval.dense.shards import Shards, ShardSource, shard_sources
+from rlrag.retrieval.dense.vectors import VECTORS_FILE, open_vectors
 from rlrag.retrieval.hybrid import HybridRetriever
 from rlrag.retrieval.manifest import IndexKind, Manifest, digest
 from rlrag.retrieval.plugin import PluginRetriever
 from rlrag.retrieval.protocol import Retriever, check_num_hits
 from rlrag.retrieval.role_directories import has_encoder_each
-from rlrag.retrieval.shards import Shards, ShardSource, shard_sources
-from rlrag.retrieval.vector_index import check_index_fits, open_index
-from rlrag.retrieval.vectors import VECTORS_FILE, open_vectors
 from rlrag.retrieval.words import WORDS_VERSION
 
 if TYPE_CHECKING:
-    from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
+    from rlrag.retrieval.vocabulary.encoder import VocabularyEncoder
 
 OpenShards = Callable[[Sequence[ShardSource], RetrievalConfig], Shards]
 
@@ -181,7 +181,7 @@ def open_vocabulary_encoder(
         ConfigError: when it is no masked language model with its own head and tokenizer.
         ModelNotFoundError: when there is no such model.
     """
-    from rlrag.retrieval.vocabulary_encoder import VocabularyEncoder
+    from rlrag.retrieval.vocabulary.encoder import VocabularyEncoder
 
     model_dir = resolve_model(config.vocabulary_encoder, cache_dir)
     encoder = VocabularyEncoder(
@@ -202,7 +202,7 @@ def _semi_parametric(
     places: _Places,
     encoder: VocabularyEncoder | None,
 ) -> tuple[Retriever, Manifest]:
-    from rlrag.retrieval.semi_parametric import (
+    from rlrag.retrieval.vocabulary.semi_parametric import (
         SemiParametricRetriever,
         open_vocabulary_vectors,
         vocabulary_manifest,

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlrag.checksums import checksum
+from rlrag.files.checksums import checksum
+from rlrag.files.text import hidden_beside
 from rlrag.retrieval.manifest import MANIFEST_FILE, cannot_write, check_files, damaged
-from rlrag.text_files import hidden_beside
 
 logger = logging.getLogger(__name__)
 

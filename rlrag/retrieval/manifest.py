@@ -17,10 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from rlrag.checksums import checksum, difference
 from rlrag.errors import IndexMismatchError, RlragError, SetupError
-from rlrag.retrieval.encoder import EncoderIdentity
-from rlrag.text_files import apply_umask, hidden_beside
+from rlrag.files.checksums import checksum, difference
+from rlrag.files.text import apply_umask, hidden_beside
+from rlrag.retrieval.dense.encoder import EncoderIdentity
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlrag.retrieval.trainable import Role
+from rlrag.retrieval.trainable.protocol import Role
 
 ROLES: tuple[Role, ...] = ("question", "passage")
 

@@ -22,11 +22,11 @@ import numpy as np
 from rlrag.config import RetrievalConfig
 from rlrag.data.corpus import Corpus
 from rlrag.errors import DataError, IndexMismatchError
+from rlrag.files.text import hidden_beside
 from rlrag.records import Question
 from rlrag.retrieval.build import RetrieverSet
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.manifest import cannot_write, digest
-from rlrag.text_files import hidden_beside
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlrag.errors import ConfigError, DataError, SetupError
-from rlrag.sqlite_files import KeyedTable
+from rlrag.files.sqlite import KeyedTable
 
 
 class VerdictStore:

@@ -9,7 +9,7 @@ import torch
 
 from rlrag import plugins
 from rlrag.config import SelectorConfig
-from rlrag.models import resolve_model
+from rlrag.models.directories import resolve_model
 from rlrag.selection.encoder_scorers import BiEncoderScorer, CrossEncoderScorer
 from rlrag.selection.feature_scorer import FeatureScorer
 from rlrag.selection.listwise_lm import ListwiseLMPolicy

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlrag.adapters import add_adapter, copy_around_frozen
-from rlrag.causal_lm import differ, load_causal_lm, probe_tokens
 from rlrag.errors import ConfigError, EpisodeError, GenerationError, PromptTooLongError
-from rlrag.models import resolve_dtype
+from rlrag.models.adapters import add_adapter, copy_around_frozen
+from rlrag.models.causal_lm import differ, load_causal_lm, probe_tokens
+from rlrag.models.directories import resolve_dtype
 from rlrag.records import Columns, Trajectories
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.branches import ReadPrompts, read_branches, read_prompts
@@ -51,7 +51,7 @@ class ListwiseLMPolicy(nn.Module):
     It is always in evaluation mode: dropout would make draws and gradients of one step disagree.
     With an adapter, the adapter's tensors alone are trained, saved and loaded; all others come from
     `model_dir`, and copies of the policy share them. Before training its order is not the
-    retriever's: `rlrag.training.imitation` makes it so.
+    retriever's: `rlrag.training.dro.imitation` makes it so.
     """
 
     def __init__(

@@ -16,14 +16,14 @@ from rlrag.data.feedback import SelectionEvent
 from rlrag.errors import OverloadedError, RequestError
 from rlrag.serving.caches import CallCache, Key
 from rlrag.serving.feedback_log import FeedbackLog
-from rlrag.serving.limits import Admission
-from rlrag.serving.metrics import Metrics
-from rlrag.serving.problems import DeadlineError
+from rlrag.serving.http.limits import Admission
+from rlrag.serving.http.metrics import Metrics
+from rlrag.serving.http.problems import DeadlineError
 from rlrag.serving.questions import Ask, check_ask
 from rlrag.serving.records import Retrieved, Routing, ServedPipeline, VersionDesk
 from rlrag.serving.settings import ServeSettings
-from rlrag.serving.shadow import ShadowRuns
 from rlrag.serving.stages import Chosen, Computed, answer_in_stages, last_of
+from rlrag.serving.versions.shadow import ShadowRuns
 
 
 @dataclass(frozen=True, slots=True)

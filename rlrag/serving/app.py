@@ -16,8 +16,8 @@ from ray.serve import Application
 
 from rlrag.bundle_files import read_bundle
 from rlrag.errors import ConfigError, RlragError
-from rlrag.serving.listening import listen, refuse_address, running_command, say_when_ready
-from rlrag.serving.proxy import PROXY_VARIABLES
+from rlrag.serving.http.listening import listen, refuse_address, running_command, say_when_ready
+from rlrag.serving.http.proxy import PROXY_VARIABLES
 from rlrag.serving.settings import PartSettings, ServeSettings, parse_settings
 
 _ONGOING_PER_PART = 1000  # the HTTP side bounds what is under way
@@ -39,8 +39,8 @@ def build(arguments: Mapping[str, Any]) -> Application:
     """The service as `arguments` describe it; see `rlrag.serving.settings` for all of them.
 
     Where no Ray cluster runs yet, the one that this process starts serves as
-    `rlrag.serving.proxy` says. Below `serve run` it listens where the settings say, and tells when
-    it is ready.
+    `rlrag.serving.http.proxy` says. Below `serve run` it listens where the settings say, and tells
+    when it is ready.
 
     Raises:
         NotServableError: when a setting is unknown, missing or impossible, the bundle is missing or

@@ -23,15 +23,15 @@ from rlrag.data.feedback import FeedbackStore
 from rlrag.errors import RlragError
 from rlrag.json_logs import log_to_stderr
 from rlrag.records import Passage
-from rlrag.serving.director import Bounds, Director
 from rlrag.serving.generating import GeneratorPart
 from rlrag.serving.handles import RayPipeline, tell_registry
 from rlrag.serving.records import AnswerPiece, Decoding, Filters, Picked, Retrieved, Routing
-from rlrag.serving.reporting import Part, PartReporter, RoutingReporter, Tell
 from rlrag.serving.retrieving import Ask, RetrieverPart
 from rlrag.serving.selecting import Choice, SelectorPart
 from rlrag.serving.settings import ServeSettings
-from rlrag.serving.versions import Kind, Report, Wanted
+from rlrag.serving.versions.director import Bounds, Director
+from rlrag.serving.versions.registry import Kind, Report, Wanted
+from rlrag.serving.versions.replicas import Part, PartReporter, RoutingReporter, Tell
 
 REGISTRY, RETRIEVER, SELECTOR, GENERATOR = "Registry", "Retriever", "Selector", "Generator"
 _CORPUS_TIMEOUT_S = 30.0
@@ -210,7 +210,7 @@ class RegistryReplica:
 @ray_serve.deployment(name="Ingress")
 @ray_serve.ingress()
 class IngressReplica:
-    """The HTTP side; see `rlrag.serving.api`."""
+    """The HTTP side; see `rlrag.serving.http.api`."""
 
     async def __init__(  # type: ignore[misc]
         self, settings: ServeSettings, registry: Any, retriever: Any, selector: Any, generator: Any
@@ -221,7 +221,7 @@ class IngressReplica:
         self._pipeline = RayPipeline(retriever, selector, generator, self._desk.reporter.down)
 
     def __serve_build_asgi_app__(self) -> Any:
-        from rlrag.serving.api import create_api
+        from rlrag.serving.http.api import create_api
 
         kept = self._settings.feedback
         store = FeedbackStore(Path(kept.path), kept.max_rows, kept.max_days) if kept.path else None

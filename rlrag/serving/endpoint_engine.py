@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from rlrag.config import GeneratorConfig
-from rlrag.generation.endpoint_backend import EndpointGenerator
+from rlrag.generation.backends.endpoint import EndpointGenerator
+from rlrag.generation.backends.stepping import Update
 from rlrag.generation.identity import endpoint_identity
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.stepping import Update
 from rlrag.records import Prompt
 
 

@@ -21,11 +21,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError, OverloadedError, RlragError
+from rlrag.generation.backends.engine_loop import EngineLoop
+from rlrag.generation.backends.stepping import BatchStepper, Stepper, Update
 from rlrag.generation.build import open_engine, resolve_config
-from rlrag.generation.dispatch import ACTOR_ENDED
-from rlrag.generation.engine_loop import EngineLoop
+from rlrag.generation.pool.dispatch import ACTOR_ENDED
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.stepping import BatchStepper, Stepper, Update
 from rlrag.records import Prompt
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def open_engine_process(
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     if config.backend == "vllm":
-        from rlrag.generation.vllm_backend import vllm_environment
+        from rlrag.generation.backends.vllm import vllm_environment
 
         variables |= vllm_environment(config)
     make = ray.remote(EngineProcess).options(

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from rlrag.data.feedback import FeedbackStore, SelectionEvent, Thumbs
 from rlrag.errors import OverloadedError
-from rlrag.serving.metrics import Metrics
+from rlrag.serving.http.metrics import Metrics
 
 _MAX_PENDING = 1000
 _LOG = logging.getLogger("rlrag.serve")

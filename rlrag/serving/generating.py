@@ -23,19 +23,19 @@ from rlrag.errors import (
     OverloadedError,
     RequestError,
 )
+from rlrag.generation.backends.stepping import Update
 from rlrag.generation.build import open_prompts
 from rlrag.generation.identity import hashed_files, model_hash
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.stepping import Update
-from rlrag.models import resolve_generator
+from rlrag.models.directories import resolve_generator
 from rlrag.pipeline import sampling_of
 from rlrag.records import Passage, Prompt, Question
 from rlrag.serving.endpoint_engine import open_endpoint_engine
 from rlrag.serving.engine_process import open_engine_process
 from rlrag.serving.records import AnswerPiece, Decoding
 from rlrag.serving.settings import ServeSettings
-from rlrag.serving.versions import check_version
+from rlrag.serving.versions.registry import check_version
 
 # What two versions must have in common to be answered by one engine.
 _ENGINE_FIELDS = frozenset(

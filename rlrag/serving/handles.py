@@ -20,10 +20,10 @@ from ray.serve.exceptions import (
 )
 
 from rlrag.errors import OverloadedError, RlragError
-from rlrag.generation.dispatch import ACTOR_ENDED
+from rlrag.generation.pool.dispatch import ACTOR_ENDED
 from rlrag.records import Passage
 from rlrag.serving.records import AnswerPiece, Decoding, Filters, Picked, Retrieved
-from rlrag.serving.versions import Report, Wanted
+from rlrag.serving.versions.registry import Report, Wanted
 
 _GONE = (*ACTOR_ENDED, ReplicaUnavailableError, RequestCancelledError)
 _FULL = (BackPressureError, DeploymentUnavailableError)

@@ -20,12 +20,12 @@ from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.data.load import corpus_stamp, load_corpus
 from rlrag.errors import DataError, OverloadedError, RequestError, RlragError
-from rlrag.models import resolve_model, weights_hash
+from rlrag.models.directories import resolve_model, weights_hash
 from rlrag.pipeline import Library, retrievers_of
 from rlrag.retrieval.role_directories import ROLES, role_directory
 from rlrag.retrieval.tables import retrieve, warn_of_unmatched
 from rlrag.serving.records import Filters, Retrieved
-from rlrag.serving.versions import check_version
+from rlrag.serving.versions.registry import check_version
 
 _NO_FILTERS = Filters()
 _FIRST_DEPTH = 4  # times the candidates asked for, when filters leave some out

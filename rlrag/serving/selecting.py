@@ -29,7 +29,7 @@ from rlrag.records import Passage, Question, Trajectories
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.protocol import Draws, Policy
 from rlrag.serving.records import Picked, Retrieved
-from rlrag.serving.versions import check_version
+from rlrag.serving.versions.registry import check_version
 
 
 @dataclass(frozen=True, slots=True)

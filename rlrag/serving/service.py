@@ -10,12 +10,12 @@ from typing import TypeVar
 from rlrag.errors import RequestError
 from rlrag.serving.answering import Answered, Answering, Found
 from rlrag.serving.feedback_log import FeedbackLog
-from rlrag.serving.metrics import Metrics
+from rlrag.serving.http.metrics import Metrics
+from rlrag.serving.http.schemas import PassageFilter
+from rlrag.serving.http.traffic import RequestRecord, Traffic
 from rlrag.serving.questions import Ask
 from rlrag.serving.records import Filters, VersionDesk
-from rlrag.serving.schemas import PassageFilter
 from rlrag.serving.settings import ServeSettings
-from rlrag.serving.traffic import RequestRecord, Traffic
 
 _QUESTIONS_AT_ONCE = 16
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rlrag.errors import GenerationError
 from rlrag.records import Passage
-from rlrag.serving.metrics import Metrics
+from rlrag.serving.http.metrics import Metrics
 from rlrag.serving.questions import Ask
 from rlrag.serving.records import AnswerPiece, Picked, Retrieved, ServedPipeline
 

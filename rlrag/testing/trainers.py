@@ -14,14 +14,14 @@ from rlrag.config import EnvironmentConfig, RetrievalConfig, RunConfig, Training
 from rlrag.environment.sample_task import sample_candidates
 from rlrag.pipeline import Library, TrainingData
 from rlrag.retrieval.build import open_retrievers
+from rlrag.runs.checkpoints import WEIGHTS
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.forking import weights_in
 from rlrag.testing.reader import ReadingGenerator, WordPrompts
 from rlrag.testing.thread_workers import make_group, run_together
-from rlrag.training.checkpoints import WEIGHTS
-from rlrag.training.forking import weights_in
+from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.launch import open_trainer
-from rlrag.training.run_directory import RunDirectory
 from rlrag.training.trainer import Files, Trainer, TrainerContext
-from rlrag.training.workers import SingleWorker
 
 _NUM_STEPS = 4
 _TOLERANCE = 1e-4

@@ -22,21 +22,21 @@ from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
 from rlrag.pipeline import Library, TrainingData, open_library, open_training_data
 from rlrag.rewards.composite import RewardModel
-from rlrag.training.dro_trainer import DROTrainer
-from rlrag.training.engine_check import check_engines
-from rlrag.training.jsa_trainer import JSATrainer
-from rlrag.training.logged_selections import LoggedData, open_logged_data
-from rlrag.training.logged_trainer import LoggedTrainer
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.log_files import note_step, worker_log
+from rlrag.runs.preemption import ended_between_steps, interruptible
+from rlrag.runs.profiling import save_ray_timeline
+from rlrag.runs.watchdog import Watchdog
+from rlrag.training.distributed.engine_check import check_engines
+from rlrag.training.distributed.workers import SingleWorker, TorchWorkers, Workers
+from rlrag.training.dro.trainer import DROTrainer
+from rlrag.training.feedback.selections import LoggedData, open_logged_data
+from rlrag.training.feedback.trainer import LoggedTrainer
+from rlrag.training.jsa.trainer import JSATrainer
 from rlrag.training.loop import TrainingLoop
-from rlrag.training.openrag_trainer import OpenRAGTrainer
+from rlrag.training.openrag.trainer import OpenRAGTrainer
 from rlrag.training.plugin import PluginTrainer
-from rlrag.training.preemption import ended_between_steps, interruptible
-from rlrag.training.profiling import save_ray_timeline
-from rlrag.training.run_directory import RunDirectory
-from rlrag.training.run_logs import note_step, worker_log
 from rlrag.training.trainer import Metrics, Trainer, TrainerContext
-from rlrag.training.watchdog import Watchdog
-from rlrag.training.workers import SingleWorker, TorchWorkers, Workers
 
 TRAINERS: Mapping[str, Callable[[TrainerContext], Trainer]] = {
     "dro": DROTrainer,

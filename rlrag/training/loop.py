@@ -22,14 +22,14 @@ import torch
 
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, ConfigError, PreemptedError
-from rlrag.training.alarms import Alarms
-from rlrag.training.checkpoints import CheckpointStore
-from rlrag.training.forking import starting_weights
-from rlrag.training.profiling import StepProfiler
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.alarms import Alarms
+from rlrag.runs.checkpoints import CheckpointStore
+from rlrag.runs.directory import RunDirectory
+from rlrag.runs.forking import starting_weights
+from rlrag.runs.profiling import StepProfiler
+from rlrag.runs.watchdog import Watchdog, under_way
+from rlrag.training.distributed.workers import Workers
 from rlrag.training.trainer import Metrics, Trainer
-from rlrag.training.watchdog import Watchdog, under_way
-from rlrag.training.workers import Workers
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 

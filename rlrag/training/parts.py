@@ -18,26 +18,26 @@ import torch
 
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, GenerationError
+from rlrag.files.directories import restore_weights
 from rlrag.generation.build import resolve_config
 from rlrag.generation.prompt_counts import shares_of
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.weights import GeneratorWeights
-from rlrag.models import resolve_model
+from rlrag.models.directories import resolve_model
 from rlrag.pipeline import TrainingData, open_policy
 from rlrag.retrieval.cut_tokens import sampled_texts
 from rlrag.selection.build import TrainablePolicy
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.selection.unread import count_unread, unread_warning
-from rlrag.storage import restore_weights
+from rlrag.training.distributed.workers import Workers
+from rlrag.training.dro.imitation import imitate, orders_of_run
 from rlrag.training.experience import Experience
-from rlrag.training.generator_examples import BuiltExamples, thinned, weighted_examples
-from rlrag.training.generator_learner import GeneratorLearner
-from rlrag.training.generator_model import TrainableGenerator, load_base
-from rlrag.training.imitation import imitate, orders_of_run
-from rlrag.training.learner import SelectorLearner
+from rlrag.training.learners.generator import GeneratorLearner
+from rlrag.training.learners.generator_examples import BuiltExamples, thinned, weighted_examples
+from rlrag.training.learners.generator_model import TrainableGenerator, load_base
+from rlrag.training.learners.selector import SelectorLearner
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.trainer import Files, Metrics
-from rlrag.training.workers import Workers
 
 logger = logging.getLogger(__name__)
 

@@ -81,7 +81,7 @@ def num_parameters(name: str, cache_dir: Path) -> int:
 
 def _on_this_machine(name: str, cache_dir: Path) -> Path:
     """The directory of a model that need not be fetched; a plan must not wait for a download."""
-    from rlrag.models import model_here, resolve_model
+    from rlrag.models.directories import model_here, resolve_model
 
     if name in BUILTIN_MODELS:
         return resolve_model(name, cache_dir)

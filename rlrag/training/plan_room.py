@@ -10,7 +10,7 @@ from rlrag.data.checks import Tally
 from rlrag.data.load import cut_passages, first_passages
 from rlrag.data.split import are_here, training_questions
 from rlrag.errors import PromptTooLongError
-from rlrag.models import model_here
+from rlrag.models.directories import model_here
 from rlrag.records import Passage
 
 _NUM_FIRST = 1_000
@@ -48,8 +48,8 @@ def describe_room(config: RunConfig) -> list[Found]:
 def _encoded(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
     """What the encoders that search do not read."""
     from rlrag.retrieval.cut_tokens import count_cut
-    from rlrag.retrieval.encoder import TextEncoder
-    from rlrag.retrieval.vocabulary import Vocabulary
+    from rlrag.retrieval.dense.encoder import TextEncoder
+    from rlrag.retrieval.vocabulary.tokens import Vocabulary
 
     retrieval, texts = config.retrieval, [passage.contents for passage in passages]
     most = retrieval.encoder_max_tokens

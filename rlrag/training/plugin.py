@@ -17,8 +17,8 @@ import torch
 
 from rlrag import plugins
 from rlrag.errors import ConfigError, RlragError, TrainerError
-from rlrag.training import workers
-from rlrag.training.checkpoints import WEIGHTS
+from rlrag.runs.checkpoints import WEIGHTS
+from rlrag.training.distributed import workers
 from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
 
 logger = logging.getLogger(__name__)

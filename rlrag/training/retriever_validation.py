@@ -13,8 +13,8 @@ from rlrag.evaluation.ranking import recall_at_k
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
+from rlrag.training.distributed.workers import Workers
 from rlrag.training.validation import unanswered
-from rlrag.training.workers import Workers
 
 _NAMES = ("accuracy", "em", "f1", "answer_words")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlrag.config import DROConfig, RunConfig, TrainingConfig
 from rlrag.errors import DataError
-from rlrag.training.workers import Workers
+from rlrag.training.distributed.workers import Workers
 
 
 class BatchSchedule:

@@ -26,12 +26,12 @@ from rlrag.generation.protocol import Generator
 from rlrag.pipeline import Library, TrainingData, open_reward
 from rlrag.records import Trajectories
 from rlrag.rewards.answering import AnsweringReward
+from rlrag.runs.directory import RunDirectory
 from rlrag.selection.protocol import Draws, Policy
-from rlrag.training.generator_model import TrainableGenerator
-from rlrag.training.run_directory import RunDirectory
+from rlrag.training.distributed.workers import Workers
+from rlrag.training.learners.generator_model import TrainableGenerator
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.validation import validate
-from rlrag.training.workers import Workers
 
 Metrics = dict[str, Any]
 Files = Mapping[str, Mapping[str, torch.Tensor]]

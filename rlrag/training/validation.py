@@ -18,7 +18,7 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.selection.protocol import Policy
-from rlrag.training.workers import Workers
+from rlrag.training.distributed.workers import Workers
 
 
 def validate(

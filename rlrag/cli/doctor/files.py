@@ -20,10 +20,10 @@ from rlrag.cli.doctor.checks import Answer, failed, ok, warning
 from rlrag.cli.doctor.machine import existing
 from rlrag.config import BUILTIN_MODELS, RunConfig
 from rlrag.errors import ModelNotFoundError, RlragError, RunDirectoryError
-from rlrag.models import model_here, resolve_model, tokenizer_hash
-from rlrag.sqlite_files import Journal
+from rlrag.files.sqlite import Journal
+from rlrag.models.directories import model_here, resolve_model, tokenizer_hash
+from rlrag.runs.directory import RunDirectory
 from rlrag.submitted_job import where_to_look
-from rlrag.training.run_directory import RunDirectory
 
 _NUM_FIRST = 1000
 _HUB_TIMEOUT_S = 10.0
@@ -119,7 +119,7 @@ def check_other_files(config: RunConfig, run_dir: RunDirectory) -> Answer:
         ConfigError: when the checkpoint cannot be started from.
     """
     from rlrag.cli.train import check_log
-    from rlrag.training.forking import check_start
+    from rlrag.runs.forking import check_start
 
     said = []
     if config.training.experience is not None:

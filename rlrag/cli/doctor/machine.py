@@ -54,7 +54,7 @@ def check_compiler(config: RunConfig) -> Answer:
     """Whether vLLM on a CPU will be able to compile its sampler."""
     if not uses_vllm(config) or config.generator.gpus_per_actor:
         return ok("not needed: no vLLM engine on a CPU")
-    from rlrag.generation import vllm_backend
+    from rlrag.generation.backends import vllm as vllm_backend
 
     vllm_backend.check_compiler()
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]

@@ -26,7 +26,7 @@ from rlrag.cli.train import TrainArguments, config_of
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, DataError, RlragError, SetupError
 from rlrag.recipes import RECIPES
-from rlrag.training.run_directory import RunDirectory
+from rlrag.runs.directory import RunDirectory
 
 _DEFAULT = "quickstart"
 _ERRORS: dict[str, type[RlragError]] = {

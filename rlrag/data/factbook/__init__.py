@@ -1,0 +1,1 @@
+"""The World Factbook: its passages, and questions about them."""

@@ -1,0 +1,1 @@
+"""What a language model judged: agreement and the table of its verdicts."""

@@ -1,0 +1,1 @@
+"""Robustness, abstention and calibration of a system's answers."""

@@ -1,0 +1,1 @@
+"""Engines: vLLM, transformers and OpenAI-compatible servers."""

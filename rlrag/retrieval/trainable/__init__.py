@@ -1,0 +1,1 @@
+"""Encoders in training, and retrieval with them."""

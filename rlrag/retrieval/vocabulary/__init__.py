@@ -1,0 +1,1 @@
+"""Retrieval with sparse vectors over a vocabulary (semi-parametric)."""

@@ -1,0 +1,1 @@
+"""Versions of a bundle in the service: loaded, checked, compared, given roles."""

@@ -1,0 +1,1 @@
+"""The JSA trainer: retriever and generator. Open `trainer.py` first."""

@@ -1,0 +1,1 @@
+"""Optimiser steps of selector, generator and retriever, shared by the trainers."""

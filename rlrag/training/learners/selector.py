@@ -1,0 +1,177 @@
+"""One optimiser step of the selection policy on a batch of experience (M-step).
+
+Shape letters: B questions, M samples, E = B * M episodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rlrag.algorithms import dro
+from rlrag.config import DROConfig, TrainingConfig
+from rlrag.errors import NonFiniteLossError
+from rlrag.selection.build import TrainablePolicy
+from rlrag.training.distributed.workers import Workers
+from rlrag.training.experience import Experience
+from rlrag.training.learners.gradients import clip_gradient, share_gradient
+from rlrag.training.learners.learning_rate import linear_schedule, set_rate
+from rlrag.training.learners.optimizer_state import SavesOptimizer
+
+
+class SelectorLearner(SavesOptimizer):
+    """Takes one DRO step on a policy for each batch of experience.
+
+    Every worker sees its share of the batch. Gradients and metrics are summed over the workers and
+    divided by the questions of the whole batch: one worker and many do the same mathematics.
+
+    Args:
+        policy: What is trained.
+        initial: The policy before training, which `kl_to_initial` is measured against.
+        dro_config: Which loss.
+        config: Batch size, learning rate and limits.
+        num_steps: Steps of the whole run, for the learning rate.
+        workers: Whom the batch is shared with.
+    """
+
+    def __init__(
+        self,
+        policy: TrainablePolicy,
+        initial: TrainablePolicy,
+        dro_config: DROConfig,
+        config: TrainingConfig,
+        num_steps: int,
+        workers: Workers,
+    ) -> None:
+        self._policy = policy
+        self._initial = initial
+        self._dro = dro_config
+        self._config = config
+        self._num_steps = num_steps
+        self._workers = workers
+        self._parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+
+    def update(
+        self, experience: Experience, weights_BM: torch.Tensor, step: int
+    ) -> dict[str, float]:
+        """One optimiser step; returns metrics averaged over the whole batch, as before the step.
+
+        `policy_entropy` and `kl_to_initial` are estimates from the samples for whole episodes, in
+        nats.
+
+        Args:
+            experience: This worker's share of the batch.
+            weights_BM: Its importance weights.
+            step: Number of this step, from 0.
+
+        Raises:
+            NonFiniteLossError: when the loss or the gradient is not finite.
+        """
+        log_weights_BM = torch.from_numpy(experience.log_weights_BM)
+        behaviour_BM = torch.from_numpy(experience.behaviour_logp_BM).double()
+        with torch.no_grad():
+            initial_BM = self._logp(self._initial, experience, slice(None)).cpu().double()
+        coefficients_BM = self._coefficients(experience, weights_BM)
+        self.optimizer.zero_grad()
+        constants = (coefficients_BM, behaviour_BM, initial_BM, log_weights_BM)
+        loss, logp_BM = self._backward(experience, constants)
+        kl_BM = dro.kl_coefficients(logp_BM, behaviour_BM, initial_BM, log_weights_BM)
+        entropy_BM = dro.entropy_coefficients(logp_BM, behaviour_BM, log_weights_BM)
+        metrics = self._mean(
+            {
+                "loss": loss,
+                "kl_to_initial": -kl_BM.sum().item(),
+                "policy_entropy": entropy_BM.sum().item(),
+            }
+        )
+        rate = linear_schedule(
+            step, self._num_steps, self._config.warmup_steps, self._config.learning_rate
+        )
+        set_rate(self.optimizer, rate)
+        metrics["grad_norm"] = self._share_gradient(step)
+        self.optimizer.step()
+        metrics["learning_rate"] = rate
+        return metrics
+
+    def _backward(
+        self, experience: Experience, constants: Sequence[torch.Tensor]
+    ) -> tuple[float, torch.Tensor]:
+        """Add up the gradient; returns the summed loss, and log p of shape (B, M) on the CPU.
+
+        `constants` are those of `_loss`.
+
+        As many questions at once as the policy reads in one pass: what a language model keeps for
+        the gradient would otherwise grow with the batch.
+        """
+        num_questions = len(experience.question_rows)
+        at_once = getattr(self._policy, "micro_batch", None) or num_questions
+        loss, parts = 0.0, []
+        for start in range(0, num_questions, at_once):
+            rows = slice(start, start + at_once)
+            logp_BM = self._logp(self._policy, experience, rows)
+            loss_B = self._loss(logp_BM, *(each_BM[rows].to(logp_BM) for each_BM in constants))
+            (loss_B.sum() / self._config.batch_size).backward()
+            loss += loss_B.detach().sum().item()
+            parts.append(logp_BM.detach().cpu().double())
+        return loss, torch.cat(parts)
+
+    @staticmethod
+    def _logp(policy: TrainablePolicy, experience: Experience, questions: slice) -> torch.Tensor:
+        """Log-probabilities of the episodes of some questions, shape (B, M)."""
+        num_samples = experience.num_samples
+        rows_E = experience.by_question(np.arange(len(experience.trajectories)))[questions].ravel()
+        trajectories = experience.trajectories
+        if len(rows_E) < len(trajectories):
+            trajectories = trajectories.of(rows_E)
+        return policy.log_prob(trajectories).sum(dim=1).view(-1, num_samples)
+
+    def _coefficients(self, experience: Experience, weights_BM: torch.Tensor) -> torch.Tensor:
+        """What multiplies log p of an episode by its reward, shape (B, M)."""
+        log_weights_BM = torch.from_numpy(experience.log_weights_BM)
+        valid_BM = dro.valid_samples(torch.from_numpy(experience.rewards_BM), log_weights_BM)
+        return dro.coefficients(weights_BM, log_weights_BM, valid_BM, self._dro.baseline)
+
+    def _loss(
+        self,
+        logp_BM: torch.Tensor,
+        coefficients_BM: torch.Tensor,
+        behaviour_BM: torch.Tensor,
+        initial_BM: torch.Tensor,
+        log_weights_BM: torch.Tensor,
+    ) -> torch.Tensor:
+        """The reward's loss, and entropy and KL of the policy as it is in this pass, shape (B,)."""
+        clip_ratio = self._dro.clip_ratio
+        if clip_ratio is None:
+            loss_B = dro.selector_loss(logp_BM, coefficients_BM)
+        else:
+            loss_B = dro.clipped_selector_loss(logp_BM, behaviour_BM, coefficients_BM, clip_ratio)
+        if self._dro.entropy_weight:
+            constant_BM = dro.entropy_coefficients(logp_BM, behaviour_BM, log_weights_BM)
+            loss_B = loss_B + self._dro.entropy_weight * dro.selector_loss(logp_BM, constant_BM)
+        if self._dro.kl_weight:
+            constant_BM = dro.kl_coefficients(logp_BM, behaviour_BM, initial_BM, log_weights_BM)
+            loss_B = loss_B + self._dro.kl_weight * dro.selector_loss(logp_BM, constant_BM)
+        return loss_B
+
+    def _mean(self, totals: dict[str, float]) -> dict[str, float]:
+        """Sums over this worker's questions to means over those of the whole batch."""
+        summed = self._workers.sum(torch.tensor(list(totals.values()), dtype=torch.float64))
+        means = (summed / self._config.batch_size).tolist()
+        return dict(zip(totals, means, strict=True))
+
+    def _share_gradient(self, step: int) -> float:
+        """Sum the gradient over the workers and clip it; returns its norm before clipping."""
+        gradient, norm = share_gradient(list(self._parameters.values()), self._workers)
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(
+                f"the gradient of step {step} is not finite; lower training.learning_rate, or look "
+                "for infinite rewards in metrics.jsonl"
+            )
+        clip_gradient(gradient, norm, self._config.max_grad_norm)
+        return norm

@@ -1,0 +1,1 @@
+"""The OpenRAG trainer: the retriever. Open `trainer.py` first."""
