@@ -1,4 +1,4 @@
-"""Batches of questions with passages to a table: training pairs a second, beside another library.
+"""Contrastive training pairs a second, beside another library.
 
 Run `python -m benchmarks.contrastive`. The package's learner and a step of sentence-transformers
 train copies of one encoder on the same batches of the built-in corpus, in turns:

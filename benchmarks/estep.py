@@ -1,4 +1,4 @@
-"""The E-step's scoring against plain transformers that scores each permutation alone.
+"""The E-step's scoring speed beside plain transformers.
 
 Run `python -m benchmarks.estep`. In each turn a policy draws permutations of fresh questions of the
 built-in corpus; the log-probability of the golden answer after each is computed in four ways, of

@@ -1,4 +1,4 @@
-"""Every family of training and every peer on several data sets: one command, one table a set.
+"""All trainer families and peers on several data sets, one table for each set.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.evidence`. Each set gives the same numbers of training,
 validation and test questions, drawn with a seed from those that have an answer; MuSiQue, which has

@@ -1,4 +1,4 @@
-"""A service that explores, the log of its selections, and what training on that log is worth.
+"""What training on the feedback log of an exploring service is worth.
 
 Run `python -m benchmarks.feedback` for the built-in data, ranked by BM25. Another recipe and its
 flags give other data: `RLRAG_DATA_DIR=... python -m benchmarks.feedback --recipe nq --events 5000`.

@@ -1,4 +1,4 @@
-"""Mutated files into everything that reads one: does each end in a value or in a documented error?
+"""Fuzzes everything that reads a file: each mutant ends in a value or a documented error.
 
 Run `python -m benchmarks.fuzz`. Atheris changes valid files, led by which lines of this project the
 changed ones reach: bytes, pieces, and words that readers trip over (NaN, huge numbers, deep

@@ -1,4 +1,4 @@
-"""Corpus sizes to tables: peak memory of indexing, the speed of flat search, and cost by size.
+"""Peak memory of indexing, speed of flat search, and cost by corpus size.
 
 Run `python -m benchmarks.indexing`. Every index is built in a process of its own from passages that
 are made up on the way, with an encoder that draws a vector from the text's hash, so that what is

@@ -1,4 +1,4 @@
-"""What a loaded pipeline costs beside its generator, and the package beside torch at import.
+"""Overhead of a loaded pipeline over its generator, and import time beside torch.
 
 Run `python -m benchmarks.pipeline --bundle runs/quickstart/bundle`. Questions of the bundle's
 evaluation are answered one by one, in turn by `Pipeline.answer` and by the bare generator, which is

@@ -1,4 +1,4 @@
-"""Generators by name: how well and how fast each reads the same passages, side by side.
+"""Quality and speed of several generators on the same passages.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.readers nq --models smollm2-135m-instruct
 gemma-3-270m`. All engines are open at once, a process each, and take turns: each chunk of questions

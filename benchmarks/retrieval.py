@@ -1,4 +1,4 @@
-"""A corpus to a table: what retrieval with an encoder in training costs, and what it loses.
+"""Cost and quality of retrieval with an encoder in training.
 
 Run `python -m benchmarks.retrieval`. Two comparisons, both on one corpus and its questions:
 

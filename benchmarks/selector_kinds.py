@@ -1,4 +1,4 @@
-"""A network on features, or a language model that writes the order: quality and cost of a selector.
+"""Quality and cost of selectors: a network on features, a language model.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.selector_kinds nq`. Both train on the same questions
 with the same generator, frozen, and the same rewards. The feature network ranks by Plackett-Luce

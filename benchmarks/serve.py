@@ -1,4 +1,4 @@
-"""The service against the bare engine, its latency, and what it does when too much is asked.
+"""The service beside the bare engine: throughput, latency and overload.
 
 Run `python -m benchmarks.serve --bundle runs/quickstart/bundle`. Everything runs on this machine
 and on loopback, each phase for a bounded time:

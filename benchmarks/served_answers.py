@@ -1,4 +1,4 @@
-"""Does the service answer as the pipeline was evaluated? The same bundle and questions, both ways.
+"""Compares served answers with those of the evaluation.
 
 Run `python -m benchmarks.served_answers --bundle runs/quickstart/bundle`. The bundle's test
 questions are answered first as `jobs.evaluate` answers them, by the same code and back end, then

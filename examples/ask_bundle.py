@@ -1,4 +1,4 @@
-"""Asks a bundle questions, and shows each answer with the passages that it was made from.
+"""Ask a bundle questions and print each answer with its passages.
 
     python -m examples.ask_bundle --bundle runs/quickstart/bundle "What is the capital of Mongolia?"
 

@@ -1,4 +1,4 @@
-"""Train the quickstart's selector by a reward of your own; its flags in, a run directory out.
+"""Train the quickstart's selector with a reward of your own.
 
     python -m examples.custom_reward --run-dir runs/short
 

@@ -1,4 +1,4 @@
-"""Find out how a trained bundle's answers stand up to other contexts, and where they come from.
+"""Probe how robust a bundle is: other passages in the context, and where answers come from.
 
     rlrag probe --bundle runs/nq/bundle --output probe.json
     rlrag probe --bundle runs/nq/bundle --measures mirage,order --baseline \

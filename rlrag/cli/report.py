@@ -1,4 +1,4 @@
-"""Draw runs as one HTML page that needs nothing else to be read.
+"""Write an HTML report of runs.
 
     rlrag report --run-dir runs/nq --output report.html
     rlrag report --run-dir runs/m2 --run-dir runs/m8 --output samples.html

@@ -1,4 +1,4 @@
-"""Retriever, selector and generator trained in turns: each learns from what the others became.
+"""Trains retriever, selector and generator in alternating rounds.
 
     round 1   retriever    on what the untrained generator makes of its passages
               the others   on what the tuned retriever finds

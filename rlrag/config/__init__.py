@@ -1,4 +1,4 @@
-"""What a person decides about a run: typed, frozen, checked, importable without torch.
+"""The configuration of a run: typed, frozen, validated, importable without torch.
 
 A recipe returns one `RunConfig`. Every field is a command-line flag (`--dro.num-samples 8`) and a
 key of the saved `config.json`, which loads back to an equal object. Nothing that a run finds out is

@@ -1,4 +1,4 @@
-"""The sections together: one run, to JSON and back."""
+"""`RunConfig`: all sections of a run, to and from JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sections that say what a pipeline is made of; those about its training are in `training`."""
+"""Configuration sections of the pipeline: data, retrieval, selector, generator, reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sections that say how a pipeline is trained and what it is compared with."""
+"""Configuration sections of training and evaluation."""
 
 from __future__ import annotations
 

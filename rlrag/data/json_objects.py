@@ -1,4 +1,4 @@
-"""The JSON objects of a file of any size, one a line or in one array, read one at a time."""
+"""Streams JSON objects from files of any size: one a line, or one array."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converters of public data sets, from the formats of their publishers to a folder for recipes.
+"""Converters from public data sets to the data folder of the recipes.
 
 A converter turns a record into questions, each with the passages that its publishers gave with it.
 The records are those of the published files, or the rows of the same set on the hub, which has some

@@ -1,4 +1,4 @@
-"""The questions of a run, to train on and held back, and what its user should know about them."""
+"""Splits a run's questions into training and validation, with warnings for the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fixed choice of passages that training has to beat: the strongest on held-back questions.
+"""Baselines without training, and the strongest of them on validation questions.
 
 Nobody needs to train for a fixed choice: the retriever's order, its reverse, its first passage
 alone. So `trained` is tested against the best of those that a table has, and where a generator was

@@ -1,4 +1,4 @@
-"""What a policy picked, by the retriever's positions: what its gain can come from.
+"""Which of the retriever's positions a policy picks.
 
 A policy can gain by choosing other passages than the retriever's first K, by showing the same ones
 in another order, or by both. One that does nearly the same with every question has learned an

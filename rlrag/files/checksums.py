@@ -1,4 +1,4 @@
-"""Checksums of files in caches: listed once the files are finished, compared before they are used.
+"""Checksums of cached files, compared before the files are used.
 
 A file of up to 64 MiB is read each time. Reading a larger one whole would take longer than opening
 it, so that is done only where it was written to after the list was, as its time of change tells.

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a generator: answers, and how probable given ones are."""
+"""The generator protocol: answers, and log-probabilities of given answers."""
 
 from __future__ import annotations
 

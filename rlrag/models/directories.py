@@ -1,4 +1,4 @@
-"""Model names to local directories, and directories to hashes and number formats.
+"""Resolves model names to local directories; hashes and number formats of models.
 
 A model is named by a built-in name, by a path or by a Hugging Face id; whoever loads it gets a
 directory that transformers, sentence-transformers and vLLM all understand.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlrag.config import RunConfig
-from rlrag.recipes import joint, retriever, selection, stochastic
+from rlrag.recipes import joint, jsa, retriever, selection
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "quickstart": selection.quickstart,
@@ -27,9 +27,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "nq-openrag-offline": retriever.nq_openrag_offline,
     "nq-openrag-online": retriever.nq_openrag_online,
     "nq-openrag-dense": retriever.nq_openrag_dense,
-    "nq-jsa": stochastic.nq_jsa,
-    "nq-jsa-semi": stochastic.nq_jsa_semi,
-    "nq-jsa-joint": stochastic.nq_jsa_joint,
+    "nq-jsa": jsa.nq_jsa,
+    "nq-jsa-semi": jsa.nq_jsa_semi,
+    "nq-jsa-joint": jsa.nq_jsa_joint,
     "nq-full": joint.nq_full,
     "hotpotqa-full": joint.hotpotqa_full,
     "openrag-paper": retriever.openrag_paper,

@@ -1,4 +1,4 @@
-"""A corpus to a BM25 index on disk, and questions to its best passages.
+"""BM25: an index on disk and its search.
 
 The score is BM25 in the form that the bm25s library calls "lucene" (Kamphuis et al. 2020, "Which
 BM25 Do You Mean?", row "Lucene (accurate)"), summed over the words w of the question, repeated

@@ -1,4 +1,4 @@
-"""A corpus and a configuration to retrievers that are ready to search.
+"""Opens the retrievers that a configuration describes, and builds their indexes.
 
 What is missing under `cache_dir/indexes` is built, what is there is loaded, and what does not
 belong is refused. Each part lies in a directory of its own (`bm25-*`, `vectors-*`, `hnsw-*`,

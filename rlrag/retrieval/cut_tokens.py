@@ -1,4 +1,4 @@
-"""What share of a corpus's tokens lies beyond the longest text that a model reads."""
+"""Measures how much of a corpus is cut off at the longest text that a model reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two rankings to one, by reciprocal rank fusion.
+"""Hybrid retrieval: reciprocal rank fusion of two rankings.
 
     score(q, d) = sum over rankings of 1 / (k + rank of d),  ranks from 1
 

@@ -1,4 +1,4 @@
-"""What an index on disk was made from: written beside it, and compared before it is used.
+"""The manifest of an index: what it was built from, checked before it is used.
 
 An index directory holds `manifest.json`. A directory appears under its name only when it is
 complete (`staged_directory`), except those with vectors, which say themselves how far they are.

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a retriever: the best rows of a corpus, and their scores.
+"""The retriever protocol: the best rows of a corpus for each question, with scores.
 
 Shape letters: B questions, P passages of the corpus, K hits, N given rows.
 """

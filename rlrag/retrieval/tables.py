@@ -1,4 +1,4 @@
-"""A question set to its table of candidates: computed once, then read from disk.
+"""Candidate tables of question sets: computed once and cached on disk.
 
 The file is `cache_dir/candidates/<key>.npz` with rows, scores and question vectors. Its key covers
 the questions, the retrievers and the number of candidates.

@@ -1,4 +1,4 @@
-"""A text to the words that BM25 indexes, in any script.
+"""Splits text in any script into the words that BM25 indexes.
 
 Words are runs of letters, digits, underscores and the marks that belong to letters, lower-cased,
 without English stop words and without stemming. A letter or digit that stands alone is a word:

@@ -1,4 +1,4 @@
-"""What an environment asks of a reward: one result for each (question, ordered passages) pair."""
+"""The reward protocol: one result for each pair of a question and ordered passages."""
 
 from __future__ import annotations
 

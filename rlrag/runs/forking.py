@@ -15,9 +15,9 @@ import torch
 
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
-from rlrag.submitted_job import where_to_look
 from rlrag.runs.checkpoints import WEIGHTS, CheckpointStore
 from rlrag.runs.directory import RunDirectory
+from rlrag.submitted_job import where_to_look
 
 _STEP = re.compile(r"step-(\d+)")
 _POSTERIOR = "posterior"

@@ -31,11 +31,11 @@ from pathlib import Path
 
 from rlrag.config import RunConfig
 from rlrag.errors import RlragError, SetupError
-from rlrag.files.remote import RemoteDirectory, open_remote
 from rlrag.files.directories import MANIFEST, find_whole
+from rlrag.files.remote import RemoteDirectory, open_remote
 from rlrag.runs.checkpoints import CheckpointStore, kept_steps
-from rlrag.runs.mirror_fetch import checkpoint_names, fetch_run
 from rlrag.runs.directory import RunDirectory
+from rlrag.runs.mirror_fetch import checkpoint_names, fetch_run
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rlrag.config import RunConfig
 from rlrag.errors import CheckpointError, RunDirectoryError
-from rlrag.files.remote import RemoteDirectory
 from rlrag.files.directories import MANIFEST, check_whole, find_whole, leads_outside
+from rlrag.files.remote import RemoteDirectory
 from rlrag.runs.checkpoints import CheckpointStore
 from rlrag.runs.directory import RunDirectory, check_same_run
 

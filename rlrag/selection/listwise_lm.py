@@ -1,4 +1,4 @@
-"""A policy that is a causal language model, which writes the order of the passages.
+"""Listwise policy: a causal language model that writes the order of the passages.
 
 The DRO paper's selector (arXiv 2505.03075, Eq. 1, section 8.3): a language model reads the question
 and n numbered passages and writes `[2] > [1] > ...`. At each fork (`listwise_prompt`) the model's

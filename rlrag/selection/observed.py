@@ -1,4 +1,4 @@
-"""Observations of `rlrag/DocumentSelection-v1` and its kin as the batches that scorers read.
+"""Turns observations of the environment into the batches that scorers read.
 
 Shape letters: E episodes, U different questions, N candidates, C retriever scores, D vector length.
 """

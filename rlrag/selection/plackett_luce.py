@@ -1,4 +1,4 @@
-"""Plackett-Luce policies: one candidate after another, each by softmax among those that are left.
+"""Plackett-Luce policies: sequential softmax over the remaining candidates.
 
 A Plackett-Luce permutation picks one candidate after another, each with softmax probability among
 those that are left (Plackett, 1975; Luce, 1959):

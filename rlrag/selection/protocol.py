@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a policy: actions in episodes, and their log-probabilities.
+"""The policy protocol: actions in episodes, and their log-probabilities.
 
 Shape letters: B questions, M episodes of one question, E = B * M episodes, T actions of the longest
 one, A actions of the environment.

@@ -1,4 +1,4 @@
-"""What policies that read texts leave unread of passages."""
+"""Counts the text that policies with limited input leave unread."""
 
 from __future__ import annotations
 

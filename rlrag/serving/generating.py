@@ -1,4 +1,4 @@
-"""Generation in the service: the engines of all bundle versions, and their answers.
+"""Generation in the service: the engines of all loaded bundle versions.
 
 Versions whose generators have the same weights share one engine.
 """

@@ -1,4 +1,4 @@
-"""Checks a request, and resolves everything that decides its answer."""
+"""Checks a request, and resolves the settings that decide its answer."""
 
 from __future__ import annotations
 

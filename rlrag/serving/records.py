@@ -1,4 +1,4 @@
-"""Values that pass between the parts of a served pipeline, in the order in which they arise.
+"""Values that pass between the parts of the service.
 
 Routing -> Retrieved -> Picked -> AnswerPiece. All are frozen.
 

@@ -1,4 +1,4 @@
-"""Selection in the service: each version's policy plays an episode on a question's candidates.
+"""Selection in the service: each version's policy on a question's candidates.
 
 Exploration. With probability e (`feedback.explore_share`) the selection z is drawn from the policy
 p, else it is the policy's most probable one, g. Whatever coin fell, its propensity is

@@ -1,4 +1,4 @@
-"""What the routes of one application share, and the work that several of them do."""
+"""State and work that the routes of one application share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contracts of the parts that people bring, as checks for a test-suite.
+"""Contract tests for parts of one's own.
 
 Each raises `AssertionError` with what of the contract is broken. The built-in parts pass them.
 

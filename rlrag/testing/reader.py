@@ -1,4 +1,4 @@
-"""A generator that reads instead of thinking, for tests that want no language model."""
+"""A generator without a language model, for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers in the threads of one process, which meet as processes do."""
+"""Workers in threads of one process, for tests of distributed training."""
 
 from __future__ import annotations
 

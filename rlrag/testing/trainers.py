@@ -1,4 +1,4 @@
-"""The contract of trainers, and a small run to hold them to it."""
+"""The contract tests of trainers, and a small run for them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Experience, learner, checkpoints and the loop."""
+"""Training: loop, launch, learners and the algorithms."""

@@ -1,4 +1,4 @@
-"""What is asked of every country, part one: its land and its people; a table of question kinds.
+"""Question kinds of the Factbook, part one: land and people.
 
 Each kind asks for one field in three or four ways. Many wordings avoid the words of the field's
 name, so that a search for the question's words tends to find other fields of the same country.

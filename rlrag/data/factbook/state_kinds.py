@@ -1,4 +1,4 @@
-"""What is asked of every country, part two: state and economy; a table of question kinds."""
+"""Question kinds of the Factbook, part two: state and economy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of a report in which single questions are looked through.
+"""The question browser of a report.
 
 The page's script (question_browser.js) draws the list. What it reads is JSON, packed by gzip and
 written in base 64, so that no text of a run can be taken for markup; the script puts texts into the

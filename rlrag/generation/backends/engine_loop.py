@@ -1,4 +1,4 @@
-"""Prompts in from any event loop at any time; the pieces of their answers out as they are decoded.
+"""Steps an engine in a thread while prompts arrive, and streams the answers.
 
 One thread steps the engine while a request is unfinished and sleeps otherwise. Requests join and
 leave between two steps, which is what lets an engine with a scheduler batch them as they come.

@@ -1,4 +1,4 @@
-"""Prompts in at any time, pieces of their answers out of each step: what an `EngineLoop` drives."""
+"""The protocol of engines that an `EngineLoop` steps: prompts added any time, text in pieces."""
 
 from __future__ import annotations
 

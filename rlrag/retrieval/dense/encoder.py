@@ -1,4 +1,4 @@
-"""Texts to vectors of length 1, by a sentence-transformers model.
+"""Encodes texts as unit vectors with a sentence-transformers model.
 
 Shape letters: B texts, D vector length.
 """

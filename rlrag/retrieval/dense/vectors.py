@@ -1,4 +1,4 @@
-"""A corpus to a memory map of its vectors: encoded in chunks, resumed after a stop.
+"""The vectors of a corpus as a memory-mapped file, encoded in resumable chunks.
 
 The directory holds `vectors.npy` (float32, one row a passage, at its full size from the start) and
 `progress.json` with the number of rows that are safe on disk. Rows are written with ordinary file

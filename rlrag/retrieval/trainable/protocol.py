@@ -1,4 +1,4 @@
-"""What a trainer asks of an encoder: vectors that carry a gradient, and a directory to be saved in.
+"""The protocol of encoders in training: vectors with gradients, saved to a directory.
 
 Shape letters: B texts, D vector length (the vocabulary's, for an encoder into vocabulary space).
 """

@@ -1,4 +1,4 @@
-"""A corpus to the bags of tokens of its passages: made once, whatever is trained afterwards.
+"""Bag-of-tokens index of a corpus, which training does not change.
 
 A bag has a 1 for every ordinary token that a passage holds, as often as it may occur. It depends on
 the tokenizer alone and on no weights, so that an encoder in training can search it with its present

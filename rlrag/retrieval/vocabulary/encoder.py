@@ -1,4 +1,4 @@
-"""Texts to sparse vectors over a vocabulary, by a masked language model that can be trained.
+"""Encodes texts as sparse vectors over a vocabulary with a trainable masked language model.
 
 The encoder of the semi-parametric retriever (VDR, SiDR; OpenRAG, arXiv 2503.08398, section 3 and
 appendix E). An entry stands for a word piece, so that a vector can be compared with another text's

@@ -1,4 +1,4 @@
-"""A masked language model's directory to its hidden states and the output layer behind them.
+"""Loads a masked language model: hidden states and output layer.
 
 The model is transformers' own; its output layer is told to hand on what it gets, so that the
 logits, one number for every position and word piece, are never computed for a whole batch. That

@@ -1,4 +1,4 @@
-"""Vectors in vocabulary space of a corpus, on disk, and questions to the passages nearest them.
+"""Semi-parametric retrieval: sparse vectors over a vocabulary, on disk, and their search.
 
 The whole search of the semi-parametric retriever (SiDR; OpenRAG, arXiv 2503.08398): the inner
 product of sparsified question and passage vectors. While the encoder is in training, its passages'

@@ -1,4 +1,4 @@
-"""Hidden states to one vector a text with an entry for every word piece of a vocabulary.
+"""Pools hidden states to one vector over the vocabulary for each text.
 
     v(x)_w = max over the positions t of x of elu1p(h_t . e_w + b_w),   elu1p(a) = ELU(a) + 1
 

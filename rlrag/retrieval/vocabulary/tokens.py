@@ -1,4 +1,4 @@
-"""A model's directory to its tokenizer, and texts to token ids and bags of tokens.
+"""Tokenizer of a vocabulary encoder, and bags of tokens of texts.
 
 The columns of vocabulary space are the ordinary tokens in the order of their ids: special tokens
 and `[unusedN]` have none. For `bert-base-uncased` these are the ids 999 to 30521.

@@ -1,4 +1,4 @@
-"""`/admin`: bundles come, take roles and go; the shadow is compared. For admin keys alone."""
+"""`/admin` routes: add, promote and remove bundle versions; admin keys only."""
 
 from __future__ import annotations
 

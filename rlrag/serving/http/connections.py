@@ -1,4 +1,4 @@
-"""Connections of Ray Serve's HTTP proxy, which must send the head of a request in time.
+"""Time limit for request headers in Ray Serve's HTTP proxy.
 
 uvicorn bounds the pause between two requests, but neither the time in which a request's line and
 headers arrive nor the number of connections: half a header could hold one for good.

@@ -1,4 +1,4 @@
-"""The address that Ray Serve listens on, and the line that says the service is ready.
+"""The address that the service listens on, and the line that says it is ready.
 
 `serve run` would start Ray Serve itself, at its default address. This does it first, so that an
 address can be chosen, one that is taken is named, and the terminal hears when the service is ready.

@@ -1,4 +1,4 @@
-"""The layers that a request passes before the routes.
+"""Middleware: request ids, host names, keys and size limits.
 
 Five ASGI layers, outermost first: `Recording` gives a request its id and its record and turns
 whatever fails into a problem, `HostCheck` knows the service's names, `KeyCheck` asks for a key,

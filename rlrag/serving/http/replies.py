@@ -1,4 +1,4 @@
-"""What the HTTP interface sends, as pydantic models with examples; `schemas` has the requests."""
+"""Response bodies of the HTTP interface as pydantic models, with examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests of the HTTP interface as pydantic models, with examples; `replies` has the answers.
+"""Request bodies of the HTTP interface as pydantic models, with examples.
 
 Requests refuse unknown fields and wrong types. What depends on the bundle or on the settings, such
 as the longest question, is checked where the question is answered.

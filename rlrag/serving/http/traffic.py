@@ -1,4 +1,4 @@
-"""Records of requests: their ids, a line for each in the log, and the newest ones."""
+"""Request ids, the request log, and the list of recent requests."""
 
 from __future__ import annotations
 

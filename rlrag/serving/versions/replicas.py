@@ -1,4 +1,4 @@
-"""The life of a replica: what it holds is reported, and what it is told to hold is loaded.
+"""Reports what a replica holds to the registry, and loads what it is told to.
 
 Both kinds of reporters ask the registry of versions every half second. A replica goes on with what
 it has while the registry does not answer, which is logged once.

@@ -1,4 +1,4 @@
-"""The learner's view of its fellow workers: who am I, how many are we, add this up over all."""
+"""The workers of a run as each of them sees it: rank, size, sums and barriers."""
 
 from __future__ import annotations
 

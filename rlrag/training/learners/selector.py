@@ -1,4 +1,4 @@
-"""One optimiser step of the selection policy on a batch of experience (M-step).
+"""One optimiser step of the selection policy on a batch of episodes (M-step).
 
 Shape letters: B questions, M samples, E = B * M episodes.
 """
