@@ -1,8 +1,8 @@
-"""The long run that `benchmarks.endurance` and `benchmarks.kill_points` make, in short."""
+"""A short form of the run of `benchmarks.faults.endurance` and `benchmarks.faults.kill_points`."""
 
 from __future__ import annotations
 
-from benchmarks.endurance import endurance_config, growth, report, train
+from benchmarks.faults.endurance import endurance_config, growth, report, train
 
 
 def test_a_short_run_is_sampled_and_reported(tmp_path):

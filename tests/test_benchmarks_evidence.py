@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import evidence
+from benchmarks.quality import evidence
 from rlrag.cli.command_line import parse
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError

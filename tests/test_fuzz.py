@@ -1,4 +1,4 @@
-"""Damaged files end in a value or in a documented error, near the seeds of `benchmarks.fuzz`."""
+"""Damaged files end in a value or a documented error, as in `benchmarks.faults.fuzz`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fuzz
+from benchmarks.faults import fuzz
 from rlrag.errors import DataError
 
 SEED = b'{"a": [1, 2], "b": "text"}'
@@ -34,7 +34,7 @@ def reading(elsewhere, tmp_path_factory):
 def fuzzer(*words: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, since the fuzzer changes how modules are imported."""
     pytest.importorskip("atheris", reason="atheris has no package for this platform")
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--inputs", str(_NUM_INPUTS), *words]
+    command = [sys.executable, "-m", "benchmarks.faults.fuzz", "--inputs", str(_NUM_INPUTS), *words]
     root = Path(fuzz.__file__).parents[1]
     return subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=root)
 

@@ -19,7 +19,7 @@ import pytest
 from ray.exceptions import OutOfMemoryError
 from training_program import tiny_flags
 
-from benchmarks.programs import (
+from benchmarks.faults.programs import (
     ROOT,
     Family,
     TrainingProgram,

@@ -15,7 +15,7 @@ from feedback_runs import even_log, event, library_of, part_of, write_log
 from loop_runs import StopAfter, changed
 from stand_ins import make_table
 
-from benchmarks.feedback import Enumeration, measure
+from benchmarks.quality.feedback import Enumeration, measure
 from rlrag.config import RunConfig
 from rlrag.errors import DataError, NonFiniteLossError
 from rlrag.files.directories import save_weights

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from training_program import NUM_STEPS, tiny_flags, without_clocks
 
-from benchmarks.programs import ROOT, TrainingProgram, read_metrics
+from benchmarks.faults.programs import ROOT, TrainingProgram, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

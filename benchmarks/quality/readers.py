@@ -1,6 +1,6 @@
 """Quality and speed of several generators on the same passages.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.readers nq --models smollm2-135m-instruct
+Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.readers nq --models smollm2-135m-instruct
 gemma-3-270m`. All engines are open at once, a process each, and take turns: each chunk of questions
 is answered and scored by one and then by the next, so that what else the machine does slows all
 alike. Nothing is trained.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlrag.records import Passage, Prompt, Question
     from rlrag.retrieval.candidates import CandidateTable
 
-RESULTS_FILE = Path(__file__).parent / "results" / "readers.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "readers.md"
 _TIMEOUT_S = 1800
 _CHUNK = 12
 
@@ -201,7 +201,9 @@ def report(
     candidates: CandidateTable,
 ) -> str:
     """The results as Markdown."""
-    command = f"python -m benchmarks.readers {options.recipe} --models {' '.join(options.models)}"
+    command = (
+        f"python -m benchmarks.quality.readers {options.recipe} --models {' '.join(options.models)}"
+    )
     lines = [
         f"# Readers of {options.recipe}",
         "",

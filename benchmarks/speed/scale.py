@@ -1,10 +1,10 @@
 """How busy one client keeps many generator actors, and what that costs.
 
-Run `python -m benchmarks.scale`. The pool, its actors and its client are the real ones. The engines
-are stand-ins that sleep, so that 256 of them fit on one machine: as long as the tokens of a chunk
-take at a given speed, times a factor that is drawn, with the chunk as seed, from what a real engine
-needed for one chunk after the other. Without a file of such times the benchmark measures them first
-with the built-in model and saves them beside its table.
+Run `python -m benchmarks.speed.scale`. The pool, its actors and its client are the real ones. The
+engines are stand-ins that sleep, so that 256 of them fit on one machine: as long as the tokens of a
+chunk take at a given speed, times a factor that is drawn, with the chunk as seed, from what a real
+engine needed for one chunk after the other. Without a file of such times the benchmark measures
+them first with the built-in model and saves them beside its table.
 
 All turns have equally many prompts an actor. What the actors would compute on machines of their own
 here shares the cores with the client, so that its figures are rather too high than too low.
@@ -36,8 +36,8 @@ if TYPE_CHECKING:  # an actor imports what its engine refers to, and 256 of them
     from rlrag.generation.weights import GeneratorWeights
     from rlrag.records import Generation, Prompt, Score
 
-RESULTS_FILE = Path(__file__).parent / "results" / "scale.md"
-LATENCIES_FILE = Path(__file__).parent / "results" / "scale_latencies.json"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "scale.md"
+LATENCIES_FILE = Path(__file__).parents[1] / "results" / "scale_latencies.json"
 BUSY_TARGETS = {64: 0.95, 256: 0.85}
 STRAGGLER_TARGET = 0.05
 IDENTITY = "simulated"
@@ -331,7 +331,7 @@ def report(
         "# Scale: one client and many actors",
         "",
         f"{platform.machine()}, Python {platform.python_version()}; made by "
-        "`python -m benchmarks.scale`.",
+        "`python -m benchmarks.speed.scale`.",
         "",
         "The pool, its actors (a process each) and its client are real; the engines sleep. A chunk "
         f"takes its tokens at {options.tokens_per_s:,.0f} a second, so that the smallest, "

@@ -1,8 +1,8 @@
 """Fuzzes everything that reads a file: each mutant ends in a value or a documented error.
 
-Run `python -m benchmarks.fuzz`. Atheris changes valid files, led by which lines of this project the
-changed ones reach: bytes, pieces, and words that readers trip over (NaN, huge numbers, deep
-nesting, paths that lead outside). Of JSON files it also gets some in which one value is put in
+Run `python -m benchmarks.faults.fuzz`. Atheris changes valid files, led by which lines of this
+project the changed ones reach: bytes, pieces, and words that readers trip over (NaN, huge numbers,
+deep nesting, paths that lead outside). Of JSON files it also gets some in which one value is put in
 another's place. Hashes are made to fit where there are any, so that the reader behind them is
 reached. An input is a finding when its reader
 
@@ -35,10 +35,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from benchmarks.fuzz_targets import Target, targets
+from benchmarks.faults.fuzz_targets import Target, targets
 from rlrag.errors import RlragError
 
-RESULTS_FILE = Path(__file__).parent / "results" / "fuzz.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "fuzz.md"
 _TIMEOUT_S = 10.0
 _MAX_BYTES = 2**15
 _SHARE_OF_VALUES = 0.5
@@ -329,7 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [
                 "# Mutated files",
                 "",
-                f"`python -m benchmarks.fuzz --inputs {options.inputs} --seed {options.seed}` with "
+                f"`python -m benchmarks.faults.fuzz --inputs {options.inputs} --seed "
+                f"{options.seed}` with "
                 "atheris; what counts as a finding is in the module.",
                 "",
                 "| read | inputs | accepted | refused | findings | inputs/s |",

@@ -1,11 +1,10 @@
 """Time and memory of a push of new weights into a pool of engines that go on running.
 
-Run `python -m benchmarks.weight_sync`. This process plays the learner: it holds two sets of weights
-and pushes them in turn, whole models first and then low-rank adapters. Some pushes are timed;
-others, which are not, have the memory of all processes of the cluster read meanwhile: the pages of
-each, and shared memory once.
-After the last push the engines' scores are compared with those of a model in this process that
-holds the same weights.
+Run `python -m benchmarks.speed.weight_sync`. This process plays the learner: it holds two sets of
+weights and pushes them in turn, whole models first and then low-rank adapters. Some pushes are
+timed; others, which are not, have the memory of all processes of the cluster read meanwhile: the
+pages of each, and shared memory once. After the last push the engines' scores are compared with
+those of a model in this process that holds the same weights.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from rlrag.generation.weights import GeneratorWeights
     from rlrag.records import Prompt
 
-RESULTS_FILE = Path(__file__).parent / "results" / "weight_sync.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "weight_sync.md"
 TARGET_COPIES = 1.5
 _MIB = 2**20
 _SETTLE_S = 2.0  # Ray frees objects within a second
@@ -322,7 +321,7 @@ def _report(config: GeneratorConfig, rows: Sequence[str], options: argparse.Name
         "# Weight sync: a push into engines that go on running",
         "",
         f"{platform.machine()}, Python {platform.python_version()}, {config.model} in "
-        f"{config.dtype}; made by `python -m benchmarks.weight_sync`.",
+        f"{config.dtype}; made by `python -m benchmarks.speed.weight_sync`.",
         "",
         "A push ends when the last actor answers with the new weights. It has three parts: every "
         "engine checks names and shapes, one copy goes to Ray's object store piece by piece, every "

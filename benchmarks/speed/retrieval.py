@@ -1,13 +1,13 @@
 """Cost and quality of retrieval with an encoder in training.
 
-Run `python -m benchmarks.retrieval`. Two comparisons, both on one corpus and its questions:
+Run `python -m benchmarks.speed.retrieval`. Two comparisons, both on one corpus and its questions:
 
 - The bag-of-tokens index, searched with sparsified question vectors, against bm25s's own
   `retrieve`, in turns. Either side has its questions ready: vectors here, tokens there.
 - Late-parametric retrieval against encoding all passages anew and searching them, as a training
   loop must choose after its weights changed. Quality is shown against that full search.
 
-How flat FAISS search compares with bare FAISS is measured by `benchmarks.indexing`.
+How flat FAISS search compares with bare FAISS is measured by `benchmarks.speed.indexing`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from rlrag.retrieval.vocabulary.semi_parametric import (
 )
 from rlrag.retrieval.words import split_words
 
-RESULTS_FILE = Path(__file__).parent / "results" / "retrieval.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "retrieval.md"
 TARGET_RATIO = 0.5
 _NUM_TURNS = 11
 _NUM_HITS = 20
@@ -191,7 +191,8 @@ def report(
         "# Retrieval in vocabulary space",
         "",
         f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}; made by "
-        f"`python -m benchmarks.retrieval`. Corpus `{options.corpus}`, {len(corpus):,} passages; "
+        f"`python -m benchmarks.speed.retrieval`. Corpus `{options.corpus}`, {len(corpus):,} "
+        "passages; "
         f"`{options.questions_from}`, {len(questions):,} questions; encoder `{options.encoder}`, "
         f"untrained, {options.top_k} entries kept.",
         "",

@@ -1,10 +1,10 @@
 """All trainer families and peers on several data sets, one table for each set.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.evidence`. Each set gives the same numbers of training,
-validation and test questions, drawn with a seed from those that have an answer; MuSiQue, which has
-one file, is divided. Every system starts from the same dense encoder and generator, shows as many
-passages, and may spend the same number of generator tokens in training. A finished run or peer in
-the folder is taken as it is, so that the same command goes on where it stopped.
+Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.evidence`. Each set gives the same numbers of
+training, validation and test questions, drawn with a seed from those that have an answer; MuSiQue,
+which has one file, is divided. Every system starts from the same dense encoder and generator, shows
+as many passages, and may spend the same number of generator tokens in training. A finished run or
+peer in the folder is taken as it is, so that the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from rlrag.config import RunConfig
 from rlrag.errors import ConfigError
 from rlrag.recipes import RECIPES
 
-RESULTS_FILE = Path(__file__).parent / "results" / "evidence.md"
-_PROGRAM = "python -m benchmarks.evidence"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "evidence.md"
+_PROGRAM = "python -m benchmarks.quality.evidence"
 SETS = ("nq", "hotpotqa", "squad2", "musique")
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 160, 40, 200
 NUM_PASSAGES = 2
@@ -231,7 +231,8 @@ def page(parts: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Every family of training, and peers",
         "",
-        f"`python -m benchmarks.evidence`; {platform.machine()}, {os.cpu_count()} cores; all of it "
+        f"`python -m benchmarks.quality.evidence`; {platform.machine()}, {os.cpu_count()} cores; "
+        "all of it "
         f"took {hours:.1f} hours. For each data set {NUM_TRAIN} questions to train on, "
         f"{NUM_VALIDATION} to choose a checkpoint by and at most {NUM_TEST} to measure, drawn once "
         f"from those with an answer; seed 0; {NUM_PASSAGES} passages in the prompt, the first "

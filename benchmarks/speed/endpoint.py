@@ -1,9 +1,9 @@
 """How busy a server behind an address is kept by 16 requests under way.
 
-Run `python -m benchmarks.endpoint`. A server on loopback, in a process of its own, answers each
-completion after a fixed time and works on at most 16 at once. It adds up for how long how many were
-being worked on, from the first request to the last reply; the busy share is that sum over 16 times
-the duration. A tenth of the prompts are refused once with 429.
+Run `python -m benchmarks.speed.endpoint`. A server on loopback, in a process of its own, answers
+each completion after a fixed time and works on at most 16 at once. It adds up for how long how many
+were being worked on, from the first request to the last reply; the busy share is that sum over 16
+times the duration. A tenth of the prompts are refused once with 429.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-RESULTS_FILE = Path(__file__).parent / "results" / "endpoint.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "endpoint.md"
 _AT_ONCE = 16
 _REFUSED_SHARE = 0.1
 
@@ -93,7 +93,8 @@ def main() -> None:
         "# A server behind an address, kept busy by 16 requests under way",
         "",
         f"{platform.machine()}, Python {platform.python_version()}, {arguments.prompts} prompts of "
-        "201 tokens; made by `python -m benchmarks.endpoint`, whose module says what is done.",
+        "201 tokens; made by `python -m benchmarks.speed.endpoint`, whose module says what is "
+        "done.",
         "",
         "| seconds an answer takes | busy share |",
         "|---|---|",

@@ -1,6 +1,6 @@
 """Compares served answers with those of the evaluation.
 
-Run `python -m benchmarks.served_answers --bundle runs/quickstart/bundle`. The bundle's test
+Run `python -m benchmarks.quality.served_answers --bundle runs/quickstart/bundle`. The bundle's test
 questions are answered first as `jobs.evaluate` answers them, by the same code and back end, then
 over HTTP by a service of one replica of each part; nothing is cached. Compared are the answers, the
 passages with their order, and the answers' log-probabilities.
@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 
 from benchmarks.runs import own_cluster
-from benchmarks.serve import URL, ready, service
+from benchmarks.speed.serve import URL, ready, service
 from rlrag.records import Question
 
-RESULTS_FILE = Path(__file__).parent / "results" / "served_answers.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "served_answers.md"
 
 Row = tuple[str, tuple[str, ...], float]
 """Answer, ids of the passages in the order picked, log-probability of the answer in nats."""
@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [
             "# The service against evaluation",
             "",
-            f"`python -m benchmarks.served_answers --bundle BUNDLE`; {len(pairs)} test questions.",
+            f"`python -m benchmarks.quality.served_answers --bundle BUNDLE`; {len(pairs)} test "
+            "questions.",
             "",
             "| compared | result |",
             "|---|---|",

@@ -1,10 +1,10 @@
 """The share of training time that checkpoints take.
 
-Run `python -m benchmarks.checkpoint_cost`. The run is the recipe `quickstart` with a frozen and
-with a trained generator, its engines in Ray actors as always and its training loop in this process.
-A checkpoint follows every step, so that there are many to time. From the moment that a step's
-record is written to the beginning of the next step, the loop does nothing but that: it gathers the
-tensors, writes them and deletes older ones.
+Run `python -m benchmarks.speed.checkpoint_cost`. The run is the recipe `quickstart` with a frozen
+and with a trained generator, its engines in Ray actors as always and its training loop in this
+process. A checkpoint follows every step, so that there are many to time. From the moment that a
+step's record is written to the beginning of the next step, the loop does nothing but that: it
+gathers the tensors, writes them and deletes older ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rlrag.config import RunConfig
     from rlrag.training.trainer import Files, Metrics, Trainer
 
-RESULTS_FILE = Path(__file__).parent / "results" / "checkpoint_cost.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "checkpoint_cost.md"
 TARGET_SHARE = 0.05
 STEPS_A_CHECKPOINT = 10
 _MIB = 2**20
@@ -189,7 +189,7 @@ def report(costs: Sequence[Costs]) -> str:
         "# Checkpoints: their share of a run's time",
         "",
         f"{platform.machine()}, Python {platform.python_version()}; made by "
-        "`python -m benchmarks.checkpoint_cost`.",
+        "`python -m benchmarks.speed.checkpoint_cost`.",
         "",
         f"`quickstart`, with a frozen generator and with one that is trained too; medians of "
         f"{len(costs[0].step_s)} steps with an empty cache and of as many checkpoints. A step "

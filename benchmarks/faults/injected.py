@@ -1,10 +1,10 @@
 """Injects faults into running programs and measures what was lost and how soon they recover.
 
-Run `python -m benchmarks.faults`. Every fault meets a small run on a Ray cluster of its own: in the
-training of a selector, in the offline stage of a retriever, or in its online stage, where its index
-is refreshed beside training. A run that goes on by itself is let go on; one that ends is started
-again by its command. Nothing is lost when the last checkpoint equals that of an undisturbed run to
-the last bit, and no more requests lie in the cache.
+Run `python -m benchmarks.faults.injected`. Every fault meets a small run on a Ray cluster of its
+own: in the training of a selector, in the offline stage of a retriever, or in its online stage,
+where its index is refreshed beside training. A run that goes on by itself is let go on; one that
+ends is started again by its command. Nothing is lost when the last checkpoint equals that of an
+undisturbed run to the last bit, and no more requests lie in the cache.
 
     generator killed     SIGKILL to a generator actor
     generator hangs      SIGSTOP to it for good; the pool ends it after generator.request_timeout_s
@@ -21,7 +21,8 @@ the last bit, and no more requests lie in the cache.
     disk full            the disk of run and cache, a small one of their own, is filled; it has room
                          again before the program is started again (needs root)
 
-`benchmarks.nodes` has what takes several machines: a node that dies, and one that is cut off.
+`benchmarks.faults.nodes` has what takes several machines: a node that dies, and one that is cut
+off.
 """
 
 from __future__ import annotations
@@ -45,10 +46,15 @@ from threading import Thread
 
 import psutil
 
-from benchmarks.poison import asked_question, poison
-from benchmarks.programs import TrainingProgram, copy_indexes, quiet_environment, read_metrics
+from benchmarks.faults.poison import asked_question, poison
+from benchmarks.faults.programs import (
+    TrainingProgram,
+    copy_indexes,
+    quiet_environment,
+    read_metrics,
+)
 
-RESULTS_FILE = Path(__file__).parent / "results" / "faults.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "faults.md"
 _TIMEOUT_S = 900.0
 _POLL_S = 0.05
 _FAULT_STEP = 4
@@ -361,7 +367,8 @@ def report(rows: Sequence[tuple[str, str, Outcome]]) -> str:
         "# Faults: what they cost a run",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; made "
-        "by `python -m benchmarks.faults`, whose module says what is done. `program` says whether "
+        "by `python -m benchmarks.faults.injected`, whose module says what is done. `program` "
+        "says whether "
         "it went on, or ended with a code and was started again. Recovery is the time from "
         "the fault, or from that start, to the next finished step or stored judgement; loading "
         "models and starting Ray are part of it. Where a question is left out, the weights are "

@@ -1,7 +1,8 @@
 """What training on the feedback log of an exploring service is worth.
 
-Run `python -m benchmarks.feedback` for the built-in data, ranked by BM25. Another recipe and its
-flags give other data: `RLRAG_DATA_DIR=... python -m benchmarks.feedback --recipe nq --events 5000`.
+Run `python -m benchmarks.quality.feedback` for the built-in data, ranked by BM25. Another recipe
+and its flags give other data: `RLRAG_DATA_DIR=... python -m benchmarks.quality.feedback --recipe nq
+--events 5000`.
 
     log       a policy serves its best selection, and instead of it a share of draws; questions are
               drawn too, and the environment rewards: 1 if a picked passage contains the answer,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from rlrag.selection.protocol import Policy
     from rlrag.training.feedback.selections import LoggedPart
 
-RESULTS = Path(__file__).parent / "results" / "feedback.md"
+RESULTS = Path(__file__).parents[1] / "results" / "feedback.md"
 _MOST_SELECTIONS = 5000
 _CHUNK = 64
 
@@ -279,7 +280,8 @@ def report(name: str, found: Found, num_events: int, explore_share: float) -> st
     lines = [
         f"# Training on feedback: {name}",
         "",
-        f"`python -m benchmarks.feedback --recipe {name} --events {num_events} --explore-share "
+        f"`python -m benchmarks.quality.feedback --recipe {name} --events {num_events} "
+        "--explore-share "
         f"{explore_share:g}`. A service answered {num_events:,} questions, and drew its selection "
         f"for a share of {explore_share:g} of them; {found.num_train:,} selections were trained "
         f"on, {found.num_held_back:,} held back; best at step {found.best_step}. The reward is 1 "
@@ -332,7 +334,7 @@ def _configured(name: str, flags: Sequence[str]) -> RunConfig:
         values["retrieval"] |= {"kind": "bm25", "encoder": None, "num_candidates": 10}
         values["environment"]["num_selected"] = 1
     default = RunConfig.model_validate(values)
-    return parse(RunConfig, default, list(flags), "python -m benchmarks.feedback")
+    return parse(RunConfig, default, list(flags), "python -m benchmarks.quality.feedback")
 
 
 def main(argv: Iterable[str] | None = None) -> None:

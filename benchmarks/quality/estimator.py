@@ -1,6 +1,6 @@
 """DRO's gradient estimate against the number of samples m and the baseline, on enumerated rewards.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.estimator nq --weights FILE`, where FILE is the
+Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.estimator nq --weights FILE`, where FILE is the
 `bundle/selector.safetensors` of a run of `nq-dro-selector`. All ordered selections of some training
 questions are rewarded once, so that every expectation but that over the draws of m is a sum. A
 policy is then drawn from many times, and of the gradient estimate g of a batch, given as the mean
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rlrag.retrieval.candidates import CandidateTable
     from rlrag.selection.build import TrainablePolicy
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _SAMPLES = (1, 2, 4, 8)
 _BASELINES: tuple[dro.Baseline, ...] = ("none", "mean")
 _BATCH = 24
@@ -198,7 +198,8 @@ def _report(options: argparse.Namespace, num_selections: int, lines: Sequence[st
         [
             f"# {options.name}: the gradient estimate against m and the baseline",
             "",
-            f"`python -m benchmarks.estimator {options.name}`; {options.questions} training "
+            f"`python -m benchmarks.quality.estimator {options.name}`; {options.questions} "
+            "training "
             f"questions, all {num_selections} selections of two passages rewarded once, "
             f"{options.draws} draws of each m{trained}. What the columns are is in the module.",
             "",

@@ -1,9 +1,9 @@
 """What the retriever is trained on: nothing, relevance, what helped the generator; and how.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.openrag nq`. All runs share questions, prompt and the
-cache of judgements, so that only the first pays for the offline stage. Each bundle is evaluated
-with one passage in context, and those of `DEEP` with ten, unless `--depths` says otherwise. A
-finished run in the folder is taken as it is.
+Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.openrag nq`. All runs share questions, prompt
+and the cache of judgements, so that only the first pays for the offline stage. Each bundle is
+evaluated with one passage in context, and those of `DEEP` with ten, unless `--depths` says
+otherwise. A finished run in the folder is taken as it is.
 
 `--reader RUN` has the trained generator of another finished run answer, frozen too, in place of the
 untrained one: what a retriever learns depends on how well its passages are read.
@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.runs import evaluation_with, finished_run
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _OFFLINE = ("--openrag.stages", "offline")
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "relevance": ("openrag", ("--openrag.labels", "gold", *_OFFLINE)),
@@ -72,7 +72,7 @@ def report(
     lines = [
         f"# {name}: what the retriever is trained on",
         "",
-        f"`python -m benchmarks.openrag {name}{chosen}`; seed 0, "
+        f"`python -m benchmarks.quality.openrag {name}{chosen}`; seed 0, "
         f"{first['num_questions']} questions; the number behind @ is that of the passages in "
         "context. Rows of trained retrievers bear the names of `VARIANTS` in the module."
         + (f" {reader}" if reader else ""),

@@ -1,7 +1,7 @@
 """Growth of memory, threads and open files over a run of many short steps.
 
-Run `python -m benchmarks.endurance`. Training loop, trainer, selector, environment, reward, cache,
-checkpoints and logs are the real ones, in one process and with a batch that runs ahead. The
+Run `python -m benchmarks.faults.endurance`. Training loop, trainer, selector, environment, reward,
+cache, checkpoints and logs are the real ones, in one process and with a batch that runs ahead. The
 questions are made up, their vectors are short, and the generator is a stand-in that reads the
 prompt, so that 10,000 steps take minutes.
 """
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from rlrag.retrieval.candidates import CandidateTable
     from rlrag.runs.directory import RunDirectory
 
-RESULTS_FILE = Path(__file__).parent / "results" / "endurance.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "endurance.md"
 TARGET_GROWTH = 0.02
 _NUM_QUESTIONS = 240
 _NUM_VALIDATION = 20
@@ -270,7 +270,7 @@ def report(samples: Sequence[Sample]) -> str:
         f"# Endurance: {samples[-1].step:,} steps in one process",
         "",
         f"{platform.machine()}, Python {platform.python_version()}; made by "
-        "`python -m benchmarks.endurance`.",
+        "`python -m benchmarks.faults.endurance`.",
         "",
         f"A selector of features is trained by DRO on {_NUM_QUESTIONS} made-up questions with a "
         "stand-in for the generator; the rest is what every run has: environment, cache, a batch "

@@ -1,9 +1,9 @@
 """The number of samples a question: weights over the iterations, and what is learned.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.samples nq`. Runs of one recipe that differ in m and in
-the baseline alone train the selector on the same questions; rewards of the same selection are
-shared through the cache. A finished run in the folder is taken as it is. `python -m jobs.report`
-with the same run directories draws the curves.
+Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.samples nq`. Runs of one recipe that differ in
+m and in the baseline alone train the selector on the same questions; rewards of the same selection
+are shared through the cache. A finished run in the folder is taken as it is. `python -m
+jobs.report` with the same run directories draws the curves.
 
 Of the columns, those of weights are means over the steps of the first and the last third of
 training: the variance of log w, and the effective sample size as a part of m. F1 is that on the
@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.runs import finished_run
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _FLAGS = (
     *("--data.max-train-questions", "300", "--data.num-validation-questions", "60"),
     *("--training.validate-every", "2", "--training.checkpoint-every", "10"),
@@ -75,7 +75,8 @@ def main() -> None:
         [
             f"# {arguments.name}: samples a question and baseline",
             "",
-            f"`python -m benchmarks.samples {arguments.name}`; seed 0, 240 training questions, 10 "
+            f"`python -m benchmarks.quality.samples {arguments.name}`; seed 0, 240 training "
+            "questions, 10 "
             f"steps, frozen generator, {num_questions} test questions, on which the retriever's "
             f"order has EM {base['em']:.3f} and F1 {base['f1']:.3f}. What the columns are is in "
             "the module.",

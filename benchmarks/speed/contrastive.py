@@ -1,7 +1,8 @@
 """Contrastive training pairs a second, beside another library.
 
-Run `python -m benchmarks.contrastive`. The package's learner and a step of sentence-transformers
-train copies of one encoder on the same batches of the built-in corpus, in turns:
+Run `python -m benchmarks.speed.contrastive`. The package's learner and a step of
+sentence-transformers train copies of one encoder on the same batches of the built-in corpus, in
+turns:
 
     whole     every text is embedded once; `MultipleNegativesRankingLoss`
     cached    gradient caching in micro batches; `CachedMultipleNegativesRankingLoss`
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rlrag.data.corpus import Corpus
 
-RESULTS_FILE = Path(__file__).parent / "results" / "contrastive.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "contrastive.md"
 TARGET_RATIO = 1.0
 _TEMPERATURE = 0.05
 _LEARNING_RATE = 2e-5
@@ -234,7 +235,7 @@ def report(rows: Sequence[Row], options: argparse.Namespace) -> str:
         "",
         f"{platform.machine()}, {options.threads} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}, sentence-transformers {sentence_transformers.__version__}; "
-        "made by `python -m benchmarks.contrastive`.",
+        "made by `python -m benchmarks.speed.contrastive`.",
         "",
         f"Encoder {options.model}, at most {options.max_tokens} tokens a text, questions "
         f"{options.questions} with one positive and one negative passage each. Medians of "

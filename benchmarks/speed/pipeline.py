@@ -1,6 +1,6 @@
 """Overhead of a loaded pipeline over its generator, and import time beside torch.
 
-Run `python -m benchmarks.pipeline --bundle runs/quickstart/bundle`. Questions of the bundle's
+Run `python -m benchmarks.speed.pipeline --bundle runs/quickstart/bundle`. Questions of the bundle's
 evaluation are answered one by one, in turn by `Pipeline.answer` and by the bare generator, which is
 given the same prompts; nothing is cached. An import is timed in a process of its own, in turn with
 that of torch.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-RESULTS_FILE = Path(__file__).parent / "results" / "pipeline.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "pipeline.md"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -98,7 +98,7 @@ def main() -> None:
         "# The loaded pipeline beside its generator",
         "",
         f"{platform.machine()}, Python {platform.python_version()}, {len(whole)} questions; made "
-        "by `python -m benchmarks.pipeline`, whose module says what is done.",
+        "by `python -m benchmarks.speed.pipeline`, whose module says what is done.",
         "",
         "| | median s | median s | median of the ratios (95 %) |",
         "|---|---|---|---|",

@@ -1,11 +1,12 @@
 """Peak memory of indexing, speed of flat search, and cost by corpus size.
 
-Run `python -m benchmarks.indexing`. Every index is built in a process of its own from passages that
-are made up on the way, with an encoder that draws a vector from the text's hash, so that what is
-measured is the indexing and neither the corpus nor a model. The vectors are written to their file
-and never held, so nothing is subtracted from the peak. Flat search is timed in turns with a bare
-`faiss.IndexFlatIP` over the same vectors. `--sizes` names the corpora of the table of costs, from
-whose largest the needs of 10^8 passages are worked out; without any there is no such table.
+Run `python -m benchmarks.speed.indexing`. Every index is built in a process of its own from
+passages that are made up on the way, with an encoder that draws a vector from the text's hash, so
+that what is measured is the indexing and neither the corpus nor a model. The vectors are written to
+their file and never held, so nothing is subtracted from the peak. Flat search is timed in turns
+with a bare `faiss.IndexFlatIP` over the same vectors. `--sizes` names the corpora of the table of
+costs, from whose largest the needs of 10^8 passages are worked out; without any there is no such
+table.
 
 This process imports nothing large: a child's peak begins at its parent's.
 """
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from rlrag.records import Passage
     from rlrag.retrieval.trainable.protocol import Role
 
-RESULTS_FILE = Path(__file__).parent / "results" / "indexing.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "indexing.md"
 TARGET_RATIO = 1.2
 VECTOR_SIZE = 384
 _NUM_WORDS = 60
@@ -289,7 +290,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _in_child(arguments: Sequence[str]) -> Any:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.indexing", *arguments],
+        [sys.executable, "-m", "benchmarks.speed.indexing", *arguments],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -308,7 +309,7 @@ def report(
         "# Indexing: memory and flat search",
         "",
         f"{platform.machine()}, Python {platform.python_version()}; made by "
-        "`python -m benchmarks.indexing`.",
+        "`python -m benchmarks.speed.indexing`.",
         "",
         "Peak resident memory (`ru_maxrss`) of a process that indexes and ends. The vectors are "
         "not in it: they go to their file.",

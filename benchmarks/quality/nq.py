@@ -1,8 +1,8 @@
 """Natural Questions: what training adds to the retriever's order, over seeds and retrievers.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.nq`. It runs `jobs.train nq` once a seed (a finished
-run in the folder is taken as it is, a stopped one continues), answers the same questions in the
-order of each kind of retriever, untrained, and writes means and spreads.
+Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.nq`. It runs `jobs.train nq` once a seed (a
+finished run in the folder is taken as it is, a stopped one continues), answers the same questions
+in the order of each kind of retriever, untrained, and writes means and spreads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.runs import finished_run
 
-RESULTS_FILE = Path(__file__).parent / "results" / "nq.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "nq.md"
 TARGET_GAIN = 0.10
 _KINDS = ("bm25", "dense", "hybrid")
 
@@ -63,7 +63,8 @@ def report(
     lines = [
         "# Natural Questions: trained selection against the retriever's order",
         "",
-        f"`python -m benchmarks.nq`; {first['num_questions']} questions, two of five candidates in "
+        f"`python -m benchmarks.quality.nq`; {first['num_questions']} questions, two of five "
+        "candidates in "
         "the prompt, SmolLM2-135M-Instruct as the frozen generator.",
         "",
         "| system | EM | F1 | recall@2 |",

@@ -1,8 +1,8 @@
 """A cluster of two network namespaces on one machine: nodes that join, die and are cut off.
 
-Run `python -m benchmarks.nodes` as root on Linux. Two network namespaces, joined by a bridge that
-leads nowhere else, each hold a Ray node, started by `ray start` as on two machines. On them, by the
-commands that users type:
+Run `python -m benchmarks.faults.nodes` as root on Linux. Two network namespaces, joined by a bridge
+that leads nowhere else, each hold a Ray node, started by `ray start` as on two machines. On them,
+by the commands that users type:
 
     submit        `ray job submit` of a training with one actor of the generator on each node
     evaluate      `jobs.evaluate` of the bundle, joined to the cluster
@@ -35,9 +35,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from benchmarks.programs import ROOT, Family, copy_indexes, quiet_environment, read_metrics
+from benchmarks.faults.programs import ROOT, Family, copy_indexes, quiet_environment, read_metrics
 
-RESULTS_FILE = Path(__file__).parent / "results" / "nodes.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "nodes.md"
 _BRIDGE, _INSIDE = "rlragbr", "eth0"
 _BIN = Path(sys.executable).parent
 _HEAD = "10.77.0.1"
@@ -375,7 +375,8 @@ def report(rows: Sequence[Row]) -> str:
         "# Two nodes: submit, train, evaluate, serve, and losses",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores for both nodes, Python "
-        f"{platform.python_version()}; made by `python -m benchmarks.nodes`, whose module says "
+        f"{platform.python_version()}; made by `python -m benchmarks.faults.nodes`, whose module "
+        "says "
         "what is done.",
         "",
         "| what | seconds | seen |",

@@ -1,8 +1,8 @@
 """The E-step's scoring speed beside plain transformers.
 
-Run `python -m benchmarks.estep`. In each turn a policy draws permutations of fresh questions of the
-built-in corpus; the log-probability of the golden answer after each is computed in four ways, of
-which each adds one measure to the one before:
+Run `python -m benchmarks.speed.estep`. In each turn a policy draws permutations of fresh questions
+of the built-in corpus; the log-probability of the golden answer after each is computed in four
+ways, of which each adds one measure to the one before:
 
     plain        transformers, batches sorted by length, every permutation read whole
     distinct     equal permutations of a question are read once
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rlrag.retrieval.candidates import CandidateTable
     from rlrag.selection.protocol import Policy
 
-RESULTS_FILE = Path(__file__).parent / "results" / "estep.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "estep.md"
 TARGETS = {"untrained": 2.0, "trained": 3.0}
 _TIMEOUT_S = 1800
 _BATCH_SIZE = 16
@@ -314,7 +314,8 @@ def _report(run: RunConfig, rows: Sequence[str], options: argparse.Namespace) ->
         "# E-step: scoring permutations against plain transformers",
         "",
         f"{platform.machine()}, Python {platform.python_version()}, {run.generator.model} in "
-        f"{resolve_config(run.generator, 'ray').dtype}; made by `python -m benchmarks.estep`.",
+        f"{resolve_config(run.generator, 'ray').dtype}; made by `python -m "
+        "benchmarks.speed.estep`.",
         "",
         f"{options.samples} permutations of {options.num_selected} of {options.num_candidates} "
         f"candidates for {options.questions} questions a turn, {options.threads} threads on each "

@@ -1,10 +1,10 @@
 """Quality and cost of selectors: a network on features, a language model.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.selector_kinds nq`. Both train on the same questions
-with the same generator, frozen, and the same rewards. The feature network ranks by Plackett-Luce
-from frozen embeddings and retriever scores; the language model reads the passages and writes `[2] >
-[1]`, as in the DRO paper, and imitates the retriever's order before the first reward. A finished
-run in the folder is taken as it is.
+Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.selector_kinds nq`. Both train on the same
+questions with the same generator, frozen, and the same rewards. The feature network ranks by
+Plackett-Luce from frozen embeddings and retriever scores; the language model reads the passages and
+writes `[2] > [1]`, as in the DRO paper, and imitates the retriever's order before the first reward.
+A finished run in the folder is taken as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlrag.environment.rollout import play_greedy
 from rlrag.pipeline import open_evaluation_data, open_library
 from rlrag.retrieval.candidates import CandidateTable
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _COMMON = (
     *("--data.max-train-questions", "280", "--data.num-validation-questions", "40"),
     *("--training.validate-every", "5", "--training.checkpoint-every", "5"),
@@ -78,7 +78,8 @@ def report(
     lines = [
         f"# {name}: a feature network or a language model as the selector",
         "",
-        f"`python -m benchmarks.selector_kinds {name}`; seed 0, 240 training questions, 10 steps, "
+        f"`python -m benchmarks.quality.selector_kinds {name}`; seed 0, 240 training questions, "
+        "10 steps, "
         f"frozen generator, {first['num_questions']} test questions; two threads. The first row "
         "is the retriever's order.",
         "",

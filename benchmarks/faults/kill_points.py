@@ -1,11 +1,11 @@
 """Kills a short run at 200 random moments and checks that it resumes to equal weights.
 
-Run `python -m benchmarks.kill_points`. The run is that of `benchmarks.endurance` with a checkpoint
-every other step: the real loop, trainer, cache and checkpoints in one process, a stand-in for the
-generator. SIGKILL comes at a moment drawn evenly from the time that an undisturbed run takes, and
-to every other run a second time after it was started again. Each run must end with the tensors of
-the undisturbed one to the last bit, with each step recorded once and equally, and with nothing
-half-written beside its products.
+Run `python -m benchmarks.faults.kill_points`. The run is that of `benchmarks.faults.endurance` with
+a checkpoint every other step: the real loop, trainer, cache and checkpoints in one process, a
+stand-in for the generator. SIGKILL comes at a moment drawn evenly from the time that an undisturbed
+run takes, and to every other run a second time after it was started again. Each run must end with
+the tensors of the undisturbed one to the last bit, with each step recorded once and equally, and
+with nothing half-written beside its products.
 
 Processes are forked from one that has loaded everything, as loading takes longer than the run.
 """
@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.endurance import endurance_config, train
-from benchmarks.programs import read_metrics
+from benchmarks.faults.endurance import endurance_config, train
+from benchmarks.faults.programs import read_metrics
 from rlrag.config import RunConfig
 
-RESULTS_FILE = Path(__file__).parent / "results" / "kill_points.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "kill_points.md"
 _TIMEOUT_S = 300.0
 _NUM_STEPS = 60
 _NOT_COMPARED = ("generator_tokens_spent", "generator_tokens_saved")
@@ -131,7 +131,8 @@ def report(found: Sequence[Killed], run_s: float) -> str:
         f"# Kill points: {len(found)} runs that were killed at random moments",
         "",
         f"{platform.machine()}, Python {platform.python_version()}; made by "
-        "`python -m benchmarks.kill_points`, whose module says what is done. An undisturbed run of "
+        "`python -m benchmarks.faults.kill_points`, whose module says what is done. An "
+        "undisturbed run of "
         f"{_NUM_STEPS} steps took {run_s:.1f} s; half of the runs had a batch that runs ahead.",
         "",
         f"- kills: {len(steps)}, of which {sum(map(sum, (one.was_writing for one in found)))} left "

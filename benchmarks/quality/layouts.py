@@ -1,7 +1,7 @@
 """The layout of the prompt: does an untrained reader do better with the best passage first or last?
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.layouts`. The generator answers the same training
-questions behind the retriever's first K passages, once in each layout of
+Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.layouts`. The generator answers the same
+training questions behind the retriever's first K passages, once in each layout of
 `generator.prompt.passage_order`. No test question takes part, so that the recipes' default can be
 chosen by it.
 """
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.evidence import draw_questions, run_flags
+from benchmarks.quality.evidence import draw_questions, run_flags
 from rlrag.cli.cluster import cluster
 from rlrag.cli.command_line import parse
 from rlrag.config import DATA_DIR_VARIABLE, PromptConfig, RunConfig
 from rlrag.generation.protocol import Generator
 from rlrag.recipes import RECIPES
 
-RESULTS_FILE = Path(__file__).parent / "results" / "layouts.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "layouts.md"
 LAYOUTS: tuple[str, ...] = get_args(PromptConfig.model_fields["passage_order"].annotation)
 SETS = ("factbook", "nq", "hotpotqa", "musique", "squad2")
-_PROGRAM = "python -m benchmarks.layouts"
+_PROGRAM = "python -m benchmarks.quality.layouts"
 _START_TIMEOUT_S = 900.0
 
 
@@ -39,7 +39,7 @@ class Measured:
 
 
 def configuration(name: str, data_dir: Path, folder: Path, cache_dir: Path | None) -> RunConfig:
-    """The recipe that trains on a set, or `nq-dro` with what `benchmarks.evidence` trains on.
+    """The recipe that trains on a set, or `nq-dro` with the data of `benchmarks.quality.evidence`.
 
     Questions that are drawn for that go to a file in `folder`.
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _POLL_S = 0.05
 _FAMILY_POLL_S = 1.0
 _LEAVE_TIMEOUT_S = 60.0

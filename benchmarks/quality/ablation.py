@@ -1,8 +1,8 @@
 """Selector, generator, both, or fine-tuning: the ablation of the DRO paper on one data set.
 
-Run `RLRAG_DATA_DIR=... python -m benchmarks.ablation nq`. The recipes share questions, steps and
-everything else but what they train; see `rlrag.recipes`. A finished run in the folder is taken as
-it is. Write the page about the runs with `python -m jobs.report`.
+Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.ablation nq`. The recipes share questions,
+steps and everything else but what they train; see `rlrag.recipes`. A finished run in the folder is
+taken as it is. Write the page about the runs with `python -m jobs.report`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.runs import finished_run
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _RECIPES = ("sft", "dro-selector", "dro-generator", "dro")
 
 
@@ -30,7 +30,8 @@ def report(
     lines = [
         f"# {name}: what to train",
         "",
-        f"`python -m benchmarks.ablation {name}`; seed 0, {first['num_questions']} questions. Each "
+        f"`python -m benchmarks.quality.ablation {name}`; seed 0, {first['num_questions']} "
+        "questions. Each "
         "row is answered by what its recipe trained; frozen is the retriever's order with the "
         "untrained generator.",
         "",

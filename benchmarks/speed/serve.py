@@ -1,7 +1,7 @@
 """The service beside the bare engine: throughput, latency and overload.
 
-Run `python -m benchmarks.serve --bundle runs/quickstart/bundle`. Everything runs on this machine
-and on loopback, each phase for a bounded time:
+Run `python -m benchmarks.speed.serve --bundle runs/quickstart/bundle`. Everything runs on this
+machine and on loopback, each phase for a bounded time:
 
     throughput   16 clients, each asking one question after the other, against a vLLM engine that is
                  given the same prompts at once; in turns, the ratio is that of each turn
@@ -35,7 +35,7 @@ from typing import Any
 
 import httpx
 
-RESULTS_FILE = Path(__file__).parent / "results" / "serve.md"
+RESULTS_FILE = Path(__file__).parents[1] / "results" / "serve.md"
 URL = "http://127.0.0.1:8000"
 _CLIENTS = 16
 _EXTRA_RATE = 200.0
@@ -335,7 +335,8 @@ def _report(
     lines = [
         "# The service on one machine",
         "",
-        "`python -m benchmarks.serve --bundle BUNDLE`; two cores, clients included, one replica of "
+        "`python -m benchmarks.speed.serve --bundle BUNDLE`; two cores, clients included, one "
+        "replica of "
         "each part, an engine of one thread, no caches. What is measured is described in the "
         "module.",
         "",

@@ -1,9 +1,9 @@
 """Compares the speed of the package's inner loops with that of a pinned revision.
 
-Run `python -m benchmarks.baseline`. It checks out the revision that `results/baseline.json` names
-beside this tree, and times `benchmarks.kernels` on both in turns, in processes of their own: a
-ratio measured side by side holds on any machine, seconds do not. It ends with 1 when a loop takes
-more than `--tolerance` times as long as it did.
+Run `python -m benchmarks.speed.baseline`. It checks out the revision that `results/baseline.json`
+names beside this tree, and times `benchmarks.speed.kernels` on both in turns, in processes of their
+own: a ratio measured side by side holds on any machine, seconds do not. It ends with 1 when a loop
+takes more than `--tolerance` times as long as it did.
 
 `--update` makes the present revision the baseline. Commit first: changes that are not committed are
 timed, but no revision has them.
@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-BASELINE_FILE = Path(__file__).parent / "results" / "baseline.json"
+ROOT = Path(__file__).resolve().parents[2]
+BASELINE_FILE = Path(__file__).parents[1] / "results" / "baseline.json"
 _KERNELS = Path(__file__).with_name("kernels.py")
 _TIMEOUT_S = 600.0
 

@@ -1,7 +1,7 @@
 """Timings of the package's inner loops on made-up data, in seconds a call, as JSON.
 
-Run `python -m benchmarks.kernels`, or let `benchmarks.baseline` run it on two trees in turns. Every
-call does the same work each time, from the same seeds.
+Run `python -m benchmarks.speed.kernels`, or let `benchmarks.speed.baseline` run it on two trees in
+turns. Every call does the same work each time, from the same seeds.
 """
 
 from __future__ import annotations
