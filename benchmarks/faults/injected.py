@@ -53,13 +53,14 @@ from benchmarks.faults.programs import (
     quiet_environment,
     read_metrics,
 )
+from rlrag.training.openrag.index_refresh import encode_from
 
 RESULTS_FILE = Path(__file__).parents[1] / "results" / "faults.md"
 _TIMEOUT_S = 900.0
 _POLL_S = 0.05
 _FAULT_STEP = 4
 _SLOW_S = 60.0
-ENGINE, LEARNER = "EngineActor", "RayTrainWorker"
+ENGINE, LEARNER, ENCODER = "EngineActor", "RayTrainWorker", encode_from.__name__
 _COMMON = (
     *("--training.loggers", "--training.launcher", "ray"),
     *("--generator.backend", "transformers", "--generator.dtype", "float32"),
@@ -269,7 +270,7 @@ FAULTS = {
     "generator slow": Fault(slow_down),
     "poisoned question": Fault(None),
     "learner killed": Fault(kill_one(LEARNER), ("training",)),
-    "encoder killed": Fault(kill_one("encode_version"), ("online stage",)),
+    "encoder killed": Fault(kill_one(ENCODER), ("online stage",)),
     "object store full": Fault(fill_object_store),
     "node lost": Fault(kill_one("raylet/raylet")),
     "head lost": Fault(kill_one("gcs_server")),
