@@ -115,6 +115,8 @@ def test_sft_asks_for_validations_alone(small_config, training_data):
         ({"stages": ("offline",)}, 6, 2 * 120, 0),
         ({"stages": ("online",), "online_epochs": 3}, 9, 2 * 120, 3 * 24),
         ({"labels": "gold"}, 12, 0, 0),
+        ({"loss": "kl", "num_online": 4}, 12, 2 * 120, 4 * 24),  # all that are found are scored
+        ({"loss": "kl", "num_online": 4, "stages": ("offline",)}, 6, 2 * 120, 0),
     ],
 )
 def test_a_retriever_asks_for_each_first_candidate_and_for_what_it_finds(

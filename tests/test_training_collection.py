@@ -15,14 +15,14 @@ from loop_runs import changed
 from stand_ins import CutPrompts, ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import RunConfig
-from rlrag.errors import GenerationError
+from rlrag.errors import GenerationError, RlragError
 from rlrag.generation.weights import GeneratorWeights, pack_weights
 from rlrag.pipeline import open_policy, open_reward
-from rlrag.records import Passage, Prompt, Question
+from rlrag.records import Passage, Prompt, Question, Score
 from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.dro.collection import Collection
-from rlrag.training.experience import Experience
+from rlrag.training.experience import Experience, ExperienceCollector
 from rlrag.training.schedule import BatchSchedule
 
 TABLE = make_table(24)
@@ -309,6 +309,39 @@ def test_an_error_of_a_batch_that_ran_ahead_ends_the_run(ahead):
     with pytest.raises(GenerationError, match="the engine is gone"):
         case.collect(1)
     case.collection.close()
+
+
+@pytest.mark.parametrize("num_broken", [1, 2])
+def test_a_batch_without_a_single_reward_is_the_first_failure(small_config, num_broken):
+    """A batch with one reward is a batch; what its failures mean is for others to say."""
+
+    class Broken(ReadingGenerator):
+        """Cannot score anything that is asked of some questions."""
+
+        def score(self, prompts, answers):
+            return [
+                Score(float("nan"), 1, 1) if p.text.endswith(broken) else found
+                for p, found in zip(prompts, super().score(prompts, answers), strict=True)
+            ]
+
+    rows = np.array([3, 5])
+    broken = tuple(TABLE.questions[row].question for row in rows[:num_broken])
+    collector = ExperienceCollector(
+        small_config.environment,
+        small_config.dro,
+        TABLE,
+        open_reward(small_config, Broken(), WordPrompts()),
+        2,
+    )
+    policy, seeds = open_policy(small_config, TABLE), [[0, 1], [0, 2]]
+    if num_broken == 2:
+        with pytest.raises(RlragError, match="answer_logp for question 'q3'"):
+            collector.collect(policy, rows, seeds, 0, 0)
+    else:
+        found = collector.collect(policy, rows, seeds, 0, 0)
+        assert np.isnan(found.rewards_BM).all(axis=1).tolist() == [True, False]
+        assert len(found.errors) == small_config.dro.num_samples
+    collector.close()
 
 
 class Member(SingleWorker):

@@ -309,6 +309,10 @@ def test_the_budget_counts_each_domain_once_while_the_generator_is_frozen(config
     joint = changed(config, training={"parts": ["retriever", "generator"]})
     trained = estimate_budget(joint, task.data, WordPrompts())
     assert trained.num_requests == NUM_STEPS * 8 * 12 + (1 + NUM_STEPS // 4) * NUM_VALIDATION
+    assert budget.num_rollouts == trained.num_rollouts == NUM_STEPS * 8 * 50
+    short = estimate_budget(changed(config, jsa={"mis_steps": 3}), task.data, WordPrompts())
+    assert short.num_requests == 28 * 3 + (1 + NUM_STEPS // 4) * NUM_VALIDATION
+    assert short.num_rollouts == NUM_STEPS * 8 * 3
     assert "50 proposals a question from the first 6 passages" in describe_plan(
         changed(config, generator={"model": "some-1B"})
     )

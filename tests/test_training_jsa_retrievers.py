@@ -15,7 +15,7 @@ from tiny_models import save_tiny_encoder
 
 from rlrag.algorithms import jsa
 from rlrag.config import RunConfig
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, NonFiniteLossError
 from rlrag.records import Question
 from rlrag.retrieval.dense.encoder import TextEncoder
 from rlrag.retrieval.trainable.query_encoder import (
@@ -24,7 +24,8 @@ from rlrag.retrieval.trainable.query_encoder import (
     static_index,
 )
 from rlrag.training.distributed.workers import SingleWorker
-from rlrag.training.jsa.retrievers import JSARetrievers, target_answer
+from rlrag.training.jsa.retrievers import Domain, JSARetrievers, target_answer
+from rlrag.training.learners.learning_rate import linear_schedule
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,65 @@ def test_the_weights_gradient_is_that_of_one_pass_without_pieces(config, task, m
     for name, gradient in expected.items():
         found = moments[f"{name}:exp_avg"] / 0.1
         assert torch.allclose(found, gradient, rtol=1e-3, atol=1e-5), name
+
+
+def open_learner(config: RunConfig, task: Task) -> JSARetrievers:
+    index = static_index(task.library.retrievers.primary)
+    return JSARetrievers(config, index, len(task.library.corpus), 10, SingleWorker())
+
+
+def even_weights(domain: Domain) -> torch.Tensor:
+    present_BN = torch.from_numpy(domain.rows_BN >= 0).double()
+    return present_BN / present_BN.sum(dim=1, keepdim=True)
+
+
+def test_the_gradient_is_clipped_and_reported_unclipped(config, task):
+    """AdamW's first moment after one step is a tenth of the gradient that it was given."""
+    questions = task.data.train.questions[:4]
+    norms, moments = [], []
+    for limit in (1e9, 1e-3):
+        learner = open_learner(changed(config, jsa={"max_grad_norm": limit}), task)
+        domain = learner.domain(questions)
+        norms.append(learner.update(domain, even_weights(domain), 4, 0)["retriever/grad_norm"])
+        state = learner.optimizer_tensors()
+        given = [10 * t.flatten() for name, t in state.items() if name.endswith(":exp_avg")]
+        moments.append(torch.cat(given).norm().item())
+    assert norms[0] == norms[1] > 1e-3
+    assert moments == pytest.approx([norms[0], 1e-3], rel=1e-4)
+
+
+def test_the_rate_warms_up_and_weights_decay_as_they_are_told_to(config, task):
+    """Without a gradient AdamW shrinks each weight by rate times decay."""
+    settings = changed(
+        config,
+        training={"warmup_steps": 4},
+        jsa={"weight_decay": 0.5, "learning_rate": 0.1, "max_grad_norm": 1e-30},
+    )
+    learner = open_learner(settings, task)
+    before = {name: p.detach().clone() for name, p in learner.prior.named_parameters()}
+    domain = learner.domain(task.data.train.questions[:2])
+    metrics = learner.update(domain, even_weights(domain), 2, 1)
+    rate = linear_schedule(1, 10, 4, 0.1)
+    assert metrics["retriever/learning_rate"] == rate < linear_schedule(1, 10, 0, 0.1)
+    for name, parameter in learner.prior.named_parameters():
+        assert torch.allclose(parameter, before[name] * (1 - rate * 0.5), atol=1e-6), name
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(config, task):
+    learner = open_learner(config, task)
+    domain = learner.domain(task.data.train.questions[:2])
+    for parameter in learner.posterior.parameters():
+        parameter.register_hook(lambda gradient: gradient * math.nan)  # the loss is finite
+    before = [p.detach().clone() for p in learner.prior.parameters()]
+    with pytest.raises(NonFiniteLossError, match=r"gradient of step 7 is nan; lower jsa"):
+        learner.update(domain, even_weights(domain), 2, 7)
+    assert all(torch.equal(*both) for both in zip(before, learner.prior.parameters(), strict=True))
+
+
+def test_a_search_in_pieces_is_one_search(config, task, retrievers):
+    questions = [question.question for question in task.data.train.questions[:7]]
+    pieces = open_learner(changed(config, jsa={"micro_batch_texts": 3}), task)
+    assert pieces.search(questions, 4).tolist() == retrievers.search(questions, 4).tolist()
 
 
 def test_the_answer_that_is_trained_on():

@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import episodes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,8 +19,11 @@ from stand_ins import ReadingGenerator, WordPrompts, make_table
 from rlrag.config import OpenRAGConfig, RetrievalConfig, RunConfig, TrainingConfig
 from rlrag.errors import CheckpointError, DataError, GenerationError
 from rlrag.generation.cache import CachedGenerator
+from rlrag.generation.protocol import Sampling
 from rlrag.records import Question, Score
 from rlrag.retrieval.candidates import CandidateTable
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.dro.experience_log import ExperienceLog
 from rlrag.training.openrag.offline_stage import describe_pools, run_offline_stage
 from rlrag.training.openrag.pools import judging_order, load_pools
 from rlrag.training.schedule import openrag_schedule
@@ -35,9 +39,18 @@ def config(tmp_path) -> RunConfig:
     )
 
 
-def run_stage(config, candidates, generator, directory: Path, said: list[str] | None = None):
+def run_stage(
+    config,
+    candidates,
+    generator,
+    directory: Path,
+    said: list[str] | None = None,
+    experience: Path | None = None,
+):
     say = (lambda text: None) if said is None else said.append
-    return run_offline_stage(config, candidates, generator, WordPrompts(), directory, say)
+    return run_offline_stage(
+        config, candidates, generator, WordPrompts(), directory, say, experience
+    )
 
 
 def test_the_stage_judges_saves_and_loads_what_it_saved(config, tmp_path):
@@ -130,6 +143,66 @@ def test_a_stage_that_was_stopped_asks_for_nothing_twice(config, tmp_path, lives
     assert found.labels_QN.tolist() == whole.labels_QN.tolist()
     assert found.logp_QN.tolist() == whole.logp_QN.tolist()
     assert found.num_tokens == last.tokens.spent + last.tokens.saved  # whatever was cached
+
+
+def test_what_rewarded_selections_tell_is_not_judged_again(config, tmp_path):
+    """In one run candidate 0 of question 2 helped and 1 did not; none was drawn elsewhere."""
+    candidates, asked, said = make_table(6), list[tuple](), list[str]()
+    experience = tmp_path / "experience"
+    batch = episodes.experience(candidates, [2], [[[0], [1]]], [[-0.5, -5.0]])
+    ExperienceLog(experience, SingleWorker(), candidates).append(0, batch)
+    found = run_stage(config, candidates, Dying(asked), tmp_path / "pools", said, experience)
+    assert found.labels_QN[2, :2].tolist() == [1, 0]
+    assert np.isnan(found.logp_QN[2, :2]).all()
+    assert np.isfinite(found.logp_QN).sum() == 6 * 5 - 2
+    assert len(asked) == 2 * (6 * 5 - 2)
+    assert "offline stage: 2 labels from selections that were rewarded" in said
+    strict = changed(config, openrag={"contribution_margin": 5.0})
+    whole = run_stage(
+        strict, candidates, ReadingGenerator(), tmp_path / "whole", experience=experience
+    )
+    assert np.isfinite(whole.logp_QN).all()
+
+
+def test_passages_are_judged_as_the_run_answers(config, tmp_path):
+    asked: list[Sampling] = []
+
+    class Listening(ReadingGenerator):
+        """Notes how it is to decode."""
+
+        def generate(self, prompts, sampling):
+            asked.append(sampling)
+            return super().generate(prompts, sampling)
+
+    warm = changed(config, generator={"max_new_tokens": 7, "temperature": 0.5, "stop": ["!"]})
+    warm = warm.model_copy(update={"seed": 3})
+    run_stage(warm, make_table(6), Listening(), tmp_path / "pools")
+    assert set(asked) == {Sampling(max_new_tokens=7, temperature=0.5, stop=("!",), seed=3)}
+
+
+@pytest.mark.parametrize(("allowed", "ends"), [(0.1, True), (0.2, False)])
+def test_more_passages_without_a_judgement_than_allowed_end_the_stage(
+    config, tmp_path, allowed, ends
+):
+    """The generator cannot read one question of six, a sixth of the passages."""
+
+    class Blind(ReadingGenerator):
+        """Cannot score what is asked of value 3."""
+
+        def score(self, prompts, answers):
+            return [
+                Score(math.nan, 1, 1) if "what is value 3?" in p.text else found
+                for p, found in zip(prompts, super().score(prompts, answers), strict=True)
+            ]
+
+    lenient = changed(config, training={"max_failed_share": allowed})
+    if ends:
+        with pytest.raises(GenerationError, match=r"5 passages could not be judged, more than"):
+            run_stage(lenient, make_table(6), Blind(), tmp_path / "pools")
+        assert not (tmp_path / "pools").exists()
+    else:
+        pools = run_stage(lenient, make_table(6), Blind(), tmp_path / "pools")
+        assert pools.usable.tolist() == [0, 1, 2, 4, 5]
 
 
 class Contrary(ReadingGenerator):
@@ -256,6 +329,9 @@ def test_a_token_budget_leaves_questions_out_and_says_how_many(config, tmp_path)
     assert summary["num_failed"] == summary["num_without_positive"] == 0
     again = run_stage(limited, candidates, ReadingGenerator(), tmp_path / "again")
     assert again.labels_QN.tolist() == pools.labels_QN.tolist()
+    seeded = limited.model_copy(update={"seed": 1})
+    other = run_stage(seeded, candidates, ReadingGenerator(), tmp_path / "other")
+    assert other.judged.tolist() != pools.judged.tolist()
 
 
 def test_without_an_online_stage_judgements_may_take_the_whole_budget(config, tmp_path):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from loop_runs import changed, co_training
-from stand_ins import NUM_CANDIDATES, WordPrompts, make_table
+from stand_ins import NUM_CANDIDATES, CutPrompts, WordPrompts, make_table
 from tiny_models import save_tiny_encoder, save_tiny_llama
 
 from rlrag.config import RunConfig
-from rlrag.errors import CheckpointError
+from rlrag.errors import CheckpointError, ConfigError
 from rlrag.generation.weights import pack_weights
 from rlrag.pipeline import TrainingData
 from rlrag.testing.thread_workers import make_group, run_together
@@ -38,10 +38,13 @@ def config(small_config, model_dir) -> RunConfig:
     return changed(config, environment={"num_selected": NUM_SELECTED})
 
 
-def open_parts(config: RunConfig, workers: Workers | None = None) -> TrainedParts:
+def open_parts(
+    config: RunConfig, workers: Workers | None = None, prompts: WordPrompts | None = None
+) -> TrainedParts:
     data = TrainingData(make_table(12), None, {})
     schedule = BatchSchedule(config.training, config.dro, 12, config.seed)
-    return TrainedParts(config, data, WordPrompts(), schedule, workers or SingleWorker())
+    prompts = prompts or WordPrompts()
+    return TrainedParts(config, data, prompts, schedule, workers or SingleWorker())
 
 
 def batch(step: int, places: slice = slice(None)) -> Experience:
@@ -118,6 +121,41 @@ def test_a_number_of_sequences_bounds_what_the_generator_reads(config):
     config = changed(config, generator_training={"sequences_per_question": 1})
     metrics = update(open_parts(config), config, 0)
     assert metrics["generator/num_sequences"] == NUM_QUESTIONS
+
+
+def test_the_generators_adapter_is_drawn_from_the_runs_seed(config):
+    one, same, other = (
+        open_parts(config.model_copy(update={"seed": seed})).tensors()["generator"]
+        for seed in (4, 4, 5)
+    )
+    assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_what_fine_tuning_leaves_out_of_prompts_is_that_of_all_workers(config):
+    """One of two workers cuts as much of its prompts as it shows, the other shows them whole."""
+    config = changed(config, training={"parts": ["generator"], "objective": "sft"})
+    group = [
+        open_parts(config, worker, prompts)
+        for worker, prompts in zip(make_group(2), (CutPrompts(), WordPrompts()), strict=True)
+    ]
+
+    def work(rank: int) -> dict[str, float]:
+        experience = batch(0, slice(rank, None, 2))
+        even_BM = torch.full((2, NUM_SAMPLES), 1 / NUM_SAMPLES, dtype=torch.float64)
+        return group[rank].update(experience, even_BM, 0)
+
+    first, second = run_together([lambda: work(0), lambda: work(1)])
+    assert first["prompt_cut_share"] == second["prompt_cut_share"]
+    assert 0.25 < first["prompt_cut_share"] < 0.4  # a half of one worker's, none of the other's
+    assert first["num_failed"] == second["num_failed"] == 0
+
+
+def test_targets_for_all_golden_answers_need_their_likelihoods(config):
+    """The batch comes from an environment that told none."""
+    every = changed(config, reward={"golden_answers": "all"})
+    with pytest.raises(ConfigError, match="gives no golden_logps in its info"):
+        update(open_parts(every), every, 0)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -240,6 +278,35 @@ def test_a_language_model_starts_from_the_retrievers_order(config, model_dir):
     parts.warm_start()
     assert logp(parts.policy) > before
     assert logp(parts.initial) == logp(parts.policy)
+
+
+def test_what_is_imitated_depends_on_the_seed_and_on_how_sure_the_prior_is(config, model_dir):
+    """The model starts alike; the questions of a step and the targets are drawn."""
+    imitating = changed(
+        config,
+        selector={
+            "kind": "listwise_lm",
+            "model": str(model_dir),
+            "max_tokens": 8,
+            "adapter_rank": None,
+            "imitation_steps": 1,
+        },
+        training={"parts": ["selector"]},
+    )
+    one, same, seeded, sure = (
+        imitating,
+        imitating,
+        imitating.model_copy(update={"seed": 1}),
+        changed(imitating, selector={"prior_scale": 200.0}),
+    )
+    found = []
+    for each in (one, same, seeded, sure):
+        parts = open_parts(each)
+        parts.warm_start()
+        found.append(torch.cat([p.detach().flatten() for p in parts.policy.parameters()]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[3])
 
 
 def test_without_imitation_nothing_is_warmed(config):

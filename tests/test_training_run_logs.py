@@ -75,7 +75,8 @@ def test_a_traceback_and_a_stack_are_kept_apart_from_the_message():
 def test_a_worker_keeps_what_it_says_and_what_ended_it(tmp_path, capfd):
     run_dir = RunDirectory(tmp_path / "nq" / "rounds" / "2-selection")
     run_dir.path.mkdir(parents=True)
-    run_dir.append_metrics({"step": 40})
+    for step in (39, 40):
+        run_dir.append_metrics({"step": step})
     before = list(logging.getLogger().handlers)
 
     def work() -> None:
