@@ -170,6 +170,33 @@ def test_the_next_refresh_waits_for_the_one_under_way(config, task, tmp_path):
     assert [place.name for _, place in elsewhere.asked] == ["step-000002", "step-000008"]
 
 
+def test_a_checkpoint_from_before_the_first_refresh_is_searched_with_the_first_index(
+    config, task, tmp_path
+):
+    encoder = moved_encoder(config)
+    index, vectors = make(config, task, tmp_path, Here()), vectors_of(encoder)
+    first = index.propose(QUESTIONS, vectors, 5).tolist()
+    index.before_step(2, encoder)
+    index.resume(0)
+    assert index.version == 0
+    assert index.propose(QUESTIONS, vectors, 5).tolist() == first
+
+
+def test_an_encoder_is_saved_whole_and_for_whoever_may_read_the_run(config, task, tmp_path):
+    """A process that was killed may have left half of one; another user's task reads it."""
+    half = tmp_path / "step-000002" / "encoder" / "half.safetensors"
+    half.parent.mkdir(parents=True)
+    half.write_text("half")
+    patient = changed(config, openrag={"refresh_waits": False})
+    make(patient, task, tmp_path, Elsewhere()).before_step(2, moved_encoder(config))
+    assert not half.exists()
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    saved = [path for path in half.parent.rglob("*") if path.is_file()]
+    assert saved
+    assert {path.stat().st_mode for path in saved} == {wanted}
+
+
 def test_training_may_wait_and_then_swaps_in_the_same_step(config, task, tmp_path):
     encoder = moved_encoder(config)
     index = make(config, task, tmp_path, Here())
@@ -287,6 +314,26 @@ def test_a_checkpoint_names_the_refresh_under_way_which_goes_on(config, task, tm
         again.resume(2, under_way=8)
     assert again.under_way == 0
     assert "the refresh of step 8 cannot go on" in caplog.text
+
+
+def test_a_version_that_was_never_finished_is_not_searched(config, task, tmp_path):
+    patient = changed(config, openrag={"refresh_waits": False})
+    index = make(patient, task, tmp_path, Elsewhere())
+    index.before_step(2, moved_encoder(config))
+    with pytest.raises(CheckpointError, match=r"step-000002 .* is gone or unfinished"):
+        make(patient, task, tmp_path, Elsewhere()).resume(2)
+
+
+@pytest.mark.parametrize("config", ["dense"], indirect=True)
+def test_all_workers_wait_for_a_refresh_that_goes_on(config, task, tmp_path):
+    """The first alone looks for what it left, and has it encoded."""
+    patient = changed(config, openrag={"refresh_waits": False})
+    make(patient, task, tmp_path, Elsewhere()).before_step(2, moved_encoder(config))
+    elsewhere = Elsewhere()
+    indexes = [make(patient, task, tmp_path, elsewhere, workers=worker) for worker in make_group(2)]
+    run_together([partial(index.resume, 0, 2) for index in indexes])
+    assert [index.under_way for index in indexes] == [2, 2]
+    assert len(elsewhere.asked) == 1
 
 
 @pytest.mark.parametrize("config", ["dense"], indirect=True)

@@ -21,6 +21,8 @@ from rlrag.records import Score
 from rlrag.runs.directory import RunDirectory
 from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.budget import estimate_budget
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.jsa.generator import JSAGenerator
 from rlrag.training.plan import describe_plan
 
 # 28 questions in batches of 8, four passes.
@@ -250,6 +252,251 @@ def test_retrievers_and_generator_learn_from_the_weights_that_are_set(
         record = steps_of(tmp_path / weights_kind)[1]
         assert 0 <= record["jsa/acceptance"] <= 1
         assert 1 <= record["jsa/num_visited"] <= record["jsa/num_scored"]
+
+
+class Noting(ReadingGenerator):
+    """Notes which weights were asked, for what, and what it found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[int] = []
+        self.answered_with: list[int] = []
+        self.scored: list[tuple[int, str, float]] = []
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        self.given.append(weights.version)
+
+    def generate(self, prompts, sampling):
+        self.answered_with.append(self.version)
+        return super().generate(prompts, sampling)
+
+    def score(self, prompts, answers):
+        found = super().score(prompts, answers)
+        self.scored += [(self.version, p.text, s.logp) for p, s in zip(prompts, found, strict=True)]
+        return found
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_engines_answer_and_score_with_the_weights_of_the_step(
+    config, task, model_dir, tmp_path, method
+):
+    """Each set is sent once; validations come before the first step, after the second and last."""
+    joint = joint_config(config, model_dir, generator_training={"method": method})
+    engines = Noting()
+    loop = start(joint, task, tmp_path / "run", generator=engines)
+    loop.run()
+    assert engines.given == [1, 2, 3]
+    assert list(dict.fromkeys(engines.answered_with)) == [0, 2, 3]
+    assert list(dict.fromkeys(version for version, _, _ in engines.scored)) == [0, 1, 2]
+    total = steps_of(tmp_path / "run")[-1]["generator_tokens_total"]
+    assert 0 < total <= engines.tokens.spent  # that of validations is no step's
+
+
+def test_engines_that_outlived_a_worker_go_back_to_the_weights_of_the_checkpoint(
+    config, task, model_dir, tmp_path
+):
+    joint = joint_config(config, model_dir, training={"checkpoint_every": 9})
+    engines = Noting()
+    with pytest.raises(StopAfter):
+        start(joint, task, tmp_path / "run", 2, engines).run()
+    start(joint, task, tmp_path / "run", None, engines).run()
+    assert engines.given == [1, 2, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whole_weights_are_sent_in_the_format_of_the_engines(
+    config, task, model_dir, tmp_path, dtype
+):
+    joint = joint_config(
+        config, model_dir, generator={"dtype": dtype}, generator_training={"method": "full"}
+    )
+    formats: set[torch.dtype] = set()
+
+    class Receiving(ReadingGenerator):
+        """Notes the format of what it is sent."""
+
+        def load_weights(self, weights):
+            formats.update(tensor.dtype for tensor in weights.tensors.values())
+            super().load_weights(weights)
+
+    with pytest.raises(StopAfter):
+        start(joint, task, tmp_path / "run", 2, Receiving()).run()
+    assert formats == {getattr(torch, dtype)}
+
+
+def test_the_tokens_of_the_steps_are_those_that_they_spent(config, task, tmp_path):
+    engines = ReadingGenerator()
+    alone = replace(task, data=replace(task.data, validation=None))
+    start(changed(config, training={"num_epochs": 1}), alone, tmp_path / "run", None, engines).run()
+    spent = [line["generator_tokens_spent"] for line in steps_of(tmp_path / "run")[1:]]
+    assert sum(spent) == engines.tokens.spent > 0
+
+
+def read_in(loop, read: list[set[tuple[int, ...]]]) -> None:
+    """Run a loop that trains a generator; note which prompts it reads in each step."""
+    answer_logp, step = loop.trainer.generator.answer_logp, loop.trainer.step
+
+    def reading(prompts, answers):
+        read[-1].update(prompts)
+        return answer_logp(prompts, answers)
+
+    def stepping(*arguments):
+        read.append(set())
+        return step(*arguments)
+
+    loop.trainer.generator.answer_logp, loop.trainer.step = reading, stepping
+    loop.run()
+
+
+def test_proposals_and_the_generators_passages_are_drawn_anew_in_each_step_and_by_each_seed(
+    config, task, model_dir, tmp_path
+):
+    """Steps of all 28 questions that hardly change a weight: all else would be the same."""
+    still = joint_config(
+        changed(config, jsa={"learning_rate": 1e-12, "mis_steps": 200}),
+        model_dir,
+        generator_training={"learning_rate": 1e-12},
+        training={"batch_size": 28, "num_epochs": 2},
+    )
+    short = changed(config, jsa={"mis_steps": 1, "learning_rate": 1e-12})
+    short = changed(short, training={"batch_size": 28, "num_epochs": 2})
+    alone = replace(task, data=replace(task.data, validation=None))
+    read, scored = [], []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        read.append([])
+        seeded = still.model_copy(update={"seed": seed})
+        read_in(start(seeded, alone, tmp_path / f"read-{name}"), read[-1])
+        engines = Noting()
+        seeded = short.model_copy(update={"seed": seed})
+        start(seeded, alone, tmp_path / f"scored-{name}", None, engines).run()
+        texts = [text for _, text, _ in engines.scored]
+        scored.append([set(texts[:28]), set(texts[28:])])
+    for first, again, other in (read, scored):
+        assert first == again
+        assert first[0] != first[1]
+        assert first[0] != other[0]
+
+
+def test_of_the_passages_of_a_question_the_likely_ones_are_read(config, task, model_dir, tmp_path):
+    """With the ledger among many the posterior has nearly all of its weight on it."""
+    joint = joint_config(
+        config,
+        model_dir,
+        jsa={"num_prior": 20, "num_posterior": 20, "temperature": 5.0, "mis_steps": 400},
+        training={"batch_size": 28},
+    )
+    alone = replace(task, data=replace(task.data, validation=None))
+    prompts: list[set[tuple[int, ...]]] = []
+    read_in(start(joint, alone, tmp_path / "run"), prompts)
+    texts = [bytes(prompt).decode() for prompt in prompts[0]]
+    right = [
+        any(answer in text for q in task.data.train.questions for answer in q.golden_answers)
+        for text in texts
+    ]
+    assert np.mean(right) > 0.7
+
+
+def test_questions_without_an_answer_are_passed_over(config, task, tmp_path):
+    """Those at even places have none: the 14 others fill a step of 14."""
+    table = task.data.train
+    asked = tuple(
+        replace(q, golden_answers=(" ",)) if n % 2 == 0 else q
+        for n, q in enumerate(table.questions)
+    )
+    half = replace(task, data=replace(task.data, train=replace(table, questions=asked)))
+    engines = Noting()
+    loop = start(
+        changed(config, training={"batch_size": 14, "num_epochs": 1}),
+        replace(half, data=replace(half.data, validation=None)),
+        tmp_path / "run",
+        generator=engines,
+    )
+    loop.run()
+    assert loop.trainer.num_steps == 1
+    assert {text.split(" | ")[1] for _, text, _ in engines.scored} == {
+        q.question for q in asked[1::2]
+    }
+
+
+def test_means_are_over_the_questions_that_have_weights(config, task, tmp_path):
+    """One proposal a question, which has the whole weight; those about candles cannot be scored."""
+
+    class Lacking(Noting):
+        """Cannot score what is asked of some questions."""
+
+        def score(self, prompts, answers):
+            return [
+                Score(math.nan, 1, 1) if "candle" in p.text.split(" | ")[1] else found
+                for p, found in zip(prompts, super().score(prompts, answers), strict=True)
+            ]
+
+    engines = Lacking()
+    lenient = changed(
+        config,
+        jsa={"mis_steps": 1},
+        training={"batch_size": 28, "num_epochs": 1, "max_failed_share": 0.9},
+    )
+    alone = replace(task, data=replace(task.data, validation=None))
+    start(lenient, alone, tmp_path / "run", generator=engines).run()
+    record = steps_of(tmp_path / "run")[1]
+    found = [logp for _, text, logp in engines.scored if "candle" not in text.split(" | ")[1]]
+    assert (record["num_failed"], len(found)) == (2, 26)
+    assert record["jsa/num_scored"] == 1
+    assert record["jsa/answer_logp"] == pytest.approx(np.mean(found))
+
+
+def test_two_workers_tell_of_their_prompts_together(config, task, tmp_path, monkeypatch):
+    """One of them cuts as much of its prompts as it shows, the other shows them whole."""
+    short = changed(config, training={"num_epochs": 1})
+    alone = replace(task, data=replace(task.data, validation=None))
+    RunDirectory(tmp_path / "run").claim(short)
+    first, second = make_group(2)
+    whole = start(short, alone, tmp_path / "run", None, ReadingGenerator(), second)
+    monkeypatch.setattr("jsa_runs.WordPrompts", CutPrompts)
+    cut = start(short, alone, tmp_path / "run", None, ReadingGenerator(), first)
+    run_together([cut.run, whole.run])
+    shares = series(tmp_path / "run", "prompt_cut_share")
+    assert len(shares) == 3
+    assert all(0.25 < share < 0.42 for share in shares)
+
+
+@pytest.mark.parametrize("likelihood", ["product", "mean"])
+def test_the_generators_loss_is_the_weighed_likelihood_of_the_answers(
+    config, task, model_dir, likelihood
+):
+    """By hand, one passage and one answer at a time; a passage without weight is not read."""
+    joint = joint_config(config, model_dir, jsa={"likelihood": likelihood})
+    joint = changed(joint, generator_training={"sequences_per_question": None})
+    corpus, prompts = task.library.corpus, WordPrompts()
+    trained = JSAGenerator(joint, corpus, prompts, ReadingGenerator(), 10, SingleWorker())
+    questions = task.data.train.questions[:2]
+    rows_BN, weights_BN = np.array([[4, 9, 30], [7, 8, -1]]), [[0.7, 0.3, 0.0], [0.1, 0.9, 0.0]]
+    expected = 0.0
+    for question, rows, weights in zip(questions, rows_BN.tolist(), weights_BN, strict=True):
+        target = prompts.encode_target(question.golden_answers[0])
+        for row, weight in zip(rows, weights, strict=True):
+            if weight:
+                prompt = prompts.build(question, [corpus[row]]).token_ids
+                logp = trained.model.answer_logp([prompt], [target]).item()
+                expected -= weight * logp / (len(target) if likelihood == "mean" else 1) / 8
+    metrics = trained.update(
+        questions, rows_BN, torch.tensor(weights_BN, dtype=torch.float64), 0, [[0], [1]]
+    )
+    assert metrics["generator/num_sequences"] == 4
+    assert metrics["generator/loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_workers_train_the_generator_as_one_does(config, task, model_dir, tmp_path):
+    joint = joint_config(config, model_dir, generator_training={"sequences_per_question": None})
+    alone = replace(task, data=replace(task.data, validation=None))
+    start(joint, alone, tmp_path / "alone").run()
+    RunDirectory(tmp_path / "two").claim(joint)
+    loops = [start(joint, alone, tmp_path / "two", None, Noting(), w) for w in make_group(2)]
+    run_together([loop.run for loop in loops])
+    for one, two in zip(steps_of(tmp_path / "alone"), steps_of(tmp_path / "two"), strict=True):
+        for name in one.keys() & {"generator/loss", "generator/grad_norm", "retriever/loss"}:
+            assert two[name] == pytest.approx(one[name], rel=2e-2), name
 
 
 def recorded(update, seen, name):

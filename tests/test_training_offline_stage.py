@@ -69,7 +69,8 @@ def test_the_stage_judges_saves_and_loads_what_it_saved(config, tmp_path):
     assert loaded.labels_QN.tolist() == expected
     written = json.loads((tmp_path / "pools" / "summary.json").read_text())
     assert written == describe_pools(found, candidates.questions)
-    assert written["all"]["auc"] == 1.0
+    assert written["all"]["auc"] == written["all"]["best_score_is_positive"] == 1.0
+    assert written["all"]["first_is_positive"] == np.mean([of[0] for of in expected])
     text = "\n".join(said)
     assert "6 of 6 questions" in text
     assert "6 of 6 questions have positives and negatives; 20.0% of the passages" in text
@@ -222,7 +223,8 @@ def test_a_score_that_does_not_predict_the_label_gives_one_warning(config, tmp_p
     assert "AUC 0.000 is below openrag.min_auc 0.60" in caplog.text
     assert "openrag.stages offline" in caplog.text
     assert found.usable.tolist() == list(range(6))
-    assert json.loads((directory / "summary.json").read_text())["all"]["auc"] == 0.0
+    summary = json.loads((directory / "summary.json").read_text())["all"]
+    assert summary["auc"] == summary["best_score_is_positive"] == 0.0
 
 
 def test_gold_passages_stand_in_where_the_generator_is_never_right(config, tmp_path):
