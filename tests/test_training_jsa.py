@@ -473,9 +473,9 @@ def test_the_generators_loss_is_the_weighed_likelihood_of_the_answers(
     questions = task.data.train.questions[:2]
     rows_BN, weights_BN = np.array([[4, 9, 30], [7, 8, -1]]), [[0.7, 0.3, 0.0], [0.1, 0.9, 0.0]]
     expected = 0.0
-    for question, rows, weights in zip(questions, rows_BN.tolist(), weights_BN, strict=True):
+    for question, rows, given in zip(questions, rows_BN.tolist(), weights_BN, strict=True):
         target = prompts.encode_target(question.golden_answers[0])
-        for row, weight in zip(rows, weights, strict=True):
+        for row, weight in zip(rows, given, strict=True):
             if weight:
                 prompt = prompts.build(question, [corpus[row]]).token_ids
                 logp = trained.model.answer_logp([prompt], [target]).item()

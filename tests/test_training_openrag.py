@@ -155,6 +155,80 @@ def test_likelihoods_that_the_pools_do_not_hold_are_asked_for_offline_too(config
     assert holes.asks_generator(0)
 
 
+class Unscored(ReadingGenerator):
+    """Cannot score what is asked of some questions, from when it is told to."""
+
+    def __init__(self, word: str, fails: bool = True) -> None:
+        super().__init__()
+        self.word, self.fails = word, fails
+
+    def score(self, prompts, answers):
+        return [
+            Score(math.nan, 1, 1) if self.fails and self.word in p.text.split(" | ")[-1] else found
+            for p, found in zip(prompts, super().score(prompts, answers), strict=True)
+        ]
+
+
+def test_a_question_that_is_not_trained_on_needs_no_likelihood(config, task, tmp_path):
+    """None of the passages of two questions has one, so that these are in no batch."""
+    kl = changed(config, openrag={"loss": "kl"}, training={"max_failed_share": 0.9})
+    trainer = start(kl, task, tmp_path / "run", generator=Unscored("candle")).trainer
+    assert trainer.before.failures
+    assert not trainer.asks_generator(0)
+
+
+def few_judged(config: RunConfig, task: Task, loss: str) -> tuple[RunConfig, Task]:
+    """One online pass in which much is found that the pools do not know."""
+    online = changed(
+        config,
+        openrag={"loss": loss, "stages": ["online"], "online_epochs": 1, "num_offline": 4},
+        retrieval={"num_candidates": 4},
+        training={"max_failed_share": 0.9},
+    )
+    return online, replace(task, data=replace(make_task(online).data, validation=None))
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "kl"])
+def test_what_fails_online_is_counted_and_named(config, task, tmp_path, loss):
+    online, few = few_judged(config, task, loss)
+    generator = Unscored("what does", fails=False)
+    loop = start(online, few, tmp_path / "run", generator=generator)
+    generator.fails = True
+    loop.run()
+    records = steps_of(tmp_path / "run")[1:]
+    failed = [record for record in records if record["num_failed"]]
+    assert failed
+    assert all(("failures" in record) == (record in failed) for record in records)
+    assert "the generator scored a golden answer as nan" in failed[0]["failures"][0]
+
+
+def test_a_walk_ends_where_what_was_found_does(config, task, tmp_path):
+    online, few = few_judged(config, task, "contrastive")
+    finished(changed(online, openrag={"num_online": 2}), few, tmp_path / "run")
+    assert max(series(tmp_path / "run", "num_walked")) == 2 * 8
+
+
+def test_two_workers_tell_of_their_prompts_and_failures_together(
+    config, task, tmp_path, monkeypatch
+):
+    """One of them cuts as much of its prompts as it shows, the other shows them whole."""
+    online, few = few_judged(config, task, "kl")
+    generators = [Unscored("what does", fails=False) for _ in range(2)]
+    alone = start(online, few, tmp_path / "alone", generator=generators[0])
+    prepare(online, few, tmp_path / "two", generators[1])
+    first, second = make_group(2)
+    whole = start(online, few, tmp_path / "two", None, generators[1], second)
+    monkeypatch.setattr("openrag_runs.WordPrompts", CutPrompts)
+    cut = start(online, few, tmp_path / "two", None, generators[1], first)
+    for generator in generators:
+        generator.fails = True
+    alone.run()
+    run_together([cut.run, whole.run])
+    one, two = (steps_of(tmp_path / name)[1] for name in ("alone", "two"))
+    assert two["num_failed"] == one["num_failed"] > 0
+    assert 0.2 < two["prompt_cut_share"] < 0.45
+
+
 def test_what_the_offline_stage_left_out_is_named_in_the_first_record(
     config, task, tmp_path, monkeypatch
 ):
