@@ -17,7 +17,7 @@ from rlrag.config import (
 )
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, GenerationError
-from rlrag.evaluation.picked import Picked, first_picks, seconds_per_question
+from rlrag.evaluation.picked import NUM_TIMED, Picked, first_picks, seconds_per_question
 from rlrag.evaluation.probe.contradiction import contradictions
 from rlrag.evaluation.probe.measures import Probe, ProbeSettings, impossible, measure
 from rlrag.evaluation.probe.robustness import GoldQuestions, gold_questions, shuffled
@@ -192,8 +192,8 @@ def test_tokens_are_counted_and_parts_timed():
     assert found.values["answer_tokens"].tolist() == [1, 1, 1, 1]
     assert asked == [[0], [0, 1, 2, 3]]
     assert found.numbers["retrieval_seconds"] >= 0
-    seconds_per_question(asked.append, 5, num_timed=2)
-    assert asked[2:] == [[0], [0, 1]]
+    seconds_per_question(asked.append, NUM_TIMED + 1)
+    assert asked[2:] == [[0], list(range(NUM_TIMED))]
 
 
 class Refusing(ReadingGenerator):

@@ -11,6 +11,7 @@ import episodes
 import numpy as np
 import pytest
 import torch
+from printed_tables import printed
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import (
@@ -23,7 +24,7 @@ from rlrag.config import (
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, GenerationError
 from rlrag.evaluation.systems import evaluate
-from rlrag.evaluation.table import EvaluationTable, plain_text
+from rlrag.evaluation.table import EvaluationTable
 from rlrag.pipeline import open_policy, open_reward
 from rlrag.records import Passage, Question
 from rlrag.retrieval.candidates import CandidateBatch, CandidateTable
@@ -435,7 +436,7 @@ def test_a_question_without_an_answer_counts_for_no_system_and_is_named():
     assert found.systems["trained"].recall == pytest.approx(0)
     assert found.systems["oracle"].em == pytest.approx(1 / 2)  # paris, blue
     assert found.to_json()["left_out"] == dict(found.left_out)
-    assert "left out question 'q1'" in plain_text(found)
+    assert "left out question 'q1'" in printed(found)
     assert "left_out" not in run(three_questions(), "oracle").to_json()
 
 

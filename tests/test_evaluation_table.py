@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rich.console import Console
+from printed_tables import printed
 
 from rlrag.errors import DataError
 from rlrag.evaluation.baselines import UNTRAINED, Baseline
@@ -18,7 +18,7 @@ from rlrag.evaluation.significance import (
     paired_randomization_ci,
     paired_randomization_test,
 )
-from rlrag.evaluation.table import EvaluationTable, SystemMetrics, plain_text, render
+from rlrag.evaluation.table import EvaluationTable, SystemMetrics
 from rlrag.evaluation.table import build_table as build
 
 
@@ -117,23 +117,14 @@ def test_a_tuned_retriever_is_compared_with_the_original_one() -> None:
 def test_without_the_two_systems_there_is_no_comparison() -> None:
     table = build_table({"oracle": SYSTEMS["trained"]}, num_selected=1, num_resamples=200)
     assert table.to_json()["paired"] == {}
-    assert "minus" not in plain_text(table)
+    assert "minus" not in printed(table)
 
 
-def test_plain_text_is_ascii_within_its_width() -> None:
-    text = plain_text(build_table(SYSTEMS, num_selected=3, num_resamples=200), width=80)
-    assert text.isascii()
-    assert text.endswith("\n")
-    assert max(map(len, text.splitlines())) <= 80
+def test_the_table_says_what_was_measured_of_each_system() -> None:
+    text = printed(build_table(SYSTEMS, num_selected=3, num_resamples=200))
     [trained] = [line for line in text.splitlines() if line.startswith("trained  ")]
-    assert [cell.split()[0] for cell in trained.split("|")] == [
-        "trained",
-        ".750",
-        ".875",
-        ".750",
-        ".667",
-        "-",
-    ]
+    cells = [cell for cell in trained.split() if not cell.startswith("(")]
+    assert cells == ["trained", ".750", ".875", ".750", ".667", "-"]
     assert "EM +0.500" in text
     assert "p = 0.5" in text
     assert "4 questions" in text
@@ -141,10 +132,7 @@ def test_plain_text_is_ascii_within_its_width() -> None:
 
 def test_the_drawn_table_fits_a_terminal_without_folding() -> None:
     table = build_table(SYSTEMS, num_selected=10, num_resamples=200)
-    console = Console(width=80)
-    with console.capture() as captured:
-        console.print(render(table))
-    lines = captured.get().splitlines()
+    lines = printed(table, width=80).splitlines()
     assert sum(line.startswith(tuple(SYSTEMS)) for line in lines) == 3
     assert len(lines) == 1 + 2 + 3 + 5  # the comparison's name takes two lines
     assert not any("…" in line for line in lines)
@@ -153,7 +141,7 @@ def test_the_drawn_table_fits_a_terminal_without_folding() -> None:
 def test_the_comparison_says_why_it_is_made_and_what_was_picked() -> None:
     choices = Choices.of([(1, 0)] * 30, 5, 2)
     table = build(SYSTEMS, 2, 200, baselines=CHOSEN, choices=choices)
-    text = " ".join(plain_text(table).split())
+    text = " ".join(printed(table).split())
     assert (
         "trained minus retriever_order, the strongest untrained system on 60 validation questions"
         in text
@@ -171,10 +159,7 @@ def test_the_longest_names_fit_a_terminal_without_folding() -> None:
     names = ("retriever_reversed", "tuned_generator_reversed", "trained")
     values = SYSTEMS["retriever_order"]
     table = build(dict.fromkeys(names, values), num_selected=2, num_resamples=200)
-    console = Console(width=80)
-    with console.capture() as captured:
-        console.print(render(table))
-    lines = captured.get().splitlines()
+    lines = printed(table, width=80).splitlines()
     assert sum(line.startswith(names) and ")" in line for line in lines) == 3
     assert len(lines) == 1 + 2 + 3
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import pytest
 
 from rlrag.config import DataConfig, DROConfig, RunConfig, TrainingConfig
-from rlrag.runs.alarms import Alarm, AlarmLimits, Alarms
+from rlrag.runs.alarms import Alarm, Alarms
 
 Records = list[dict[str, float]]
 
@@ -223,12 +223,6 @@ def test_missing_and_nan_metrics_and_other_values_raise_nothing():
     for record in gap[::5]:
         del record["ess"]
     assert raised(gap) == []
-
-
-def test_limits_can_be_set():
-    limits = AlarmLimits(window=3, min_ess=2.0)
-    alarms = Alarms(config(), limits)
-    assert [a.step for a in alarms.replay(series("ess", [1.9] * 5))] == [3]
 
 
 def test_rewards_that_failed_are_named_once():

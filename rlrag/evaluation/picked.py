@@ -50,13 +50,13 @@ def policy_picks(
     return Picked(found.evidence, found.logp_ET)
 
 
-def seconds_per_question(part: Part, num_questions: int, num_timed: int = NUM_TIMED) -> float:
-    """Mean seconds of one question when the first `num_timed` are worked on at once.
+def seconds_per_question(part: Part, num_questions: int) -> float:
+    """Mean seconds of one question when the first `NUM_TIMED` are worked on at once.
 
     The first question is worked on once before, untimed: it pays for what loads when first asked.
     """
     part([0])
-    rows = list(range(min(num_questions, num_timed)))
+    rows = list(range(min(num_questions, NUM_TIMED)))
     start = time.perf_counter()
     part(rows)
     return (time.perf_counter() - start) / len(rows)

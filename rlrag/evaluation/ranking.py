@@ -1,4 +1,4 @@
-"""Recall, precision, nDCG and reciprocal rank of ranked passages.
+"""Recall and nDCG of ranked passages.
 
 Relevance is binary and the definitions are those of trec_eval. A question without gold passages
 gives 0.0 everywhere, as there; leave it out of a mean where the measure says nothing of it.
@@ -28,19 +28,6 @@ def recall_at_k(ranked_ids: Sequence[str], gold_ids: Collection[str], k: int) ->
     return sum(hits) / len(set(gold_ids)) if gold_ids else 0.0
 
 
-def precision_at_k(ranked_ids: Sequence[str], gold_ids: Collection[str], k: int) -> float:
-    """Share of the first k places that hold a gold passage; places left empty count as misses.
-
-    Raises:
-        DataError: k is below 1 or a passage is ranked twice.
-
-    Example:
-        >>> precision_at_k(["p3", "p1"], {"p1"}, k=4)
-        0.25
-    """
-    return sum(_hits(ranked_ids, gold_ids, k)) / k
-
-
 def ndcg_at_k(ranked_ids: Sequence[str], gold_ids: Collection[str], k: int) -> float:
     """Normalised discounted cumulative gain of the first k (Järvelin and Kekäläinen 2002).
 
@@ -61,20 +48,6 @@ def ndcg_at_k(ranked_ids: Sequence[str], gold_ids: Collection[str], k: int) -> f
     hits = _hits(ranked_ids, gold_ids, k)
     ideal = _discounted([True] * min(k, len(set(gold_ids))))
     return _discounted(hits) / ideal if ideal else 0.0
-
-
-def reciprocal_rank(ranked_ids: Sequence[str], gold_ids: Collection[str]) -> float:
-    """1 / rank of the first gold passage, or 0.0 if none is ranked; its mean is the MRR.
-
-    Raises:
-        DataError: a passage is ranked twice.
-
-    Example:
-        >>> reciprocal_rank(["p3", "p1", "p2"], {"p1", "p2"})
-        0.5
-    """
-    hits = _hits(ranked_ids, gold_ids, max(1, len(ranked_ids)))
-    return 1 / (1 + hits.index(True)) if any(hits) else 0.0
 
 
 def _hits(ranked_ids: Sequence[str], gold_ids: Collection[str], k: int) -> list[bool]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from rich.box import ASCII, SIMPLE_HEAD, Box
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -216,7 +214,7 @@ def name_pair(name: str, baselines: Sequence[Baseline] = ()) -> str:
     return f"{ours} minus {theirs}{why}"
 
 
-def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
+def render(table: EvaluationTable) -> Table:
     """The comparison as a rich table that fits 80 columns.
 
     `acc.` is the contained-answer accuracy, `rec.` recall; 95 % intervals stand in brackets.
@@ -233,10 +231,10 @@ def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
                 *(Text(f"left out {why}") for why in table.left_out.values()),
             ]
         ),
-        box=box,
+        box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0) if box is ASCII else 0,  # the other's columns are a space apart
+        padding=0,
     )
     drawn.add_column("system", no_wrap=True)
     for heading in ("EM (95 %)", "F1 (95 %)"):
@@ -255,14 +253,6 @@ def render(table: EvaluationTable, box: Box = SIMPLE_HEAD) -> Table:
             *([_any_scale(summary.reward)] if has_reward else []),
         )
     return drawn
-
-
-def plain_text(table: EvaluationTable, width: int = 100) -> str:
-    """The same table for a log: ASCII, no colour, at most `width` wide, a newline at the end."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    with console.capture() as captured:
-        console.print(render(table, box=ASCII))
-    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def _summarize(name: str, metrics: SystemMetrics, num_resamples: int, seed: int) -> SystemSummary:

@@ -199,9 +199,7 @@ def open_engine(
     )
 
 
-def measure_speed(
-    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling | None = None
-) -> float:
+def measure_speed(generator: Generator, prompts: Sequence[Prompt]) -> float:
     """Prompt and answer tokens a second of `generator`, measured on a handful of prompts.
 
     Give the generator itself, not a cache in front of it. The first prompt is asked alone and not
@@ -210,10 +208,9 @@ def measure_speed(
     Raises:
         GenerationError: from the generator, or why it answered none of the timed prompts.
     """
-    sampling = sampling or Sampling()
-    generator.generate(prompts[:1], sampling)
+    generator.generate(prompts[:1], Sampling())
     before, start = generator.tokens.spent, time.perf_counter()
-    answers = generator.generate(prompts[1:] or prompts, sampling)
+    answers = generator.generate(prompts[1:] or prompts, Sampling())
     num_tokens, seconds = generator.tokens.spent - before, time.perf_counter() - start
     if not num_tokens:
         refused = (answer for answer in answers if isinstance(answer, GenerationError))
@@ -231,13 +228,3 @@ def check_scores(generator: Generator, prompt: Prompt) -> None:
     for score in generator.score([prompt], [prompt.token_ids[-1:]]):
         if isinstance(score, GenerationError):
             raise score
-
-
-def estimate_duration(num_tokens: int, tokens_per_s: float) -> float:
-    """Seconds that `num_tokens` take at a measured speed.
-
-    Example:
-        >>> estimate_duration(3_000, 150.0)
-        20.0
-    """
-    return num_tokens / tokens_per_s

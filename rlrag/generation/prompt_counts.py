@@ -55,11 +55,11 @@ def shares_of(values: np.ndarray) -> dict[str, float]:
     return PromptCounts(*map(int, values)).shares()
 
 
-def cut_warning(shares: Mapping[str, float], max_share: float = MAX_CUT_SHARE) -> str | None:
-    """What to tell where more than `max_share` of the tokens or of the passages was left out."""
+def cut_warning(shares: Mapping[str, float]) -> str | None:
+    """What to tell where more than `MAX_CUT_SHARE` of the tokens or passages was left out."""
     tokens = shares.get("prompt_cut_share", 0.0)
     passages = shares.get("dropped_passage_share", 0.0)
-    if not max(tokens, passages) > max_share:
+    if not max(tokens, passages) > MAX_CUT_SHARE:
         return None
     return (
         f"prompts had no room for {100 * tokens:.1f} % of their tokens and showed nothing of "

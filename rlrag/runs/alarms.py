@@ -46,29 +46,20 @@ _WATCHED = (
 )
 
 
-@dataclass(frozen=True)
-class AlarmLimits:
-    """Where each alarm starts."""
-
-    window: int = 10
-    """Steps that a mean is taken over; a shorter run raises no alarm that needs one."""
-    min_ess: float = 1.05
-    """`collapse`: the mean effective sample size is at most this, with m > 1."""
-    min_entropy_share: float = 0.05
-    """`collapse`: the mean policy entropy is at most this share of the first."""
-    max_zero_signal: float = 0.9
-    """`zero_signal`: the mean share of questions with equal rewards is above this."""
-    quality_noise: float = 1.0
-    """`reward_up_quality_down`: EM and F1 fell by more than this many standard errors."""
-    max_length_ratio: float = 2.0
-    """`length_drift`: answers are more than this many times longer or shorter."""
-    max_cut_share: float = 0.01
-    """`cut_prompts`: more than this share of the tokens, or of the passages, was left out."""
-    constant_validations: int = 2
-    """`constant_policy`: so many validations in a row found it so."""
-
-
-DEFAULT_LIMITS = AlarmLimits()
+_WINDOW = 10
+"""Steps that a mean is taken over; a shorter run raises no alarm that needs one."""
+_MIN_ESS = 1.05
+"""`collapse`: the mean effective sample size is at most this, with m > 1."""
+_MIN_ENTROPY_SHARE = 0.05
+"""`collapse`: the mean policy entropy is at most this share of the first."""
+_MAX_ZERO_SIGNAL = 0.9
+"""`zero_signal`: the mean share of questions with equal rewards is above this."""
+_QUALITY_NOISE = 1.0
+"""`reward_up_quality_down`: EM and F1 fell by more than this many standard errors."""
+_MAX_LENGTH_RATIO = 2.0
+"""`length_drift`: answers are more than this many times longer or shorter."""
+_CONSTANT_VALIDATIONS = 2
+"""`constant_policy`: so many validations in a row found it so."""
 
 
 @dataclass(frozen=True)
@@ -165,19 +156,19 @@ class Alarms:
         [('zero_signal', 10)]
     """
 
-    def __init__(self, config: RunConfig, limits: AlarmLimits = DEFAULT_LIMITS) -> None:
+    def __init__(self, config: RunConfig) -> None:
         num_samples = 1 if config.training.objective == "sft" else config.dro.num_samples
         num_questions = config.data.num_validation_questions
         self._rules: dict[str, Callable[[_Seen], str | None]] = {
-            "collapse": lambda seen: _collapse(seen, num_samples, limits),
-            "zero_signal": lambda seen: _zero_signal(seen, limits),
-            "reward_up_quality_down": lambda seen: _quality_down(seen, num_questions, limits),
-            "constant_policy": lambda seen: _constant_policy(seen, limits),
-            "length_drift": lambda seen: _length_drift(seen, limits),
+            "collapse": lambda seen: _collapse(seen, num_samples),
+            "zero_signal": _zero_signal,
+            "reward_up_quality_down": lambda seen: _quality_down(seen, num_questions),
+            "constant_policy": _constant_policy,
+            "length_drift": _length_drift,
             "failures": _failures,
-            "cut_prompts": lambda seen: cut_warning(seen.last, limits.max_cut_share),
+            "cut_prompts": lambda seen: cut_warning(seen.last),
         }
-        self._seen = _Seen(deque(maxlen=limits.window))
+        self._seen = _Seen(deque(maxlen=_WINDOW))
         self._raised: list[Alarm] = []
 
     @property
@@ -207,42 +198,42 @@ class Alarms:
         return self.raised
 
 
-def _collapse(seen: _Seen, num_samples: int, limits: AlarmLimits) -> str | None:
+def _collapse(seen: _Seen, num_samples: int) -> str | None:
     """Mean ESS at its lowest, or mean policy entropy far below its first value.
 
     One sample a question has ESS 1 by definition, and a policy that starts without entropy has none
     to lose: neither counts.
     """
     ess = seen.mean("ess")
-    if num_samples > 1 and ess is not None and ess <= limits.min_ess:
+    if num_samples > 1 and ess is not None and ess <= _MIN_ESS:
         return (
             f"the effective sample size was {ess:.2f} of {num_samples} over the last "
-            f"{limits.window} steps: one selection has all the weight. Raise "
+            f"{_WINDOW} steps: one selection has all the weight. Raise "
             "dro.reward_temperature or dro.num_samples, or look for a reward with extreme values"
         )
     first = seen.first.get("policy_entropy", 0.0)
     entropy = seen.mean("policy_entropy")
-    if entropy is not None and first > 0 and entropy <= limits.min_entropy_share * first:
+    if entropy is not None and first > 0 and entropy <= _MIN_ENTROPY_SHARE * first:
         return (
             f"the policy's entropy fell from {first:.3g} to {entropy:.3g} nats over the last "
-            f"{limits.window} steps: it draws the same selection again and again. Lower "
+            f"{_WINDOW} steps: it draws the same selection again and again. Lower "
             "training.learning_rate, set dro.entropy_weight, or raise dro.proposal_temperature"
         )
     return None
 
 
-def _zero_signal(seen: _Seen, limits: AlarmLimits) -> str | None:
+def _zero_signal(seen: _Seen) -> str | None:
     share = seen.mean("zero_signal_share")
-    if share is None or share <= limits.max_zero_signal:
+    if share is None or share <= _MAX_ZERO_SIGNAL:
         return None
     return (
         f"{100 * share:.0f} % of the questions had equal rewards for all their selections over the "
-        f"last {limits.window} steps: these teach the selector nothing. Use a finer reward such as "
+        f"last {_WINDOW} steps: these teach the selector nothing. Use a finer reward such as "
         "answer_logp, more candidates, or dro.replacement False, which draws different selections"
     )
 
 
-def _quality_down(seen: _Seen, num_questions: int, limits: AlarmLimits) -> str | None:
+def _quality_down(seen: _Seen, num_questions: int) -> str | None:
     """Reward rising since the best validation while EM and F1 fell by more than their noise.
 
     The best validation is the first with the highest F1. The noise of a mean p over n questions is
@@ -254,7 +245,7 @@ def _quality_down(seen: _Seen, num_questions: int, limits: AlarmLimits) -> str |
         return None
     for name in ("validation/em", "validation/f1"):
         mean = min(max(best[name], 0.0), 1.0)
-        noise = limits.quality_noise * math.sqrt(mean * (1 - mean) / num_questions)
+        noise = _QUALITY_NOISE * math.sqrt(mean * (1 - mean) / num_questions)
         if not best[name] - last[name] > noise:
             return None
     slope, error = seen.trend.slope()
@@ -270,8 +261,8 @@ def _quality_down(seen: _Seen, num_questions: int, limits: AlarmLimits) -> str |
     )
 
 
-def _constant_policy(seen: _Seen, limits: AlarmLimits) -> str | None:
-    if seen.num_constant < limits.constant_validations:
+def _constant_policy(seen: _Seen) -> str | None:
+    if seen.num_constant < _CONSTANT_VALIDATIONS:
         return None
     return (
         f"on the validation questions, {seen.last['constant_policy']}. A setting does the same: "
@@ -280,12 +271,12 @@ def _constant_policy(seen: _Seen, limits: AlarmLimits) -> str | None:
     )
 
 
-def _length_drift(seen: _Seen, limits: AlarmLimits) -> str | None:
+def _length_drift(seen: _Seen) -> str | None:
     """Answers against those of the first validation; nothing where those were empty."""
     name = "validation/answer_words"
     if name not in seen.last:
         return None
-    first, now, ratio = seen.first[name], seen.last[name], limits.max_length_ratio
+    first, now, ratio = seen.first[name], seen.last[name], _MAX_LENGTH_RATIO
     if not first > 0 or not (now > ratio * first or now * ratio < first):
         return None
     return (

@@ -173,18 +173,6 @@ def holiday_date(text: str) -> Answers:
     return (found[0],) if len(found) == 1 and ";" not in text else ()
 
 
-def colors(text: str) -> Answers:
-    """Two or three colours.
-
-    Example:
-        >>> colors("green, white")
-        ('green, white',)
-    """
-    listed = text.split(",")
-    plain = re.fullmatch(r"[a-z -]+(, [a-z -]+){1,2}", text)
-    return (text,) if plain and len(listed) <= 3 else ()
-
-
 def currency(text: str) -> Answers:
     """The money's name and its code.
 

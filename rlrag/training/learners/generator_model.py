@@ -269,12 +269,10 @@ class TrainableGenerator:
                 )
 
 
-def save_model(
-    directory: Path, model_dir: Path, tensors: Mapping[str, torch.Tensor], dtype: str = "float32"
-) -> None:
-    """Write a Hugging Face directory: weights, and what else `model_dir` holds of the model.
+def save_model(directory: Path, model_dir: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a Hugging Face directory: float32 weights, and what else `model_dir` holds.
 
-    `dtype` is the format that `tensors` are in. Files above 5 GB are split.
+    Files above 5 GB are split.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -285,7 +283,7 @@ def save_model(
             shutil.copyfile(path, directory / path.name)
     settings = json.loads((model_dir / "config.json").read_text())
     settings.pop("torch_dtype", None)  # the name before transformers 4.56
-    settings["dtype"] = dtype
+    settings["dtype"] = "float32"
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     check_finite(tensors, str(directory))
     save_torch_state_dict(dict(tensors), directory)
