@@ -11,21 +11,26 @@ from rlrag.files.directories import restore_weights
 from rlrag.pipeline import open_policy
 from rlrag.selection.protocol import Draws
 from rlrag.training.dro.weights import count_failures
-from rlrag.training.learners.gradients import share_gradient
-from rlrag.training.learners.optimizer_state import SavesOptimizer
+from rlrag.training.learners.optimiser import Optimiser
 from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
 
 
-class SelfCritical(SavesOptimizer, Trainer):
+class SelfCritical(Trainer):
     """Trains the selector; selections without a reward do not count."""
 
     def __init__(self, context: TrainerContext, num_samples: int = 4) -> None:
         self._context, self._num_samples = context, num_samples
         self.num_steps, self.best_by = context.schedule.num_steps, context.best_by
         self.policy = open_policy(context.config, context.data.train)
-        self._parameters = dict(self.policy.named_parameters())
-        rate = context.config.training.learning_rate
-        self.optimizer = torch.optim.AdamW(self._parameters.values(), lr=rate)
+        training = context.config.training
+        self._optimiser = Optimiser(
+            dict(self.policy.named_parameters()),
+            training,
+            training.warmup_steps,
+            self.num_steps,
+            context.workers,
+            "lower training.learning_rate",
+        )
 
     def step(self, step: int, pauses_after: bool) -> Metrics:
         """Draw selections of this worker's questions and follow their rewards."""
@@ -37,10 +42,9 @@ class SelfCritical(SavesOptimizer, Trainer):
         advantages_BM = (rewards_BM - torch.from_numpy(best.rewards_E)[:, None]).nan_to_num(0.0)
         logp_BM = self.policy.log_prob(drawn).sum(dim=1).view(len(rows), -1)
         loss = -(advantages_BM * logp_BM).mean(dim=1).sum() / training.batch_size
-        self.optimizer.zero_grad()
+        self._optimiser.zero_grad()
         loss.backward()
-        share_gradient(list(self._parameters.values()), context.workers)
-        self.optimizer.step()
+        self._optimiser.step(step)
         failures = count_failures((*drawn.errors, *best.errors), training, context.workers)
         return {"loss": context.workers.sum(loss).item(), **failures}
 
@@ -50,10 +54,10 @@ class SelfCritical(SavesOptimizer, Trainer):
 
     def tensors(self) -> Files:
         """The policy's weights, of which the bundle is made, and the optimiser."""
-        return {"policy": self.policy.state_dict(), "optimizer": self.optimizer_tensors()}
+        return {"policy": self.policy.state_dict(), "optimizer": self._optimiser.tensors()}
 
     def load(self, files: Files) -> None:
         """Take over both; of another run's checkpoint there is no optimiser."""
         restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
         if "optimizer" in files:
-            self.load_optimizer(files["optimizer"])
+            self._optimiser.load(files["optimizer"])

@@ -91,7 +91,7 @@ def gradient_of(learner: RetrieverLearner) -> dict[str, torch.Tensor]:
     """The gradient of a learner's only step."""
     return {
         name.removesuffix(":exp_avg"): tensor / (1 - BETA1)
-        for name, tensor in learner.optimizer_tensors().items()
+        for name, tensor in learner.optimiser.tensors().items()
         if name.endswith(":exp_avg")
     }
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from rlrag.config import TrainingConfig
 from rlrag.errors import CheckpointError
 from rlrag.files.directories import restore_weights
 from rlrag.runs.checkpoints import CheckpointStore, kept_steps
-from rlrag.training.learners.optimizer_state import optimizer_tensors, restore_optimizer
+from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.learners.optimiser import Optimiser
 
 STATE = {"step": 3, "best_step": 2, "best_f1": 0.1 + 0.2, "generator_tokens": 2**40}
 
@@ -22,32 +24,39 @@ class Trained:
     def __init__(self, seed: int = 0, hidden: int = 4) -> None:
         torch.manual_seed(seed)
         self.policy = torch.nn.Sequential(torch.nn.Linear(3, hidden), torch.nn.Linear(hidden, 1))
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.1, weight_decay=0.01)
+        self.optimiser = Optimiser(
+            dict(self.policy.named_parameters()),
+            TrainingConfig(learning_rate=0.1, weight_decay=0.01),
+            warmup_steps=0,
+            num_steps=10**6,
+            workers=SingleWorker(),
+            advice="lower it",
+        )
 
     def steps(self, first: int, last: int) -> Trained:
         for step in range(first, last):
             inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
-            self.optimizer.zero_grad()
+            self.optimiser.zero_grad()
             (self.policy(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean().backward()
-            self.optimizer.step()
+            self.optimiser.step(step)
         return self
 
     def files(self) -> dict[str, dict[str, torch.Tensor]]:
         return {
             "policy": self.policy.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, dict(self.policy.named_parameters())),
+            "optimizer": self.optimiser.tensors(),
         }
 
     def restore(self, store: CheckpointStore, step: int) -> dict[str, Any]:
         files, state = store.load(step)
         restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
-        restore_optimizer(self.optimizer, dict(self.policy.named_parameters()), files["optimizer"])
+        self.optimiser.load(files["optimizer"])
         return state
 
 
 def moments(trained: Trained) -> list[torch.Tensor]:
-    slots = trained.optimizer.state_dict()["state"]
-    return [slots[index][name] for index in sorted(slots) for name in sorted(slots[index])]
+    tensors = trained.optimiser.tensors()
+    return [tensors[name] for name in sorted(tensors)]
 
 
 def same(left: Trained, right: Trained) -> bool:

@@ -31,7 +31,7 @@ from rlrag.selection.protocol import Draws
 from rlrag.serving.records import Retrieved
 from rlrag.serving.selecting import Choice, SelectorPart
 from rlrag.training.distributed.workers import SingleWorker
-from rlrag.training.learners.learning_rate import linear_schedule
+from rlrag.training.learners.optimiser import linear_schedule
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.validation import validate
 

@@ -45,7 +45,7 @@ def first_moments(learner: GeneratorLearner) -> dict[str, torch.Tensor]:
     """The gradient of a learner's only step."""
     return {
         name.removesuffix(":exp_avg"): tensor / (1 - BETA1)
-        for name, tensor in learner.optimizer_tensors().items()
+        for name, tensor in learner.optimiser.tensors().items()
         if name.endswith(":exp_avg")
     }
 
@@ -206,7 +206,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(model_dir):
     with pytest.raises(NonFiniteLossError, match="gradient of step 4 is not finite; lower"):
         learner.update([endless], 1, 4)
     assert_close(model.trainable_tensors(), before, atol=0.0)
-    assert learner.optimizer_tensors() == {}
+    assert learner.optimiser.tensors() == {}
 
 
 def test_steps_on_one_example_raise_its_likelihood(model_dir):
@@ -223,17 +223,17 @@ def test_a_restored_run_goes_on_bit_by_bit(model_dir, method):
     model, learner = make(model_dir, method=method)
     for step in range(2):
         learner.update(EXAMPLES, NUM_QUESTIONS, step)
-    weights, moments = model.trainable_tensors(), learner.optimizer_tensors()
+    weights, moments = model.trainable_tensors(), learner.optimiser.tensors()
     assert len(moments) == 3 * len(weights)  # two moments and a count
     restored, restored_learner = make(model_dir, method=method)
     restored.load_trainable(weights)
-    restored_learner.load_optimizer(moments)
+    restored_learner.optimiser.load(moments)
     for step in range(2, 4):
         learner.update(EXAMPLES, NUM_QUESTIONS, step)
         restored_learner.update(EXAMPLES, NUM_QUESTIONS, step)
     for found, expected in (
         (restored.trainable_tensors(), model.trainable_tensors()),
-        (restored_learner.optimizer_tensors(), learner.optimizer_tensors()),
+        (restored_learner.optimiser.tensors(), learner.optimiser.tensors()),
     ):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -241,7 +241,7 @@ def test_a_restored_run_goes_on_bit_by_bit(model_dir, method):
 def test_an_optimiser_of_other_weights_is_refused(model_dir):
     _, learner = make(model_dir)
     with pytest.raises(CheckpointError, match=r"state for 'elsewhere\.weight', which is not"):
-        learner.load_optimizer({"elsewhere.weight:exp_avg": torch.zeros(1)})
+        learner.optimiser.load({"elsewhere.weight:exp_avg": torch.zeros(1)})
 
 
 SHARDED = {"sharding": "fsdp2", "micro_batch_tokens": 64}
@@ -256,10 +256,10 @@ def _work(rank: int, directory: str, port: int, out) -> None:
     for settings in ({"method": "full"}, {"method": "lora", "gradient_checkpointing": True}):
         model, learner = make(Path(directory), TorchWorkers(), **SHARDED | settings)
         metrics = learner.update(share, NUM_QUESTIONS, 0)
-        weights, moments = model.trainable_tensors(), learner.optimizer_tensors()
+        weights, moments = model.trainable_tensors(), learner.optimiser.tensors()
         restored, restored_learner = make(Path(directory), TorchWorkers(), **SHARDED | settings)
         restored.load_trainable(weights)
-        restored_learner.load_optimizer(moments)
+        restored_learner.optimiser.load(moments)
         learner.update(share, NUM_QUESTIONS, 1)
         restored_learner.update(share, NUM_QUESTIONS, 1)
         found = (

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from rlrag.testing.thread_workers import ThreadWorker, make_group, run_together
-from rlrag.training.learners import gradients
-from rlrag.training.learners.gradients import share_gradient
+from rlrag.training.learners import optimiser
+from rlrag.training.learners.optimiser import share_gradient
 
 SHAPES = ((2, 3), (4,), (), (5, 1))  # 24, 16, 4 and 20 bytes
 
@@ -34,7 +34,7 @@ class Counting:
 )
 def test_workers_sum_their_gradients_whatever_the_pieces(monkeypatch, piece_bytes, num_pieces):
     """Parameter n has 10 n + 1 on one worker and 10 n + 2 on the other; of 1 the first has none."""
-    monkeypatch.setattr(gradients, "_BUCKET_BYTES", piece_bytes)
+    monkeypatch.setattr(optimiser, "_BUCKET_BYTES", piece_bytes)
 
     def work(worker: Counting) -> tuple[list[torch.Tensor], float, int]:
         parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]

@@ -104,7 +104,7 @@ def test_the_weights_gradient_is_that_of_one_pass_without_pieces(config, task, m
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         expected |= {f"{name}.{n}": g for n, g in zip(names, found, strict=True) if g is not None}
     learner.update(domain, f_BN, len(questions), 0)
-    moments = learner.optimizer_tensors()
+    moments = learner.optimiser.tensors()
     assert expected
     for name, gradient in expected.items():
         found = moments[f"{name}:exp_avg"] / 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlrag.training.learners.learning_rate import linear_schedule
+from rlrag.training.learners.optimiser import linear_schedule
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step():
     with pytest.raises(NonFiniteLossError, match="loss of step 4 is nan; lower"):
         learner.update(*BATCH, step=4)
     assert torch.equal(encoder.question, before)
-    assert learner.optimizer_tensors() == {}
+    assert learner.optimiser.tensors() == {}
 
 
 class Exploding(torch.nn.Module):
@@ -206,7 +206,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step():
     with pytest.raises(NonFiniteLossError, match="gradient of step 4 is not finite; lower"):
         learner.update(*BATCH, step=4)
     assert encoder.weight.tolist() == [0.0, 0.0]
-    assert learner.optimizer_tensors() == {}
+    assert learner.optimiser.tensors() == {}
 
 
 def test_likelihoods_that_are_not_finite_end_the_run():
@@ -231,9 +231,9 @@ def test_a_restored_run_goes_on_bit_by_bit():
     for step in range(2):
         learner.update(*BATCH, step=step)
     restored, restored_learner = make(copy.deepcopy(encoder), micro_batch_texts=5)
-    given = learner.optimizer_tensors()
+    given = learner.optimiser.tensors()
     kept = {name: tensor.clone() for name, tensor in given.items()}
-    restored_learner.load_optimizer(given)
+    restored_learner.optimiser.load(given)
     for step in range(2, 4):
         assert learner.update(*BATCH, step=step) == restored_learner.update(*BATCH, step=step)
     assert all(torch.equal(kept[name], tensor) for name, tensor in given.items())
@@ -244,7 +244,7 @@ def test_a_restored_run_goes_on_bit_by_bit():
 def test_an_optimiser_of_other_weights_is_refused():
     _, learner = make()
     with pytest.raises(CheckpointError, match="state for 'elsewhere', which is not"):
-        learner.load_optimizer({"elsewhere:exp_avg": torch.zeros(1)})
+        learner.optimiser.load({"elsewhere:exp_avg": torch.zeros(1)})
 
 
 @pytest.fixture(scope="module")

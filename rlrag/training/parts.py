@@ -194,10 +194,10 @@ class TrainedParts:
             "policy": copy.copy(self.policy.state_dict())
         }
         if self._selector is not None:
-            files["optimizer"] = self._selector.optimizer_tensors()
+            files["optimizer"] = self._selector.optimiser.tensors()
         if self.generator is not None and self._generator is not None:
             files["generator"] = self.generator.trainable_tensors()
-            files["generator_optimizer"] = self._generator.optimizer_tensors()
+            files["generator_optimizer"] = self._generator.optimiser.tensors()
         return files
 
     def load(self, files: Files) -> None:
@@ -208,11 +208,11 @@ class TrainedParts:
         """
         restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
         if self._selector is not None and "optimizer" in files:
-            self._selector.load_optimizer(files["optimizer"])
+            self._selector.optimiser.load(files["optimizer"])
         if self.generator is not None and self._generator is not None:
             self.generator.load_trainable(files["generator"])
             if "generator_optimizer" in files:
-                self._generator.load_optimizer(files["generator_optimizer"])
+                self._generator.optimiser.load(files["generator_optimizer"])
 
     def load_initial(self, files: Files) -> None:
         """Take over the policy that training started from."""

@@ -28,15 +28,13 @@ import torch
 from rlrag.algorithms import off_policy
 from rlrag.config import DROConfig, RunConfig
 from rlrag.environment.rollout import play_greedy, replay
-from rlrag.errors import DataError, NonFiniteLossError
+from rlrag.errors import DataError
 from rlrag.files.directories import restore_weights
 from rlrag.pipeline import open_policy
 from rlrag.selection.build import TrainablePolicy
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.feedback.selections import LoggedData, LoggedPart
-from rlrag.training.learners.gradients import clip_gradient, share_gradient
-from rlrag.training.learners.learning_rate import linear_schedule, set_rate
-from rlrag.training.learners.optimizer_state import SavesOptimizer
+from rlrag.training.learners.optimiser import Optimiser
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.trainer import Files, Metrics, Trainer
 
@@ -45,7 +43,7 @@ logger = logging.getLogger(__name__)
 _CHUNK = 64
 
 
-class LoggedTrainer(SavesOptimizer, Trainer):
+class LoggedTrainer(Trainer):
     """Counterfactual training of the selector."""
 
     best_by = "validation/score"
@@ -58,7 +56,6 @@ class LoggedTrainer(SavesOptimizer, Trainer):
             DataError: when the effective sample size of that policy on the log is too small.
         """
         self._environment = config.environment
-        self._training = config.training
         self._settings = config.off_policy
         self._train = data.train
         self._held_back = data.held_back
@@ -68,11 +65,13 @@ class LoggedTrainer(SavesOptimizer, Trainer):
         self._schedule = logged_schedule(config, len(data.train))
         self.num_steps = self._schedule.num_steps
         self.policy: TrainablePolicy = open_policy(config, data.train.candidates)
-        self._parameters = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=config.training.learning_rate,
-            weight_decay=config.training.weight_decay,
+        self._optimiser = Optimiser(
+            dict(self.policy.named_parameters()),
+            config.training,
+            config.training.warmup_steps,
+            self.num_steps,
+            workers,
+            "lower training.learning_rate, or look for extreme propensities in the log",
         )
         if self._held_back is not None:
             self._check_overlap(self._held_back)
@@ -99,14 +98,9 @@ class LoggedTrainer(SavesOptimizer, Trainer):
         losses_B = off_policy.off_policy_losses(
             logp_B, behaviour_B, rewards_B, self._baseline, self._settings.max_ratio
         )
-        rate = linear_schedule(
-            step, self.num_steps, self._training.warmup_steps, self._training.learning_rate
-        )
-        set_rate(self.optimizer, rate)
-        self.optimizer.zero_grad()
+        self._optimiser.zero_grad()
         (losses_B.sum() / len(rows)).backward()
-        norm = self._share_gradient(step)
-        self.optimizer.step()
+        norm, rate = self._optimiser.step(step)
         ratios_B = off_policy.importance_ratios(logp_B, behaviour_B)
         sums = [
             losses_B.detach().sum(),
@@ -203,29 +197,18 @@ class LoggedTrainer(SavesOptimizer, Trainer):
         trajectories = replay(self._environment, part.candidates, rows, part.actions_QT[rows])
         return self.policy.log_prob(trajectories).sum(dim=1)
 
-    def _share_gradient(self, step: int) -> float:
-        """Sum the gradient over the workers and clip it; returns its norm before clipping."""
-        gradient, norm = share_gradient(list(self._parameters.values()), self._workers)
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(
-                f"the gradient of step {step} is not finite; lower training.learning_rate, or look "
-                "for extreme propensities in the log"
-            )
-        clip_gradient(gradient, norm, self._training.max_grad_norm)
-        return norm
-
     def tensors(self) -> Files:
         """The policy's weights and its optimiser."""
         return {
             "policy": copy.copy(self.policy.state_dict()),
-            "optimizer": self.optimizer_tensors(),
+            "optimizer": self._optimiser.tensors(),
         }
 
     def load(self, files: Files) -> None:
         """Take over the weights and, where it is given, the optimiser's state."""
         restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
         if "optimizer" in files:
-            self.load_optimizer(files["optimizer"])
+            self._optimiser.load(files["optimizer"])
 
 
 def _are_equal(one_QT: np.ndarray, other_QT: np.ndarray) -> np.ndarray:

@@ -100,14 +100,14 @@ class JSAGenerator:
         """Weights and optimiser, for a checkpoint."""
         return {
             "generator": self.model.trainable_tensors(),
-            "generator_optimizer": self._learner.optimizer_tensors(),
+            "generator_optimizer": self._learner.optimiser.tensors(),
         }
 
     def load(self, files: Files) -> None:
         """Take over the weights and, where it is given, the optimiser's state."""
         self.model.load_trainable(files["generator"])
         if "generator_optimizer" in files:
-            self._learner.load_optimizer(files["generator_optimizer"])
+            self._learner.optimiser.load(files["generator_optimizer"])
 
     def _examples(
         self, question: Question, rows_N: np.ndarray, weights_N: np.ndarray

@@ -28,12 +28,11 @@ from rlrag.retrieval.trainable.protocol import TrainableEncoder
 from rlrag.retrieval.trainable.query_encoder import StaticIndex, open_query_encoder
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.learners.gradient_cache import CachedTexts
-from rlrag.training.learners.gradients import clip_gradient, share_gradient
-from rlrag.training.learners.learning_rate import linear_schedule, set_rate
-from rlrag.training.learners.optimizer_state import SavesOptimizer
+from rlrag.training.learners.optimiser import Optimiser
 
 _SEPARATOR = " [SEP] "
 _PADDING = -1
+_ADVICE = "lower jsa.learning_rate, or raise jsa.temperature"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Domain:
     leaves: tuple[torch.Tensor, torch.Tensor]
 
 
-class JSARetrievers(SavesOptimizer):
+class JSARetrievers:
     """The prior and the posterior retriever, and the optimiser of both.
 
     Args:
@@ -73,23 +72,24 @@ class JSARetrievers(SavesOptimizer):
         workers: Workers,
     ) -> None:
         self._jsa = config.jsa
-        self._warmup_steps = config.training.warmup_steps
         self._index = index
         self._num_passages = num_passages
-        self._num_steps = num_steps
         self._workers = workers
         self.prior = open_query_encoder(config.retrieval, config.cache_path)
         self.posterior = open_query_encoder(config.retrieval, config.cache_path)
-        self._parameters: dict[str, nn.Parameter] = {
+        parameters = {
             f"{name}.{parameter_name}": parameter
             for name, encoder in (("prior", self.prior), ("posterior", self.posterior))
             for parameter_name, parameter in encoder.named_parameters()
-            if parameter.requires_grad
         }
-        self.optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=config.jsa.learning_rate,
-            weight_decay=config.jsa.weight_decay,
+        self.optimiser = Optimiser(
+            parameters,
+            config.jsa,
+            config.training.warmup_steps,
+            num_steps,
+            workers,
+            _ADVICE,
+            name="the retrievers' gradient",
             fused=True,
         )
 
@@ -150,18 +150,14 @@ class JSARetrievers(SavesOptimizer):
         )
         loss = loss_B.sum() / num_questions
         total = self._workers.sum(loss.detach()).item()
-        self._check_finite(total, "loss", step)
-        rate = linear_schedule(step, self._num_steps, self._warmup_steps, self._jsa.learning_rate)
-        set_rate(self.optimizer, rate)
-        self.optimizer.zero_grad()
+        if not math.isfinite(total):
+            raise NonFiniteLossError(f"the retrievers' loss of step {step} is {total}; {_ADVICE}")
+        self.optimiser.zero_grad()
         for texts, gradient_BD in zip(
             domain.texts, torch.autograd.grad(loss, domain.leaves), strict=True
         ):
             texts.backward({"question": gradient_BD})
-        gradient, norm = share_gradient(list(self._parameters.values()), self._workers)
-        self._check_finite(norm, "gradient", step)
-        clip_gradient(gradient, norm, self._jsa.max_grad_norm)
-        self.optimizer.step()
+        norm, rate = self.optimiser.step(step)
         return {
             "retriever/loss": total,
             "retriever/grad_norm": norm,
@@ -187,13 +183,6 @@ class JSARetrievers(SavesOptimizer):
             list(scores), batch_first=True, padding_value=-math.inf
         )
         return jsa.domain_logp(scores_BN.double(), self._jsa.temperature)
-
-    def _check_finite(self, value: float, name: str, step: int) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the retrievers' {name} of step {step} is {value}; lower jsa.learning_rate, or "
-                "raise jsa.temperature"
-            )
 
 
 def target_answer(question: Question) -> str:

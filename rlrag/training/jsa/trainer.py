@@ -132,7 +132,7 @@ class JSATrainer(Trainer):
         files: dict[str, Mapping[str, torch.Tensor]] = {
             "retriever": copy.copy(dict(self.retrievers.prior.state_dict())),
             "posterior": copy.copy(dict(self.retrievers.posterior.state_dict())),
-            "retriever_optimizer": self.retrievers.optimizer_tensors(),
+            "retriever_optimizer": self.retrievers.optimiser.tensors(),
         }
         if self._trained_generator is not None:
             files |= self._trained_generator.tensors()
@@ -146,7 +146,7 @@ class JSATrainer(Trainer):
         ):
             restore_weights(encoder, files[name], f"the {name} of the checkpoint")
         if "retriever_optimizer" in files:
-            self.retrievers.load_optimizer(files["retriever_optimizer"])
+            self.retrievers.optimiser.load(files["retriever_optimizer"])
         if self._trained_generator is not None:
             self._trained_generator.load(files)
 

@@ -9,23 +9,19 @@ Shape letters: S sequences of one forward pass.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from rlrag.algorithms import dro
 from rlrag.config import GeneratorTrainingConfig, TrainingConfig
-from rlrag.errors import GenerationError, NonFiniteLossError
+from rlrag.errors import GenerationError
 from rlrag.training.distributed.sharding import local
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.learners.generator_model import TrainableGenerator
-from rlrag.training.learners.gradients import clip_gradient, share_gradient
-from rlrag.training.learners.learning_rate import linear_schedule, set_rate
-from rlrag.training.learners.optimizer_state import SavesOptimizer
+from rlrag.training.learners.optimiser import Optimiser
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +33,7 @@ class WeightedExample:
     weight: float
 
 
-class GeneratorLearner(SavesOptimizer):
+class GeneratorLearner:
     """Takes one weighted-likelihood step on a generator for each batch of examples.
 
     Every worker sees its share of the batch. Gradients and metrics are summed over the workers and
@@ -54,16 +50,18 @@ class GeneratorLearner(SavesOptimizer):
     ) -> None:
         self._model = model
         self._config = config
-        self._training = training
-        self._num_steps = num_steps
         self._workers = workers
         self._sharded = config.sharding == "fsdp2"
-        self._parameters: dict[str, nn.Parameter] = model.trainable_parameters()
-        self.optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
+        self.optimiser = Optimiser(
+            model.trainable_parameters(),
+            config,
+            training.warmup_steps,
+            num_steps,
+            workers,
+            "lower generator_training.learning_rate, or look for infinite rewards in metrics.jsonl",
+            name="the generator's gradient",
             fused=model.device.type == "cuda",
+            sharded=self._sharded,
         )
 
     def update(
@@ -91,15 +89,10 @@ class GeneratorLearner(SavesOptimizer):
             GenerationError: when an example does not fit the model, or GPU memory runs out.
         """
         started = time.monotonic()
-        rate = linear_schedule(
-            step, self._num_steps, self._training.warmup_steps, self._config.learning_rate
-        )
-        set_rate(self.optimizer, rate)
-        self.optimizer.zero_grad()
+        self.optimiser.zero_grad()
         try:
             metrics, squares, num_passes = self._accumulate(_merged(examples), num_questions)
-            norm = self._share_gradient(step)
-            self.optimizer.step()
+            norm, rate = self.optimiser.step(step)
         except torch.OutOfMemoryError as error:
             raise GenerationError(
                 f"training the generator ran out of GPU memory ({error}); lower "
@@ -132,7 +125,7 @@ class GeneratorLearner(SavesOptimizer):
         lengths = [len(e.prompt_ids) + len(e.answer_ids) for e in examples]
         batches = self._model.micro_batches(lengths)
         num_passes = self._num_passes(len(batches))
-        gradient: list[torch.Tensor | None] = [None] * len(self._parameters)
+        gradient: list[torch.Tensor | None] = [None] * len(self.optimiser.parameters)
         device = self._model.device
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, log p, squared norms
         for number in range(num_passes):
@@ -143,7 +136,7 @@ class GeneratorLearner(SavesOptimizer):
             if self._measures_variance:
                 sums[2] += self._move_gradient(gradient)
         if self._measures_variance:
-            for parameter, total in zip(self._parameters.values(), gradient, strict=True):
+            for parameter, total in zip(self.optimiser.parameters.values(), gradient, strict=True):
                 parameter.grad = total
         # Sharded workers take each pass together: it counts once.
         own_passes = num_passes / self._workers.size if self._sharded else num_passes
@@ -190,7 +183,7 @@ class GeneratorLearner(SavesOptimizer):
     def _move_gradient(self, gradient: list[torch.Tensor | None]) -> torch.Tensor:
         """Add the parameters' gradients to `gradient`, clear them, return their squared norm."""
         square = torch.zeros((), device=self._model.device)
-        for i, parameter in enumerate(self._parameters.values()):
+        for i, parameter in enumerate(self.optimiser.parameters.values()):
             found, parameter.grad = parameter.grad, None
             if found is None:
                 continue
@@ -198,18 +191,6 @@ class GeneratorLearner(SavesOptimizer):
             so_far = gradient[i]
             gradient[i] = found if so_far is None else so_far.add_(found)
         return square
-
-    def _share_gradient(self, step: int) -> float:
-        """Sum the gradient over the workers and clip it; returns its norm before clipping."""
-        parameters = list(self._parameters.values())
-        gradient, norm = share_gradient(parameters, self._workers, self._sharded)
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(
-                f"the generator's gradient of step {step} is not finite; lower "
-                "generator_training.learning_rate, or look for infinite rewards in metrics.jsonl"
-            )
-        clip_gradient(gradient, norm, self._config.max_grad_norm)
-        return norm
 
 
 def _merged(examples: Sequence[WeightedExample]) -> list[WeightedExample]:

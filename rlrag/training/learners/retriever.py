@@ -29,12 +29,12 @@ from rlrag.retrieval.trainable.protocol import Embedded, Role, TrainableEncoder
 from rlrag.retrieval.vocabulary.encoder import VocabularyEncoder
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.learners.gradient_cache import CachedTexts
-from rlrag.training.learners.gradients import clip_gradient, share_gradient
-from rlrag.training.learners.learning_rate import linear_schedule, set_rate
-from rlrag.training.learners.optimizer_state import SavesOptimizer
+from rlrag.training.learners.optimiser import Optimiser
+
+_ADVICE = "lower openrag.learning_rate, or raise openrag.temperature"
 
 
-class RetrieverLearner(SavesOptimizer):
+class RetrieverLearner:
     """Takes one step on a retriever's encoder for each batch of questions with passages.
 
     Every worker sees its share of the batch; shares may differ in size and may be empty. Losses
@@ -59,15 +59,16 @@ class RetrieverLearner(SavesOptimizer):
     ) -> None:
         self._encoder = encoder
         self._whole = _WholeVectors.of(encoder) if openrag.vectors == "one_whole" else None
-        self._config = config
         self._openrag = openrag
-        self._num_steps = num_steps
         self._workers = workers
-        self._parameters = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=openrag.learning_rate,
-            weight_decay=openrag.weight_decay,
+        self.optimiser = Optimiser(
+            dict(encoder.named_parameters()),
+            openrag,
+            config.warmup_steps,
+            num_steps,
+            workers,
+            _ADVICE,
+            name="the retriever's gradient",
             fused=True,
         )
 
@@ -235,7 +236,7 @@ class RetrieverLearner(SavesOptimizer):
             vectors_3BD = torch.cat([each.vectors_BD for each in both]).unflatten(0, (3, -1))
             bags = [each.bags_BD.to(vectors_3BD) for each in both if each.bags_BD is not None]
         else:  # nothing of its own, yet the others' sums need its zeros
-            weight = next(iter(self._parameters.values()))
+            weight = next(iter(self.optimiser.parameters.values()))
             vectors_3BD, bags = weight.new_zeros(3, 0, share.vector_size), []
         all_3ND = self._gather(vectors_3BD, share)
         if not share.has_bags:
@@ -254,29 +255,15 @@ class RetrieverLearner(SavesOptimizer):
     def _step(
         self, texts: CachedTexts, gradients: Mapping[Role, torch.Tensor], step: int
     ) -> dict[str, float]:
-        """Feed the vectors' gradients back, share, clip and step; returns norm and rate."""
-        rate = linear_schedule(
-            step, self._num_steps, self._config.warmup_steps, self._openrag.learning_rate
-        )
-        set_rate(self.optimizer, rate)
-        self.optimizer.zero_grad()
+        """Feed the vectors' gradients back and step; returns norm and rate."""
+        self.optimiser.zero_grad()
         texts.backward(gradients)
-        gradient, norm = share_gradient(list(self._parameters.values()), self._workers)
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(
-                f"the retriever's gradient of step {step} is not finite; lower "
-                "openrag.learning_rate, or raise openrag.temperature"
-            )
-        clip_gradient(gradient, norm, self._openrag.max_grad_norm)
-        self.optimizer.step()
+        norm, rate = self.optimiser.step(step)
         return {"retriever/grad_norm": norm, "retriever/learning_rate": rate}
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the retriever's loss of step {step} is {loss}; lower openrag.learning_rate, or "
-                "raise openrag.temperature"
-            )
+            raise NonFiniteLossError(f"the retriever's loss of step {step} is {loss}; {_ADVICE}")
 
 
 @dataclass(frozen=True, slots=True)

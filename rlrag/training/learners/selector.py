@@ -5,7 +5,6 @@ Shape letters: B questions, M samples, E = B * M episodes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,16 +12,13 @@ import torch
 
 from rlrag.algorithms import dro
 from rlrag.config import DROConfig, TrainingConfig
-from rlrag.errors import NonFiniteLossError
 from rlrag.selection.build import TrainablePolicy
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.experience import Experience
-from rlrag.training.learners.gradients import clip_gradient, share_gradient
-from rlrag.training.learners.learning_rate import linear_schedule, set_rate
-from rlrag.training.learners.optimizer_state import SavesOptimizer
+from rlrag.training.learners.optimiser import Optimiser
 
 
-class SelectorLearner(SavesOptimizer):
+class SelectorLearner:
     """Takes one DRO step on a policy for each batch of experience.
 
     Every worker sees its share of the batch. Gradients and metrics are summed over the workers and
@@ -50,11 +46,14 @@ class SelectorLearner(SavesOptimizer):
         self._initial = initial
         self._dro = dro_config
         self._config = config
-        self._num_steps = num_steps
         self._workers = workers
-        self._parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        self.optimiser = Optimiser(
+            dict(policy.named_parameters()),
+            config,
+            config.warmup_steps,
+            num_steps,
+            workers,
+            "lower training.learning_rate, or look for infinite rewards in metrics.jsonl",
         )
 
     def update(
@@ -78,7 +77,7 @@ class SelectorLearner(SavesOptimizer):
         with torch.no_grad():
             initial_BM = self._logp(self._initial, experience, slice(None)).cpu().double()
         coefficients_BM = self._coefficients(experience, weights_BM)
-        self.optimizer.zero_grad()
+        self.optimiser.zero_grad()
         constants = (coefficients_BM, behaviour_BM, initial_BM, log_weights_BM)
         loss, logp_BM = self._backward(experience, constants)
         kl_BM = dro.kl_coefficients(logp_BM, behaviour_BM, initial_BM, log_weights_BM)
@@ -90,13 +89,7 @@ class SelectorLearner(SavesOptimizer):
                 "policy_entropy": entropy_BM.sum().item(),
             }
         )
-        rate = linear_schedule(
-            step, self._num_steps, self._config.warmup_steps, self._config.learning_rate
-        )
-        set_rate(self.optimizer, rate)
-        metrics["grad_norm"] = self._share_gradient(step)
-        self.optimizer.step()
-        metrics["learning_rate"] = rate
+        metrics["grad_norm"], metrics["learning_rate"] = self.optimiser.step(step)
         return metrics
 
     def _backward(
@@ -164,14 +157,3 @@ class SelectorLearner(SavesOptimizer):
         summed = self._workers.sum(torch.tensor(list(totals.values()), dtype=torch.float64))
         means = (summed / self._config.batch_size).tolist()
         return dict(zip(totals, means, strict=True))
-
-    def _share_gradient(self, step: int) -> float:
-        """Sum the gradient over the workers and clip it; returns its norm before clipping."""
-        gradient, norm = share_gradient(list(self._parameters.values()), self._workers)
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(
-                f"the gradient of step {step} is not finite; lower training.learning_rate, or look "
-                "for infinite rewards in metrics.jsonl"
-            )
-        clip_gradient(gradient, norm, self._config.max_grad_norm)
-        return norm

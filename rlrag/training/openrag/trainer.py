@@ -191,7 +191,7 @@ class OpenRAGTrainer(Trainer):
         """The encoder's weights and its optimiser."""
         files: dict[str, Mapping[str, torch.Tensor]] = {
             "retriever": copy.copy(dict(self.encoder.state_dict())),
-            "retriever_optimizer": self._learner.optimizer_tensors(),
+            "retriever_optimizer": self._learner.optimiser.tensors(),
         }
         if self._index is not None:
             files["retriever_index"] = {
@@ -204,7 +204,7 @@ class OpenRAGTrainer(Trainer):
         """Take over the weights and, where it is given, the optimiser's state."""
         restore_weights(self.encoder, files["retriever"], "the retriever of the checkpoint")
         if "retriever_optimizer" in files:
-            self._learner.load_optimizer(files["retriever_optimizer"])
+            self._learner.optimiser.load(files["retriever_optimizer"])
 
     def resume(self, step: int, files: Files, first: Files) -> None:
         """Continue from a checkpoint, with the index that it was searched with.
