@@ -25,13 +25,20 @@ from rlrag.cli.command_line import exit_code
 from rlrag.cli.doctor import machine
 from rlrag.cli.doctor.checks import ok, run_check
 from rlrag.cli.doctor.files import check_corpus, check_model
-from rlrag.cli.doctor.needs import Needs
 from rlrag.cli.doctor.packages import check_python, extras_of
 from rlrag.cli.doctor.program import main
 from rlrag.cli.doctor.ray_cluster import check_cluster
-from rlrag.config import BETTER_GENERATOR, GeneratorConfig, RunConfig, TrainingConfig
+from rlrag.config import (
+    BETTER_GENERATOR,
+    DataConfig,
+    GeneratorConfig,
+    RetrievalConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from rlrag.errors import ConfigError, RlragError, SetupError
 from rlrag.runs.directory import RunDirectory
+from rlrag.training.needs import Needs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -459,3 +466,12 @@ def test_each_built_in_model_asks_for_the_extra_that_brings_it(tmp_path):
     assert "gemma" not in extras_of(usual)
     assert {"demo", "gemma"} <= set(extras_of(better))
     assert "extra 'gemma'" in check_model(BETTER_GENERATOR, tmp_path).found
+
+
+def test_a_built_in_model_that_the_run_does_not_open_asks_for_nothing():
+    of_files = RunConfig(
+        data=DataConfig(corpus="c.jsonl", train_questions="t.jsonl", eval_questions="e.jsonl"),
+        retrieval=RetrievalConfig(kind="bm25", encoder=None),
+        generator=GeneratorConfig(model="./mine"),
+    )
+    assert "demo" not in extras_of(of_files)

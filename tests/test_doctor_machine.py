@@ -20,9 +20,9 @@ import pytest
 from rlrag.cli.doctor import machine
 from rlrag.cli.doctor.accelerator import GpuFacts, check_gpus
 from rlrag.cli.doctor.files import check_storage
-from rlrag.cli.doctor.needs import GIB, Needs, needs_of
 from rlrag.cli.doctor.ray_cluster import check_cluster
 from rlrag.config import GeneratorConfig, RunConfig, TrainingConfig
+from rlrag.training.needs import GIB, Needs, needs_of
 
 NEEDS = Needs(
     memory_bytes=4 * GIB,

@@ -29,7 +29,6 @@ from training_program import tiny_flags
 
 from rlrag.bundle import bundle_version, load_bundle, save_bundle
 from rlrag.cli import evaluate, train
-from rlrag.cli.doctor.needs import needs_of
 from rlrag.cli.doctor.packages import extras_of
 from rlrag.config import DataConfig, GeneratorConfig, PromptConfig, RetrievalConfig, RunConfig
 from rlrag.errors import ConfigError, GenerationError, GeneratorTimeoutError, SetupError
@@ -46,6 +45,7 @@ from rlrag.serving.endpoint_engine import EndpointEngine
 from rlrag.serving.generating import GeneratorPart, engine_config
 from rlrag.serving.records import Decoding
 from rlrag.serving.settings import ServeSettings
+from rlrag.training.needs import needs_of
 from rlrag.training.plan import describe_plan
 
 PROMPTS = [

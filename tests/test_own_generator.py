@@ -19,7 +19,6 @@ from rlrag import plugins
 from rlrag.bundle_files import read_bundle
 from rlrag.cli import evaluate, train
 from rlrag.cli.command_line import run_program
-from rlrag.cli.doctor.needs import needs_of
 from rlrag.config import GeneratorConfig, PromptConfig, RunConfig
 from rlrag.errors import ConfigError, GenerationError, SetupError
 from rlrag.generation.backends.engine_loop import EngineLoop
@@ -36,6 +35,7 @@ from rlrag.serving.generating import GeneratorPart, engine_config
 from rlrag.serving.records import Decoding
 from rlrag.serving.settings import ServeSettings
 from rlrag.testing import check_generator, check_reward
+from rlrag.training.needs import needs_of
 from rlrag.training.plan import describe_plan
 
 SENTENCES = "examples.own_generator:SentenceGenerator"

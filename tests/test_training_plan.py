@@ -14,7 +14,8 @@ from rlrag.config import BETTER_GENERATOR, BUILTIN_GENERATOR, RunConfig
 from rlrag.data.split import are_here
 from rlrag.errors import ConfigError
 from rlrag.recipes import RECIPES
-from rlrag.training.plan import describe_plan, num_parameters
+from rlrag.training.needs import num_parameters
+from rlrag.training.plan import describe_plan
 
 
 @pytest.fixture(autouse=True)

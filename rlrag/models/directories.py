@@ -28,12 +28,26 @@ from rlrag.config import (
     BUILTIN_MODELS,
     BUILTIN_VOCABULARY_ENCODER,
     GeneratorConfig,
+    RunConfig,
 )
 from rlrag.errors import ModelNotFoundError, SetupError
 from rlrag.files.text import apply_umask, hidden_beside
 from rlrag.submitted_job import where_to_look
 
 logger = logging.getLogger(__name__)
+
+
+def named_models(config: RunConfig) -> dict[str, str]:
+    """The models that a run opens, by part; of a remote generator it is a tokenizer alone."""
+    retrieval, selector = config.retrieval, config.selector
+    found = {"generator": config.generator.model}
+    if retrieval.encoder is not None:
+        found["encoder"] = retrieval.encoder
+    if retrieval.kind == "semi_parametric":
+        found["vocabulary_encoder"] = retrieval.vocabulary_encoder
+    if selector.reads_texts:
+        found["selector"] = selector.model
+    return found
 
 
 def resolve_model(name: str, cache_dir: Path, with_weights: bool = True) -> Path:

@@ -19,6 +19,7 @@ from rlrag.config import (
     BUILTIN_VOCABULARY_ENCODER,
     RunConfig,
 )
+from rlrag.models.directories import named_models
 
 LICENCES_FILE = "licences.json"
 UNKNOWN = "unknown"
@@ -66,17 +67,11 @@ _BUILTIN = {
 
 def licences_of(config: RunConfig) -> tuple[PartLicence, ...]:
     """The generator, the encoders, the model that the selector starts from, and the corpus."""
-    retrieval, selector, generator = config.retrieval, config.selector, config.generator
-    models = {} if generator.is_remote else {"generator": generator.model}
-    if retrieval.encoder is not None:
-        models["encoder"] = retrieval.encoder
-    if retrieval.kind == "semi_parametric":
-        models["vocabulary_encoder"] = retrieval.vocabulary_encoder
-    if selector.reads_texts:
-        models["selector"] = selector.model
+    generator = config.generator
     found = [
         PartLicence(part, name, *(_BUILTIN.get(name) or _of_model(part, name)))
-        for part, name in models.items()
+        for part, name in named_models(config).items()
+        if part != "generator" or not generator.is_remote
     ]
     if generator.is_remote:
         source = f"ask the provider of {generator.url}"

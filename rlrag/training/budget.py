@@ -72,7 +72,7 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
         return Budget(None, 0, 0, 0, _first_prompts(data, prompts))
     schedule = BatchSchedule(config.training, config.dro, len(data.train), config.seed)
     policy = open_policy(config, data.train)
-    rows = np.linspace(0, len(data.train) - 1, min(_SAMPLE, len(data.train))).astype(int)
+    rows = _sampled(np.arange(len(data.train)))
     passes = schedule.epoch(schedule.num_steps)
     num_draws = max(1, round(passes * config.dro.num_samples))
     draws = Draws([[config.seed, int(r)] for r in rows], num_draws)
@@ -88,7 +88,7 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
         ((data.train.questions[row], found[0]) for row, found in zip(rows, distinct, strict=True)),
     )
     per_question = float(np.mean([len(found) for found in distinct]))
-    num_validation = len(data.validation) if data.validation else 0
+    num_validation = len(data.validation or ())
     num_rollouts = round(passes * len(data.train)) * config.dro.num_samples
     if config.training.objective == "sft":
         num_rollouts = 0
@@ -99,15 +99,7 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
         # A validated question is answered anew for each candidate that the policy comes to prefer.
         num_requests = round(per_question * len(data.train) * min(1.0, passes))
         num_requests += 2 * num_validation
-    tokens = float(np.mean([len(prompt.token_ids) for prompt in sample]))
-    tokens += config.generator.max_new_tokens / 2
-    return Budget(
-        num_steps=schedule.num_steps,
-        num_rollouts=num_rollouts,
-        num_requests=num_requests,
-        num_tokens=round(num_requests * tokens),
-        sample_prompts=sample,
-    )
+    return _budget(config, schedule.num_steps, num_rollouts, num_requests, sample)
 
 
 def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -> Budget:
@@ -126,17 +118,10 @@ def _openrag_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
             per_question = openrag.num_online if openrag.loss == "kl" else openrag.online_epochs
             num_requests += per_question * num_questions
     num_steps = openrag_schedule(config, num_questions).num_steps
-    num_validation = len(data.validation) if data.validation else 0
+    num_validation = len(data.validation or ())
     num_requests += (1 + num_steps // config.training.validate_every) * num_validation
-    tokens = float(np.mean([len(prompt.token_ids) for prompt in sample]))
-    tokens += config.generator.max_new_tokens / 2
-    return Budget(
-        num_steps=num_steps,
-        num_rollouts=data.train.rows_QN.size if openrag.labels != "gold" else 0,
-        num_requests=num_requests,
-        num_tokens=round(num_requests * tokens),
-        sample_prompts=sample,
-    )
+    num_rollouts = data.train.rows_QN.size if openrag.labels != "gold" else 0
+    return _budget(config, num_steps, num_rollouts, num_requests, sample)
 
 
 def _jsa_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -> Budget:
@@ -149,30 +134,40 @@ def _jsa_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilder) -
     questions, jsa, training = data.train.questions, config.jsa, config.training
     usable = answerable_rows(questions)
     num_steps = jsa_schedule(config, len(usable)).num_steps
-    rows = usable[np.linspace(0, len(usable) - 1, min(_SAMPLE, len(usable))).astype(int)]
+    rows = _sampled(usable)
     sample = _sample_prompts(
         prompts, ((questions[row], data.train.passages(int(row))[:1]) for row in rows)
     )
-    num_validation = len(data.validation) if data.validation else 0
+    num_validation = len(data.validation or ())
     num_validations = 1 + num_steps // training.validate_every
     seen = training.batch_size * num_steps
     scored = seen if config.trains_generator else min(seen, len(usable))
     num_requests = scored * min(jsa.num_prior + jsa.num_posterior, jsa.mis_steps)
     num_requests += num_validations * num_validation
+    return _budget(config, num_steps, seen * jsa.mis_steps, num_requests, sample)
+
+
+def _budget(
+    config: RunConfig,
+    num_steps: int,
+    num_rollouts: int,
+    num_requests: int,
+    sample: tuple[Prompt, ...],
+) -> Budget:
+    """Every request has a prompt of the sample's mean length and half of the longest answer."""
     tokens = float(np.mean([len(prompt.token_ids) for prompt in sample]))
     tokens += config.generator.max_new_tokens / 2
-    return Budget(
-        num_steps=num_steps,
-        num_rollouts=seen * jsa.mis_steps,
-        num_requests=num_requests,
-        num_tokens=round(num_requests * tokens),
-        sample_prompts=sample,
-    )
+    return Budget(num_steps, num_rollouts, num_requests, round(num_requests * tokens), sample)
+
+
+def _sampled(rows: np.ndarray) -> np.ndarray:
+    """At most 40 of the rows, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).astype(int)]
 
 
 def _first_prompts(data: TrainingData, prompts: PromptBuilder) -> tuple[Prompt, ...]:
     """Prompts of some training questions, each with its first candidate."""
-    rows = np.linspace(0, len(data.train) - 1, min(_SAMPLE, len(data.train))).astype(int)
+    rows = _sampled(np.arange(len(data.train)))
     return _sample_prompts(
         prompts, ((data.train.questions[row], data.train.passages(int(row))[:1]) for row in rows)
     )

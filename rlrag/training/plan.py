@@ -1,4 +1,4 @@
-"""The plan of a run as text: steps, memory and placement (`--dry-run`).
+"""The plan of a run as text: steps, memory, placement, and what is cut (`--dry-run`).
 
 No model is loaded, and nothing is fetched: sizes of models that are not on this machine are read
 from their names, and questions and passages that are not are not counted.
@@ -6,21 +6,25 @@ from their names, and questions and passages that are not are not counted.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from rlrag import plugins
-from rlrag.config import BUILTIN_ENCODER, BUILTIN_MODELS, RunConfig
+from rlrag.config import RunConfig
+from rlrag.data.checks import Tally
 from rlrag.data.folder import command_that_makes
-from rlrag.data.load import load_questions
+from rlrag.data.load import cut_passages, first_passages, load_questions
 from rlrag.data.split import are_here, remarks, training_questions
-from rlrag.errors import ConfigError
+from rlrag.errors import ConfigError, PromptTooLongError
+from rlrag.models.directories import model_here, named_models
+from rlrag.records import Passage
+from rlrag.training.needs import GIB, NUMBER_BYTES, learners_of, num_parameters
 
-GIB = 2**30
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
-_SIZE_IN_NAME = re.compile(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", re.IGNORECASE)
-ADAPTER_SHARE = 0.01
-"""A LoRA adapter's parameters as a share of the model's, roughly, at rank 16."""
+_NUM_FIRST = 1_000
+
+Found = tuple[str, str | None]
+"""What was found, and a warning where it is to worry about."""
 
 
 def describe_plan(config: RunConfig) -> str:
@@ -34,13 +38,12 @@ def describe_plan(config: RunConfig) -> str:
     """
     from rlrag.environment.rollout import check_environment
     from rlrag.rewards.composite import RewardModel
-    from rlrag.training.plan_room import describe_room
 
     RewardModel(config.reward)
     plugins.check_named(config)
     check_environment(config.environment)
     lines = [f"{config.recipe}: trains {' and '.join(config.training.parts)}", *_steps(config)]
-    room = describe_room(config)
+    room = _room(config)
     if room:
         lines.append(f"  passages    {'; '.join(found for found, _ in room)}")
     if config.training.experience is None:
@@ -50,48 +53,6 @@ def describe_plan(config: RunConfig) -> str:
     warnings = [warning for _, warning in room if warning]
     lines += [f"  warning     {sentence}" for sentence in [*warnings, *_remarks(config)]]
     return "\n".join(lines)
-
-
-def num_parameters(name: str, cache_dir: Path) -> int:
-    """Parameters of a model: counted where it is on this machine, else read from its name.
-
-    Raises:
-        ConfigError: when neither says it.
-
-    Example:
-        >>> num_parameters("meta-llama/Meta-Llama-3-8B-Instruct", Path("/nowhere"))
-        8000000000
-    """
-    named = _SIZE_IN_NAME.search(name.rsplit("/", 1)[-1])
-    if named and not Path(name).expanduser().is_dir():
-        return round(float(named[1]) * (1e9 if named[2].lower() == "b" else 1e6))
-    from safetensors import safe_open
-
-    directory = _on_this_machine(name, cache_dir)
-    total = 0
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                size = 1
-                for length in tensors.get_slice(key).get_shape():
-                    size *= length
-                total += size
-    return total
-
-
-def _on_this_machine(name: str, cache_dir: Path) -> Path:
-    """The directory of a model that need not be fetched; a plan must not wait for a download."""
-    from rlrag.models.directories import model_here, resolve_model
-
-    if name in BUILTIN_MODELS:
-        return resolve_model(name, cache_dir)
-    directory = model_here(name, cache_dir)
-    if directory is None:
-        raise ConfigError(
-            f"the size of model {name!r} is unknown: it is not on this machine and its name does "
-            "not say it (as '8B' does); give a local path"
-        )
-    return directory
 
 
 def _questions(config: RunConfig) -> tuple[str, int | None]:
@@ -229,49 +190,38 @@ def _generator_memory(config: RunConfig) -> list[str]:
 
 
 def _learner_memory(config: RunConfig) -> list[str]:
-    """float32 weights, gradients and two AdamW moments: 16 bytes a trained parameter."""
     found = []
-    workers = config.training.num_workers
-    if config.trains_generator:
-        settings = config.generator_training
-        size = num_parameters(config.generator.model, config.cache_path)
-        trained = size if settings.method == "full" else size * ADAPTER_SHARE
-        total = (4 * size + 12 * trained) / GIB
-        share = total / workers if settings.sharding == "fsdp2" else total
-        found.append(
-            f"  M-step      generator, {settings.method}, {settings.sharding}: about {share:.1f} "
-            f"GiB of weights and optimiser a worker, and the activations of "
-            f"{settings.micro_batch_tokens:,} tokens"
-        )
-    if config.trains_retriever:
-        retrieval = config.retrieval
-        model = (
-            retrieval.vocabulary_encoder
-            if retrieval.kind == "semi_parametric"
-            else retrieval.encoder or BUILTIN_ENCODER
-        )
-        found.append(f"  learner     {model}: {_encoder_memory(model, config)} a worker")
-    if "selector" in config.training.parts and config.selector.reads_texts:
-        size = num_parameters(config.selector.model, config.cache_path)
-        by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
-        trained = size * ADAPTER_SHARE if by_adapter else size
-        held = 0 if config.generator_training.share_base else size
-        total = (4 * held + 12 * trained) / GIB
-        again = "" if by_adapter else ", and as many weights again for the policy it started from"
-        found.append(
-            f"  M-step      selector, {config.selector.kind}: about {total:.1f} GiB of weights and "
-            f"optimiser a worker{again}"
-        )
+    for learner in learners_of(config):
+        try:
+            total = learner.num_bytes(num_parameters(learner.model, config.cache_path)) / GIB
+        except ConfigError:
+            # Names of encoders seldom tell their size, and a plan must not wait for a download.
+            if learner.part != "retriever":
+                raise
+            found.append(
+                f"  learner     {learner.model}: 16 bytes of weights and optimiser for each of its "
+                "parameters (not known here) a worker"
+            )
+            continue
+        if learner.part == "generator":
+            settings = config.generator_training
+            found.append(
+                f"  M-step      generator, {settings.method}, {settings.sharding}: about "
+                f"{total:.1f} GiB of weights and optimiser a worker, and the activations of "
+                f"{settings.micro_batch_tokens:,} tokens"
+            )
+        elif learner.part == "retriever":
+            found.append(
+                f"  learner     {learner.model}: about {total:.1f} GiB of weights and optimiser a "
+                "worker"
+            )
+        else:
+            again = ", and as many weights again for the policy it started from"
+            found.append(
+                f"  M-step      selector, {config.selector.kind}: about {total:.1f} GiB of weights "
+                f"and optimiser a worker{again if learner.trained == 1 else ''}"
+            )
     return found
-
-
-def _encoder_memory(model: str, config: RunConfig) -> str:
-    """Names of encoders seldom tell their size, and a plan must not wait for a download."""
-    try:
-        size = num_parameters(model, config.cache_path) * config.num_trained_encoders
-    except ConfigError:
-        return "16 bytes of weights and optimiser for each of its parameters (not known here)"
-    return f"about {16 * size / GIB:.1f} GiB of weights and optimiser"
 
 
 def _placement(config: RunConfig) -> list[str]:
@@ -300,3 +250,104 @@ def _placement(config: RunConfig) -> list[str]:
         f"  nodes       workers: {training.worker_placement}; generator actors: "
         f"{generator.placement or 'where there is room'}",
     ]
+
+
+def _room(config: RunConfig) -> list[Found]:
+    """What is cut of the first 1,000 passages of the corpus, as loading and training count it.
+
+    Over 1 % is a warning. What is not on this machine is not looked at: a remote corpus, the
+    tokenizer of a model that has not been fetched or unpacked, the questions of prompts.
+    """
+    data = config.data
+    if not are_here(data.corpus):
+        return []
+    tally = Tally()
+    first = islice(first_passages(data.corpus), _NUM_FIRST)
+    passages = list(cut_passages(first, data.passage_words, tally))
+    report = tally.report(data.corpus, len(passages))
+    kept = (
+        f"the first {len(passages):,} of {data.corpus}: data.passage_words {data.passage_words} "
+        f"cuts {report.cut.count:,} of them"
+    )
+    warning = None if report.is_clean else report.cut_words()
+    return [
+        (kept, warning),
+        *_encoded(config, passages),
+        *_selected(config, passages),
+        *_prompted(config, passages),
+    ]
+
+
+def _encoded(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
+    """What the encoders that search do not read."""
+    from rlrag.retrieval.cut_tokens import count_cut
+    from rlrag.retrieval.dense.encoder import TextEncoder
+    from rlrag.retrieval.vocabulary.tokens import Vocabulary
+
+    retrieval, texts = config.retrieval, [passage.contents for passage in passages]
+    most = retrieval.encoder_max_tokens
+    for part, name in named_models(config).items():
+        if part not in ("encoder", "vocabulary_encoder"):
+            continue
+        directory = model_here(name, config.cache_path)
+        if directory is None:
+            yield f"{name} is not here: what it reads of them is not counted", None
+            continue
+        if part == "encoder":
+            encoder = TextEncoder(directory, retrieval.encoder_dtype, most, batch_size=1)
+            lengths = encoder.count_tokens(texts)
+        else:
+            lengths = Vocabulary(directory, most).count_tokens(texts)
+        cut = count_cut(lengths, most)
+        yield f"{name} reads {most} tokens, and {cut.num_passages:,} are longer", cut.warning()
+
+
+def _selected(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
+    """What a policy that reads texts does not read."""
+    from rlrag.selection.unread import count_unread, unread_warning
+
+    selector = config.selector
+    if not selector.reads_texts:
+        return
+    directory = model_here(selector.model, config.cache_path)
+    if directory is None:
+        yield f"{selector.model} is not here: what the selector reads of them is not counted", None
+        return
+    cut = count_unread(selector, directory, [passage.contents for passage in passages])
+    yield (
+        f"the selector reads {cut.max_tokens} tokens, and {cut.num_passages:,} are longer",
+        unread_warning(cut),
+    )
+
+
+def _prompted(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
+    """What prompts of training questions with so many passages as are picked have no room for."""
+    from rlrag.generation.prompt_counts import PromptCounts, cut_warning
+    from rlrag.generation.prompts import PromptBuilder, load_tokenizer
+
+    generator, size = config.generator, config.environment.num_selected
+    if config.training.experience is not None or not are_here(config.data.train_questions):
+        return
+    directory = model_here(generator.model, config.cache_path)
+    if directory is None:
+        yield f"{generator.model} is not here: what prompts have no room for is not counted", None
+        return
+    prompts = PromptBuilder(generator.prompt, load_tokenizer(directory), generator.stop)
+    questions = training_questions(config).train.questions
+    counts, num_cut, num_too_long = PromptCounts(), 0, 0
+    shown = [passages[start : start + size] for start in range(0, len(passages), size)]
+    for number, each in enumerate(shown):
+        try:
+            prompt = prompts.build(questions[number % len(questions)], each)
+        except PromptTooLongError:
+            num_too_long += 1
+        else:
+            counts.add(prompt, len(each))
+            num_cut += prompt.num_cut_tokens > 0
+    said = (
+        f"prompts have room for {generator.prompt.max_prompt_tokens} tokens, and {num_cut:,} of "
+        f"{len(shown):,} with {size} of them leave something out"
+    )
+    if num_too_long:
+        said += f"; {num_too_long:,} more have none for the question"
+    yield said, cut_warning(counts.shares())

@@ -7,8 +7,7 @@ import math
 from dataclasses import dataclass
 
 from rlrag.cli.doctor.checks import Answer, failed, ok, warning
-from rlrag.cli.doctor.needs import Needs
-from rlrag.training.plan import GIB
+from rlrag.training.needs import GIB, Needs
 
 _WITHOUT = (
     "use a machine with one, or none: --generator.device cpu --generator.gpus-per-actor 0 "

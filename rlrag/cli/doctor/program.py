@@ -21,12 +21,13 @@ from pathlib import Path
 from rlrag.cli.command_line import parse, pick_recipe, program_name
 from rlrag.cli.doctor import accelerator, files, machine, packages, ray_cluster
 from rlrag.cli.doctor.checks import Answer, Finding, ok, run_check
-from rlrag.cli.doctor.needs import Needs, needs_of
 from rlrag.cli.train import TrainArguments, config_of
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, DataError, RlragError, SetupError
+from rlrag.models.directories import named_models
 from rlrag.recipes import RECIPES
 from rlrag.runs.directory import RunDirectory
+from rlrag.training.needs import Needs, needs_of
 
 _DEFAULT = "quickstart"
 _ERRORS: dict[str, type[RlragError]] = {
@@ -116,8 +117,10 @@ def checks_of(config: RunConfig, arguments: DoctorArguments) -> dict[str, Callab
         "environment": lambda: files.check_environment_of(config),
         "generator model": lambda: files.check_generator(config),
     }
-    for purpose, model in files.models_of(config).items():
-        checks[f"{purpose} model"] = partial(files.check_model, model, cache_dir)
+    for part, model in named_models(config).items():
+        if part != "generator":
+            name = f"{part.removesuffix('_encoder')} model"
+            checks[name] = partial(files.check_model, model, cache_dir)
     return checks
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from rlrag.cli.cluster import is_token_mode
 from rlrag.cli.doctor import machine
 from rlrag.cli.doctor.checks import Answer, failed, ok, warning
-from rlrag.cli.doctor.needs import Needs
 from rlrag.config import RunConfig
 from rlrag.errors import SetupError
+from rlrag.training.needs import Needs
 
 _ROOT = Path(__file__).resolve().parents[3]
 _HEAD = "node:__internal_head__"

@@ -1,17 +1,24 @@
 """Estimates what a run occupies: memory, disk, CPUs and GPUs.
 
-The sums are those of `rlrag.training.plan`, with what each process takes by itself added.
+No model is loaded, and nothing is fetched: sizes of models that are not on this machine are read
+from their names.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlrag.config import BUILTIN_ENCODER, RunConfig
-from rlrag.errors import RlragError
-from rlrag.training.plan import ADAPTER_SHARE, GIB, NUMBER_BYTES, num_parameters
+from rlrag.config import BUILTIN_ENCODER, BUILTIN_MODELS, RunConfig
+from rlrag.errors import ConfigError, RlragError
+from rlrag.models.directories import model_here, named_models, resolve_model
 
+GIB = 2**30
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+_SIZE_IN_NAME = re.compile(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", re.IGNORECASE)
+_ADAPTER_SHARE = 0.01
+"""A LoRA adapter's parameters as a share of the model's, roughly, at rank 16."""
 _PROCESS_BYTES = GIB
 _STATE_BYTES = 12
 """A trained parameter and its two AdamW moments, or its gradient and these, in float32."""
@@ -36,6 +43,80 @@ class Needs:
     gpus: float
     nodes: int
     unknown: tuple[str, ...]
+
+
+def num_parameters(name: str, cache_dir: Path) -> int:
+    """Parameters of a model: counted where it is on this machine, else read from its name.
+
+    Raises:
+        ConfigError: when neither says it.
+
+    Example:
+        >>> num_parameters("meta-llama/Meta-Llama-3-8B-Instruct", Path("/nowhere"))
+        8000000000
+    """
+    named = _SIZE_IN_NAME.search(name.rsplit("/", 1)[-1])
+    if named and not Path(name).expanduser().is_dir():
+        return round(float(named[1]) * (1e9 if named[2].lower() == "b" else 1e6))
+    from safetensors import safe_open
+
+    directory = _on_this_machine(name, cache_dir)
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                size = 1
+                for length in tensors.get_slice(key).get_shape():
+                    size *= length
+                total += size
+    return total
+
+
+def _on_this_machine(name: str, cache_dir: Path) -> Path:
+    """The directory of a model that need not be fetched; a plan must not wait for a download."""
+    if name in BUILTIN_MODELS:
+        return resolve_model(name, cache_dir)
+    directory = model_here(name, cache_dir)
+    if directory is None:
+        raise ConfigError(
+            f"the size of model {name!r} is unknown: it is not on this machine and its name does "
+            "not say it (as '8B' does); give a local path"
+        )
+    return directory
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model of which one worker holds and trains so many times its parameters."""
+
+    part: str
+    model: str
+    held: float
+    trained: float
+
+    def num_bytes(self, num_parameters: int) -> float:
+        """Weights, gradients and two AdamW moments in float32."""
+        return num_parameters * (4 * self.held + _STATE_BYTES * self.trained)
+
+
+def learners_of(config: RunConfig) -> list[Learner]:
+    """What one worker trains; a policy that reads no texts is too small to count."""
+    found, models = [], named_models(config)
+    if config.trains_generator:
+        settings = config.generator_training
+        shards = config.training.num_workers if settings.sharding == "fsdp2" else 1
+        trained = 1 if settings.method == "full" else _ADAPTER_SHARE
+        found.append(Learner("generator", config.generator.model, 1 / shards, trained / shards))
+    if config.trains_retriever:
+        model = models.get("vocabulary_encoder") or models.get("encoder", BUILTIN_ENCODER)
+        num = config.num_trained_encoders
+        found.append(Learner("retriever", model, num, num))
+    if "selector" in config.training.parts and "selector" in models:
+        by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
+        held = 0 if config.generator_training.share_base else 1
+        trained = _ADAPTER_SHARE if by_adapter else 1
+        found.append(Learner("selector", models["selector"], held, trained))
+    return found
 
 
 class _Sizes:
@@ -73,8 +154,9 @@ def needs_of(config: RunConfig) -> Needs:
     is_here = asks_generator(config) and not generator.is_remote
     num_actors = (generator.num_actors if on_ray else 1) if is_here else 0
     num_workers = training.num_workers if on_ray else 1
-    held, trained = _learner(config, sizes)
-    learner = 4 * held + _STATE_BYTES * trained
+    learners = [(each, sizes.of(each.model)) for each in learners_of(config)]
+    learner = sum(each.num_bytes(size) for each, size in learners)
+    trained = sum(size * each.trained for each, size in learners)
     weights = _generator_bytes(config, sizes) if num_actors else 0
     engine_on_gpu = bool(generator.gpus_per_actor) or generator.device == "cuda"
     memory: float = _PROCESS_BYTES
@@ -120,30 +202,6 @@ def _nodes(config: RunConfig, num_actors: int) -> int:
     if config.training.worker_placement == "strict_spread":
         spread.append(config.training.num_workers)
     return max(spread)
-
-
-def _learner(config: RunConfig, sizes: _Sizes) -> tuple[float, float]:
-    """Parameters that one worker holds, and those of them that it trains."""
-    held = trained = 0.0
-    if config.trains_generator:
-        size = sizes.of(config.generator.model)
-        settings = config.generator_training
-        shards = config.training.num_workers if settings.sharding == "fsdp2" else 1
-        held += size / shards
-        trained += size / shards * (1 if settings.method == "full" else ADAPTER_SHARE)
-    if config.trains_retriever:
-        retrieval = config.retrieval
-        model = retrieval.encoder or BUILTIN_ENCODER
-        if retrieval.kind == "semi_parametric":
-            model = retrieval.vocabulary_encoder
-        size = sizes.of(model) * config.num_trained_encoders
-        held, trained = held + size, trained + size
-    if "selector" in config.training.parts and config.selector.reads_texts:
-        size = sizes.of(config.selector.model)
-        by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
-        held += 0 if config.generator_training.share_base else size
-        trained += size * (ADAPTER_SHARE if by_adapter else 1)
-    return held, trained
 
 
 def _corpus_bytes(corpus: str) -> int:
