@@ -146,7 +146,7 @@ def check_program(module: str, words: Sequence[str]) -> None:
         kind = train.TrainArguments
         if module == "jobs.doctor":
             kind = importlib.import_module("rlrag.cli.doctor.program").DoctorArguments
-        if "--help" not in flags:
+        if not {"--help", "--help-all"} & set(flags):
             train.config_of(parse(kind, kind(recipe, Path("run")), flags, module))
     elif module in ARGUMENTS:
         program = importlib.import_module(module.replace("jobs.", "rlrag.cli."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from rlrag import errors
 from rlrag.cli import evaluate, export, report, train
 from rlrag.cli.command_line import exit_code, parse, pick_recipe, run_program
 from rlrag.cli.doctor.program import main as program_of_doctor
+from rlrag.cli.short_help import first_fields
 from rlrag.config import RunConfig, TrainingConfig
 from rlrag.errors import (
     ConfigError,
@@ -218,13 +220,53 @@ def flag_names(section, prefix: str = "") -> list[str]:
 
 def test_every_field_is_a_flag(capsys):
     with pytest.raises(SystemExit) as caught:
-        train.main(["quickstart", "--help"])
+        train.main(["quickstart", "--help-all"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
     names = flag_names(RunConfig())
     assert len(names) > 60
     assert [name for name in names if f"--{name}" not in said] == []
     assert "Selections drawn for each question (m)" in said
+
+
+def shown_flags(recipe: str, word: str, capsys) -> set[str]:
+    """Flags of the configuration in the help of a recipe."""
+    with pytest.raises(SystemExit) as caught:
+        train.main([recipe, word])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert ("--help-all lists every flag" in said) == (word != "--help-all")
+    return {name for name in flag_names(RunConfig()) if re.search(rf"--{name}[ ,]", said)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_help_of_a_recipe_shows_what_is_changed_first(recipe, capsys):
+    shown = shown_flags(recipe, "--help", capsys)
+    assert shown < shown_flags(recipe, "--help-all", capsys)
+    named = {name.replace("_", "-") for name in first_fields(RECIPES[recipe]())}
+    assert shown == named
+    assert 15 < len(shown) < 30
+
+
+def test_the_help_shows_the_step_size_of_what_the_recipe_trains(capsys):
+    by_recipe = {
+        "nq": {"training.learning-rate"},
+        "nq-sft": {"generator-training.learning-rate"},
+        "nq-openrag": {"openrag.learning-rate"},
+        "nq-jsa-joint": {"jsa.learning-rate", "generator-training.learning-rate"},
+    }
+    for recipe, names in by_recipe.items():
+        shown = shown_flags(recipe, "-h", capsys)
+        assert {name for name in shown if name.endswith("learning-rate")} == names
+
+
+def test_the_short_help_shows_the_values_of_the_recipe(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["nq-jsa", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Peak AdamW step size of both retrievers. (default: 2e-05)" in said
+    assert "(default: runs/nq-jsa)" in said
+    assert "--dry-run" in said
 
 
 def arguments(*words: str) -> train.TrainArguments:

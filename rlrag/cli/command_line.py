@@ -25,6 +25,7 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from rlrag import plugins
+from rlrag.cli.short_help import HELP_ALL, has_short_help, shortened
 from rlrag.config import RunConfig, describe_validation_error
 from rlrag.errors import (
     ConfigError,
@@ -56,10 +57,18 @@ def parse(
 ) -> Arguments:
     """Read flags; those that are not given have the values of `default` where there is one.
 
+    Arguments of a recipe have two helps: `--help` shows the flags that people change first,
+    `--help-all` every flag.
+
     Raises:
         ConfigError: when the values contradict each other. Unknown flags end the process with
             code 2 and the nearest valid name, as the parser does.
     """
+    if default is not None and has_short_help(kind):
+        if HELP_ALL in argv:
+            argv = ["--help", *(word for word in argv if word != HELP_ALL)]
+        elif {"-h", "--help"} & set(argv):
+            _show_short_help(kind, default, argv, prog)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -83,6 +92,16 @@ def parse(
         if ending.code:
             sys.stderr.write(complaint.getvalue())
             print(f"error: {_in_one_line(complaint.getvalue())}", file=sys.stderr)
+        raise
+
+
+def _show_short_help(kind: type[Any], default: Any, argv: Sequence[str], prog: str) -> None:
+    short, values = shortened(kind, default)
+    try:
+        tyro.cli(short, default=values, args=["--help"], prog=prog)
+    except SystemExit:
+        _say_own_options(argv)
+        print(f"\n{HELP_ALL} lists every flag of the recipe.")
         raise
 
 
@@ -151,7 +170,10 @@ def pick_recipe(
     listing = "\n".join(f"  {name:22} {_summary(make)}" for name, make in recipes.items())
     usage = f"usage: {prog} RECIPE [--run-dir DIR] [flags]\n\nrecipes:\n{listing}"
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{usage}\n\n{prog} RECIPE --help lists every flag of a recipe.", flush=True)
+        print(
+            f"{usage}\n\n{prog} RECIPE --help lists a recipe's main flags, {HELP_ALL} all of them.",
+            flush=True,
+        )
         if not argv:
             raise ConfigError(f"no recipe is named; there are: {', '.join(recipes)}")
         raise SystemExit(0)
