@@ -3,7 +3,8 @@
     python -m jobs.train quickstart --run-dir runs/titles \
         --retrieval.kind examples.own_retriever:TitleRetriever --retrieval.options weight=2
 
-It counts the words that question and passage share, those of the title `weight` times.
+It counts the words that question and passage share, those of the title `weight` times. One that
+finds what is in no corpus gives a `rlrag.records.Passage` in place of an id.
 """
 
 from __future__ import annotations

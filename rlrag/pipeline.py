@@ -21,7 +21,7 @@ from rlrag.bundle import Bundle, load_bundle
 from rlrag.config import RetrievalConfig, RewardConfig, RunConfig, describe_validation_error
 from rlrag.config.sections import Section
 from rlrag.data.corpus import Corpus
-from rlrag.data.load import QuestionSet, load_corpus, load_questions
+from rlrag.data.load import QuestionSet, corpus_of, load_questions
 from rlrag.data.split import training_questions
 from rlrag.environment.rollout import play_greedy
 from rlrag.errors import ConfigError, RequestError, RlragError
@@ -45,7 +45,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Library:
-    """A corpus with its retrievers; `shipped` are the indexes of a bundle, where there are any."""
+    """A corpus with its retrievers; `shipped` are the indexes of a bundle, where there are any.
+
+    Passages that a retriever brings with their texts stand in the tables alone.
+    """
 
     corpus: Corpus
     retrievers: RetrieverSet
@@ -81,7 +84,7 @@ def open_library(config: RunConfig, shipped: Path | None = None) -> Library:
         config: Names the corpus and says how it is searched.
         shipped: Indexes of a bundle, which are not built again.
     """
-    corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
+    corpus = corpus_of(config)
     retrievers = retrievers_of(corpus, config.retrieval, config.cache_path, shipped)
     return Library(corpus, retrievers, shipped)
 
@@ -123,7 +126,6 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
     """
     found = training_questions(config, library.corpus)
     chosen, held_back = found.train, found.held_back
-    hashes = {"corpus": library.corpus.content_hash, "train_questions": found.sampled.content_hash}
     if config.trains_by_openrag:
         num_offline = config.openrag.num_offline
         if num_offline > len(library.corpus):
@@ -132,10 +134,14 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
                 f"{len(library.corpus)} passages; lower it"
             )
         config = _retrieving(config, num_candidates=num_offline)
+    train = candidates_of(library, chosen, config)
     return TrainingData(
-        train=candidates_of(library, chosen, config),
+        train=train,
         validation=candidates_of(library, held_back, config) if held_back else None,
-        hashes=hashes,
+        hashes={
+            "corpus": train.corpus.content_hash,  # what the retriever brought is a part of it
+            "train_questions": found.sampled.content_hash,
+        },
     )
 
 
@@ -173,7 +179,9 @@ def other_retrievers(
         questions: The set; the evaluation questions when unset.
     """
     found: dict[str, Callable[[], CandidateTable]] = {}
-    kinds = ("bm25", "dense", "hybrid") if config.retrieval.encoder else ("bm25",)
+    kinds: tuple[str, ...] = ("bm25",) if library.corpus else ()
+    if library.corpus and config.retrieval.encoder:
+        kinds = ("bm25", "dense", "hybrid")
     configs = {kind: _retrieving(config, kind=kind) for kind in kinds}
     if retriever_dir is not None:
         configs["original_retriever"] = config

@@ -119,6 +119,9 @@ def make(kind: str, name: str, words: Sequence[str], **offered: Any) -> Any:
     options = _values(kind, name, factory, words)
     wanted = _parameters(kind, name, factory)
     given = {key: value for key, value in offered.items() if key in wanted}
+    for key in OFFERED[kind]:
+        if key in wanted and key not in given and wanted[key].default is inspect.Parameter.empty:
+            raise ConfigError(f"{kind} {name!r} needs a {key}, but there is none; name one")
     try:
         part = factory(**given, **options)
     except RlragError:

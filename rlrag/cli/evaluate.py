@@ -46,13 +46,13 @@ class EvaluateArguments:
 
     bundle: Path
     """Bundle directory of a finished run."""
-    corpus: str
-    """Corpus in any form that `data.corpus` takes."""
     questions: str
     """Questions in any form that `data.eval_questions` takes."""
     output: Path
     """JSON file to write; beside it, unless it is a pipe or a device, `NAME.questions.jsonl` gets
     every question with what each system picked and answered."""
+    corpus: str | None = None
+    """Corpus in any form that `data.corpus` takes; that of the run when unset."""
     limit: int | None = None
     """Evaluate a seeded sample of this many questions."""
     docs_in_context: int | None = None
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
 
 def evaluate(
     bundle: Path | str,
-    corpus: str,
+    corpus: str | None,
     questions: str,
     output: Path | str | None = None,
     **options: Any,
@@ -93,7 +93,7 @@ def evaluate(
 
     Args:
         bundle: Directory of the bundle.
-        corpus: In any form that `data.corpus` takes.
+        corpus: In any form that `data.corpus` takes; None takes that of the run.
         questions: In any form that `data.eval_questions` takes.
         output: JSON file to write, with `NAME.questions.jsonl` beside it; none when unset.
         options: Further fields of `EvaluateArguments`, such as `limit` and `systems`.
@@ -111,7 +111,7 @@ def evaluate(
         raise ConfigError(f"evaluate has no option {name!r}; {hint}")
     wanted = None if output is None else Path(output)
     arguments = EvaluateArguments(
-        Path(bundle), corpus, questions, wanted or Path("evaluation.json"), **options
+        Path(bundle), questions, wanted or Path("evaluation.json"), corpus, **options
     )
     if wanted is None:
         return _evaluate(arguments).record
@@ -172,7 +172,7 @@ def _evaluate(arguments: EvaluateArguments) -> _Compared:
             baselines=baselines_from_json(bundle.evaluation or {}),
         )
     record = table.to_json() | {
-        "hashes": {"corpus": library.corpus.content_hash, "questions": questions_hash},
+        "hashes": {"corpus": candidates.corpus.content_hash, "questions": questions_hash},
         "bundle_step": bundle.facts.step,
         "generator": config.generator.answering_model,
         "prompts": answering.prompt_counts.shares(),

@@ -71,6 +71,11 @@ def main(argv: Sequence[str]) -> None:
         )
     config = run_dir.read_config()
     _check_adapter(config, arguments)
+    if arguments.index and config.data.corpus is None:
+        raise ConfigError(
+            "--index adds the indexes of the corpus, but data.corpus of the run is None; leave the "
+            "flag out"
+        )
     with only_writer(arguments.output):
         if config.trains_in_turns:
             _export_rounds(config, run_dir, arguments)
@@ -146,14 +151,13 @@ def _add_index(bundle: Path, config: RunConfig) -> None:
     """
     from rlrag.bundle import copy_bundle
     from rlrag.bundle_files import INDEX, read_bundle
-    from rlrag.data.load import load_corpus
+    from rlrag.data.load import corpus_of
     from rlrag.pipeline import retrievers_of
 
     retrieval = replace(read_bundle(bundle), config=config).searching_config.retrieval
     if retrieval.num_shards > 1:
         retrieval = retrieval.model_copy(update={"num_shards": 1})
-    corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
-    places = retrievers_of(corpus, retrieval, config.cache_path).index_dirs
+    places = retrievers_of(corpus_of(config), retrieval, config.cache_path).index_dirs
 
     def finish(staging: Path) -> None:
         for place in places:

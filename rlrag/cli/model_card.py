@@ -26,6 +26,8 @@ def model_card(files: BundleFiles) -> str:
     Models and files are named without their folders, which nobody else has.
     """
     config, facts, licences = files.config, files.facts, files.licences
+    corpus = "none" if config.data.corpus is None else f"`{_short(config.data.corpus)}`"
+    source = "what its retriever brings" if config.data.corpus is None else "a corpus"
     parts = " and ".join(config.training.parts)
     title = f"{config.recipe}, step {facts.step}"
     lines = [
@@ -35,13 +37,13 @@ def model_card(files: BundleFiles) -> str:
         "",
         f"# {title}",
         "",
-        f"A pipeline that answers questions from a corpus: {config.retrieval.kind} retrieval of "
+        f"A pipeline that answers questions from {source}: {config.retrieval.kind} retrieval of "
         f"{config.retrieval.num_candidates} candidates, a {config.selector.kind} selector that "
         f"picks {config.environment.num_selected} of them, and the generator "
         f"`{_short(config.generator.answering_model)}`. Trained: {parts}, by rlrag "
         f"{facts.code_version}.",
         "",
-        f"Corpus: `{_short(config.data.corpus)}`. Training questions: "
+        f"Corpus: {corpus}. Training questions: "
         f"`{_short(config.data.train_questions)}`. `bundle.json` has the hashes of both.",
         "",
         *_results(config, files.evaluation),
@@ -68,7 +70,8 @@ def _front_matter(
     from huggingface_hub import EvalResult, ModelCardData
 
     models = dict.fromkeys(each.name for each in licences if each.part != "corpus")
-    data = dict.fromkeys((config.data.corpus, config.data.train_questions))
+    sources = (config.data.corpus, config.data.train_questions)
+    data = dict.fromkeys(name for name in sources if name is not None)
     results = []
     system = _own_system(evaluation)
     if evaluation is not None and system is not None:

@@ -137,7 +137,7 @@ def _probe(arguments: ProbeArguments) -> None:
         "measures_left_out": left_out,
         "settings": asdict(settings),
         **table.to_json(),
-        "hashes": {"corpus": own.library.corpus.content_hash, "questions": own.questions_hash},
+        "hashes": {"corpus": own.candidates.corpus.content_hash, "questions": own.questions_hash},
         "bundle_step": bundle.facts.step,
     }
     title = f"{len(own.candidates)} questions, {config.environment.num_selected} passages picked"

@@ -64,7 +64,7 @@ def run_once(
     check_environment(config.environment, data.train)
     run_dir.check_sources(data.hashes)
     say(
-        f"{len(library.corpus):,} passages; {len(data.train):,} questions to train on, "
+        f"{len(data.train.corpus):,} passages; {len(data.train):,} questions to train on, "
         f"{len(data.validation) if data.validation else 0} held back; starting the generator"
     )
     with _generator(config, run_dir) as (generator, prompts):
@@ -119,7 +119,10 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
     if config.training.experience is None:
         for sentence in remarks(config, training_questions(config), evaluation):
             say(f"warning: {sentence}")
-    say(f"{config.recipe}: reading {config.data.corpus} and its index")
+    if config.data.corpus is None:
+        say(f"{config.recipe}: no corpus; {config.retrieval.kind} brings the passages")
+    else:
+        say(f"{config.recipe}: reading {config.data.corpus} and its index")
     library = open_library(config)
     if evaluate:
         open_evaluation_data(config, library)

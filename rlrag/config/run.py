@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from rlrag.config.complaints import describe
 from rlrag.config.sections import (
+    RETRIEVERS,
     DataConfig,
     EnvironmentConfig,
     GeneratorConfig,
@@ -78,6 +79,8 @@ class RunConfig(Section):
             )
         if len(set(self.training.parts)) < len(self.training.parts):
             raise ValueError(f"training.parts is {list(self.training.parts)}; name each part once")
+        if self.data.corpus is None:
+            self._check_no_corpus()
         self._check_systems()
         self._check_patience()
         if self.generator_training.share_base:
@@ -152,6 +155,23 @@ class RunConfig(Section):
                 f"{generator.max_new_tokens}"
             )
         return self
+
+    def _check_no_corpus(self) -> None:
+        retrieval = self.retrieval
+        searching = [n for n in self.evaluation.systems or () if n in ("bm25", "dense", "hybrid")]
+        for is_there, what in (
+            (retrieval.kind in RETRIEVERS, f"retrieval.kind {retrieval.kind!r} searches one"),
+            (retrieval.bm25_scores, "retrieval.bm25_scores counts the words of one"),
+            (retrieval.index != "flat", f"retrieval.index {retrieval.index!r} is built of one"),
+            (retrieval.num_shards > 1, f"retrieval.num_shards {retrieval.num_shards} divides one"),
+            (searching, f"evaluation.systems {', '.join(searching)} search one"),
+            (self.training.experience, "training.experience names passages of one by their ids"),
+        ):
+            if is_there:
+                raise ValueError(
+                    f"data.corpus is None, but {what}; name a corpus, or use a retriever of your "
+                    "own that brings its passages, and nothing else that needs a corpus"
+                )
 
     def _check_systems(self) -> None:
         asked = self.evaluation.systems or ()

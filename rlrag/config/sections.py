@@ -82,8 +82,9 @@ SELECTORS = ("features", "bi_encoder", "cross_encoder", "listwise_lm")
 class DataConfig(Section):
     """Where passages and questions come from."""
 
-    corpus: str = BUILTIN_CORPUS
-    """`factbook`, a FlashRAG JSONL file, a BEIR folder, or `hub:ID[:SUBSET]`; plain or gzip."""
+    corpus: str | None = BUILTIN_CORPUS
+    """`factbook`, a FlashRAG JSONL file, a BEIR folder, or `hub:ID[:SUBSET]`; plain or gzip. None
+    where a retriever of your own brings all passages with their texts."""
     train_questions: str = f"{BUILTIN_CORPUS}:train"
     """Questions to train on, in any of the same forms."""
     eval_questions: str = f"{BUILTIN_CORPUS}:test"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,6 +128,74 @@ class MemoryCorpus:
     def row_of(self, passage_id: str) -> int | None:
         """Row of a passage id, or None where the corpus lacks it."""
         return self._rows.get(passage_id)
+
+
+class _NoCorpus:
+    """Not a single passage."""
+
+    content_hash = hashlib.sha256().hexdigest()
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, row: int) -> Passage:
+        _check_row(row, 0)
+        raise AssertionError  # no row is inside
+
+    def __iter__(self) -> Iterator[Passage]:
+        return iter(())
+
+    def row_of(self, passage_id: str) -> int | None:
+        return None
+
+
+NO_CORPUS: Corpus = _NoCorpus()
+"""What a run has whose retriever brings all passages with their texts."""
+
+
+class ExtendedCorpus:
+    """A corpus with the passages that a search brought behind its own.
+
+    Those that were brought for different questions may share an id: each text has a row.
+
+    Example:
+        >>> brought = (Passage("p3", "", "New."),)
+        >>> corpus = ExtendedCorpus(MemoryCorpus([Passage("p1", "Rome", "A city.")]), brought)
+        >>> len(corpus), corpus[1].text, corpus.row_of("p3")
+        (2, 'New.', 1)
+    """
+
+    def __init__(self, corpus: Corpus, brought: Sequence[Passage]) -> None:
+        self._corpus = corpus
+        self._brought = tuple(brought)
+        self._rows: dict[str, int] = {}
+        for row, passage in enumerate(self._brought, start=len(corpus)):
+            self._rows.setdefault(passage.id, row)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the corpus's own hash and of all that was brought, as 64 hex digits."""
+        digest = hashlib.sha256(self._corpus.content_hash.encode())
+        for passage in self._brought:
+            digest.update(encode_passage(passage))
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._corpus) + len(self._brought)
+
+    def __getitem__(self, row: int) -> Passage:
+        row = _check_row(row, len(self))
+        num_own = len(self._corpus)
+        return self._corpus[row] if row < num_own else self._brought[row - num_own]
+
+    def __iter__(self) -> Iterator[Passage]:
+        yield from self._corpus
+        yield from self._brought
+
+    def row_of(self, passage_id: str) -> int | None:
+        """Row of a passage id, the first of several; None where nobody has it."""
+        row = self._corpus.row_of(passage_id)
+        return self._rows.get(passage_id) if row is None else row
 
 
 class DiskCorpus:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlrag.config import BUILTIN_CORPUS
+from rlrag.config import BUILTIN_CORPUS, RunConfig
 from rlrag.data.checks import DataReport, Tally
-from rlrag.data.corpus import DISK_FORMAT, Corpus, DiskCorpus
+from rlrag.data.corpus import DISK_FORMAT, NO_CORPUS, Corpus, DiskCorpus
 from rlrag.data.corpus_writer import write_disk_corpus
 from rlrag.data.factbook.passages import factbook_fingerprint, factbook_passages
 from rlrag.data.factbook.questions import factbook_questions
@@ -38,7 +38,7 @@ from rlrag.errors import DataError, SetupError
 from rlrag.files.text import hidden_beside
 from rlrag.records import Passage, Question
 
-__all__ = ["QuestionSet", "corpus_stamp", "cut_words", "load_corpus", "load_questions"]
+__all__ = ["QuestionSet", "corpus_of", "corpus_stamp", "cut_words", "load_corpus", "load_questions"]
 
 _HUB_PREFIX = "hub:"
 _READING = 3
@@ -85,13 +85,26 @@ def load_corpus(spec: str, cache_dir: Path, passage_words: int) -> Corpus:
     return corpus
 
 
-def corpus_stamp(spec: str) -> str | None:
+def corpus_of(config: RunConfig) -> Corpus:
+    """The corpus of a run; `NO_CORPUS` where `data.corpus` is unset.
+
+    Raises:
+        DataError: for a missing, malformed or empty source.
+        SetupError: when a package is missing or the cache cannot be written.
+    """
+    data = config.data
+    if data.corpus is None:
+        return NO_CORPUS
+    return load_corpus(data.corpus, config.cache_path, data.passage_words)
+
+
+def corpus_stamp(spec: str | None) -> str | None:
     """Sizes and times of change of a corpus's files, as text; None where it is no file or folder.
 
     Raises:
         DataError: when it is missing.
     """
-    if spec == BUILTIN_CORPUS or spec.startswith(_HUB_PREFIX):
+    if spec is None or spec == BUILTIN_CORPUS or spec.startswith(_HUB_PREFIX):
         return None
     path = _path_of(spec)
     check_exists(path)
@@ -118,7 +131,7 @@ def load_questions(spec: str, cache_dir: Path, corpus: Corpus | None = None) -> 
     Args:
         spec: The source, as the module docstring lists them.
         cache_dir: Where downloads are kept.
-        corpus: When given, gold ids that it lacks are counted in the report.
+        corpus: When given and not empty, gold ids that it lacks are counted in the report.
 
     Raises:
         DataError: for a missing, malformed or empty source.
@@ -128,7 +141,7 @@ def load_questions(spec: str, cache_dir: Path, corpus: Corpus | None = None) -> 
     questions = tuple(_questions_of(spec, cache_dir, tally))
     if not questions:
         raise DataError(f"{spec} has no questions with text; check that it is the right file")
-    if corpus is not None:
+    if corpus:
         for question in questions:
             for gold_id in question.gold_ids:
                 if corpus.row_of(gold_id) is None:

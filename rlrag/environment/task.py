@@ -142,9 +142,7 @@ class SelectionTask:
             features["question_embedding"] = np.asarray(
                 table.question_vectors_QD[rows_B], dtype=np.float32
             )
-            features["candidate_embeddings"] = np.asarray(
-                table.passage_vectors_PD[table.rows_QN[rows_B]], dtype=np.float32
-            )
+            features["candidate_embeddings"] = table.passage_vectors(rows_B)
         return features
 
     def observe(

@@ -81,6 +81,8 @@ def licences_of(config: RunConfig) -> tuple[PartLicence, ...]:
         found.insert(0, PartLicence("generator_code", generator.backend, UNKNOWN, source))
     corpus = config.data.corpus
     unknown = (UNKNOWN, "check where the corpus comes from")
+    if corpus is None:
+        corpus, unknown = config.retrieval.kind, (UNKNOWN, "check where its passages come from")
     return (*found, PartLicence("corpus", corpus, *_BUILTIN.get(corpus, unknown)))
 
 

@@ -20,6 +20,7 @@ from rlrag.config import RetrievalConfig
 from rlrag.data.corpus import Corpus
 from rlrag.errors import ConfigError
 from rlrag.models.directories import resolve_device, resolve_model
+from rlrag.records import Passage
 from rlrag.retrieval.bm25 import open_bm25
 from rlrag.retrieval.cut_tokens import cut_share
 from rlrag.retrieval.dense.encoder import Encoder, TextEncoder
@@ -44,8 +45,8 @@ OpenShards = Callable[[Sequence[ShardSource], RetrievalConfig], Shards]
 class RetrieverSet:
     """The retriever that ranks, those whose scores are features, and the vectors beneath.
 
-    `passage_vectors` has shape (P, D), or (P, 0) where there is no encoder. `manifest_hash` is
-    equal exactly when corpus, indexes and search parameters are.
+    `passage_vectors` has shape (P, D), or (P, 0) where there is no encoder, or no passage.
+    `manifest_hash` is equal exactly when corpus, indexes and search parameters are.
     """
 
     primary: Retriever
@@ -61,6 +62,12 @@ class RetrieverSet:
         """Columns of scores: the ranking first, then every component that is not the ranking."""
         primary = self.primary.name
         return (primary, *(name for name in self.components if name != primary))
+
+    def vectors_of(self, brought: Sequence[Passage]) -> np.ndarray:
+        """Vectors of passages that no corpus has, (X, D), or (X, 0) where there is no encoder."""
+        if self.encoder is None or not brought:
+            return np.zeros((len(brought), 0), dtype=np.float32)
+        return self.encoder.encode([passage.contents for passage in brought])
 
     def question_vectors(self, questions: Sequence[str]) -> np.ndarray:
         """Vectors of the questions, shape (B, D), or (B, 0) where there is no encoder."""
@@ -95,7 +102,8 @@ def open_retrievers(
             are wanted and nothing opens them.
         IndexMismatchError: when a directory on disk belongs to something else or is damaged.
     """
-    check_num_hits(config.num_candidates, len(corpus))
+    if not plugins.is_own(config.kind):  # which may find what is in no corpus
+        check_num_hits(config.num_candidates, len(corpus))
     places = _Places(cache_dir / "indexes", shipped)
     components: dict[str, Retriever] = {}
     manifests: list[Manifest] = []
@@ -106,37 +114,10 @@ def open_retrievers(
     vectors_PD: np.ndarray = np.zeros((len(corpus), 0), dtype=np.float32)
     if config.encoder is not None:
         encoder = encoder or _configured_encoder(config, config.encoder, cache_dir)
-        if isinstance(encoder, TextEncoder):
-            cut_share(corpus, encoder.count_tokens, encoder.identity.max_tokens)
-        manifest = _manifest("vectors", corpus, config.encoder, encoder)
-        vectors_dir = places.of(manifest)
-        # Before hours of encoding. An encoder is loaded by asking its size, hence only then.
-        if config.index == "ivfpq" and not vectors_dir.exists():
-            check_index_fits(config, len(corpus) // config.num_shards, encoder.size)
-        vectors_PD = open_vectors(corpus, encoder, vectors_dir, manifest)
-        manifests.append(manifest)
-        index_manifest = None
-        if config.index != "flat":
-            index_manifest = _manifest(
-                config.index, corpus, config.encoder, encoder, _index_parameters(config)
-            )
-            manifests.append(index_manifest)
-        if config.num_shards > 1:
-            sources = shard_sources(
-                vectors_dir / VECTORS_FILE, len(corpus), config, places.cache, index_manifest
-            )
-            if open_shards is None:
-                raise ConfigError(
-                    f"retrieval.num_shards is {config.num_shards}, but shards are searched by Ray "
-                    "actors, which this program does not start; set it to 1"
-                )
-            shards = open_shards(sources, config)
-            components["dense"] = ShardedDenseRetriever(encoder, vectors_PD, config, shards)
-        else:
-            index = index_manifest and open_index(
-                vectors_PD, config, places.of(index_manifest), index_manifest
-            )
-            components["dense"] = DenseRetriever(encoder, vectors_PD, config, index)
+        components["dense"], vectors_PD, found = _dense(
+            corpus, config, config.encoder, encoder, places, open_shards
+        )
+        manifests.extend(found)
     elif encoder is not None:
         raise ConfigError("an encoder was given, but retrieval.encoder is unset; set it")
     if config.kind == "semi_parametric":
@@ -159,7 +140,7 @@ def open_retrievers(
         manifest_hash=digest(
             [
                 [manifest.compared for manifest in manifests],
-                _search_parameters(config),
+                _search_parameters(config, corpus),
                 *_question_weights(encoder),
             ]
         ),
@@ -193,6 +174,48 @@ def open_vocabulary_encoder(
         batch_size=config.encode_batch_size,
     )
     return encoder.to(resolve_device("auto"))
+
+
+def _dense(
+    corpus: Corpus,
+    config: RetrievalConfig,
+    name: str,
+    encoder: Encoder,
+    places: _Places,
+    open_shards: OpenShards | None,
+) -> tuple[DenseRetriever, np.ndarray, list[Manifest]]:
+    """What searches the vectors of the passages, these vectors, and what both were made from."""
+    manifest = _manifest("vectors", corpus, name, encoder)
+    if not corpus:  # what is brought is encoded when it is found
+        nothing_PD = np.zeros((0, 0), dtype=np.float32)
+        return DenseRetriever(encoder, nothing_PD, config), nothing_PD, [manifest]
+    if isinstance(encoder, TextEncoder):
+        cut_share(corpus, encoder.count_tokens, encoder.identity.max_tokens)
+    vectors_dir = places.of(manifest)
+    # Before hours of encoding. An encoder is loaded by asking its size, hence only then.
+    if config.index == "ivfpq" and not vectors_dir.exists():
+        check_index_fits(config, len(corpus) // config.num_shards, encoder.size)
+    vectors_PD = open_vectors(corpus, encoder, vectors_dir, manifest)
+    manifests = [manifest]
+    index_manifest = None
+    if config.index != "flat":
+        index_manifest = _manifest(config.index, corpus, name, encoder, _index_parameters(config))
+        manifests.append(index_manifest)
+    if config.num_shards > 1:
+        sources = shard_sources(
+            vectors_dir / VECTORS_FILE, len(corpus), config, places.cache, index_manifest
+        )
+        if open_shards is None:
+            raise ConfigError(
+                f"retrieval.num_shards is {config.num_shards}, but shards are searched by Ray "
+                "actors, which this program does not start; set it to 1"
+            )
+        shards = open_shards(sources, config)
+        return ShardedDenseRetriever(encoder, vectors_PD, config, shards), vectors_PD, manifests
+    index = index_manifest and open_index(
+        vectors_PD, config, places.of(index_manifest), index_manifest
+    )
+    return DenseRetriever(encoder, vectors_PD, config, index), vectors_PD, manifests
 
 
 def _semi_parametric(
@@ -278,12 +301,13 @@ def _question_weights(encoder: Encoder | None) -> tuple[str, ...]:
     return () if own is None else (own,)
 
 
-def _search_parameters(config: RetrievalConfig) -> dict[str, Any]:
+def _search_parameters(config: RetrievalConfig, corpus: Corpus) -> dict[str, Any]:
     parameters: dict[str, Any] = {"kind": config.kind}
     if config.kind == "hybrid":
         parameters["rrf_k"] = config.rrf_k
     if plugins.is_own(config.kind):
         parameters["own"] = plugins.identity("retriever", config.kind, config.options)
+        parameters["corpus"] = corpus.content_hash  # where no index tells of it
     if config.index != "flat" and config.num_shards > 1:
         parameters["num_shards"] = config.num_shards  # each has an approximate index of its own
     if config.encoder is not None and config.index == "hnsw":

@@ -1,13 +1,13 @@
 """Candidates of a fixed question set: rows of the corpus, retriever scores and vectors.
 
 Shape letters: Q questions, B questions of a batch, N candidates, C retriever scores, D vector
-length.
+length, P passages of the corpus, X passages that a search brought.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -49,8 +49,10 @@ class CandidateBatch:
 class CandidateTable:
     """The top N candidates of every question of a set, in the retriever's order.
 
-    `passage_vectors_PD` holds a vector for each row of the corpus (a memory map where the corpus
-    is large); both vector arrays have length 0 along D when there is no encoder.
+    `corpus` is that of the run, and behind it what the retriever brought with its text.
+    `passage_vectors_PD` holds a vector for each row of the run's corpus (a memory map where it is
+    large) and `brought_vectors_XD` for each row behind it; all vector arrays have length 0 along D
+    when there is no encoder.
     """
 
     questions: tuple[Question, ...]
@@ -60,6 +62,7 @@ class CandidateTable:
     score_names: tuple[str, ...]
     question_vectors_QD: np.ndarray
     passage_vectors_PD: np.ndarray
+    brought_vectors_XD: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -90,6 +93,11 @@ class CandidateTable:
         """The candidates of one question, in the retriever's order."""
         return tuple(self.corpus[int(row)] for row in self.rows_QN[question_row])
 
+    def passage_vectors(self, question_rows: np.ndarray) -> np.ndarray:
+        """Vectors of the candidates of B questions, float32 of shape (B, N, D)."""
+        rows_BN = self.rows_QN[question_rows]
+        return vectors_at(rows_BN, self.passage_vectors_PD, self.brought_vectors_XD)
+
     def batch(self, question_rows: Sequence[int] | np.ndarray) -> CandidateBatch:
         """What a policy needs for these questions, in this order."""
         rows = np.asarray(question_rows, dtype=np.int64)
@@ -100,7 +108,22 @@ class CandidateTable:
             ),
             scores_BNC=np.asarray(self.scores_QNC[rows], dtype=np.float32),
             question_vectors_BD=np.asarray(self.question_vectors_QD[rows], dtype=np.float32),
-            passage_vectors_BND=np.asarray(
-                self.passage_vectors_PD[self.rows_QN[rows]], dtype=np.float32
-            ),
+            passage_vectors_BND=self.passage_vectors(rows),
         )
+
+
+def vectors_at(rows: np.ndarray, passages_PD: np.ndarray, brought_XD: np.ndarray) -> np.ndarray:
+    """Vectors of rows that go on from a corpus to what a search brought, float32.
+
+    Example:
+        >>> vectors_at(np.array([[1, 0]]), np.array([[0.5]]), np.array([[2.0]])).tolist()
+        [[[2.0], [0.5]]]
+    """
+    if not len(brought_XD):
+        return np.asarray(passages_PD[rows], dtype=np.float32)
+    vectors = np.empty((*rows.shape, brought_XD.shape[1]), dtype=np.float32)
+    is_brought = rows >= len(passages_PD)
+    vectors[is_brought] = brought_XD[rows[is_brought] - len(passages_PD)]
+    if not is_brought.all():
+        vectors[~is_brought] = passages_PD[rows[~is_brought]]
+    return vectors

@@ -1,12 +1,14 @@
-"""A retriever of anybody's own, which names the passages that it finds by their ids.
+"""A retriever of anybody's own, which names the passages that it finds or brings their texts.
 
 It is a class or function `package.module:name` with whichever it wants of `corpus` and options of
 its own, and has a method
 
-    search(questions: Sequence[str], k: int) -> one list a question of k pairs (passage id, score)
+    search(questions: Sequence[str], k: int) -> one list a question of k pairs (passage, score)
 
-best first, with scores that do not rise. Where `scores(questions, ids)`, one list of numbers a
-question for one list of ids a question, exists too, filters of the service that name ids work.
+best first, with scores that do not rise. A passage is its id in the corpus, or a
+`rlrag.records.Passage`, which the corpus need not have. Where `scores(questions, ids)`, one list of
+numbers a question for one list of ids a question, exists too, filters of the service that name ids
+work.
 """
 
 from __future__ import annotations
@@ -19,16 +21,21 @@ import numpy as np
 
 from rlrag import plugins
 from rlrag.config import RetrievalConfig
-from rlrag.data.corpus import Corpus
-from rlrag.errors import ConfigError, RetrievalError, RlragError
-from rlrag.retrieval.protocol import Hits, check_num_hits
+from rlrag.data.corpus import NO_CORPUS, Corpus, encode_passage
+from rlrag.errors import ConfigError, DataError, RetrievalError, RlragError
+from rlrag.records import Passage
+from rlrag.retrieval.protocol import Hits
+
+
+class FewFoundError(RetrievalError):
+    """The retriever found fewer passages than it was asked for."""
 
 
 class PluginRetriever:
     """Rows and scores of what a named retriever finds; implements `Retriever`.
 
     Args:
-        corpus: The passages.
+        corpus: The passages of the run; `NO_CORPUS` where the retriever brings them all.
         config: `kind` names the retriever, `options` are its own.
 
     Raises:
@@ -38,7 +45,8 @@ class PluginRetriever:
     def __init__(self, corpus: Corpus, config: RetrievalConfig) -> None:
         self._corpus = corpus
         self._kind = config.kind
-        self._part = plugins.make("retriever", config.kind, config.options, corpus=corpus)
+        offered = {} if corpus is NO_CORPUS else {"corpus": corpus}
+        self._part = plugins.make("retriever", config.kind, config.options, **offered)
 
     @property
     def name(self) -> str:
@@ -49,16 +57,17 @@ class PluginRetriever:
         """The best `k` rows of each question.
 
         Raises:
-            ConfigError: when the corpus has fewer passages.
-            RetrievalError: when the retriever failed, or its result is not as this module says.
+            FewFoundError: when the retriever found fewer.
+            RetrievalError: when it failed, or its result is not as this module says.
         """
-        check_num_hits(k, len(self._corpus))
         found = self._ask("search", questions, k)
-        hits = [self._row(*asked, k) for asked in zip(questions, found, strict=True)]
+        brought: dict[Passage, int] = {}
+        hits = [self._row(*asked, k, brought) for asked in zip(questions, found, strict=True)]
         shape = (len(questions), k)
         return Hits(
             rows_BK=np.array([rows for rows, _ in hits], dtype=np.int64).reshape(shape),
             scores_BK=np.array([scores for _, scores in hits], dtype=np.float32).reshape(shape),
+            brought=tuple(brought),
         )
 
     def scores(self, questions: Sequence[str], rows_BN: np.ndarray) -> np.ndarray:
@@ -99,30 +108,65 @@ class PluginRetriever:
             )
         return found
 
-    def _row(self, question: str, hits: Any, k: int) -> tuple[list[int], list[float]]:
-        """Rows and scores of one question's hits, checked."""
+    def _row(
+        self, question: str, hits: Any, k: int, brought: dict[Passage, int]
+    ) -> tuple[list[int], list[float]]:
+        """Rows and scores of one question's hits, checked; new passages are added to `brought`."""
         who = f"retriever {self._kind!r}, question {question[:60]!r}"
         try:
-            pairs = [(str(passage_id), float(score)) for passage_id, score in hits]
+            pairs = [(passage, float(score)) for passage, score in hits]
         except (TypeError, ValueError) as error:
             raise RetrievalError(
-                f"{who}: a result is no list of pairs (passage id, score): {error}"
+                f"{who}: a result is no list of pairs (passage, score): {error}"
             ) from error
         if len(pairs) != k:
-            raise RetrievalError(f"{who}: {len(pairs)} passages were found, but {k} were asked for")
+            kind = FewFoundError if len(pairs) < k else RetrievalError
+            raise kind(f"{who}: {len(pairs)} passages were found, but {k} were asked for")
+        ids: set[str] = set()
         rows: list[int] = []
         scores: list[float] = []
-        for passage_id, score in pairs:
+        for passage, score in pairs:
+            passage_id = passage.id if isinstance(passage, Passage) else str(passage)
             row = self._corpus.row_of(passage_id)
-            if row is None:
-                raise RetrievalError(f"{who}: the corpus has no passage {passage_id!r}")
+            if isinstance(passage, Passage):
+                row = self._row_brought(who, passage, row, brought)
+            elif row is None:
+                raise RetrievalError(
+                    f"{who}: the corpus has no passage {passage_id!r}; name one that it has, or "
+                    "bring it with its text as a rlrag.records.Passage"
+                )
             if not math.isfinite(score) or (scores and score > scores[-1]):
                 raise RetrievalError(
                     f"{who}: the score {score} of passage {passage_id!r} is not finite, or above "
                     "that of the passage before it; sort by falling scores"
                 )
+            ids.add(passage_id)
             rows.append(row)
             scores.append(score)
-        if len(set(rows)) < k:
+        if len(ids) < k:
             raise RetrievalError(f"{who}: a passage was found twice")
         return rows, scores
+
+    def _row_brought(
+        self, who: str, passage: Passage, row: int | None, brought: dict[Passage, int]
+    ) -> int:
+        """The row of a passage that came with its text: in the corpus, or else behind it."""
+        texts = (passage.id, passage.title, passage.text)
+        if not all(isinstance(text, str) for text in texts) or not passage.id:
+            raise RetrievalError(
+                f"{who}: {passage!r} needs an id, a title and a text, all of them str"
+            )
+        if not passage.text.strip():
+            raise RetrievalError(f"{who}: passage {passage.id!r} was brought with an empty text")
+        try:
+            encode_passage(passage)
+        except DataError as error:
+            raise RetrievalError(f"{who}: {error}") from error
+        if row is None:
+            return brought.setdefault(passage, len(self._corpus) + len(brought))
+        if self._corpus[row] != passage:
+            raise RetrievalError(
+                f"{who}: passage {passage.id!r} was brought with another title or text than the "
+                "corpus has; bring the id alone, or give the passage an id of its own"
+            )
+        return row

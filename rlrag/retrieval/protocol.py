@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from rlrag.errors import ConfigError
+from rlrag.records import Passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Hits:
     """Rows of the corpus, int64."""
     scores_BK: np.ndarray
     """Their scores, float32, non-increasing along K."""
+    brought: tuple[Passage, ...] = ()
+    """Passages that the corpus of P passages lacks; the row of the first of them is P."""
 
 
 @runtime_checkable

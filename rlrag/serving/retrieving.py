@@ -18,12 +18,15 @@ import numpy as np
 from rlrag.bundle_files import read_bundle
 from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
-from rlrag.data.load import corpus_stamp, load_corpus
+from rlrag.data.load import corpus_of, corpus_stamp
 from rlrag.errors import DataError, OverloadedError, RequestError, RlragError
 from rlrag.models.directories import resolve_model, weights_hash
 from rlrag.pipeline import Library, retrievers_of
+from rlrag.retrieval.build import RetrieverSet
+from rlrag.retrieval.candidates import CandidateTable
+from rlrag.retrieval.plugin import FewFoundError, PluginRetriever
 from rlrag.retrieval.role_directories import ROLES, role_directory
-from rlrag.retrieval.tables import retrieve, warn_of_unmatched
+from rlrag.retrieval.tables import retrieve
 from rlrag.serving.records import Filters, Retrieved
 from rlrag.serving.versions.registry import check_version
 
@@ -36,7 +39,7 @@ class _Loaded:
     key: str
     library: Library
     num_candidates: int
-    corpus: str
+    corpus: str | None
     corpus_stamp: str | None
 
 
@@ -91,14 +94,14 @@ class RetrieverPart:
                 data = config.data.model_copy(update={"corpus": self._corpus})
                 config = config.model_copy(update={"data": data})
             stamp = corpus_stamp(config.data.corpus)
-            corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
+            corpus = corpus_of(config)
             key = _library_key(config, corpus)
             library = next((v.library for v in self._loaded.values() if v.key == key), None)
             if library is None:
                 retrievers = retrievers_of(
                     corpus, config.retrieval, config.cache_path, files.index_dir
                 )
-                retrieve(["warm up"], retrievers, 1)  # encoders load when they are first asked
+                _warm_up(retrievers)
                 library = Library(corpus, retrievers, files.index_dir)
             num_candidates = config.retrieval.num_candidates
             loaded = _Loaded(key, library, num_candidates, config.data.corpus, stamp)
@@ -151,13 +154,24 @@ class RetrieverPart:
             texts = [asks[place].question for place in places]
             table = loaded.library.search(texts, wanted)
             for row, place in enumerate(places):
-                found[place] = _retrieved(
-                    loaded.library,
-                    table.rows_QN[row],
-                    table.scores_QNC[row],
-                    table.question_vectors_QD[row],
-                )
+                found[place] = _retrieved(table, row, slice(None))
         return [found[place] for place in range(len(asks))]
+
+
+def _warm_up(retrievers: RetrieverSet) -> None:
+    """Load the encoders, which are otherwise loaded when they are first asked.
+
+    A retriever of somebody's own is not asked: it may find nothing for what nobody would ask.
+    """
+    if _is_own(retrievers):
+        retrievers.question_vectors(["warm up"])
+    else:
+        retrieve(["warm up"], retrievers, 1)
+
+
+def _is_own(retrievers: RetrieverSet) -> bool:
+    """Whether it may find what is in no corpus."""
+    return isinstance(retrievers.primary, PluginRetriever)
 
 
 def _library_key(config: RunConfig, corpus: Corpus) -> str:
@@ -177,7 +191,9 @@ def _encoder_weights(model_dir: Path) -> tuple[str, ...]:
 
 
 def _impossible(wanted: int, loaded: _Loaded) -> RequestError | None:
-    most = min(loaded.num_candidates, len(loaded.library.corpus))
+    most = loaded.num_candidates
+    if not _is_own(loaded.library.retrievers):
+        most = min(most, len(loaded.library.corpus))
     if 1 <= wanted <= most:
         return None
     return RequestError.about(
@@ -189,19 +205,22 @@ def _impossible(wanted: int, loaded: _Loaded) -> RequestError | None:
 
 def _filtered(library: Library, ask: Ask, wanted: int, most: int) -> Retrieved | RlragError:
     """The best passages that pass, of those that are named or else of the best `most`."""
-    passes = _row_filter(library.corpus, ask.filters)
     if ask.filters.ids:
-        return _best_named(library, ask, wanted, passes)
-    return _searched_deeper(library, ask, wanted, most, passes)
+        return _best_named(library, ask, wanted)
+    return _searched_deeper(library, ask, wanted, most)
 
 
-def _best_named(
-    library: Library, ask: Ask, wanted: int, passes: Callable[[int], bool]
-) -> Retrieved | RlragError:
+def _best_named(library: Library, ask: Ask, wanted: int) -> Retrieved | RlragError:
     """The best of the passages that `ids` names, whose rows are looked up.
 
     Fusion scores alike what neither of its rankings reaches; the other scores then decide.
     """
+    if not library.corpus:
+        return RequestError.about(
+            "filters.ids",
+            "names passages of a corpus, and this bundle has none; leave it out",
+        )
+    passes = _row_filter(library.corpus, ask.filters)
     named = sorted(filter(passes, _rows_of(library.corpus, ask.filters.ids)))
     if len(named) < wanted:
         return _too_few(len(named), f"{len(library.corpus):,} passages", wanted)
@@ -210,24 +229,35 @@ def _best_named(
     others = [retrievers.components[name] for name in retrievers.score_names[1:]]
     columns = [one.scores([ask.question], rows_N[None])[0] for one in (retrievers.primary, *others)]
     best = np.lexsort((rows_N, *(-column for column in reversed(columns))))[:wanted]
-    vectors_BD = retrievers.question_vectors([ask.question])
-    return _retrieved(library, rows_N[best], np.stack(columns, axis=-1)[best], vectors_BD[0])
+    rows_N = rows_N[best]
+    return Retrieved(
+        passages=tuple(library.corpus[int(row)] for row in rows_N),
+        scores_NC=np.stack(columns, axis=-1)[best],
+        question_vector_D=retrievers.question_vectors([ask.question])[0],
+        passage_vectors_ND=np.asarray(retrievers.passage_vectors[rows_N], dtype=np.float32),
+    )
 
 
-def _searched_deeper(
-    library: Library, ask: Ask, wanted: int, most: int, passes: Callable[[int], bool]
-) -> Retrieved | RlragError:
-    """The best passages that pass, found by searching deeper until there are enough."""
-    num_passages = len(library.corpus)
-    most = min(most, num_passages)
-    depth = min(_FIRST_DEPTH * wanted, most)
+def _searched_deeper(library: Library, ask: Ask, wanted: int, most: int) -> Retrieved | RlragError:
+    """The best passages that pass, found by searching deeper until there are enough.
+
+    How many passages a retriever of somebody's own can find shows when it finds fewer.
+    """
+    num_passages = max(len(library.corpus), wanted) if library.corpus else None
+    most = min(most, num_passages or most)
+    depth = min(wanted if _is_own(library.retrievers) else _FIRST_DEPTH * wanted, most)
+    kept: list[int] = []
     while True:
-        rows_BN, scores_BNC, vectors_BD = retrieve([ask.question], library.retrievers, depth)
-        kept = [place for place, row in enumerate(rows_BN[0].tolist()) if passes(row)]
+        try:
+            table = library.search([ask.question], depth)
+        except FewFoundError:
+            if depth <= wanted:
+                raise
+            return _too_few(len(kept), "the passages that the retriever finds", wanted)
+        passes = _row_filter(table.corpus, ask.filters)
+        kept = [place for place, row in enumerate(table.rows_QN[0].tolist()) if passes(row)]
         if len(kept) >= wanted:
-            warn_of_unmatched(scores_BNC, library.retrievers.primary.name)
-            kept = kept[:wanted]
-            return _retrieved(library, rows_BN[0][kept], scores_BNC[0][kept], vectors_BD[0])
+            return _retrieved(table, 0, kept[:wanted])
         if depth == num_passages:
             return _too_few(len(kept), f"{num_passages:,} passages", wanted)
         if depth == most:
@@ -255,12 +285,13 @@ def _too_few(num_left: int, searched: str, wanted: int) -> RequestError:
     )
 
 
-def _retrieved(
-    library: Library, rows_N: np.ndarray, scores_NC: np.ndarray, question_vector_D: np.ndarray
-) -> Retrieved:
+def _retrieved(table: CandidateTable, question_row: int, places: list[int] | slice) -> Retrieved:
+    """Some of the candidates of one question."""
+    passages = np.empty(table.num_candidates, dtype=object)
+    passages[:] = table.passages(question_row)
     return Retrieved(
-        passages=tuple(library.corpus[int(row)] for row in rows_N),
-        scores_NC=np.asarray(scores_NC, dtype=np.float32),
-        question_vector_D=np.asarray(question_vector_D, dtype=np.float32),
-        passage_vectors_ND=np.asarray(library.retrievers.passage_vectors[rows_N], dtype=np.float32),
+        passages=tuple(passages[places]),
+        scores_NC=np.asarray(table.scores_QNC[question_row][places], dtype=np.float32),
+        question_vector_D=np.asarray(table.question_vectors_QD[question_row], dtype=np.float32),
+        passage_vectors_ND=table.passage_vectors(np.array([question_row]))[0][places],
     )

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from rlrag.config import EnvironmentConfig, RewardConfig
-from rlrag.data.corpus import Corpus
+from rlrag.data.corpus import Corpus, ExtendedCorpus
 from rlrag.environment.episodes import open_episodes
 from rlrag.environment.rollout import Unrewarded, play
 from rlrag.environment.sample_task import sample_candidates
 from rlrag.errors import ConfigError, GenerationError, RewardError
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.records import Generation, Prompt, Score, Trajectories
+from rlrag.records import Generation, Passage, Prompt, Score, Trajectories
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.retrieval.protocol import Retriever
+from rlrag.retrieval.protocol import Hits, Retriever
 from rlrag.rewards.composite import RewardModel, Rollout
 from rlrag.selection.protocol import Draws
 from rlrag.testing.trainers import check_trainer as check_trainer
@@ -89,21 +89,25 @@ def check_policy(
     )
 
 
-def check_retriever(retriever: Retriever, corpus: Corpus, questions: Sequence[str]) -> None:
-    """Whether a retriever ranks a corpus: distinct rows, falling scores, the same each time.
+def check_retriever(
+    retriever: Retriever, corpus: Corpus, questions: Sequence[str], num_hits: int = 5
+) -> None:
+    """Whether a retriever ranks passages: distinct ones, falling scores, the same each time.
 
-    A retriever of your own that names ids is checked as `rlrag.retrieval.plugin.PluginRetriever`.
+    A retriever of your own is checked as `rlrag.retrieval.plugin.PluginRetriever`.
 
     Args:
         retriever: The retriever of this corpus.
-        corpus: At least two passages.
+        corpus: At least two passages, or `rlrag.data.corpus.NO_CORPUS` for a retriever that brings
+            its passages with their texts.
         questions: At least two.
+        num_hits: How many passages are asked for, at most; not more than the corpus has.
 
     Raises:
         AssertionError: what is broken.
     """
     assert retriever.name, "the retriever has no name"
-    num_hits = min(5, len(corpus))
+    num_hits = min(num_hits, len(corpus)) if corpus else num_hits
     hits = retriever.search(questions, num_hits)
     shape = (len(questions), num_hits)
     assert hits.rows_BK.shape == hits.scores_BK.shape == shape, (
@@ -112,18 +116,24 @@ def check_retriever(retriever: Retriever, corpus: Corpus, questions: Sequence[st
     assert hits.rows_BK.dtype == np.int64, f"rows are {hits.rows_BK.dtype}, not int64"
     assert hits.scores_BK.dtype == np.float32, f"scores are {hits.scores_BK.dtype}, not float32"
     assert hits.rows_BK.min() >= 0, "a row is negative"
-    assert hits.rows_BK.max() < len(corpus), "a row is beyond the corpus"
+    num_passages = len(corpus) + len(hits.brought)
+    assert hits.rows_BK.max() < num_passages, "a row is beyond the corpus and what was brought"
     assert all(len(set(rows.tolist())) == num_hits for rows in hits.rows_BK), "a row comes twice"
     assert np.isfinite(hits.scores_BK).all(), "a score is not finite"
     assert (np.diff(hits.scores_BK, axis=1) <= 0).all(), "scores rise within a ranking"
-    first = retriever.search(questions[:1], num_hits)
-    assert np.array_equal(first.rows_BK[0], hits.rows_BK[0]), (
-        "a question is ranked otherwise when it is asked alone"
+    ranked = _ranked(hits, corpus)
+    assert _ranked(retriever.search(questions[:1], num_hits), corpus) == ranked[:1], (
+        "a question is ranked otherwise, or has other texts, when it is asked alone"
     )
-    fewer = retriever.search(questions, 1)
-    assert np.array_equal(fewer.rows_BK[:, 0], hits.rows_BK[:, 0]), (
+    assert _ranked(retriever.search(questions, 1), corpus) == [best[:1] for best in ranked], (
         "the best passage changes with the number that is asked for"
     )
+
+
+def _ranked(hits: Hits, corpus: Corpus) -> list[list[Passage]]:
+    """The passages of each question, with the texts that it has them with."""
+    whole = ExtendedCorpus(corpus, hits.brought)
+    return [[whole[row] for row in rows] for rows in hits.rows_BK.tolist()]
 
 
 def check_generator(generator: Generator, prompts: PromptBuilder) -> None:

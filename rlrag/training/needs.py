@@ -204,8 +204,10 @@ def _nodes(config: RunConfig, num_actors: int) -> int:
     return max(spread)
 
 
-def _corpus_bytes(corpus: str) -> int:
+def _corpus_bytes(corpus: str | None) -> int:
     """What copy and indexes of a corpus on disk take; 0 where it is no file."""
+    if corpus is None:
+        return 0
     path = Path(corpus).expanduser()
     files = path.glob("corpus.jsonl*") if path.is_dir() else [path]
     return sum(

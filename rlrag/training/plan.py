@@ -259,7 +259,7 @@ def _room(config: RunConfig) -> list[Found]:
     tokenizer of a model that has not been fetched or unpacked, the questions of prompts.
     """
     data = config.data
-    if not are_here(data.corpus):
+    if data.corpus is None or not are_here(data.corpus):
         return []
     tally = Tally()
     first = islice(first_passages(data.corpus), _NUM_FIRST)

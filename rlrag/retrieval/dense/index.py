@@ -136,6 +136,14 @@ def _sample(vectors_PD: np.ndarray, num_rows: int) -> np.ndarray:
     return np.array(vectors_PD[np.sort(rows)])
 
 
+def exact_products(vectors_BD: np.ndarray, vectors_BND: np.ndarray) -> np.ndarray:
+    """The inner products of B vectors with N each, summed in float64: float32 of shape (B, N)."""
+    products_BN = np.einsum(
+        "bd,bnd->bn", vectors_BD.astype(np.float64), vectors_BND.astype(np.float64)
+    )
+    return products_BN.astype(np.float32)
+
+
 class VectorIndex:
     """Finds the vectors with the largest inner products.
 
@@ -203,10 +211,7 @@ class VectorIndex:
         step = max(1, _GATHERED_FLOATS // max(1, rows_BN.shape[1] * vectors_BD.shape[1]))
         for start in range(0, len(rows_BN), step):
             part = slice(start, start + step)
-            gathered_BND = self._vectors_PD[rows_BN[part]].astype(np.float64)
-            scores_BN[part] = np.einsum(
-                "bd,bnd->bn", vectors_BD[part].astype(np.float64), gathered_BND
-            )
+            scores_BN[part] = exact_products(vectors_BD[part], self._vectors_PD[rows_BN[part]])
         return scores_BN
 
     def _all_inner_products(self, vector_D: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Dense retrieval: the passages with the nearest vectors.
 
-Shape letters: B questions, P passages, D vector length, K hits, N given rows.
+Shape letters: B questions, P passages, D vector length, K hits, N given rows or vectors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from rlrag.config import RetrievalConfig
 from rlrag.retrieval.dense.encoder import Encoder
-from rlrag.retrieval.dense.index import VectorIndex
+from rlrag.retrieval.dense.index import VectorIndex, exact_products
 from rlrag.retrieval.dense.shards import Shards, merge
 from rlrag.retrieval.protocol import Hits, check_num_hits
 
@@ -56,6 +56,10 @@ class DenseRetriever(VectorIndex):
     def scores(self, questions: Sequence[str], rows_BN: np.ndarray) -> np.ndarray:
         """The inner product of each given row with its question."""
         return self.inner_products(self.question_vectors(questions), rows_BN)
+
+    def scores_of(self, questions: Sequence[str], vectors_BND: np.ndarray) -> np.ndarray:
+        """The inner product of each given vector with its question, as `scores` has it."""
+        return exact_products(self.question_vectors(questions), vectors_BND)
 
 
 class ShardedDenseRetriever(DenseRetriever):

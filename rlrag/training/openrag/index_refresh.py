@@ -36,7 +36,7 @@ import torch
 
 from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
-from rlrag.data.load import load_corpus
+from rlrag.data.load import corpus_of
 from rlrag.errors import CheckpointError, SetupError
 from rlrag.files.text import apply_umask
 from rlrag.pipeline import retrievers_of
@@ -239,7 +239,7 @@ class RefreshedIndex:
 def encode_version(config_json: str, place: Path) -> None:
     """Encode the corpus with `place/encoder` into `place/indexes`, as far as it is not yet."""
     config = RunConfig.from_json(config_json)
-    corpus = load_corpus(config.data.corpus, config.cache_path, config.data.passage_words)
+    corpus = corpus_of(config)
     open_version(config, corpus, place)
     (place / "done.json").write_text(json.dumps({"num_passages": len(corpus)}) + "\n")
 
