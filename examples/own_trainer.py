@@ -10,7 +10,7 @@ import torch
 from rlrag.files.directories import restore_weights
 from rlrag.pipeline import open_policy
 from rlrag.selection.protocol import Draws
-from rlrag.training.dro.weights import count_failures
+from rlrag.training.dro.batch import count_failures
 from rlrag.training.learners.optimiser import Optimiser
 from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
 

@@ -28,8 +28,7 @@ from rlrag.errors import ConfigError, RequestError, RlragError
 from rlrag.files.directories import load_weights
 from rlrag.generation.build import open_generator, resolve_config
 from rlrag.generation.cache import CachedGenerator
-from rlrag.generation.prompt_counts import cut_warning
-from rlrag.generation.prompts import PromptBuilder
+from rlrag.generation.prompts import PromptBuilder, cut_warning
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.records import Passage, Question
 from rlrag.retrieval.build import OpenShards, RetrieverSet, open_retrievers

@@ -18,7 +18,7 @@ from rlrag.records import Passage, Question, Trajectories
 from rlrag.retrieval.candidates import CandidateBatch, CandidateTable
 from rlrag.selection.plackett_luce import PlackettLucePolicy
 from rlrag.selection.protocol import Draws, Policy, Seed
-from rlrag.training.experience import Experience
+from rlrag.training.dro.batch import RewardedBatch
 
 
 class Drawn(NamedTuple):
@@ -139,7 +139,7 @@ def experience(
     log_weights: np.ndarray | None = None,
     errors: Sequence[RlragError] = (),
     version: int = 0,
-) -> Experience:
+) -> RewardedBatch:
     """Episodes with these picks (B, M, K) and rewards (B, M).
 
     Unless they are given, they were drawn evenly from nowhere and all weigh 1/M. The errors say, in
@@ -169,4 +169,4 @@ def experience(
             next(waiting, None) if np.isnan(reward) else None for reward in rewards_BM.ravel()
         ),
     )
-    return Experience(trajectories, num_samples, version, version)
+    return RewardedBatch(trajectories, num_samples, version, version)

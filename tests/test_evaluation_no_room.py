@@ -12,8 +12,7 @@ from rlrag.pipeline import open_policy, open_reward
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.training.distributed.workers import SingleWorker
-from rlrag.training.retriever_validation import validate_retriever
-from rlrag.training.validation import validate
+from rlrag.training.validation import validate, validate_retriever
 
 
 class RoomForShort(WordPrompts):

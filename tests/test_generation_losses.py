@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlrag.errors import GenerationError, GeneratorTimeoutError
-from rlrag.generation.pool.retries import DIED, HUNG, RAISED, Chunk, Losses
+from rlrag.generation.pool.calls import DIED, HUNG, RAISED, Chunk, Losses
 from rlrag.records import Prompt
 
 

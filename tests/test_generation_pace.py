@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlrag.generation.pool.late_requests import Pace
+from rlrag.generation.pool.calls import Pace
 
 
 def pace_of(*answers: tuple[int, float], num_needed: int = 1) -> Pace:

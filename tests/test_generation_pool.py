@@ -17,7 +17,7 @@ from ray import cloudpickle
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError, SetupError
 from rlrag.generation.cache import CachedGenerator
-from rlrag.generation.chunks import plan_chunks
+from rlrag.generation.pool.client import plan_chunks
 from rlrag.generation.pool.start import GeneratorPool
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
 from rlrag.records import Generation, Prompt, Score

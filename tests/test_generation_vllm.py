@@ -12,10 +12,10 @@ from rlrag.errors import GenerationError, SetupError
 from rlrag.generation.backends.vllm import (
     answer_logp,
     check_compiler,
+    parts_within,
     vllm_environment,
 )
 from rlrag.generation.build import open_generator, resolve_config
-from rlrag.generation.chunks import parts_within
 from rlrag.generation.protocol import Sampling
 from rlrag.records import Prompt
 

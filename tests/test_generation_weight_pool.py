@@ -29,8 +29,13 @@ from rlrag.generation.pool.weights import (
     store_weights,
 )
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
-from rlrag.generation.weight_protocols import adapter_names, check_adapter, check_shapes
-from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.generation.weights import (
+    GeneratorWeights,
+    adapter_names,
+    check_adapter,
+    check_shapes,
+    pack_weights,
+)
 from rlrag.records import Generation, Prompt, Score
 
 PROMPTS = [Prompt((i,), f"prompt {i}", 0) for i in range(12)]

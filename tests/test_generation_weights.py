@@ -17,8 +17,13 @@ from rlrag.generation.backends.weight_layout import WeightLayout, check_tied
 from rlrag.generation.call_lock import CallLock
 from rlrag.generation.identity import pushed_identity
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.generation.weight_protocols import ChecksWeights, adapter_names, check_shapes
-from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.generation.weights import (
+    ChecksWeights,
+    GeneratorWeights,
+    adapter_names,
+    check_shapes,
+    pack_weights,
+)
 from rlrag.models.adapters import merge_adapter
 from rlrag.records import Prompt
 

@@ -21,8 +21,8 @@ from rlrag.pipeline import open_policy, open_reward
 from rlrag.records import Passage, Prompt, Question, Score
 from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.distributed.workers import SingleWorker
-from rlrag.training.dro.collection import Collection
-from rlrag.training.experience import Experience, ExperienceCollector
+from rlrag.training.dro.batch import RewardedBatch
+from rlrag.training.dro.e_step import BatchCollector, Collection
 from rlrag.training.schedule import BatchSchedule
 
 TABLE = make_table(24)
@@ -86,7 +86,9 @@ class Case:
             workers or SingleWorker(),
         )
 
-    def collect(self, step: int, pauses_after: bool = False) -> tuple[Experience, dict[str, float]]:
+    def collect(
+        self, step: int, pauses_after: bool = False
+    ) -> tuple[RewardedBatch, dict[str, float]]:
         """One step of a loop: collect, then learn."""
         found = self.collection.collect(step, pauses_after)
         self.parts.learn()
@@ -326,7 +328,7 @@ def test_a_batch_without_a_single_reward_is_the_first_failure(small_config, num_
 
     rows = np.array([3, 5])
     broken = tuple(TABLE.questions[row].question for row in rows[:num_broken])
-    collector = ExperienceCollector(
+    collector = BatchCollector(
         small_config.environment,
         small_config.dro,
         TABLE,
@@ -396,7 +398,7 @@ def test_workers_share_a_batch(small_config):
             assert np.array_equal(getattr(part, name), getattr(whole, name)[rank::2]), name
 
 
-def num_prompt_tokens(experience: Experience) -> int:
+def num_prompt_tokens(experience: RewardedBatch) -> int:
     """Tokens that the prompts of all different episodes show."""
     found = experience.trajectories
     prompts = {
@@ -415,7 +417,7 @@ def test_what_is_told_of_a_batch_is_that_of_all_workers(ahead):
         for worker, prompts in zip(make_group(2), (CutPrompts(), WordPrompts()), strict=True)
     ]
 
-    def work(case: Case) -> tuple[Experience, dict[str, float]]:
+    def work(case: Case) -> tuple[RewardedBatch, dict[str, float]]:
         case.collect(0)
         found = case.collect(1, pauses_after=True)
         case.collection.close()

@@ -14,7 +14,7 @@ from rlrag.errors import ConfigError, GenerationError
 from rlrag.generation.backends.transformers import TransformersGenerator
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder, load_tokenizer
-from rlrag.training.distributed.engine_check import check_engines
+from rlrag.training.distributed.engines import check_engines
 from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.parts import open_trainable_generator
 

@@ -14,11 +14,11 @@ from rlrag.algorithms.rag_labels import marginal_contributions
 from rlrag.errors import DataError
 from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.distributed.workers import SingleWorker
+from rlrag.training.dro.batch import RewardedBatch
 from rlrag.training.dro.experience_log import ExperienceLog, labels_from_experience
-from rlrag.training.experience import Experience
 
 
-def batch(rows: list[int], positions, rewards, generator_version: int = 0) -> Experience:
+def batch(rows: list[int], positions, rewards, generator_version: int = 0) -> RewardedBatch:
     return episodes.experience(
         make_table(max(rows) + 1), rows, positions, rewards, version=generator_version
     )

@@ -19,8 +19,8 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import AnsweringReward
 from rlrag.rewards.composite import RewardModel
 from rlrag.selection.build import build_policy
-from rlrag.training.experience import ExperienceCollector
-from rlrag.training.learners.generator_examples import thinned, weighted_examples
+from rlrag.training.dro.e_step import BatchCollector
+from rlrag.training.learners.generator import thinned, weighted_examples
 
 ROWS = np.array([4, 1])
 POSITIONS_BMK = np.array([[[0, 3], [3, 0], [2, 1]], [[4, 2], [0, 1], [1, 0]]])
@@ -197,7 +197,7 @@ def test_the_likelihoods_of_a_set_come_from_the_rewards_through_the_environment(
     rewards = RewardModel(RewardConfig(golden_answers="all"))
     reward = AnsweringReward(ReadingGenerator(), WordPrompts(), rewards, Sampling())
     config = DROConfig(num_samples=4)
-    collector = ExperienceCollector(EnvironmentConfig(num_selected=1), config, table, reward, 2)
+    collector = BatchCollector(EnvironmentConfig(num_selected=1), config, table, reward, 2)
     policy = build_policy(
         SelectorConfig(), 1, table.scores_QNC.shape[2], table.vector_size, tmp_path, 0
     )

@@ -18,8 +18,7 @@ from rlrag.errors import NonFiniteLossError, RewardError
 from rlrag.selection.build import build_policy
 from rlrag.selection.plackett_luce import PlackettLucePolicy
 from rlrag.training.distributed.workers import SingleWorker
-from rlrag.training.dro.weights import importance_weights
-from rlrag.training.experience import Experience
+from rlrag.training.dro.batch import RewardedBatch, importance_weights
 from rlrag.training.learners.selector import SelectorLearner
 
 BETA1 = 0.9  # AdamW's default; its first moment after one step is (1 - BETA1) * gradient
@@ -56,7 +55,7 @@ class Case:
             workers or SingleWorker(),
         )
 
-    def update(self, experience: Experience, step: int = 0) -> dict[str, float]:
+    def update(self, experience: RewardedBatch, step: int = 0) -> dict[str, float]:
         return self.learner.update(experience, importance_weights(experience, self.dro), step)
 
     @property

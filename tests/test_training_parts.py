@@ -18,8 +18,7 @@ from rlrag.generation.weights import pack_weights
 from rlrag.pipeline import TrainingData
 from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.distributed.workers import SingleWorker, Workers
-from rlrag.training.dro.weights import importance_weights
-from rlrag.training.experience import Experience
+from rlrag.training.dro.batch import RewardedBatch, importance_weights
 from rlrag.training.parts import TrainedParts, open_whole_generator
 from rlrag.training.schedule import BatchSchedule
 
@@ -47,7 +46,7 @@ def open_parts(
     return TrainedParts(config, data, prompts, schedule, workers or SingleWorker())
 
 
-def batch(step: int, places: slice = slice(None)) -> Experience:
+def batch(step: int, places: slice = slice(None)) -> RewardedBatch:
     """Samples of four questions with random rewards; a share of them for one of two workers."""
     rng = np.random.default_rng(step)
     rows = rng.permutation(12)[:NUM_QUESTIONS]

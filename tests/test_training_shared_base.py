@@ -22,8 +22,7 @@ from rlrag.pipeline import TrainingData, open_policy
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.distributed.workers import SingleWorker, Workers
-from rlrag.training.dro.weights import importance_weights
-from rlrag.training.experience import Experience
+from rlrag.training.dro.batch import RewardedBatch, importance_weights
 from rlrag.training.learners.generator_model import load_base
 from rlrag.training.parts import TrainedParts, open_whole_generator
 from rlrag.training.schedule import BatchSchedule
@@ -202,7 +201,7 @@ def test_what_is_not_frozen_is_copied():
     assert len(model) == 2
 
 
-def experience(step: int, places: slice = slice(None)) -> Experience:
+def experience(step: int, places: slice = slice(None)) -> RewardedBatch:
     """Two selections of each of four questions with random rewards, or a worker's share of them."""
     rng = np.random.default_rng(step)
     orders = rng.permuted(np.tile(np.arange(NUM_CANDIDATES), (4, 2, 1)), axis=2)

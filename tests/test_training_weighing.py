@@ -16,22 +16,21 @@ from rlrag.config import DROConfig, TrainingConfig
 from rlrag.errors import GenerationError, RewardError
 from rlrag.testing.thread_workers import ThreadWorker, make_group, run_together
 from rlrag.training.distributed.workers import SingleWorker
-from rlrag.training.dro.weights import describe_experience, importance_weights
-from rlrag.training.experience import Experience
+from rlrag.training.dro.batch import RewardedBatch, describe_batch, importance_weights
 
 NAN = float("nan")
 FAILED = (RewardError("reward f for question 'q0': it raised"),)
 
 
 def described(
-    experience: Experience,
+    experience: RewardedBatch,
     workers: SingleWorker | ThreadWorker | None = None,
     dro: DROConfig | None = None,
     **more,
 ) -> dict[str, float]:
     config = TrainingConfig(**{"batch_size": len(experience.question_rows)} | more)
     weights_BM = importance_weights(experience, dro or DROConfig())
-    return describe_experience(experience, weights_BM, config, workers or SingleWorker())
+    return describe_batch(experience, weights_BM, config, workers or SingleWorker())
 
 
 def test_weights_are_the_normalised_likelihoods_in_double_precision():
@@ -125,18 +124,18 @@ def test_a_question_without_any_reward_has_no_weight():
 REWARDS = [[-1.0, -3.0], [-0.5, NAN], [-2.0, -2.0], [-4.0, -0.1]]
 
 
-def part(rows: slice) -> Experience:
+def part(rows: slice) -> RewardedBatch:
     whole = drawn(REWARDS, [[0, 1], [1, 1], [0, 1], [1, 0]], FAILED)
     mine_E = whole.by_question(np.arange(len(whole.trajectories)))[rows].ravel()
     return replace(whole, trajectories=whole.trajectories.of(mine_E))
 
 
-def with_terms(experience: Experience, terms_BM: dict[str, np.ndarray]) -> Experience:
+def with_terms(experience: RewardedBatch, terms_BM: dict[str, np.ndarray]) -> RewardedBatch:
     terms = {name: values.ravel() for name, values in terms_BM.items()}
     return replace(experience, trajectories=replace(experience.trajectories, terms=terms))
 
 
-def together(parts: Sequence[Experience], **settings) -> list[dict[str, float]]:
+def together(parts: Sequence[RewardedBatch], **settings) -> list[dict[str, float]]:
     """What each worker of a group says of the batch that they share."""
     group = make_group(len(parts))
     tasks = [partial(described, own, at, **settings) for own, at in zip(parts, group, strict=True)]

@@ -27,7 +27,7 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import _unscorable
 from rlrag.selection.plackett_luce import PlackettLucePolicy
 from rlrag.training.distributed.workers import SingleWorker
-from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
+from rlrag.training.validation import best_retriever_by, validate_retriever
 
 SYSTEMS = ("no_retrieval", "retriever_order", "retriever_reversed", "trained", "oracle")
 RECALL = RewardConfig(functions=("selection_recall",))

@@ -16,7 +16,7 @@ from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import RewardError
 from rlrag.records import Passage, Question
 from rlrag.retrieval.candidates import CandidateBatch, CandidateTable
-from rlrag.training.experience import Experience
+from rlrag.training.dro.batch import RewardedBatch
 
 LIKELIER_FIRST = [[math.log(0.3), math.log(0.1)]]  # importance weights 3/4 and 1/4
 
@@ -50,7 +50,7 @@ def drawn(
     errors: tuple[RewardError, ...] = (),
     behaviour: tuple[float, ...] = (0.5, 0.5),
     log_weights: Sequence[Sequence[float]] | None = None,
-) -> Experience:
+) -> RewardedBatch:
     """Samples of each question with their rewards; by default one of each candidate.
 
     `behaviour` are the candidates' probabilities when the samples were drawn.

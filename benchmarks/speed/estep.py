@@ -165,13 +165,13 @@ def _train(policy: Policy, candidates: CandidateTable, run: RunConfig, num_steps
     from rlrag.config import DROConfig, TrainingConfig
     from rlrag.rewards.answering import PassageReward
     from rlrag.training.distributed.workers import SingleWorker
-    from rlrag.training.dro.weights import importance_weights
-    from rlrag.training.experience import ExperienceCollector
+    from rlrag.training.dro.batch import importance_weights
+    from rlrag.training.dro.e_step import BatchCollector
     from rlrag.training.learners.selector import SelectorLearner
 
     dro = DROConfig(num_samples=8, reward_temperature=0.3)
     training = TrainingConfig(batch_size=32, learning_rate=5e-3)
-    collector = ExperienceCollector(run.environment, dro, candidates, PassageReward(0.0), 32)
+    collector = BatchCollector(run.environment, dro, candidates, PassageReward(0.0), 32)
     learner = SelectorLearner(
         policy, copy.deepcopy(policy), candidates, dro, training, num_steps, SingleWorker()
     )

@@ -144,7 +144,7 @@ def _evaluate(arguments: EvaluateArguments) -> _Compared:
     from rlrag.evaluation.baselines import baselines_from_json
     from rlrag.evaluation.question_records import QuestionRecorder
     from rlrag.evaluation.table import render
-    from rlrag.generation.prompt_counts import cut_warning
+    from rlrag.generation.prompts import cut_warning
     from rlrag.pipeline import open_evaluation_data, open_library, other_retrievers
 
     shown = arguments.docs_in_context

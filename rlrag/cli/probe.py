@@ -281,7 +281,7 @@ def _remarks(
     prompts: dict[str, float],
 ) -> list[str]:
     """What the table does not say: what is missing from it and from its prompts, and why."""
-    from rlrag.generation.prompt_counts import cut_warning
+    from rlrag.generation.prompts import cut_warning
 
     counts = ", ".join(f"{count} {name}" for name, count in gold.left_out.items())
     lines = [f"left out around gold passages: {counts}"] if gold.rows and counts else []

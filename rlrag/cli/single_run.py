@@ -369,7 +369,7 @@ def _evaluate(
     from rlrag.evaluation.question_records import QuestionRecorder
     from rlrag.evaluation.systems import Answered, HeldBack, evaluate
     from rlrag.evaluation.table import render
-    from rlrag.generation.prompt_counts import cut_warning
+    from rlrag.generation.prompts import cut_warning
     from rlrag.pipeline import (
         candidates_of,
         open_evaluation_data,

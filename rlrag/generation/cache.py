@@ -26,7 +26,7 @@ from rlrag.files.sqlite import BUSY_TIMEOUT_S, KeyedTable
 from rlrag.generation.call_lock import CallLock
 from rlrag.generation.checks import check_answers
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
-from rlrag.generation.weight_protocols import FollowsWeights
+from rlrag.generation.weights import FollowsWeights
 from rlrag.records import Generation, Prompt, Score
 
 if TYPE_CHECKING:

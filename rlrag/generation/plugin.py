@@ -35,7 +35,7 @@ from rlrag.generation.decoding import cut_at_stop
 from rlrag.generation.identity import own_identity
 from rlrag.generation.prompts import load_tokenizer
 from rlrag.generation.protocol import Sampling, TokenCount
-from rlrag.generation.weight_protocols import KeepsItsWeights
+from rlrag.generation.weights import KeepsItsWeights
 from rlrag.records import Generation, Prompt, Score
 
 logger = logging.getLogger(__name__)

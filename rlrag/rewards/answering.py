@@ -14,7 +14,7 @@ from rlrag.errors import (
     RewardError,
     RlragError,
 )
-from rlrag.generation.prompt_counts import PromptCounts
+from rlrag.generation.prompts import PromptCounts
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.records import Generation, Passage, Prompt, Question, RewardResult, Score
 from rlrag.rewards.answer_match import passages_contain_answer

@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from rlrag.config import RunConfig
-from rlrag.generation.prompt_counts import cut_warning
+from rlrag.generation.prompts import cut_warning
 
 Record = Mapping[str, Any]
 """What the rules read of one step's metrics."""

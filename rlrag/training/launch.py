@@ -27,7 +27,7 @@ from rlrag.runs.log_files import note_step, worker_log
 from rlrag.runs.preemption import ended_between_steps, interruptible
 from rlrag.runs.profiling import save_ray_timeline
 from rlrag.runs.watchdog import Watchdog
-from rlrag.training.distributed.engine_check import check_engines
+from rlrag.training.distributed.engines import check_engines
 from rlrag.training.distributed.workers import SingleWorker, TorchWorkers, Workers
 from rlrag.training.dro.trainer import DROTrainer
 from rlrag.training.feedback.selections import LoggedData, open_logged_data

@@ -20,8 +20,7 @@ from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, GenerationError
 from rlrag.files.directories import restore_weights
 from rlrag.generation.build import resolve_config
-from rlrag.generation.prompt_counts import shares_of
-from rlrag.generation.prompts import PromptBuilder
+from rlrag.generation.prompts import PromptBuilder, shares_of
 from rlrag.generation.weights import GeneratorWeights
 from rlrag.models.directories import resolve_model
 from rlrag.pipeline import TrainingData, open_policy
@@ -30,10 +29,14 @@ from rlrag.selection.build import TrainablePolicy
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.selection.unread import count_unread, unread_warning
 from rlrag.training.distributed.workers import Workers
+from rlrag.training.dro.batch import RewardedBatch
 from rlrag.training.dro.imitation import imitate, orders_of_run
-from rlrag.training.experience import Experience
-from rlrag.training.learners.generator import GeneratorLearner
-from rlrag.training.learners.generator_examples import BuiltExamples, thinned, weighted_examples
+from rlrag.training.learners.generator import (
+    BuiltExamples,
+    GeneratorLearner,
+    thinned,
+    weighted_examples,
+)
 from rlrag.training.learners.generator_model import TrainableGenerator, load_base
 from rlrag.training.learners.selector import SelectorLearner
 from rlrag.training.schedule import BatchSchedule
@@ -134,7 +137,7 @@ class TrainedParts:
             )
         return found.positions_QK
 
-    def update(self, experience: Experience, weights_BM: torch.Tensor, step: int) -> Metrics:
+    def update(self, batch: RewardedBatch, weights_BM: torch.Tensor, step: int) -> Metrics:
         """One M-step of every trained part on this worker's share of a batch.
 
         Raises:
@@ -142,20 +145,20 @@ class TrainedParts:
         """
         metrics: Metrics = {}
         if self._selector is not None:
-            metrics |= self._selector.update(experience, weights_BM, step)
+            metrics |= self._selector.update(batch, weights_BM, step)
         if self._generator is not None:
-            counted = any(experience.trajectories.golden_logps)
+            counted = any(batch.trajectories.golden_logps)
             if self._config.reward.golden_answers == "all" and not counted:
                 raise ConfigError(
                     f"environment.id {self._config.environment.id!r} gives no golden_logps in its "
                     "info, which reward.golden_answers 'all' needs; use 'likeliest'"
                 )
-            seeds = [[self._config.seed, 2, step, int(row)] for row in experience.question_rows]
+            seeds = [[self._config.seed, 2, step, int(row)] for row in batch.question_rows]
             limit = self._config.generator_training.sequences_per_question
             built = weighted_examples(
                 self._data.train.questions,
                 self._prompts,
-                experience,
+                batch,
                 thinned(weights_BM, limit, seeds),
             )
             if self._config.training.objective == "sft":  # no reward has counted these prompts

@@ -322,8 +322,7 @@ def _selected(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]
 
 def _prompted(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]:
     """What prompts of training questions with so many passages as are picked have no room for."""
-    from rlrag.generation.prompt_counts import PromptCounts, cut_warning
-    from rlrag.generation.prompts import PromptBuilder, load_tokenizer
+    from rlrag.generation.prompts import PromptBuilder, PromptCounts, cut_warning, load_tokenizer
 
     generator, size = config.generator, config.environment.num_selected
     if config.training.experience is not None or not are_here(config.data.train_questions):

@@ -27,7 +27,7 @@ from rlrag.generation.backends.endpoint_client import EndpointClient, RefusedErr
 from rlrag.generation.checks import answer_others, check_answers, refused_lengths
 from rlrag.generation.decoding import cut_at_stop, draw_seed
 from rlrag.generation.protocol import Sampling, TokenCount
-from rlrag.generation.weight_protocols import KeepsItsWeights
+from rlrag.generation.weights import KeepsItsWeights
 from rlrag.openai_api import read_key
 from rlrag.records import Generation, Prompt, Score
 

@@ -11,8 +11,7 @@ import torch
 
 from rlrag.errors import GenerationError
 from rlrag.generation.backends.weight_layout import WeightLayout, check_tied
-from rlrag.generation.weight_protocols import check_shapes
-from rlrag.generation.weights import GeneratorWeights
+from rlrag.generation.weights import GeneratorWeights, check_shapes
 
 
 class ModelWeights:

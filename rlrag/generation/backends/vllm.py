@@ -25,7 +25,6 @@ from rlrag.generation.backends.weight_layout import (
     check_tied,
 )
 from rlrag.generation.checks import answer_others, check_answers, refused_lengths
-from rlrag.generation.chunks import parts_within
 from rlrag.generation.decoding import draw_seed
 from rlrag.generation.identity import generator_identity, pushed_identity
 from rlrag.generation.protocol import Sampling, TokenCount
@@ -447,3 +446,21 @@ def _device_options(config: GeneratorConfig, device: str) -> dict[str, Any]:
     # Actors that share a GPU each take their part of its memory.
     share = 0.85 * min(1.0, config.gpus_per_actor or 1.0)
     return {**options, "gpu_memory_utilization": share}
+
+
+def parts_within(places: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Split places into runs whose lengths sum to the capacity at most; a longer one stands alone.
+
+    Example:
+        >>> parts_within([0, 2, 3, 4], [3, 9, 2, 4, 6], capacity=6)
+        [[0, 2], [3], [4]]
+    """
+    parts: list[list[int]] = []
+    total = 0
+    for place in places:
+        total += lengths[place]
+        if not parts or total > capacity:
+            parts.append([])
+            total = lengths[place]
+        parts[-1].append(place)
+    return parts

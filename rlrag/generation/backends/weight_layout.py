@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rlrag.errors import GenerationError
-from rlrag.generation.weight_protocols import adapter_names, check_adapter, check_shapes
+from rlrag.generation.weights import adapter_names, check_adapter, check_shapes
 from rlrag.models.adapters import merge_adapter
 
 OUTPUT_MODULE = "lm_head"

@@ -15,7 +15,7 @@ import ray
 from rlrag.errors import GenerationError
 from rlrag.generation.pool.weights import StoredWeights, WeightsTag, call_store, fetch_tensors
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.generation.weight_protocols import ChecksWeights
+from rlrag.generation.weights import ChecksWeights
 from rlrag.json_logs import logging_to
 from rlrag.records import Generation, Prompt, Score
 

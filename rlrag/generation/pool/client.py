@@ -18,18 +18,19 @@ from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError
 from rlrag.generation.call_lock import CallLock
 from rlrag.generation.checks import check_answers
-from rlrag.generation.chunks import plan_chunks
 from rlrag.generation.identity import pushed_identity
 from rlrag.generation.pool.actor import Actors, Member
-from rlrag.generation.pool.calls import Work, describe_prompts
+from rlrag.generation.pool.calls import Chunk, Work, describe_prompts
 from rlrag.generation.pool.dispatch import Dispatcher
-from rlrag.generation.pool.retries import Chunk
 from rlrag.generation.pool.weights import WeightsTag, store_weights
 from rlrag.generation.protocol import Sampling, TokenCount
 from rlrag.records import Generation, Prompt, Score
 
 if TYPE_CHECKING:
     from rlrag.generation.weights import GeneratorWeights
+
+# Even at 150 tokens a second, a slow core, a chunk takes under two minutes.
+_LARGEST_TOKENS = 16_384
 
 
 class PoolClient:
@@ -207,3 +208,41 @@ class PoolClient:
         if not self._actors.members:
             raise GenerationError("this generator pool was closed; open a new one")
         return self._actors.members
+
+
+def plan_chunks(
+    prompts: Sequence[Sequence[int]], num_workers: int, batch_size: int
+) -> list[list[int]]:
+    """Split prompts into chunks for workers that pull the next one when they are free.
+
+    Prompts are sorted by their token ids, so that those with equal beginnings stay together and an
+    engine computes the common part once. Chunks hold about as many tokens as half of each worker's
+    fair share of what is left: large ones first, so that an engine has many sequences to
+    interleave, small ones at the end, so that all workers finish together. One worker alone has
+    nothing to balance and gets the largest chunks. A chunk has at least `batch_size` prompts while
+    there are that many; beyond that it ends at 16,384 tokens, which bounds what is lost with a dead
+    worker.
+
+    Returns:
+        Indices into `prompts`; each index occurs once. The plan depends on the arguments alone.
+
+    Example:
+        >>> plan_chunks([(7, 7), (1, 2), (7, 8), (1, 3)], num_workers=2, batch_size=1)
+        [[1], [3], [0], [2]]
+    """
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+    remaining = sum(len(prompt) for prompt in prompts)
+    smallest = max(1, min(batch_size, -(-len(prompts) // num_workers)))
+    parts = 1 if num_workers == 1 else 2 * num_workers
+    chunks: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        target = min(remaining / parts, _LARGEST_TOKENS)
+        size, tokens = 0, 0
+        while start + size < len(order) and (size < smallest or tokens < target):
+            tokens += len(prompts[order[start + size]])
+            size += 1
+        chunks.append(order[start : start + size])
+        start += size
+        remaining -= tokens
+    return chunks

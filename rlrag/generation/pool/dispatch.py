@@ -2,11 +2,11 @@
 
 Each actor works on one chunk at a time and takes the next when it is free. Ray restarts an actor
 that dies, so handles stay valid; its engine is started again and what was lost is sent again
-(`retries`). An actor that does not come back is done without while others answer.
+(`Losses`). An actor that does not come back is done without while others answer.
 
 Nobody waits for an actor that is much slower than the others:
 
-    late     a chunk took three times what the others need (`late_requests`): another actor is asked
+    late     a chunk took three times what the others need (`Pace`): another actor is asked
              too, and the first answer counts. Both actors hold the same weights, and the chunk is
              the same, so that the result does not tell who gave it
     slow     an actor took that long for a chunk, or never answered: in each call it gets the
@@ -40,8 +40,7 @@ from ray.exceptions import (
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError, RlragError
 from rlrag.generation.pool.actor import Answer, Member, Refusal, Standing
-from rlrag.generation.pool.calls import Flight, Work
-from rlrag.generation.pool.retries import DIED, HUNG, RAISED, Losses
+from rlrag.generation.pool.calls import DIED, HUNG, RAISED, Flight, Losses, Work
 from rlrag.generation.waits import awaiting, note_answer
 
 logger = logging.getLogger(__name__)

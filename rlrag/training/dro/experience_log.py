@@ -22,7 +22,7 @@ from rlrag.errors import CheckpointError, DataError
 from rlrag.files.text import write_whole
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.training.distributed.workers import Workers
-from rlrag.training.experience import Experience
+from rlrag.training.dro.batch import RewardedBatch
 
 
 class ExperienceLog:
@@ -33,15 +33,15 @@ class ExperienceLog:
         self._workers = workers
         self._candidates = candidates
 
-    def append(self, step: int, experience: Experience) -> None:
+    def append(self, step: int, batch: RewardedBatch) -> None:
         """Add what a step collected.
 
         Raises:
             CheckpointError: when the disk is full.
         """
         lines = []
-        for place, question in enumerate(experience.question_rows.tolist()):
-            rewards = experience.rewards_BM[place]
+        for place, question in enumerate(batch.question_rows.tolist()):
+            rewards = batch.rewards_BM[place]
             rows = self._candidates.rows_QN[question].tolist()
             lines.append(
                 {
@@ -50,11 +50,11 @@ class ExperienceLog:
                     "candidates": rows,
                     "selections": [
                         [action for action in actions if 0 <= action < len(rows)]
-                        for actions in experience.actions_BMT[place].tolist()
+                        for actions in batch.actions_BMT[place].tolist()
                     ],
                     "rewards": [None if np.isnan(reward) else float(reward) for reward in rewards],
-                    "policy_version": experience.policy_version,
-                    "generator_version": experience.generator_version,
+                    "policy_version": batch.policy_version,
+                    "generator_version": batch.generator_version,
                 }
             )
         try:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import time
 
 from rlrag.runs.watchdog import under_way
-from rlrag.training.dro.collection import Collection
+from rlrag.training.dro.batch import describe_batch, importance_weights
+from rlrag.training.dro.e_step import Collection
 from rlrag.training.dro.experience_log import ExperienceLog
-from rlrag.training.dro.weights import describe_experience, importance_weights
 from rlrag.training.parts import TrainedParts
 from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
 
@@ -62,19 +62,19 @@ class DROTrainer(Trainer):
     def step(self, step: int, pauses_after: bool) -> Metrics:
         """Collect a batch and train every part on it."""
         started = time.monotonic()
-        experience, collected = self._collection.collect(step, pauses_after)
+        batch, collected = self._collection.collect(step, pauses_after)
         collected_at = time.monotonic()
         under_way(f"learning in step {step + 1}")
         if self._log is not None:
-            self._log.append(step, experience)
+            self._log.append(step, batch)
         metrics: Metrics = {"epoch": self._schedule.epoch(step + 1)}
-        weights_BM = importance_weights(experience, self._config.dro)
+        weights_BM = importance_weights(batch, self._config.dro)
         if self._config.training.objective == "dro":
-            metrics |= describe_experience(
-                experience, weights_BM, self._config.training, self._context.workers
+            metrics |= describe_batch(
+                batch, weights_BM, self._config.training, self._context.workers
             )
         metrics |= collected
-        metrics |= self.parts.update(experience, weights_BM, step)
+        metrics |= self.parts.update(batch, weights_BM, step)
         return metrics | {
             "rollouts_per_s": metrics.get("num_rollouts", 0.0) / (collected_at - started),
             "collect_s": collected_at - started,

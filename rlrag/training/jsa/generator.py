@@ -20,11 +20,10 @@ from rlrag.generation.build import resolve_config
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
 from rlrag.records import Question
-from rlrag.training.distributed.publishing import hand_over
+from rlrag.training.distributed.engines import hand_over
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.jsa.retrievers import target_answer
-from rlrag.training.learners.generator import GeneratorLearner, WeightedExample
-from rlrag.training.learners.generator_examples import thinned
+from rlrag.training.learners.generator import GeneratorLearner, WeightedExample, thinned
 from rlrag.training.parts import open_trainable_generator
 from rlrag.training.trainer import Files
 

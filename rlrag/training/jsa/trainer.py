@@ -24,7 +24,7 @@ import torch
 
 from rlrag.data.questions import answerable_rows
 from rlrag.files.directories import restore_weights
-from rlrag.generation.prompt_counts import shares_of
+from rlrag.generation.prompts import shares_of
 from rlrag.pipeline import sampling_of
 from rlrag.retrieval.trainable.query_encoder import static_index
 from rlrag.runs.watchdog import under_way
@@ -32,9 +32,9 @@ from rlrag.training.jsa.generator import JSAGenerator
 from rlrag.training.jsa.retrievers import JSARetrievers
 from rlrag.training.jsa.sampling import PosteriorSampler
 from rlrag.training.openrag.passage_judge import PassageJudge
-from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
 from rlrag.training.schedule import jsa_schedule
 from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
+from rlrag.training.validation import best_retriever_by, validate_retriever
 
 _PER_WEIGHED = ("num_visited", "answer_logp")
 _PER_QUESTION = ("num_domain", "num_scored", "ess", "kl")

@@ -23,8 +23,7 @@ from rlrag.algorithms.sequence_logp import answer_batch, shared_length, summed_l
 from rlrag.config import GeneratorTrainingConfig
 from rlrag.errors import CheckpointError, GenerationError
 from rlrag.files.directories import MANIFEST, check_finite
-from rlrag.generation.weight_protocols import adapter_names
-from rlrag.generation.weights import GeneratorWeights, pack_weights
+from rlrag.generation.weights import GeneratorWeights, adapter_names, pack_weights
 from rlrag.models.adapters import add_adapter, copy_around_frozen, merge_adapter
 from rlrag.models.causal_lm import check_prefix_reading, load_causal_lm
 from rlrag.models.directories import resolve_device, resolve_dtype

@@ -1,4 +1,4 @@
-"""One optimiser step of the selection policy on a batch of episodes (M-step).
+"""One optimiser step of the selection policy on a rewarded batch (M-step).
 
 Shape letters: B questions, M samples, E = B * M episodes.
 """
@@ -14,12 +14,12 @@ from rlrag.algorithms import dro
 from rlrag.config import DROConfig, TrainingConfig
 from rlrag.selection.build import TrainablePolicy
 from rlrag.training.distributed.workers import Workers
-from rlrag.training.experience import Experience
+from rlrag.training.dro.batch import RewardedBatch
 from rlrag.training.learners.optimiser import Optimiser
 
 
 class SelectorLearner:
-    """Takes one DRO step on a policy for each batch of experience.
+    """Takes one DRO step on a policy for each rewarded batch.
 
     Every worker sees its share of the batch. Gradients and metrics are summed over the workers and
     divided by the questions of the whole batch: one worker and many do the same mathematics.
@@ -56,30 +56,28 @@ class SelectorLearner:
             "lower training.learning_rate, or look for infinite rewards in metrics.jsonl",
         )
 
-    def update(
-        self, experience: Experience, weights_BM: torch.Tensor, step: int
-    ) -> dict[str, float]:
+    def update(self, batch: RewardedBatch, weights_BM: torch.Tensor, step: int) -> dict[str, float]:
         """One optimiser step; returns metrics averaged over the whole batch, as before the step.
 
         `policy_entropy` and `kl_to_initial` are estimates from the samples for whole episodes, in
         nats.
 
         Args:
-            experience: This worker's share of the batch.
+            batch: This worker's share of the batch.
             weights_BM: Its importance weights.
             step: Number of this step, from 0.
 
         Raises:
             NonFiniteLossError: when the loss or the gradient is not finite.
         """
-        log_weights_BM = torch.from_numpy(experience.log_weights_BM)
-        behaviour_BM = torch.from_numpy(experience.behaviour_logp_BM).double()
+        log_weights_BM = torch.from_numpy(batch.log_weights_BM)
+        behaviour_BM = torch.from_numpy(batch.behaviour_logp_BM).double()
         with torch.no_grad():
-            initial_BM = self._logp(self._initial, experience, slice(None)).cpu().double()
-        coefficients_BM = self._coefficients(experience, weights_BM)
+            initial_BM = self._logp(self._initial, batch, slice(None)).cpu().double()
+        coefficients_BM = self._coefficients(batch, weights_BM)
         self.optimiser.zero_grad()
         constants = (coefficients_BM, behaviour_BM, initial_BM, log_weights_BM)
-        loss, logp_BM = self._backward(experience, constants)
+        loss, logp_BM = self._backward(batch, constants)
         kl_BM = dro.kl_coefficients(logp_BM, behaviour_BM, initial_BM, log_weights_BM)
         entropy_BM = dro.entropy_coefficients(logp_BM, behaviour_BM, log_weights_BM)
         metrics = self._mean(
@@ -93,7 +91,7 @@ class SelectorLearner:
         return metrics
 
     def _backward(
-        self, experience: Experience, constants: Sequence[torch.Tensor]
+        self, batch: RewardedBatch, constants: Sequence[torch.Tensor]
     ) -> tuple[float, torch.Tensor]:
         """Add up the gradient; returns the summed loss, and log p of shape (B, M) on the CPU.
 
@@ -102,12 +100,12 @@ class SelectorLearner:
         As many questions at once as the policy reads in one pass: what a language model keeps for
         the gradient would otherwise grow with the batch.
         """
-        num_questions = len(experience.question_rows)
+        num_questions = len(batch.question_rows)
         at_once = getattr(self._policy, "micro_batch", None) or num_questions
         loss, parts = 0.0, []
         for start in range(0, num_questions, at_once):
             rows = slice(start, start + at_once)
-            logp_BM = self._logp(self._policy, experience, rows)
+            logp_BM = self._logp(self._policy, batch, rows)
             loss_B = self._loss(logp_BM, *(each_BM[rows].to(logp_BM) for each_BM in constants))
             (loss_B.sum() / self._config.batch_size).backward()
             loss += loss_B.detach().sum().item()
@@ -115,19 +113,19 @@ class SelectorLearner:
         return loss, torch.cat(parts)
 
     @staticmethod
-    def _logp(policy: TrainablePolicy, experience: Experience, questions: slice) -> torch.Tensor:
+    def _logp(policy: TrainablePolicy, batch: RewardedBatch, questions: slice) -> torch.Tensor:
         """Log-probabilities of the episodes of some questions, shape (B, M)."""
-        num_samples = experience.num_samples
-        rows_E = experience.by_question(np.arange(len(experience.trajectories)))[questions].ravel()
-        trajectories = experience.trajectories
+        num_samples = batch.num_samples
+        rows_E = batch.by_question(np.arange(len(batch.trajectories)))[questions].ravel()
+        trajectories = batch.trajectories
         if len(rows_E) < len(trajectories):
             trajectories = trajectories.of(rows_E)
         return policy.log_prob(trajectories).sum(dim=1).view(-1, num_samples)
 
-    def _coefficients(self, experience: Experience, weights_BM: torch.Tensor) -> torch.Tensor:
+    def _coefficients(self, batch: RewardedBatch, weights_BM: torch.Tensor) -> torch.Tensor:
         """What multiplies log p of an episode by its reward, shape (B, M)."""
-        log_weights_BM = torch.from_numpy(experience.log_weights_BM)
-        valid_BM = dro.valid_samples(torch.from_numpy(experience.rewards_BM), log_weights_BM)
+        log_weights_BM = torch.from_numpy(batch.log_weights_BM)
+        valid_BM = dro.valid_samples(torch.from_numpy(batch.rewards_BM), log_weights_BM)
         return dro.coefficients(weights_BM, log_weights_BM, valid_BM, self._dro.baseline)
 
     def _loss(

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from rlrag.algorithms.rag_labels import closed_set_label
 from rlrag.config import RewardConfig
 from rlrag.errors import DataError, GenerationError, RewardError, RlragError
-from rlrag.generation.prompt_counts import PromptCounts
-from rlrag.generation.prompts import PromptBuilder
+from rlrag.generation.prompts import PromptBuilder, PromptCounts
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.records import Passage, Question
 from rlrag.rewards.answering import AnsweringReward

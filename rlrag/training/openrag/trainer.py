@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from rlrag.files.directories import restore_weights
-from rlrag.generation.prompt_counts import shares_of
+from rlrag.generation.prompts import shares_of
 from rlrag.pipeline import sampling_of
 from rlrag.retrieval.trainable.late_parametric import LateParametricRetriever
 from rlrag.retrieval.trainable.open import (
@@ -36,9 +36,9 @@ from rlrag.training.openrag.index_refresh import ProcessBuild, RayBuild, Refresh
 from rlrag.training.openrag.pairs import PairFinder
 from rlrag.training.openrag.passage_judge import PassageJudge
 from rlrag.training.openrag.pools import load_pools
-from rlrag.training.retriever_validation import best_retriever_by, validate_retriever
 from rlrag.training.schedule import num_offline_steps, openrag_schedule
 from rlrag.training.trainer import Before, Files, Metrics, Trainer, TrainerContext
+from rlrag.training.validation import best_retriever_by, validate_retriever
 
 
 class OpenRAGTrainer(Trainer):

@@ -1,4 +1,4 @@
-"""Checks before training that engines score answers as the learner does.
+"""Engines of a generator in training: new weights for them, and a check before training.
 
 Families of models differ in what their weights are called, tied to and packed into, and an engine
 may take a set without a word and answer with another. So the learner's weights are moved a little,
@@ -19,11 +19,11 @@ from rlrag.generation.build import resolve_config
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder
 from rlrag.generation.protocol import Generator
+from rlrag.generation.weights import FollowsWeights, GeneratorWeights
 from rlrag.models.causal_lm import differ
 from rlrag.models.directories import resolve_dtype
 from rlrag.records import Prompt
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.training.distributed.publishing import hand_over
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.learners.generator_model import TrainableGenerator
 
@@ -33,6 +33,19 @@ _ADVICE = (
     "this model cannot be trained with these engines: use generator.backend transformers, another "
     "generator_training.method or another generator.model"
 )
+
+
+def hand_over(weights: GeneratorWeights, generator: Generator, workers: Workers) -> None:
+    """Give the engines new weights once no worker has a batch on its way.
+
+    All workers call this together: one sends the weights, the others learn what to expect.
+    """
+    workers.barrier()
+    if workers.rank == 0:
+        generator.load_weights(weights)
+    workers.barrier()
+    if workers.rank != 0 and isinstance(generator, FollowsWeights):
+        generator.expect_weights(weights.version, weights.digest)
 
 
 def check_engines(

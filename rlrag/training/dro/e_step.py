@@ -12,34 +12,38 @@ versions. Shape letters: B questions, M samples, K selected.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from rlrag.config import RunConfig
-from rlrag.environment.rollout import play_greedy
-from rlrag.generation.prompt_counts import shares_of
+from rlrag.config import DROConfig, EnvironmentConfig, RunConfig
+from rlrag.environment.episodes import open_episodes
+from rlrag.environment.rollout import play, play_greedy
+from rlrag.generation.prompts import shares_of
 from rlrag.generation.protocol import Generator
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import AnsweringReward
+from rlrag.rewards.protocol import SelectionReward
 from rlrag.selection.build import TrainablePolicy
-from rlrag.training.distributed.publishing import hand_over
+from rlrag.selection.protocol import Draws, Policy, Seed
+from rlrag.training.distributed.engines import hand_over
 from rlrag.training.distributed.workers import Workers
-from rlrag.training.experience import Experience, ExperienceCollector
+from rlrag.training.dro.batch import RewardedBatch
 from rlrag.training.parts import TrainedParts
 from rlrag.training.schedule import BatchSchedule
 
 
-class _Batch(NamedTuple):
-    """Experience, the generator tokens that this worker computed and was saved for it, its prompts.
+class _Drawn(NamedTuple):
+    """A batch, the generator tokens that this worker computed and was saved for it, its prompts.
 
     These are counted by whoever draws the batch: beside the learner, a batch that runs ahead
     falls into one step or the next as the clock will have it.
     """
 
-    experience: Experience
+    batch: RewardedBatch
     num_tokens: np.ndarray
     prompt_counts: np.ndarray
     """Of `PromptCounts.values`."""
@@ -66,16 +70,16 @@ class Collection:
         self._workers = workers
         self._prompt_counts = reward.prompt_counts
         num_questions = len(range(workers.rank, config.training.batch_size, workers.size))
-        self._collector = ExperienceCollector(
+        self._collector = BatchCollector(
             config.environment, config.dro, candidates, reward, num_questions
         )
         self._published = 0
         self._drawing: TrainablePolicy | None = None
         self._drawing_version = 0
-        self._ahead: Future[_Batch] | None = None
+        self._ahead: Future[_Drawn] | None = None
         self._thread = ThreadPoolExecutor(1, "run-ahead") if config.training.overlap else None
 
-    def collect(self, step: int, pauses_after: bool) -> tuple[Experience, dict[str, float]]:
+    def collect(self, step: int, pauses_after: bool) -> tuple[RewardedBatch, dict[str, float]]:
         """The batch of a step, and metrics about how it was collected; one step after another.
 
         Args:
@@ -86,27 +90,26 @@ class Collection:
         if self._config.training.objective == "sft":
             return self._own_order(step), {"num_rollouts": 0.0, **_described(torch.zeros(2))}
         ahead, self._ahead = self._ahead, None
-        batch = ahead.result() if ahead else None
+        drawn = ahead.result() if ahead else None
         if self._drawing is None or self._schedule.starts_estep(step):
             self._drawing_version = self._schedule.estep(step)
             self.publish(self._drawing_version)
             self._drawing = self._policy_to_draw_with()
         num_stale, stale_tokens = 0, np.zeros(2)
-        if batch is not None and self._staleness(batch.experience) > self._max_staleness:
+        if drawn is not None and self._staleness(drawn.batch) > self._max_staleness:
             # All workers hold the same versions, so that all collect theirs again.
-            num_stale = batch.experience.rewards_BM.size * self._workers.size
-            stale_tokens, batch = batch.num_tokens, None
-        if batch is None:
-            batch = self._draw(step, self._drawing)
+            num_stale = drawn.batch.rewards_BM.size * self._workers.size
+            stale_tokens, drawn = drawn.num_tokens, None
+        if drawn is None:
+            drawn = self._draw(step, self._drawing)
         if self._thread and not pauses_after and step + 1 < self._schedule.num_steps:
             self._ahead = self._thread.submit(self._draw, step + 1, self._drawing)
-        experience = batch.experience
-        tokens = self._workers.sum(torch.from_numpy(batch.num_tokens + stale_tokens))
-        return experience, {
-            "staleness": float(self._schedule.estep(step) - experience.policy_version),
+        tokens = self._workers.sum(torch.from_numpy(drawn.num_tokens + stale_tokens))
+        return drawn.batch, {
+            "staleness": float(self._schedule.estep(step) - drawn.batch.policy_version),
             "num_stale": float(num_stale),
             **_described(tokens),
-            **shares_of(self._workers.sum(torch.from_numpy(batch.prompt_counts)).numpy()),
+            **shares_of(self._workers.sum(torch.from_numpy(drawn.prompt_counts)).numpy()),
         }
 
     def publish(self, version: int, again: bool = False) -> None:
@@ -139,35 +142,87 @@ class Collection:
     def _max_staleness(self) -> int:
         return self._config.generator_training.max_staleness
 
-    def _staleness(self, experience: Experience) -> int:
-        return self._published - experience.generator_version
+    def _staleness(self, batch: RewardedBatch) -> int:
+        return self._published - batch.generator_version
 
     def _policy_to_draw_with(self) -> TrainablePolicy:
         """The policy itself where it does not change before the E-step ends, else a copy."""
         policy = self._parts.policy
         return policy if self._config.dro.on_policy and not self._thread else copy.deepcopy(policy)
 
-    def _draw(self, step: int, policy: TrainablePolicy) -> _Batch:
+    def _draw(self, step: int, policy: TrainablePolicy) -> _Drawn:
         tokens, prompts = self._tokens(), self._prompt_counts.values()
-        experience = self._collector.collect(
+        batch = self._collector.collect(
             policy,
             *self._schedule.share(step, self._workers),
             policy_version=self._drawing_version,
             generator_version=self._generator.version,
         )
-        return _Batch(experience, self._tokens() - tokens, self._prompt_counts.values() - prompts)
+        return _Drawn(batch, self._tokens() - tokens, self._prompt_counts.values() - prompts)
 
     def _tokens(self) -> np.ndarray:
         """Tokens that this worker's generator computed and was saved so far."""
         return np.array([self._generator.tokens.spent, self._generator.tokens.saved], np.float64)
 
-    def _own_order(self, step: int) -> Experience:
+    def _own_order(self, step: int) -> RewardedBatch:
         """The untrained policy's best episode of each question, as one sample of weight 1."""
         rows, _ = self._schedule.share(step, self._workers)
         greedy = play_greedy(self._config.environment, self._parts.initial, self._candidates, rows)
-        return Experience(greedy, 1, policy_version=0, generator_version=self._generator.version)
+        return RewardedBatch(greedy, 1, policy_version=0, generator_version=self._generator.version)
 
 
 def _described(num_tokens: torch.Tensor) -> dict[str, float]:
     names = ("generator_tokens_spent", "generator_tokens_saved")
     return dict(zip(names, num_tokens.tolist(), strict=True))
+
+
+class BatchCollector:
+    """Plays batches of a fixed number of questions and samples.
+
+    Args:
+        config: Names the environment and the number of picks.
+        dro: Episodes a question (M) and how they are drawn.
+        candidates: The questions with their candidates.
+        reward: Scores what episodes end with, all of a batch in one call.
+        num_questions: Questions a batch (B), over this worker's share.
+    """
+
+    def __init__(
+        self,
+        config: EnvironmentConfig,
+        dro: DROConfig,
+        candidates: CandidateTable,
+        reward: SelectionReward,
+        num_questions: int,
+    ) -> None:
+        self._dro = dro
+        num_episodes = num_questions * dro.num_samples
+        self._episodes = open_episodes(config, num_episodes, candidates, reward)
+
+    def collect(
+        self,
+        policy: Policy,
+        question_rows: np.ndarray,
+        seeds: Sequence[Seed],
+        policy_version: int,
+        generator_version: int,
+    ) -> RewardedBatch:
+        """Play M episodes of each question.
+
+        The versions are recorded, not checked: the caller holds the policy and the generator still.
+
+        Raises:
+            EpisodeError: when the environment or the policy break their contracts.
+            RlragError: the first failure, when no reward of the whole batch could be computed.
+        """
+        dro = self._dro
+        draws = Draws(seeds, dro.num_samples, dro.proposal_temperature, dro.replacement)
+        trajectories = play(self._episodes, policy, question_rows, draws)
+        batch = RewardedBatch(trajectories, dro.num_samples, policy_version, generator_version)
+        if len(batch.errors) == len(trajectories):
+            raise batch.errors[0]
+        return batch
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._episodes.close()
