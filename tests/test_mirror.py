@@ -20,6 +20,7 @@ from rlrag.files.directories import whole_directory
 from rlrag.files.remote import RemoteDirectory
 from rlrag.runs.directory import RunDirectory
 from rlrag.runs.mirror import Mirror, mirrored
+from rlrag.runs.mirror_fetch import fetch_run
 
 WAIT_S = 60.0
 
@@ -71,6 +72,8 @@ def test_everything_that_a_run_keeps_is_there_at_its_end(tmp_path, far):
     (run.dir.indexes / "step-000006" / "half.bin").write_text("not finished")
     run.dir.evaluation.write_text("{}")
     run.dir.feedback.write_text("sqlite")
+    run.dir.sources.write_text("{}")
+    run.dir.questions.write_text("{}")
     mirror_once(run)
     expected = content(run.dir.path)
     del expected["indexes/step-000006/half.bin"]
@@ -90,6 +93,32 @@ def test_checkpoints_arrive_while_the_run_goes_on_and_old_ones_go(tmp_path, far)
     kept = {f"step-{step:06d}" for step in (0, 12, 15, 18)}
     assert {path.name for path in run.dir.checkpoints.iterdir()} == kept
     assert {path.name for path in (far / "checkpoints").iterdir()} == kept
+
+
+def test_what_is_replaced_here_is_replaced_there_and_what_goes_here_goes_there(tmp_path, far):
+    run = Run(tmp_path / "run", config_for(far)).steps_to(2)
+    for step in (2, 4):
+        (run.dir.indexes / f"step-{step:06d}").mkdir(parents=True)
+        (run.dir.indexes / f"step-{step:06d}" / "done.json").write_text("{}")
+    with whole_directory(run.dir.bundle) as staging:
+        (staging / "a.txt").write_text("first")
+    with mirrored(run.config, run.dir, print):
+        wait_until((far / "bundle" / "manifest.json").exists)
+        shutil.rmtree(run.dir.indexes / "step-000002")
+        with whole_directory(run.dir.bundle) as staging:
+            (staging / "a.txt").write_text("second")
+    assert (far / "bundle" / "a.txt").read_text() == "second"
+    assert content(far) == content(run.dir.path)
+
+
+def test_file_systems_without_hard_links_are_mirrored_too(tmp_path, far, monkeypatch):
+    def refuse(source, target):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("os.link", refuse)
+    run = Run(tmp_path / "run", config_for(far)).steps_to(2)
+    mirror_once(run)
+    assert content(far) == content(run.dir.path)
 
 
 class Gated(RemoteDirectory):
@@ -165,6 +194,21 @@ def test_what_is_newer_here_stays_and_what_is_newer_there_is_fetched(tmp_path, f
     assert behind.dir.read_metrics() == run.dir.read_metrics()
 
 
+def test_nothing_is_fetched_where_the_run_here_is_as_far(tmp_path, far):
+    """What was deleted here by hand is made anew, or is not wanted."""
+    run = Run(tmp_path / "run", config_for(far)).steps_to(3)
+    with whole_directory(run.dir.bundle) as staging:
+        (staging / "a.txt").write_text("bundle")
+    run.dir.evaluation.write_text("{}")
+    mirror_once(run)
+    shutil.rmtree(run.dir.bundle)
+    run.dir.evaluation.unlink()
+    before, said = content(run.dir.path), list[str]()
+    mirror_once(run, said)
+    assert said == []
+    assert content(run.dir.path) == before
+
+
 def test_a_checkpoint_that_is_damaged_here_comes_back_from_there(tmp_path, far):
     run = Run(tmp_path / "run", config_for(far)).steps_to(3)
     mirror_once(run)
@@ -193,11 +237,34 @@ def test_of_what_is_damaged_there_the_newest_whole_one_is_taken(tmp_path, far, h
         (place / "manifest.json").unlink()
     else:
         lines = (far / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (far / "metrics.jsonl").write_text("".join(lines[:5]))
+        (far / "metrics.jsonl").write_text("".join(lines[:6]))  # up to step 5
     found, said = fetched(tmp_path / "elsewhere", run.config)
     assert found.store.steps() == [0, 3]
     assert said[-1] == f"fetched checkpoint 3 from file://{far}/"
     assert len(said) == (1 if harm == "manifest" else 2)
+
+
+def test_names_that_lead_out_of_the_run_are_not_fetched(tmp_path, far):
+    """Object storage takes any name, and whoever may write there could choose one."""
+    run = Run(tmp_path / "run", config_for(far)).steps_to(3)
+    mirror_once(run)
+    asked: list[str] = []
+
+    class Hostile(Noting):
+        """Storage with a name that leads out of the run."""
+
+        def files(self):
+            return {*super().files(), "indexes/step-000003/../../../outside.txt"}
+
+        def download(self, name, place):
+            asked.append(name)
+            return "" if "outside" in name else super().download(name, place)
+
+    elsewhere = Run(tmp_path / "elsewhere", run.config)
+    fetch_run(run.config, elsewhere.dir, Hostile(far), print)
+    assert elsewhere.store.steps() == [0, 3]
+    assert "metrics.jsonl" in asked
+    assert not [name for name in asked if ".." in name]
 
 
 def test_another_run_there_is_refused_and_left_alone(tmp_path, far):
@@ -231,6 +298,73 @@ def test_turns_are_mirrored_each_with_its_own_checkpoints(tmp_path, far):
     assert said == [f"fetched checkpoint 4 from file://{far}/rounds/1-retriever/"]
     assert content(found.dir.path) == {k: v for k, v in expected.items() if "logs" not in k}
     assert turn.store.steps() == [0, 4]
+
+
+def test_a_checkpoint_there_keeps_its_best_also_when_both_are_gone_here(tmp_path, far):
+    """Step 6 counts 2 as the best; until two newer ones are there, it may be continued from."""
+    config = config_for(far, max_attempts=1)
+    run = Run(tmp_path / "run", config).steps_to(2, best=2).steps_to(6, best=2)
+    mirror_once(run)
+    run.steps_to(8, best=10).steps_to(10, best=10)
+    assert run.store.steps() == [0, 8, 10]
+
+    class Lacking(Noting):
+        """Storage that does not take step 8."""
+
+        def upload_whole(self, name: str, source: Path) -> None:
+            if name.endswith("8"):
+                raise SetupError("no room")
+            super().upload_whole(name, source)
+
+    mirror = Mirror(config, run.dir, Lacking(far))
+    mirror.start()
+    assert "checkpoints/step-000008 (no room)" in mirror.finish()
+    assert {path.name for path in (far / "checkpoints").iterdir()} == {
+        f"step-{step:06d}" for step in (0, 2, 6, 10)
+    }
+
+
+def test_each_turn_keeps_its_own_checkpoints(tmp_path, far):
+    config = config_for(far)
+    whole = Run(tmp_path / "run", config)
+    early = Run(whole.dir.rounds / "1-retriever", config).steps_to(2).steps_to(4)
+    late = Run(whole.dir.rounds / "2-selection", config)
+    with mirrored(config, whole.dir, print):
+        for last in (6, 8, 10, 12):
+            late.steps_to(last)
+            name = f"rounds/2-selection/checkpoints/step-{last:06d}/manifest.json"
+            wait_until((far / name).exists)
+    assert (early.store.steps(), late.store.steps()) == ([0, 2, 4], [0, 10, 12])
+    assert content(far) == content(whole.dir.path)
+
+
+def test_before_anything_else_the_storage_knows_whose_run_it_is(tmp_path, far):
+    """A reader that finds files and no configuration refuses them."""
+    whole = Run(tmp_path / "run", config_for(far))
+    Run(whole.dir.rounds / "1-retriever", whole.config).steps_to(2)
+    noting = Noting(far)
+    mirror = Mirror(whole.config, whole.dir, noting)
+    mirror.start()
+    assert mirror.finish() == ""
+    assert noting.uploaded[:3] == [
+        "config.json",
+        "rounds/1-retriever/config.json",
+        "rounds/1-retriever/metrics.jsonl",
+    ]
+
+
+class Noting(RemoteDirectory):
+    """Storage that notes in which order files come."""
+
+    def __init__(self, far: Path) -> None:
+        from pyarrow.fs import LocalFileSystem
+
+        super().__init__(LocalFileSystem(), str(far), "far")
+        self.uploaded: list[str] = []
+
+    def upload(self, name: str, source: Path) -> str:
+        self.uploaded.append(name)
+        return super().upload(name, source)
 
 
 class Refusing(RemoteDirectory):
@@ -278,7 +412,8 @@ def test_after_a_failure_the_next_checkpoint_tries_again(tmp_path, far):
     wait_until(lambda: refusing.num_tries == 1)
     refusing.is_broken = False
     run.steps_to(4)
-    wait_until(lambda: (far / "checkpoints" / "step-000004" / "manifest.json").exists())
+    for step in (4, 2):
+        wait_until((far / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists)
     assert mirror.finish() == ""
 
 

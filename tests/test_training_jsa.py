@@ -109,11 +109,18 @@ def test_the_records_have_the_documented_keys_and_finite_numbers(whole):
     assert records[-1]["epoch"] == pytest.approx(NUM_STEPS * 8 / 28)
 
 
-def test_step_0_is_the_retriever_as_it_came(whole, task):
+@pytest.mark.parametrize("shown", [1, 3])
+def test_step_0_is_the_retriever_as_it_came(config, task, tmp_path, shown):
+    shows = changed(config, environment={"num_selected": shown})
+    with pytest.raises(StopAfter):
+        start(shows, task, tmp_path / "run", 0).run()
     validation = task.data.validation
-    first = [validation.passages(row)[0].id for row in range(NUM_VALIDATION)]
-    recall = np.mean([q.gold_ids[0] == f for q, f in zip(validation.questions, first, strict=True)])
-    assert steps_of(whole)[0]["validation/recall"] == pytest.approx(recall)
+    first = [
+        {passage.id for passage in validation.passages(row)[:shown]}
+        for row in range(NUM_VALIDATION)
+    ]
+    recall = np.mean([q.gold_ids[0] in f for q, f in zip(validation.questions, first, strict=True)])
+    assert steps_of(tmp_path / "run")[0]["validation/recall"] == pytest.approx(recall)
 
 
 def check_continued(whole: Path, directory: Path, files: set[str]) -> None:

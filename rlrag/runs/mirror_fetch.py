@@ -21,7 +21,7 @@ from rlrag.runs.directory import RunDirectory, check_same_run
 _CHECKPOINT = re.compile(r"((?:rounds/[^/]+/)?checkpoints/step-(\d{6,}))/.+")
 _TURN = re.compile(r"(rounds/[^/.][^/]*/).+")
 _SINGLE_FILES = re.compile(
-    r"config\.json|metrics\.jsonl|sources\.json|evaluation\.json|feedback\.sqlite"
+    r"config\.json|metrics\.jsonl|sources\.json|evaluation(\.questions\.jsonl|\.json)|feedback\.sqlite"
     r"|experience/[^/.][^/]*\.jsonl|indexes/step-\d+/.+"
 )
 
