@@ -244,6 +244,22 @@ def test_of_what_is_damaged_there_the_newest_whole_one_is_taken(tmp_path, far, h
     assert len(said) == (1 if harm == "manifest" else 2)
 
 
+def test_damaged_pools_and_half_an_upload_are_left_out(tmp_path, far):
+    """The run makes pools anew; a hidden file is what an upload left that was stopped."""
+    run = Run(tmp_path / "run", config_for(far)).steps_to(3)
+    with whole_directory(run.dir.pools) as staging:
+        (staging / "a.txt").write_text("pools")
+    mirror_once(run)
+    (far / "pools" / "a.txt").write_text("torn")
+    (far / "indexes" / "step-000003").mkdir(parents=True)
+    (far / "indexes" / "step-000003" / ".half.bin.new").write_text("half")
+    found, said = fetched(tmp_path / "elsewhere", run.config)
+    assert said[0].startswith(f"pools in file://{far} is left out: ")
+    assert said[1:] == [f"fetched checkpoint 3 from file://{far}/"]
+    assert not found.dir.pools.exists()
+    assert not found.dir.indexes.exists()
+
+
 def test_names_that_lead_out_of_the_run_are_not_fetched(tmp_path, far):
     """Object storage takes any name, and whoever may write there could choose one."""
     run = Run(tmp_path / "run", config_for(far)).steps_to(3)

@@ -195,6 +195,14 @@ def test_a_sign_that_a_killed_process_left_is_no_sign(small_config, training_dat
     assert not run_dir.stop_is_asked()
 
 
+def test_a_loop_that_no_signal_reached_leaves_the_handler_that_was_there(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with ended_between_steps(RunDirectory(tmp_path)) as is_asked:
+        assert signal.getsignal(signal.SIGTERM) != before
+        assert not is_asked()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_outside_of_the_steps_the_program_ends_at_once():
     def work() -> None:
         with ended_by_sigterm() as listen_again:
