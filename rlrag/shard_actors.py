@@ -19,6 +19,8 @@ from rlrag.generation.pool.dispatch import ACTOR_ENDED
 from rlrag.retrieval.dense.shards import ShardSource, VectorShard
 from rlrag.retrieval.protocol import Hits
 
+# An actor that dies more often than this does so for a reason that starting it again does not mend.
+MAX_RESTARTS = 3
 _TASK_RETRIES = 2
 
 
@@ -41,7 +43,7 @@ class ShardActors:
 
     Args:
         sources: One part an actor.
-        config: Reservation, restarts and waits.
+        config: Reservation and waits.
     """
 
     def __init__(self, sources: Sequence[ShardSource], config: RetrievalConfig) -> None:
@@ -73,8 +75,8 @@ class ShardActors:
     def _make(self, source: ShardSource) -> Any:
         make = ray.remote(ShardActor).options(
             num_cpus=self._config.shard_cpus,
-            max_restarts=self._config.shard_restarts,
-            max_task_retries=_TASK_RETRIES if self._config.shard_restarts else 0,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=_TASK_RETRIES,
             # FAISS takes as many threads as this says; Ray would say 1 for less than two CPUs.
             runtime_env={
                 "env_vars": {"OMP_NUM_THREADS": str(max(1, int(self._config.shard_cpus)))}
@@ -91,7 +93,7 @@ class ShardActors:
             raise RetrievalError(f"{self._name(number)} failed: {error.cause!r}") from error
         except ACTOR_ENDED as error:
             raise RetrievalError(
-                f"{self._name(number)} has ended {self._config.shard_restarts + 1} times (memory "
+                f"{self._name(number)} has ended {MAX_RESTARTS + 1} times (memory "
                 f"is the usual cause); use more retrieval.num_shards, or look into Ray's logs: "
                 f"{error}"
             ) from error

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from rlrag import shard_actors
 from rlrag.config import (
     DROConfig,
     FewShotExample,
@@ -23,8 +24,14 @@ from rlrag.config import (
     TrainingConfig,
     describe_validation_error,
 )
+from rlrag.config.fixed import FIXED
 from rlrag.errors import ConfigError
 from rlrag.recipes import RECIPES
+from rlrag.retrieval import hybrid
+from rlrag.retrieval.dense import index
+from rlrag.runs import mirror
+from rlrag.training.feedback import trainer
+from rlrag.training.openrag import offline_stage
 
 EXAMPLE = FewShotExample(title="t", text="a text", question="q?", answer="a")
 Path = tuple[str, ...]
@@ -144,6 +151,36 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
         RunConfig.from_json(text, "DIR/config.json")
     assert str(caught.value).startswith("DIR/config.json: unknown field")
     assert sentence in str(caught.value)
+
+
+def stored(name: str, value: object) -> str:
+    """The JSON of a configuration that still has this setting."""
+    section, field = name.split(".")
+    return saved(**{section: {field: value}})
+
+
+@pytest.mark.parametrize(("name", "value"), FIXED.items())
+def test_a_stored_setting_that_became_a_constant_is_read_at_its_value_alone(name, value):
+    assert RunConfig.from_json(stored(name, value)) == RunConfig()
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_json(stored(name, value + 1), "DIR/config.json")
+    said = f"{name} is no setting any more and fixed at {value:g}; leave it out"
+    assert str(caught.value) == f"DIR/config.json: {said}"
+
+
+def test_settings_that_became_constants_are_fixed_at_the_values_that_are_used():
+    used = {
+        "retrieval.hnsw_links": index.HNSW_LINKS,
+        "retrieval.hnsw_search_depth": index.HNSW_SEARCH_DEPTH,
+        "retrieval.shard_restarts": shard_actors.MAX_RESTARTS,
+        "retrieval.rrf_k": hybrid.RRF_K,
+        "off_policy.min_ess": trainer.MIN_ESS,
+        "off_policy.confidence": trainer.CONFIDENCE,
+        "openrag.min_auc": offline_stage.MIN_AUC,
+        "mirror.timeout_s": mirror.TIMEOUT_S,
+        "mirror.max_attempts": mirror.MAX_ATTEMPTS,
+    }
+    assert used == FIXED
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,11 @@ def test_flags_change_single_fields_and_nothing_else():
         (["--environment.num-selected", "9"], "num_selected is 9 but retrieval.num_candidates"),
         (["--reward.weights", "1", "2"], "reward.functions has 1 entries and reward.weights 2"),
         (["--generator.backend", "vllm", "--training.launcher", "local"], "runs without vLLM"),
+        (["--retrieval.rrf-k", "60"], "--retrieval.rrf-k is no setting any more and fixed at 60"),
+        (
+            ["--mirror.max_attempts=5"],
+            "--mirror.max_attempts is no setting any more",
+        ),
     ],
 )
 def test_values_that_contradict_give_one_sentence(words, message, capsys):

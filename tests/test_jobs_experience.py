@@ -192,12 +192,13 @@ def test_a_refused_log_leaves_the_run_directory_to_a_corrected_command(
         with pytest.raises(DataError, match=message) as caught:
             train.main([*words, "--experience", str(name)])
         assert exit_code(caught.value) == 3
-    picky = ["--off-policy.min-ess", "1000"]
+    few = tmp_path / "few.sqlite"
+    write_log(few, config_of(flags_of(openrag_files, tmp_path)), 20)
     with pytest.raises(
         DataError,
-        match=r"effective sample size of the starting policy is .* below off_policy.min_ess",
+        match=r"effective sample size of the starting policy is .* held-out selections, below 10",
     ):
-        train.main([*words, *picky, "--experience", str(log)])
+        train.main([*words, "--experience", str(few)])
     train.main([*words, "--experience", str(log)])
     kept = RunDirectory(tmp_path / "run")
     assert len(read_feedback(kept.feedback)) == 300

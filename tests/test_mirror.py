@@ -401,9 +401,9 @@ class Refusing(RemoteDirectory):
 
 
 def test_storage_that_fails_is_tried_a_few_times_then_said_once_and_counted(tmp_path, far, caplog):
-    run = Run(tmp_path / "run", config_for(far, max_attempts=2)).steps_to(2)
+    run = Run(tmp_path / "run", config_for(far)).steps_to(2)
     refusing = Refusing(far)
-    mirror = Mirror(run.config, run.dir, refusing)
+    mirror = Mirror(run.config, run.dir, refusing, max_attempts=2)
     mirror.start()
     wait_until(lambda: refusing.num_tries == 2)
     run.steps_to(4)
@@ -421,9 +421,9 @@ def test_storage_that_fails_is_tried_a_few_times_then_said_once_and_counted(tmp_
 
 
 def test_after_a_failure_the_next_checkpoint_tries_again(tmp_path, far):
-    run = Run(tmp_path / "run", config_for(far, max_attempts=1)).steps_to(2)
+    run = Run(tmp_path / "run", config_for(far)).steps_to(2)
     refusing = Refusing(far)
-    mirror = Mirror(run.config, run.dir, refusing)
+    mirror = Mirror(run.config, run.dir, refusing, max_attempts=1)
     mirror.start()
     wait_until(lambda: refusing.num_tries == 1)
     refusing.is_broken = False
@@ -444,7 +444,7 @@ def test_an_end_that_comes_too_soon_names_what_is_not_there(tmp_path, far):
 
 
 def test_the_error_comes_last_and_hides_no_other(tmp_path, monkeypatch, far):
-    run = Run(tmp_path / "run", config_for(far, max_attempts=1)).steps_to(2)
+    run = Run(tmp_path / "run", config_for(far)).steps_to(2)
     refusing = Refusing(far)
     monkeypatch.setattr(mirror_module, "open_remote", lambda uri, timeout_s: refusing)
     with pytest.raises(SetupError, match=r"4 parts of the run are not in far, .*\(not tried"):

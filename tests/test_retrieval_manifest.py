@@ -232,16 +232,14 @@ def test_manifest_hash_covers_corpus_encoder_and_every_parameter(tmp_path: Path)
         opened(tmp_path, encoder=TextSeedEncoder(weights_hash="b"), kind="hybrid"),
         opened(tmp_path, encoder=TextSeedEncoder(max_tokens=8), kind="hybrid"),
         opened(tmp_path, kind="hybrid", bm25_b=0.5),
-        opened(tmp_path, kind="hybrid", rrf_k=30),
         opened(tmp_path, kind="bm25"),
         opened(tmp_path, kind="hybrid", index="hnsw"),
-        opened(tmp_path, kind="hybrid", index="hnsw", hnsw_search_depth=64),
         opened(tmp_path, kind="hybrid", **SMALL_IVFPQ),
         opened(tmp_path, kind="hybrid", ivf_probes=2, **SMALL_IVFPQ),
     ]
     assert len({each.manifest_hash for each in hashes}) == len(hashes)
     # Settings that no part of the flat index reads change nothing.
-    same = opened(tmp_path, kind="hybrid", ivf_probes=2, hnsw_links=8, num_candidates=3)
+    same = opened(tmp_path, kind="hybrid", ivf_probes=2, num_candidates=3)
     assert same.manifest_hash == hashes[0].manifest_hash
 
 

@@ -147,7 +147,7 @@ def test_another_question_set_number_or_retriever_has_its_own_file(tmp_path: Pat
     table(tmp_path)
     table(tmp_path, questions_hash="another file")
     table(tmp_path, num_candidates=4)
-    table(tmp_path, rrf_k=30)
+    table(tmp_path, bm25_k1=1.2)
     table(tmp_path, questions=QUESTIONS[::-1])
     # The same number of questions sampled from the same file, but others.
     table(tmp_path, questions=QUESTIONS[:4])

@@ -65,7 +65,7 @@ def test_a_directory_comes_back_is_replaced_and_deleted(tmp_path):
 
 
 def test_a_lost_run_comes_back_and_only_what_is_kept_stays_there(tmp_path):
-    config = mirrored_config("s3://bucket/runs/two", timeout_s=10)
+    config = mirrored_config("s3://bucket/runs/two")
     run = Run(tmp_path / "run", config)
     for last in (3, 6, 9):
         with mirrored(config, run.steps_to(last).dir, print):
@@ -93,7 +93,7 @@ def test_what_is_not_there_is_named(tmp_path):
 
 def test_a_server_that_goes_away_ends_no_run_but_is_reported(tmp_path, server):
     """The last of these tests, as it ends the server."""
-    config = mirrored_config("s3://bucket/runs/three", timeout_s=2, max_attempts=1)
+    config = mirrored_config("s3://bucket/runs/three")
     run = Run(tmp_path / "run", config)
 
     def train() -> None:

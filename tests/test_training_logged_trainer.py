@@ -24,7 +24,7 @@ from rlrag.rewards.answering import PassageReward
 from rlrag.runs.directory import RunDirectory
 from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.feedback.selections import LoggedData, open_logged_data
-from rlrag.training.feedback.trainer import LoggedTrainer
+from rlrag.training.feedback.trainer import MIN_ESS, LoggedTrainer
 from rlrag.training.loop import TrainingLoop
 
 
@@ -44,7 +44,11 @@ def data(config, tmp_path) -> LoggedData:
 
 
 def start(
-    config: RunConfig, data: LoggedData, directory: Path, stop_at: int | None = None
+    config: RunConfig,
+    data: LoggedData,
+    directory: Path,
+    stop_at: int | None = None,
+    min_ess: float = MIN_ESS,
 ) -> TrainingLoop[LoggedTrainer]:
     run_dir = RunDirectory(directory)
     run_dir.claim(config)
@@ -54,7 +58,8 @@ def start(
             raise StopAfter
 
     workers = SingleWorker()
-    return TrainingLoop(config, LoggedTrainer(config, data, workers), run_dir, workers, on_step)
+    trainer = LoggedTrainer(config, data, workers, min_ess)
+    return TrainingLoop(config, trainer, run_dir, workers, on_step)
 
 
 def records(directory: Path) -> list[dict[str, float]]:
@@ -165,12 +170,11 @@ def test_the_most_probable_episodes_may_be_longer_or_shorter_than_the_logged_one
         config,
         environment={"num_selected": 3},
         selector={"may_stop": True},
-        off_policy={"min_ess": 2},
     )
     logged = [event(table, n % 24, n, actions=(0, stop) if n % 3 else (stop,)) for n in range(240)]
     log = write_log(tmp_path / "log.sqlite", logged)
     found = open_logged_data(config, library_of(table), log)
-    trainer = LoggedTrainer(config, found, SingleWorker())
+    trainer = LoggedTrainer(config, found, SingleWorker(), min_ess=2)
     with torch.no_grad():
         trainer.policy.stop_logits_K.fill_(100.0 if stops else -100.0)
     part = found.held_back
@@ -243,22 +247,17 @@ def test_rewards_below_minus_one_choose_the_best_checkpoint_too(config, tmp_path
 
 
 def test_a_log_that_says_too_little_about_the_start_is_refused(config, data, tmp_path):
-    picky = changed(config, off_policy={"min_ess": 59})
-    with pytest.raises(
-        DataError, match=r"is 4\d\.\d on 60 held-out selections, below off_policy\.min_ess 59"
-    ):
-        start(picky, data, tmp_path / "run").run()
+    with pytest.raises(DataError, match=r"is 4\d\.\d on 60 held-out selections, below 59"):
+        start(config, data, tmp_path / "run", min_ess=59).run()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_policy_that_leaves_the_log_is_warned_of_once_and_not_chosen(
     config, data, tmp_path, caplog
 ):
-    wild = changed(
-        config, off_policy={"min_ess": 40, "num_epochs": 6}, training={"learning_rate": 0.1}
-    )
+    wild = changed(config, off_policy={"num_epochs": 6}, training={"learning_rate": 0.1})
     with caplog.at_level(logging.WARNING):
-        loop = start(wild, data, tmp_path / "run")
+        loop = start(wild, data, tmp_path / "run", min_ess=40)
         loop.run()
     said = [record.getMessage() for record in caplog.records]
     assert len([text for text in said if "effective sample size" in text]) == 1

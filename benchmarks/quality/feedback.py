@@ -235,22 +235,23 @@ def measure(
     return Found(
         before=values[0],
         after=values[1],
-        held_back_start=estimate(served, data.held_back, config.off_policy.confidence),
-        held_back=estimate(trained, data.held_back, config.off_policy.confidence),
-        second_log=estimate(trained, second, config.off_policy.confidence),
+        held_back_start=estimate(served, data.held_back),
+        held_back=estimate(trained, data.held_back),
+        second_log=estimate(trained, second),
         num_train=len(data.train),
         num_held_back=len(data.held_back),
         best_step=loop.progress.best_step,
     )
 
 
-def estimate(policy: Policy, part: LoggedPart, confidence: float) -> tuple[Estimate, float]:
+def estimate(policy: Policy, part: LoggedPart) -> tuple[Estimate, float]:
     """What logged selections say about a policy that draws, and their effective sample size."""
     import torch
 
     from rlrag.algorithms import off_policy
     from rlrag.config import EnvironmentConfig
     from rlrag.environment.rollout import replay
+    from rlrag.training.feedback.trainer import CONFIDENCE
 
     logp = []
     for start in range(0, len(part), _CHUNK):
@@ -264,7 +265,7 @@ def estimate(policy: Policy, part: LoggedPart, confidence: float) -> tuple[Estim
         torch.cat(logp), torch.from_numpy(part.propensity_logp_Q)
     )
     rewards_Q = torch.from_numpy(part.rewards_Q)
-    found = off_policy.snips(ratios_Q, rewards_Q, confidence, part.questions_Q)
+    found = off_policy.snips(ratios_Q, rewards_Q, CONFIDENCE, part.questions_Q)
     return found, off_policy.effective_sample_size(ratios_Q)
 
 

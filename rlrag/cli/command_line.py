@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 from rlrag import plugins
 from rlrag.cli.short_help import HELP_ALL, has_short_help, shortened
 from rlrag.config import RunConfig, describe_validation_error
+from rlrag.config.fixed import FIXED, refusal
 from rlrag.errors import (
     ConfigError,
     DataError,
@@ -90,6 +91,7 @@ def parse(
         if not ending.code:
             _say_own_options(argv)
         if ending.code:
+            _refuse_fixed(argv)
             sys.stderr.write(complaint.getvalue())
             print(f"error: {_in_one_line(complaint.getvalue())}", file=sys.stderr)
         raise
@@ -114,6 +116,14 @@ def _say_own_options(argv: Sequence[str]) -> None:
             print(f"\n--{section}.options of {name}:")
             for line in plugins.options_of(kind, name):
                 print(f"    {line}")
+
+
+def _refuse_fixed(argv: Sequence[str]) -> None:
+    for word in argv:
+        flag = word.partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in FIXED:
+            raise ConfigError(refusal(name, flag))
 
 
 def _switches(kind: type[Any], before: str = "") -> Iterator[str]:

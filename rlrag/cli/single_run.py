@@ -165,7 +165,7 @@ def _train_on_log(config: RunConfig, run_dir: RunDirectory, library: Library, lo
     for place, title in ((0, "before training"), (step, "of the bundle")):
         found = {record["step"]: record for record in run_dir.read_metrics()}[place]
         if "validation/value" in found:
-            say(_describe_estimate(title, found, config.off_policy.confidence))
+            say(_describe_estimate(title, found))
 
 
 def data_of_log(library: Library, logged: LoggedData) -> TrainingData:
@@ -176,11 +176,13 @@ def data_of_log(library: Library, logged: LoggedData) -> TrainingData:
     return TrainingData(logged.train.candidates, None, hashes)
 
 
-def _describe_estimate(title: str, metrics: dict[str, Any], confidence: float) -> str:
+def _describe_estimate(title: str, metrics: dict[str, Any]) -> str:
+    from rlrag.training.feedback.trainer import CONFIDENCE
+
     low, high = metrics["validation/value_low"], metrics["validation/value_high"]
     return (
         f"held-back reward {title}: {metrics['validation/value']:.3f} "
-        f"({100 * confidence:g} %: {low:.3f} to {high:.3f}), "
+        f"({100 * CONFIDENCE:g} %: {low:.3f} to {high:.3f}), "
         f"effective sample size {metrics['validation/ess']:.1f}"
     )
 

@@ -7,6 +7,7 @@ from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
+from rlrag.config.fixed import FIXED, refusal
 from rlrag.errors import nearest_name
 
 
@@ -21,7 +22,9 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
     for problem in error.errors():
         parts = (*places.get(error.title, ()), *problem["loc"])
         path = ".".join(map(str, parts)) or "the configuration"
-        if problem["type"] == "extra_forbidden":
+        if path in FIXED:
+            sentences.append(refusal(path, path))
+        elif problem["type"] == "extra_forbidden":
             names = sections[tuple(p for p in parts[:-1] if isinstance(p, str))].model_fields
             listing = f"valid fields: {', '.join(sorted(names))}"
             hint = nearest_name(str(parts[-1]), names, listing)

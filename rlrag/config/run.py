@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import Field, ValidationError, model_validator
 
 from rlrag.config.complaints import describe
+from rlrag.config.fixed import without_fixed
 from rlrag.config.sections import (
     RETRIEVERS,
     DataConfig,
@@ -429,13 +430,13 @@ class RunConfig(Section):
 
     @classmethod
     def from_json(cls, text: str, source: str = "config") -> RunConfig:
-        """Parse `to_json`'s text.
+        """Parse `to_json`'s text, also of a version whose constants were settings.
 
         Raises:
             ConfigError: naming `source`, the field, and for an unknown field the nearest valid one.
         """
         try:
-            return cls.model_validate(json.loads(text))
+            return cls.model_validate(without_fixed(json.loads(text)))
         except ValidationError as error:  # a ValueError too
             raise ConfigError(f"{source}: {describe_validation_error(error)}") from error
         except (ValueError, RecursionError) as error:

@@ -129,10 +129,6 @@ class RetrievalConfig(Section):
     own tokens."""
     index: Literal["flat", "hnsw", "ivfpq"] = "flat"
     """FAISS index over the passage vectors."""
-    hnsw_links: int = Field(default=32, ge=2)
-    """Links per node of the HNSW graph (M)."""
-    hnsw_search_depth: int = Field(default=128, ge=1)
-    """Size of the candidate list in an HNSW search (efSearch)."""
     ivf_lists: int = Field(default=256, ge=1)
     """Cells of the IVF-PQ index."""
     ivf_probes: int = Field(default=32, ge=1)
@@ -144,8 +140,6 @@ class RetrievalConfig(Section):
     calling process."""
     shard_cpus: float = Field(default=1, gt=0)
     """Ray CPU reservation of a shard's actor."""
-    shard_restarts: int = Field(default=3, ge=0)
-    """How often a dead shard actor is restarted."""
     shard_timeout_s: float = Field(default=600, gt=0)
     """Longest wait for the results of all shards, including the time to build their indexes."""
     bm25_scores: bool = False
@@ -154,8 +148,6 @@ class RetrievalConfig(Section):
     """BM25 term-frequency saturation."""
     bm25_b: float = Field(default=0.4, ge=0, le=1)
     """BM25 length normalisation."""
-    rrf_k: int = Field(default=60, ge=1)
-    """Reciprocal rank fusion constant: score = sum of 1 / (k + rank)."""
 
     @model_validator(mode="after")
     def _encoder_present(self) -> Self:

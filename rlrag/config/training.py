@@ -89,14 +89,8 @@ class OffPolicyConfig(Section):
     num_epochs: int = Field(default=20, ge=1)
     """Passes over the logged selections."""
     held_back_share: float = Field(default=0.3, ge=0, lt=1)
-    """Share of the logged questions held out to choose the best checkpoint; 0 keeps the last one
-    and gives no estimate."""
-    min_ess: float = Field(default=10.0, ge=2)
-    """Smallest effective sample size on held-out selections: a run does not start below it, and no
-    checkpoint below it is chosen."""
-    confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Confidence level of the intervals; the best checkpoint is the one with the highest lower
-    bound."""
+    """Share of the logged questions held out to choose the best checkpoint, which has the highest
+    lower bound of its 95 % interval; 0 keeps the last one and gives no estimate."""
 
     @model_validator(mode="after")
     def _range_has_a_width(self) -> Self:
@@ -169,9 +163,6 @@ class OpenRAGConfig(Section):
     """Labels from logged rewards: a passage is positive if the mean reward with it is higher by
     this much than without it, and negative if it is not higher and some selection with it was
     rewarded by this much less than the question's best."""
-    min_auc: float = Field(default=0.6, ge=0, le=1)
-    """Warn if the generator's score separates correct from wrong answers with an AUC (within
-    questions) below this."""
 
 
 class JSAConfig(Section):
@@ -377,12 +368,8 @@ class MirrorConfig(Section):
     """A directory for this run alone: `s3://bucket/prefix`, `gs://bucket/prefix` or
     `file:///nfs/directory`. Credentials come from the storage's own environment variables and
     files; `?region=`, `?scheme=` and `?endpoint_override=` may follow an S3 address."""
-    timeout_s: float = Field(default=60, gt=0)
-    """Longest silence of the storage within one request."""
     wait_s: float = Field(default=1800, gt=0)
     """Longest time for the download at the start of a run, and for the last upload at its end."""
-    max_attempts: int = Field(default=3, ge=1)
-    """Attempts at an upload before it is put off until the next checkpoint."""
 
     @field_validator("uri")
     @classmethod

@@ -24,11 +24,16 @@ from rlrag.records import Passage
 from rlrag.retrieval.bm25 import open_bm25
 from rlrag.retrieval.cut_tokens import cut_share
 from rlrag.retrieval.dense.encoder import Encoder, TextEncoder
-from rlrag.retrieval.dense.index import check_index_fits, open_index
+from rlrag.retrieval.dense.index import (
+    HNSW_LINKS,
+    HNSW_SEARCH_DEPTH,
+    check_index_fits,
+    open_index,
+)
 from rlrag.retrieval.dense.search import DenseRetriever, ShardedDenseRetriever
 from rlrag.retrieval.dense.shards import Shards, ShardSource, shard_sources
 from rlrag.retrieval.dense.vectors import VECTORS_FILE, open_vectors
-from rlrag.retrieval.hybrid import HybridRetriever
+from rlrag.retrieval.hybrid import RRF_K, HybridRetriever
 from rlrag.retrieval.manifest import IndexKind, Manifest, digest
 from rlrag.retrieval.plugin import PluginRetriever
 from rlrag.retrieval.protocol import Retriever, check_num_hits
@@ -251,7 +256,7 @@ def _primary(
     config: RetrievalConfig, components: Mapping[str, Retriever], num_passages: int
 ) -> Retriever:
     if config.kind == "hybrid":
-        return HybridRetriever(components["bm25"], components["dense"], num_passages, config.rrf_k)
+        return HybridRetriever(components["bm25"], components["dense"], num_passages)
     return components[config.kind]
 
 
@@ -291,7 +296,7 @@ def _bm25_parameters(config: RetrievalConfig) -> dict[str, float]:
 
 def _index_parameters(config: RetrievalConfig) -> dict[str, int]:
     if config.index == "hnsw":
-        return {"links": config.hnsw_links}
+        return {"links": HNSW_LINKS}
     return {"lists": config.ivf_lists, "bytes": config.pq_bytes}
 
 
@@ -304,14 +309,14 @@ def _question_weights(encoder: Encoder | None) -> tuple[str, ...]:
 def _search_parameters(config: RetrievalConfig, corpus: Corpus) -> dict[str, Any]:
     parameters: dict[str, Any] = {"kind": config.kind}
     if config.kind == "hybrid":
-        parameters["rrf_k"] = config.rrf_k
+        parameters["rrf_k"] = RRF_K
     if plugins.is_own(config.kind):
         parameters["own"] = plugins.identity("retriever", config.kind, config.options)
         parameters["corpus"] = corpus.content_hash  # where no index tells of it
     if config.index != "flat" and config.num_shards > 1:
         parameters["num_shards"] = config.num_shards  # each has an approximate index of its own
     if config.encoder is not None and config.index == "hnsw":
-        parameters["hnsw_search_depth"] = config.hnsw_search_depth
+        parameters["hnsw_search_depth"] = HNSW_SEARCH_DEPTH
     if config.encoder is not None and config.index == "ivfpq":
         parameters["ivf_probes"] = config.ivf_probes
     return parameters

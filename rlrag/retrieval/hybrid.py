@@ -15,6 +15,7 @@ import numpy as np
 
 from rlrag.retrieval.protocol import Hits, Retriever, check_num_hits
 
+RRF_K = 60  # of the paper; ranks hardly depend on it
 _MIN_DEPTH = 100
 _DEPTH_PER_HIT = 5
 
@@ -43,7 +44,7 @@ class HybridRetriever:
     name = "hybrid"
 
     def __init__(
-        self, bm25: Retriever, dense: Retriever, num_passages: int, rrf_k: int = 60
+        self, bm25: Retriever, dense: Retriever, num_passages: int, rrf_k: int = RRF_K
     ) -> None:
         self._bm25 = bm25
         self._dense = dense

@@ -40,6 +40,10 @@ from rlrag.runs.mirror_fetch import checkpoint_names, fetch_run
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
+# Storage that is silent for longer within one request does not answer it any more.
+TIMEOUT_S = 60.0
+# After these the next checkpoint tries again, so that more would only keep the others waiting.
+MAX_ATTEMPTS = 3
 _FIRST_RETRY_S = 1.0
 
 
@@ -65,7 +69,7 @@ def mirrored(
     if uri is None:
         yield
         return
-    remote = open_remote(uri, config.mirror.timeout_s)
+    remote = open_remote(uri, TIMEOUT_S)
     with remote.until(config.mirror.wait_s):
         fetch_run(config, run_dir, remote, say)
         mirror = Mirror(config, run_dir, remote)
@@ -95,13 +99,20 @@ class _Whole:
 class Mirror:
     """Uploads of one run; `mirrored` opens it."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDirectory, remote: RemoteDirectory) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: RunDirectory,
+        remote: RemoteDirectory,
+        max_attempts: int = MAX_ATTEMPTS,
+    ) -> None:
         """Look what is there already.
 
         Raises:
             SetupError: when the storage does not answer.
         """
         self._settings = config.mirror
+        self._max_attempts = max_attempts
         self._training = config.training
         self._run_dir = run_dir
         self._remote = remote
@@ -294,7 +305,7 @@ class Mirror:
 
     def _attempt(self, name: str, work: Callable[[], None]) -> bool:
         """Try a few times; what failed is said once, until something succeeds again."""
-        for number in range(self._settings.max_attempts):
+        for number in range(self._max_attempts):
             if number and self._abandoned.wait(_FIRST_RETRY_S * 2 ** (number - 1)):
                 break
             try:

@@ -34,6 +34,10 @@ from rlrag.retrieval.protocol import Hits, best_rows, check_num_hits, in_order
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.faiss"
+# Links per node of an HNSW graph (M), as FAISS has them by default, and the size of the candidate
+# list of a search (efSearch), which is larger where more rows are proposed.
+HNSW_LINKS = 32
+HNSW_SEARCH_DEPTH = 128
 # k-means wants this many vectors a centroid; FAISS warns below it.
 VECTORS_PER_LIST = 39
 # Eight bits a code: each of the product quantiser's parts learns this many centroids.
@@ -113,9 +117,7 @@ def _build(vectors_PD: np.ndarray, config: RetrievalConfig) -> Any:
     num_passages, size = vectors_PD.shape
     logger.info("building the %s index of %d vectors", config.index, num_passages)
     if config.index == "hnsw":
-        index = faiss.index_factory(
-            size, f"HNSW{config.hnsw_links},Flat", faiss.METRIC_INNER_PRODUCT
-        )
+        index = faiss.index_factory(size, f"HNSW{HNSW_LINKS},Flat", faiss.METRIC_INNER_PRODUCT)
     else:
         # "np": no polysemous codes, whose training takes a second a byte and which are not used.
         factory = f"IVF{config.ivf_lists},PQ{config.pq_bytes}x8np"
@@ -194,7 +196,7 @@ class VectorIndex:
         if self._index is None:
             return faiss.knn(vectors_BD, self._vectors_PD, depth, faiss.METRIC_INNER_PRODUCT)[1]
         if self._config.index == "hnsw":
-            search_depth = max(self._config.hnsw_search_depth, depth)
+            search_depth = max(HNSW_SEARCH_DEPTH, depth)
             parameters = faiss.SearchParametersHNSW(efSearch=search_depth)
         else:
             depth = min(_IVFPQ_PROPOSALS * k + _SPARE_ROWS, num_passages)

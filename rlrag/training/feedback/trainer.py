@@ -40,6 +40,10 @@ from rlrag.training.trainer import Files, Metrics, Trainer
 
 logger = logging.getLogger(__name__)
 
+MIN_ESS = 10.0
+"""Smallest effective sample size of an estimate: intervals of fewer selections are too narrow."""
+CONFIDENCE = 0.95
+"""Of the intervals, as in the table of systems."""
 _CHUNK = 64
 
 
@@ -48,8 +52,17 @@ class LoggedTrainer(Trainer):
 
     best_by = "validation/score"
 
-    def __init__(self, config: RunConfig, data: LoggedData, workers: Workers) -> None:
+    def __init__(
+        self, config: RunConfig, data: LoggedData, workers: Workers, min_ess: float = MIN_ESS
+    ) -> None:
         """Open the policy that training starts from.
+
+        Args:
+            config: The run.
+            data: Its log.
+            workers: Those that share each batch.
+            min_ess: Effective sample size on held-out selections below which no run starts and no
+                checkpoint is chosen.
 
         Raises:
             CheckpointError: when `selector.weights` is missing or belongs to another policy.
@@ -57,6 +70,7 @@ class LoggedTrainer(Trainer):
         """
         self._environment = config.environment
         self._settings = config.off_policy
+        self._min_ess = min_ess
         self._train = data.train
         self._held_back = data.held_back
         self._workers = workers
@@ -126,7 +140,7 @@ class LoggedTrainer(Trainer):
         """Off-policy estimates on the held-back selections, by `off_policy.snips`.
 
         `validation/score` is the lower end of the interval, or minus infinity where the effective
-        sample size is below `off_policy.min_ess`: such an interval is not to be trusted.
+        sample size is below `min_ess`: such an interval is not to be trusted.
         """
         part = self._held_back
         if part is None:
@@ -139,9 +153,7 @@ class LoggedTrainer(Trainer):
         metrics: Metrics = {}
         for name, logp_Q in (("", self._log_probs(part)), ("greedy_", certain_Q)):
             ratios_Q = off_policy.importance_ratios(logp_Q, behaviour_Q)
-            found = off_policy.snips(
-                ratios_Q, rewards_Q, self._settings.confidence, part.questions_Q
-            )
+            found = off_policy.snips(ratios_Q, rewards_Q, CONFIDENCE, part.questions_Q)
             metrics |= {
                 f"validation/{name}value": found.value,
                 f"validation/{name}value_low": found.low,
@@ -149,7 +161,7 @@ class LoggedTrainer(Trainer):
                 f"validation/{name}ess": off_policy.effective_sample_size(ratios_Q),
                 f"validation/{name}mean_ratio": ratios_Q.mean().item(),
             }
-        trusted = metrics["validation/ess"] >= self._settings.min_ess
+        trusted = metrics["validation/ess"] >= self._min_ess
         if not trusted:
             self._warn(step, metrics["validation/ess"])
         metrics["validation/score"] = metrics["validation/value_low"] if trusted else -math.inf
@@ -159,11 +171,11 @@ class LoggedTrainer(Trainer):
         ratios_Q = off_policy.importance_ratios(
             self._log_probs(part), torch.from_numpy(part.propensity_logp_Q)
         )
-        ess, limit = off_policy.effective_sample_size(ratios_Q), self._settings.min_ess
+        ess, limit = off_policy.effective_sample_size(ratios_Q), self._min_ess
         if ess < limit:
             raise DataError(
                 f"the effective sample size of the starting policy is {ess:.1f} on {len(part):,} "
-                f"held-out selections, below off_policy.min_ess {limit:g}; start from the policy "
+                f"held-out selections, below {limit:g}; start from the policy "
                 "that was served (selector.weights), log more, or serve with a higher "
                 "feedback.explore_share"
             )
@@ -173,12 +185,12 @@ class LoggedTrainer(Trainer):
         if not self._warned and self._workers.rank == 0:
             logger.warning(
                 "after step %d the effective sample size of the held-back selections is %.1f, "
-                "below off_policy.min_ess %g: the policy left what the log knows, and such "
+                "below %g: the policy left what the log knows, and such "
                 "checkpoints are not chosen; lower training.learning_rate or "
                 "off_policy.num_epochs, or log more",
                 step,
                 ess,
-                self._settings.min_ess,
+                self._min_ess,
             )
             self._warned = True
 
