@@ -45,6 +45,8 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 """By kind, the methods that a part must have; a policy is a `torch.nn.Module`, a trainer a
 `rlrag.training.trainer.Trainer`."""
+_BASES: Mapping[str, str] = {"trainer": "rlrag.training.trainer.Trainer"}
+"""By kind, the class that a part is a subclass of; by name, as it lies above this module."""
 
 
 def is_own(name: str) -> bool:
@@ -81,11 +83,18 @@ def load(kind: str, name: str) -> Any:
 def check(kind: str, name: str, words: Sequence[str]) -> None:
     """Check that a part can be found and takes these options, without making it.
 
+    What a function makes is seen when it is made.
+
     Raises:
         ConfigError: what is wrong.
     """
     factory = load(kind, name)
     _values(kind, name, factory, words)
+    base = _BASES.get(kind)
+    if base and inspect.isclass(factory) and base not in map(_full_name, factory.__mro__):
+        raise ConfigError(
+            f"{kind} {name!r} is no {base.rpartition('.')[2]}; let it be a subclass of {base}"
+        )
     for method in sorted(getattr(factory, "__abstractmethods__", ())):
         raise _lacking(kind, name, method)
 
@@ -177,6 +186,10 @@ def options_of(kind: str, name: str) -> Iterator[str]:
             "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
         )
         yield f"{option}={getattr(hint, '__name__', hint)} ({default})"
+
+
+def _full_name(found: type) -> str:
+    return f"{found.__module__}.{found.__qualname__}"
 
 
 def _lacking(kind: str, name: str, method: str, who: str = "") -> ConfigError:

@@ -9,12 +9,18 @@ import pytest
 import torch
 from jsa_runs import jsa_config
 from loop_runs import StopAfter, changed, steps_of
-from openrag_runs import make_task
+from openrag_runs import make_task, openrag_config, prepare
 from stand_ins import ReadingGenerator, WordPrompts
 from tiny_models import save_tiny_encoder
 
+import rlrag
+from rlrag.bundle import load_bundle
+from rlrag.bundle_files import read_bundle
+from rlrag.cli import single_run, train
+from rlrag.cli.command_line import run_program
 from rlrag.config import RunConfig
 from rlrag.errors import ConfigError, TrainerError
+from rlrag.pipeline import Pipeline, open_library
 from rlrag.runs.checkpoints import CheckpointStore
 from rlrag.runs.directory import RunDirectory
 from rlrag.testing import check_trainer, sample_context
@@ -29,8 +35,13 @@ SELF_CRITICAL = "examples.own_trainer:SelfCritical"
 
 SOURCE = """
 import torch
-from rlrag.training.trainer import Trainer
+from rlrag.pipeline import open_policy
+from rlrag.retrieval.trainable.open import open_trainable_encoder
+from rlrag.training.distributed.engines import hand_over
 from rlrag.training.distributed.workers import TorchWorkers
+from rlrag.training.learners.optimiser import Optimiser
+from rlrag.training.parts import open_trainable_generator
+from rlrag.training.trainer import Trainer
 
 class Counts(Trainer):
     num_steps, best_by = 6, "validation/score"
@@ -65,6 +76,79 @@ class Alone:
 
 class Endless(Counts):
     num_steps = None
+
+class FineTunes(Trainer):
+    '''The generator, on golden answers after the retriever's first passage.'''
+    def __init__(self, context):
+        self.context, self.num_steps = context, context.schedule.num_steps
+        self.best_by = "validation/step"  # the last one
+        self.generator = open_trainable_generator(context.config)
+        self.optimiser = Optimiser(self.generator.trainable_parameters(),
+            context.config.generator_training.model_copy(update={"learning_rate": 0.05}), 0,
+            self.num_steps, context.workers, "lower it")
+        self.policy = open_policy(context.config, context.data.train)
+    def step(self, step, pauses_after):
+        context, table = self.context, self.context.data.train
+        rows, _ = context.schedule.share(step, context.workers)
+        prompts, answers = [], []
+        for row in rows.tolist():
+            question = table.questions[row]
+            prompts.append(context.prompts.build(question, table.passages(row)[:1]).token_ids)
+            answers.append(context.prompts.encode_answer(question.golden_answers[0]))
+        logp = self.generator.answer_logp(prompts, answers)
+        loss = -logp.sum() / context.config.training.batch_size
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step(step)
+        return {"loss": context.workers.sum(loss.detach()).item()}
+    def publish(self, step):
+        weights = self.generator.published_weights(step, torch.float32)
+        hand_over(weights, self.context.generator, self.context.workers)
+    def validate(self, step):
+        self.publish(step)
+        return {**self.context.validate(self.policy), "validation/step": float(step)}
+    def tensors(self):
+        trained = self.generator.trainable_tensors()
+        return {"generator": trained, "optimizer": self.optimiser.tensors()}
+    def load(self, files):
+        self.generator.load_trainable(files["generator"])
+        if "optimizer" in files:
+            self.optimiser.load(files["optimizer"])
+
+class Pulls(Trainer):
+    '''The retriever's encoder, towards gold passages and away from those of other questions.'''
+    best_by = "validation/none"
+    def __init__(self, context):
+        self.context, config = context, context.config
+        self.num_steps = context.schedule.num_steps
+        self.encoder = open_trainable_encoder(config.retrieval, config.openrag, config.cache_path)
+        self.optimiser = Optimiser(dict(self.encoder.named_parameters()),
+            config.training.model_copy(update={"learning_rate": 3e-3}), 0, self.num_steps,
+            context.workers, "lower it")
+    def step(self, step, pauses_after):
+        table, workers = self.context.data.train, self.context.workers
+        questions = [table.questions[row] for row in self.context.schedule.rows(step)]
+        corpus = self.context.library.corpus
+        gold = [corpus[corpus.row_of(question.gold_ids[0])].contents for question in questions]
+        asked = self.encoder.embed([question.question for question in questions], "question")
+        found = self.encoder.embed(gold, "passage")
+        products = asked.vectors_BD @ found.vectors_BD.T / 0.1
+        mine = slice(workers.rank, None, workers.size)
+        places = torch.arange(len(questions))
+        losses = torch.nn.functional.cross_entropy(products, places, reduction="none")
+        loss = losses[mine].sum() / len(questions)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step(step)
+        return {"loss": workers.sum(loss.detach()).item()}
+    def tensors(self):
+        return {"retriever": self.encoder.state_dict(), "optimizer": self.optimiser.tensors()}
+    def load(self, files):
+        self.encoder.load_state_dict(files["retriever"])
+        if "optimizer" in files:
+            self.optimiser.load(files["optimizer"])
+
+def alone(context): return Alone(context)
 
 def raises(context): raise OSError("no such server")
 """
@@ -127,6 +211,19 @@ def test_joint_stochastic_approximation_keeps_it(tmp_path):
     )
 
 
+def test_training_the_retriever_on_pools_keeps_it(tmp_path):
+    save_tiny_encoder(tmp_path / "encoder")
+    config = openrag_config(tmp_path / "cache", tmp_path / "encoder")
+    task, generator = make_task(config), ReadingGenerator()
+    prepare(config, task, tmp_path / "run", generator)
+    run_dir = RunDirectory(tmp_path / "run")
+    check_trainer(
+        TrainerContext(
+            config, SingleWorker(), run_dir, task.library, task.data, generator, WordPrompts()
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("what", "error"),
     [
@@ -148,12 +245,90 @@ def test_the_contract_can_be_broken(what, error, module, tmp_path):
         ("Alone", "made a Alone, which is no Trainer; let it be a subclass"),
         ("Endless", "has no number num_steps"),
         ("raises", "making it failed with OSError: no such server"),
+        ("alone", "made a Alone, which is no Trainer; let it be a subclass"),
     ],
 )
 def test_what_is_no_trainer_is_one_error(name, error, module, tmp_path):
     with pytest.raises(ConfigError, match=error) as raised:
         open_trainer(sample_context(tmp_path, f"{module}:{name}"))
     assert f"trainer '{module}:{name}'" in str(raised.value)
+
+
+def flags(files, folder, objective: str, **changes: object) -> list[str]:
+    found = {
+        "run-dir": folder / "run",
+        "cache-dir": folder / "cache",
+        "data.corpus": files / "corpus.jsonl",
+        "data.train-questions": files / "train.jsonl",
+        "data.eval-questions": files / "eval.jsonl",
+        "data.max-train-questions": 20,
+        "data.num-validation-questions": 4,
+        "retrieval.kind": "dense",
+        "retrieval.encoder": files / "encoder",
+        "retrieval.encoder-max-tokens": 32,
+        "environment.num-selected": 1,
+        "generator.model": files / "generator",
+        "generator.max-new-tokens": 3,
+        "training.launcher": "local",
+        "training.objective": objective,
+        "training.num-epochs": 2,
+        "training.batch-size": 4,
+        **changes,
+    }
+    return [word for name, value in found.items() for word in (f"--{name}", *str(value).split())]
+
+
+@pytest.mark.parametrize("name", ["Alone", "Counts"])
+def test_a_class_that_is_no_trainer_is_refused_before_anything_is_opened(
+    name, module, openrag_files, tmp_path, monkeypatch, capsys
+):
+    source = SOURCE.replace("class Counts(Trainer)", "class Counts")
+    (tmp_path / "own_trainers.py").write_text(source)
+    opened = []
+    monkeypatch.setattr(rlrag.pipeline, "open_library", lambda *_: opened.append("data"))
+    monkeypatch.setattr(single_run, "open_generator", lambda *_: opened.append("generator"))
+    words = flags(openrag_files, tmp_path, f"{module}:{name}")
+    with pytest.raises(SystemExit) as ended:
+        run_program(train.main, ["quickstart", *words])
+    assert ended.value.code == 2
+    assert f"trainer '{module}:{name}' is no Trainer; let it be a subclass of rlrag.training" in (
+        capsys.readouterr().err
+    )
+    assert not opened
+
+
+@pytest.mark.slow
+def test_a_generator_that_it_trains_answers_from_the_bundle(module, openrag_files, tmp_path):
+    own = {"training.parts": "generator", "evaluation.systems": "retriever_order trained"}
+    train.main(["quickstart", *flags(openrag_files, tmp_path, f"{module}:FineTunes", **own)])
+    losses = [line["loss"] for line in steps_of(tmp_path / "run") if "loss" in line]
+    assert losses[-1] < losses[0]
+    bundle = tmp_path / "run" / "bundle"
+    golden = read_bundle(bundle).golden[0]
+    with rlrag.load_pipeline(bundle) as pipeline:
+        answer = pipeline.answer(golden.question)
+    assert answer.text == golden.answer
+    assert answer.logp == pytest.approx(golden.answer_logp, abs=1e-3)
+    with Pipeline(load_bundle(bundle), tuned=False) as untrained:
+        other = untrained.answer(golden.question)
+    assert (other.text, other.logp) != (answer.text, answer.logp)
+
+
+@pytest.mark.slow
+def test_an_encoder_that_it_trains_searches_in_the_bundle(module, openrag_files, tmp_path):
+    systems = "original_retriever tuned_retriever"
+    own = {"training.parts": "retriever", "evaluation.systems": systems}
+    train.main(["quickstart", *flags(openrag_files, tmp_path, f"{module}:Pulls", **own)])
+    bundle = tmp_path / "run" / "bundle"
+    golden = read_bundle(bundle).golden[0]
+    with rlrag.load_pipeline(bundle) as pipeline:
+        answer = pipeline.answer(golden.question)
+        tuned = [found.score for found in pipeline.retrieve(golden.question)]
+    assert tuple(passage.id for passage in answer.passages) == golden.passage_ids
+    loaded = load_bundle(bundle)
+    library = open_library(loaded.config)  # with the encoder that training started from
+    before = library.search([golden.question], len(tuned)).scores_QNC[0, :, 0].tolist()
+    assert tuned != pytest.approx(before, abs=1e-3)
 
 
 @pytest.mark.parametrize(

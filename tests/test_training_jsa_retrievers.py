@@ -11,7 +11,6 @@ import torch
 from jsa_runs import jsa_config
 from loop_runs import changed
 from openrag_runs import Task, make_task
-from rlrag.training.learners.learning_rate import linear_schedule
 from tiny_models import save_tiny_encoder
 
 from rlrag.algorithms import jsa
@@ -26,6 +25,7 @@ from rlrag.retrieval.trainable.query_encoder import (
 )
 from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.jsa.retrievers import Domain, JSARetrievers, target_answer
+from rlrag.training.learners.optimiser import linear_schedule
 
 
 @pytest.fixture(scope="module")

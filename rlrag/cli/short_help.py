@@ -54,14 +54,14 @@ def shortened(kind: type[Any], default: Any) -> tuple[type[Any], Any]:
     Returns:
         A class of arguments, and one of it with the same values.
     """
-    section = _section(default.config, first_fields(default.config))
+    section: Any = _section(default.config, first_fields(default.config))
     annotation = Annotated[section, tyro.conf.arg(name="")]
     namespace = {
         "__doc__": kind.__doc__,
         "__module__": kind.__module__,
         "__annotations__": {"config": annotation},
     }
-    short = dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), namespace))
+    short: Any = dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), namespace))
     values = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     return short, short(**(values | {"config": section()}))
 

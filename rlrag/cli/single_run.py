@@ -299,7 +299,7 @@ def bundle_checkpoint(
     save_generator = save_retriever = None
     if config.trains_retriever:
         save_retriever = _trained_retriever(config, files["retriever"], step)
-    else:
+    if "policy" in files:
         restore_weights(policy, files["policy"], f"the policy of checkpoint {step}")
     if config.trains_generator:
         trained = open_whole_generator(config)
