@@ -261,6 +261,7 @@ def test_the_records_have_the_documented_keys_and_finite_numbers(config, task, t
         if record["step"] in (4, 8, 12):
             expected = expected | OF_VALIDATION
         assert record.keys() == expected, record["step"]
+        assert record.get("retriever/score_gap") != 0  # a pair has two passages
     assert all(math.isfinite(value) for record in records for value in record.values())
 
 
