@@ -198,7 +198,7 @@ def test_a_refused_log_leaves_the_run_directory_to_a_corrected_command(
         DataError,
         match=r"effective sample size of the starting policy is .* held-out selections, below 10",
     ):
-        train.main([*words, "--experience", str(few)])
+        train.main([*words, "--experience", str(few), "--training.batch-size", "4"])
     train.main([*words, "--experience", str(log)])
     kept = RunDirectory(tmp_path / "run")
     assert len(read_feedback(kept.feedback)) == 300

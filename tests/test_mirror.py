@@ -318,7 +318,7 @@ def test_turns_are_mirrored_each_with_its_own_checkpoints(tmp_path, far):
 
 def test_a_checkpoint_there_keeps_its_best_also_when_both_are_gone_here(tmp_path, far):
     """Step 6 counts 2 as the best; until two newer ones are there, it may be continued from."""
-    config = config_for(far, max_attempts=1)
+    config = config_for(far)
     run = Run(tmp_path / "run", config).steps_to(2, best=2).steps_to(6, best=2)
     mirror_once(run)
     run.steps_to(8, best=10).steps_to(10, best=10)
@@ -332,7 +332,7 @@ def test_a_checkpoint_there_keeps_its_best_also_when_both_are_gone_here(tmp_path
                 raise SetupError("no room")
             super().upload_whole(name, source)
 
-    mirror = Mirror(config, run.dir, Lacking(far))
+    mirror = Mirror(config, run.dir, Lacking(far), max_attempts=1)
     mirror.start()
     assert "checkpoints/step-000008 (no room)" in mirror.finish()
     assert {path.name for path in (far / "checkpoints").iterdir()} == {
