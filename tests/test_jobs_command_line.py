@@ -356,7 +356,7 @@ def test_evaluation_needs_its_flags(capsys):
         evaluate.main(["--bundle", "b"])
     assert caught.value.code == 2
     said = capsys.readouterr().err
-    assert all(name in said for name in ("--corpus", "--questions", "--output"))
+    assert all(name in said for name in ("--questions", "--output"))
 
 
 CODES = {
@@ -444,7 +444,7 @@ MISTAKES: dict[str, tuple[Program, list[str], int, str]] = {
         "Expected one of ('ray', 'local'); see the flags by --help",
     ),
     "doctor, no such recipe": (program_of_doctor, ["zzz"], 2, "unknown recipe 'zzz'"),
-    "evaluate, no flags": (evaluate.main, [], 2, "--bundle PATH --corpus STR --questions STR"),
+    "evaluate, no flags": (evaluate.main, [], 2, "--bundle PATH --questions STR --output PATH"),
     "evaluate, no folder": (
         evaluate.main,
         ["--bundle", "b", "--corpus", "c", "--questions", "q", "--output", f"{NOWHERE}/out"],
