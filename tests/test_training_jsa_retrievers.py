@@ -129,7 +129,7 @@ def test_the_gradient_is_clipped_and_reported_unclipped(config, task):
         learner = open_learner(changed(config, jsa={"max_grad_norm": limit}), task)
         domain = learner.domain(questions)
         norms.append(learner.update(domain, even_weights(domain), 4, 0)["retriever/grad_norm"])
-        state = learner.optimizer_tensors()
+        state = learner.optimiser.tensors()
         given = [10 * t.flatten() for name, t in state.items() if name.endswith(":exp_avg")]
         moments.append(torch.cat(given).norm().item())
     assert norms[0] == norms[1] > 1e-3
@@ -159,7 +159,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(config, task
     for parameter in learner.posterior.parameters():
         parameter.register_hook(lambda gradient: gradient * math.nan)  # the loss is finite
     before = [p.detach().clone() for p in learner.prior.parameters()]
-    with pytest.raises(NonFiniteLossError, match=r"gradient of step 7 is nan; lower jsa"):
+    with pytest.raises(NonFiniteLossError, match=r"gradient of step 7 is not finite; lower jsa"):
         learner.update(domain, even_weights(domain), 2, 7)
     assert all(torch.equal(*both) for both in zip(before, learner.prior.parameters(), strict=True))
 
