@@ -129,7 +129,7 @@ def open_training_data(config: RunConfig, library: Library) -> TrainingData:
         num_offline = config.openrag.num_offline
         if num_offline > len(library.corpus):
             raise ConfigError(
-                f"openrag.num_offline is {num_offline}, but the corpus has only "
+                f"algorithm.num_offline is {num_offline}, but the corpus has only "
                 f"{len(library.corpus)} passages; lower it"
             )
         config = _retrieving(config, num_candidates=num_offline)
@@ -149,7 +149,7 @@ def validation_questions(config: RunConfig, library: Library) -> QuestionSet | N
 
     A selector that learns from what a service logged holds back events, and no questions.
     """
-    if config.training.experience is not None:
+    if config.feedback is not None:
         return None
     return training_questions(config, library.corpus).held_back
 

@@ -33,7 +33,7 @@ FIELDS: Mapping[str, str] = {
     "retrieval.kind": "retriever",
     "selector.kind": "policy",
     "generator.backend": "generator",
-    "training.objective": "trainer",
+    "algorithm.name": "trainer",
 }
 """Fields of a configuration that may be such a name, and the kind of part; `options` of the same
 section are the part's own."""

@@ -25,9 +25,11 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from rlrag import plugins
-from rlrag.cli.short_help import HELP_ALL, has_short_help, shortened
+from rlrag.cli.algorithm_flags import of_named_algorithm, takes_recipe
+from rlrag.cli.short_help import HELP_ALL, shortened
 from rlrag.config import RunConfig, describe_validation_error
 from rlrag.config.fixed import FIXED, refusal
+from rlrag.config.renamed import new_name
 from rlrag.errors import (
     ConfigError,
     DataError,
@@ -65,7 +67,9 @@ def parse(
         ConfigError: when the values contradict each other. Unknown flags end the process with
             code 2 and the nearest valid name, as the parser does.
     """
-    if default is not None and has_short_help(kind):
+    of_run = default is not None and takes_recipe(kind)
+    if of_run:
+        kind, default = of_named_algorithm(kind, default, argv)
         if HELP_ALL in argv:
             argv = ["--help", *(word for word in argv if word != HELP_ALL)]
         elif {"-h", "--help"} & set(argv):
@@ -79,6 +83,10 @@ def parse(
                 args=list(_as_switches(argv, set(_switches(kind)))),
                 prog=prog,
             )
+        if of_run:  # the arguments' own class holds this one algorithm alone
+            config: Any = parsed.config  # type: ignore[attr-defined]
+            whole = RunConfig.model_validate(config.model_dump())
+            parsed = dataclasses.replace(parsed, config=whole)  # type: ignore[type-var]
         return parsed
     except ValidationError as error:
         raise ConfigError(describe_validation_error(error)) from error
@@ -91,7 +99,7 @@ def parse(
         if not ending.code:
             _say_own_options(argv)
         if ending.code:
-            _refuse_fixed(argv)
+            _refuse_former(argv)
             sys.stderr.write(complaint.getvalue())
             print(f"error: {_in_one_line(complaint.getvalue())}", file=sys.stderr)
         raise
@@ -118,12 +126,14 @@ def _say_own_options(argv: Sequence[str]) -> None:
                 print(f"    {line}")
 
 
-def _refuse_fixed(argv: Sequence[str]) -> None:
+def _refuse_former(argv: Sequence[str]) -> None:
     for word in argv:
         flag = word.partition("=")[0]
         name = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name in FIXED:
             raise ConfigError(refusal(name, flag))
+        if flag.startswith("--") and (renamed := new_name(name)):
+            raise ConfigError(f"{flag} is no flag any more; its setting is {renamed} now")
 
 
 def _switches(kind: type[Any], before: str = "") -> Iterator[str]:

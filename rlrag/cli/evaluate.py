@@ -239,7 +239,7 @@ def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
         )
     shown = arguments.docs_in_context
     if shown is not None:
-        if config.training.parts != ("retriever",) and shown != config.environment.num_selected:
+        if config.algorithm.parts != ("retriever",) and shown != config.environment.num_selected:
             raise ConfigError(
                 f"--docs-in-context is {shown}, but the bundle's selector was trained to pick "
                 f"{config.environment.num_selected}; leave the flag out"

@@ -108,7 +108,7 @@ def _check_adapter(config: RunConfig, arguments: ExportArguments) -> None:
     if not config.trains_generator or config.generator_training.method != "lora":
         raise ConfigError(
             "--adapter apart needs a run that trains an adapter of the generator, but "
-            f"training.parts is {list(config.training.parts)} and generator_training.method "
+            f"this one trains {' and '.join(config.algorithm.parts)} by generator_training.method "
             f"{config.generator_training.method!r}; leave the flag out"
         )
     if config.trains_in_turns:
@@ -172,7 +172,7 @@ def _open_data(config: RunConfig, run_dir: RunDirectory) -> TrainingData:
     from rlrag.training.feedback.selections import open_logged_data
 
     library = open_library(config)
-    if config.training.experience is None:
+    if config.feedback is None:
         return open_training_data(config, library)
     return data_of_log(library, open_logged_data(config, library, run_dir.feedback))
 
@@ -189,7 +189,7 @@ def _export_rounds(config: RunConfig, run_dir: RunDirectory, arguments: ExportAr
 
     if arguments.checkpoint is not None or not find_whole(run_dir.bundle).is_dir():
         raise CheckpointError(
-            f"{run_dir.path} trains {' and '.join(config.training.parts)} in turns and can be "
+            f"{run_dir.path} trains {' and '.join(config.algorithm.parts)} in turns and can be "
             "exported as a whole once it is finished; give a finished run by --run-dir, or one "
             f"turn of it, such as {run_dir.rounds / '1-retriever'}"
         )

@@ -28,7 +28,7 @@ def model_card(files: BundleFiles) -> str:
     config, facts, licences = files.config, files.facts, files.licences
     corpus = "none" if config.data.corpus is None else f"`{_short(config.data.corpus)}`"
     source = "what its retriever brings" if config.data.corpus is None else "a corpus"
-    parts = " and ".join(config.training.parts)
+    parts = " and ".join(config.algorithm.parts)
     title = f"{config.recipe}, step {facts.step}"
     lines = [
         "---",
@@ -98,7 +98,7 @@ def _front_matter(
         metrics=list(_METRICS.values()),
         model_name=title if results else None,
         eval_results=results or None,
-        tags=["retrieval-augmented-generation", *config.training.parts],
+        tags=["retrieval-augmented-generation", *config.algorithm.parts],
     )
     text: str = card.to_yaml()
     return text

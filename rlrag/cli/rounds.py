@@ -23,7 +23,7 @@ from typing import Any
 
 from rlrag.cli.opened_bundle import say
 from rlrag.cli.single_run import evaluate_bundle, open_all, run_once
-from rlrag.config import RunConfig
+from rlrag.config import AlternatingConfig, RunConfig
 from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.runs.directory import RunDirectory
 
@@ -45,8 +45,9 @@ class Trained:
 def run_rounds(config: RunConfig, run_dir: RunDirectory) -> None:
     """Take all turns, then bundle the last weights of every part and compare them."""
     open_all(config, bool(config.systems))
-    trained, tokens, turns_left = Trained(), 0.0, 2 * config.training.rounds
-    for number in range(1, config.training.rounds + 1):
+    rounds = num_rounds(config)
+    trained, tokens, turns_left = Trained(), 0.0, 2 * rounds
+    for number in range(1, rounds + 1):
         for turn in (RETRIEVER, OTHERS):
             directory = RunDirectory(run_dir.rounds / f"{number}-{turn}")
             turn_config = config_of_turn(config, turn, trained, tokens, turns_left)
@@ -54,13 +55,19 @@ def run_rounds(config: RunConfig, run_dir: RunDirectory) -> None:
             if directory.bundle.is_dir():
                 say(f"round {number}, {turn}: done before")
             else:
-                say(f"round {number} of {config.training.rounds}, {turn}")
+                say(f"round {number} of {rounds}, {turn}")
                 run_once(turn_config, directory, evaluate=False, experience=trained.experience)
             trained = _after(turn, directory, trained)
             tokens += directory.read_metrics()[-1]["generator_tokens_total"]
             turns_left -= 1
         join_metrics(config, run_dir)
     _bundle_and_evaluate(config, run_dir, trained)
+
+
+def num_rounds(config: RunConfig) -> int:
+    """Rounds of a run whose algorithm is `alternating`."""
+    assert isinstance(config.algorithm, AlternatingConfig)
+    return config.algorithm.rounds
 
 
 def config_of_turn(
@@ -78,12 +85,8 @@ def config_of_turn(
     """
     values = config.model_dump()
     values["recipe"] = f"{config.recipe}/{turn}"
-    others = tuple(part for part in config.training.parts if part != RETRIEVER)
-    values["training"] |= {
-        "rounds": 1,
-        "parts": (RETRIEVER,) if turn == RETRIEVER else others,
-        "log_experience": turn == OTHERS,
-    }
+    values["algorithm"] = values["algorithm"][turn]
+    values["training"]["log_experience"] = turn == OTHERS
     if config.training.max_generator_tokens is not None:
         left = config.training.max_generator_tokens - int(tokens)
         values["training"]["max_generator_tokens"] = max(1, left // turns_left)
@@ -121,7 +124,7 @@ def join_metrics(config: RunConfig, run_dir: RunDirectory) -> None:
     its judging, and the warnings that this raised, go to the next record.
     """
     records: list[dict[str, Any]] = []
-    for number in range(1, config.training.rounds + 1):
+    for number in range(1, num_rounds(config) + 1):
         for turn in (RETRIEVER, OTHERS):
             found = RunDirectory(run_dir.rounds / f"{number}-{turn}").read_metrics()
             before = dict.fromkeys(_ADDED, 0) | (records[-1] if records else {})
@@ -158,7 +161,7 @@ def _bundle_and_evaluate(config: RunConfig, run_dir: RunDirectory, trained: Trai
     candidates, _ = open_evaluation_data(config, library)
     selector = config.selector.model_copy(update={"weights": str(trained.selector)})
     policy = open_policy(config.model_copy(update={"selector": selector}), candidates)
-    last = run_dir.rounds / f"{config.training.rounds}-{OTHERS}" / "bundle" / "bundle.json"
+    last = run_dir.rounds / f"{num_rounds(config)}-{OTHERS}" / "bundle" / "bundle.json"
     facts = json.loads(last.read_text())
     save_bundle(
         run_dir.bundle,

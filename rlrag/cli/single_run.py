@@ -55,8 +55,8 @@ def run_once(
 
     evaluate = evaluate and bool(config.systems)
     library = open_all(config, evaluate)
-    if config.training.experience is not None:
-        _train_on_log(config, run_dir, library, Path(config.training.experience))
+    if config.feedback is not None:
+        _train_on_log(config, run_dir, library, Path(config.feedback.log))
         if evaluate:
             evaluate_bundle(config, run_dir, library)
         return
@@ -116,7 +116,7 @@ def open_all(config: RunConfig, evaluate: bool) -> Library:
     if evaluate:
         evaluation = load_questions(config.data.eval_questions, config.cache_path)
         evaluation = evaluation.sample(config.data.max_eval_questions, seed=0)
-    if config.training.experience is None:
+    if config.feedback is None:
         for sentence in remarks(config, training_questions(config), evaluation):
             say(f"warning: {sentence}")
     if config.data.corpus is None:
@@ -290,10 +290,10 @@ def bundle_checkpoint(
     Raises:
         CheckpointError: when the tensors do not fit the configuration.
     """
+    from rlrag.algorithm.parts import open_whole_generator
     from rlrag.bundle import save_bundle
     from rlrag.files.directories import restore_weights
     from rlrag.pipeline import open_policy
-    from rlrag.training.parts import open_whole_generator
 
     policy = open_policy(config, data.train)
     save_generator = save_retriever = None
@@ -328,7 +328,7 @@ def _trained_retriever(
     from rlrag.retrieval.trainable.query_encoder import open_query_encoder, save_with_passages
 
     what = f"the retriever of checkpoint {step}"
-    if config.algorithm != "jsa":
+    if config.algorithm.name != "jsa":
         encoder = open_trainable_encoder(config.retrieval, config.openrag, config.cache_path)
         restore_weights(encoder, weights, what)
         return encoder.save_pretrained
@@ -431,7 +431,7 @@ def _golden_system(config: RunConfig) -> str | None:
     systems = config.systems
     if config.generator.temperature:
         return None
-    if "trained" not in systems and config.training.parts == ("retriever",):
+    if "trained" not in systems and config.algorithm.parts == ("retriever",):
         # Other untrained selectors keep the retriever's order.
         return None if config.selector.kind == "listwise_lm" else "tuned_retriever"
     return "trained"

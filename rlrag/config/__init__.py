@@ -1,10 +1,23 @@
 """The configuration of a run: typed, frozen, validated, importable without torch.
 
-A recipe returns one `RunConfig`. Every field is a command-line flag (`--dro.num-samples 8`) and a
-key of the saved `config.json`, which loads back to an equal object. Nothing that a run finds out is
-written here.
+A recipe returns one `RunConfig`. Every field is a command-line flag (`--algorithm.num-samples 8`)
+and a key of the saved `config.json`, which loads back to an equal object. Nothing that a run finds
+out is written here.
 """
 
+from rlrag.config.algorithm import (
+    ALGORITHMS,
+    AlternatingConfig,
+    AnyAlgorithm,
+    DROConfig,
+    FeedbackConfig,
+    JSAConfig,
+    OpenRAGConfig,
+    OwnTrainerConfig,
+    Part,
+    SFTConfig,
+    algorithm_kind,
+)
 from rlrag.config.run import RunConfig, describe_validation_error
 from rlrag.config.sections import (
     BETTER_GENERATOR,
@@ -24,13 +37,9 @@ from rlrag.config.sections import (
     SelectorConfig,
 )
 from rlrag.config.training import (
-    DROConfig,
     EvaluationConfig,
     GeneratorTrainingConfig,
-    JSAConfig,
     MirrorConfig,
-    OffPolicyConfig,
-    OpenRAGConfig,
     System,
     TrainingConfig,
 )
@@ -39,6 +48,7 @@ DATA_DIR_VARIABLE = "RLRAG_DATA_DIR"
 """The environment variable that names the folder of the data sets which recipes train on."""
 
 __all__ = [
+    "ALGORITHMS",
     "BETTER_GENERATOR",
     "BUILTIN_CORPUS",
     "BUILTIN_ENCODER",
@@ -46,24 +56,30 @@ __all__ = [
     "BUILTIN_MODELS",
     "BUILTIN_VOCABULARY_ENCODER",
     "DATA_DIR_VARIABLE",
+    "AlternatingConfig",
+    "AnyAlgorithm",
     "DROConfig",
     "DataConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
+    "FeedbackConfig",
     "FewShotExample",
     "GeneratorConfig",
     "GeneratorTrainingConfig",
     "JSAConfig",
     "JudgeConfig",
     "MirrorConfig",
-    "OffPolicyConfig",
     "OpenRAGConfig",
+    "OwnTrainerConfig",
+    "Part",
     "PromptConfig",
     "RetrievalConfig",
     "RewardConfig",
     "RunConfig",
+    "SFTConfig",
     "SelectorConfig",
     "System",
     "TrainingConfig",
+    "algorithm_kind",
     "describe_validation_error",
 ]

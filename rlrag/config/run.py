@@ -9,8 +9,18 @@ from typing import Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from rlrag.config.complaints import describe
+from rlrag.config.algorithm import (
+    Algorithm,
+    AlternatingConfig,
+    DROConfig,
+    FeedbackConfig,
+    JSAConfig,
+    OpenRAGConfig,
+    OwnTrainerConfig,
+    SFTConfig,
+)
 from rlrag.config.fixed import without_fixed
+from rlrag.config.renamed import with_algorithm
 from rlrag.config.sections import (
     RETRIEVERS,
     DataConfig,
@@ -22,16 +32,13 @@ from rlrag.config.sections import (
     SelectorConfig,
 )
 from rlrag.config.training import (
-    DROConfig,
     EvaluationConfig,
     GeneratorTrainingConfig,
-    JSAConfig,
     MirrorConfig,
-    OffPolicyConfig,
-    OpenRAGConfig,
     System,
     TrainingConfig,
 )
+from rlrag.config.validation_errors import describe
 from rlrag.errors import ConfigError
 
 
@@ -51,10 +58,7 @@ class RunConfig(Section):
     selector: SelectorConfig = SelectorConfig()
     generator: GeneratorConfig = GeneratorConfig()
     reward: RewardConfig = RewardConfig()
-    dro: DROConfig = DROConfig()
-    off_policy: OffPolicyConfig = OffPolicyConfig()
-    openrag: OpenRAGConfig = OpenRAGConfig()
-    jsa: JSAConfig = JSAConfig()
+    algorithm: Algorithm = DROConfig()
     generator_training: GeneratorTrainingConfig = GeneratorTrainingConfig()
     training: TrainingConfig = TrainingConfig()
     mirror: MirrorConfig = MirrorConfig()
@@ -74,52 +78,25 @@ class RunConfig(Section):
                 f"training.num_workers {self.training.num_workers} without a question; use fewer "
                 "workers"
             )
-        if not self.training.parts:
-            raise ValueError(
-                "training.parts is empty; train 'retriever', 'selector', 'generator' or several"
-            )
-        if len(set(self.training.parts)) < len(self.training.parts):
-            raise ValueError(f"training.parts is {list(self.training.parts)}; name each part once")
         if self.data.corpus is None:
             self._check_no_corpus()
         self._check_systems()
         self._check_patience()
         if self.generator_training.share_base:
             self._check_shared_base()
-        if self.training.experience is not None:
-            self._check_experience()
+        if self.feedback is not None and self.selector.imitation_steps:
+            raise ValueError(
+                f"algorithm.name 'feedback' starts from selector.weights, but "
+                f"selector.imitation_steps is {self.selector.imitation_steps}; set it to 0"
+            )
         if self.training.start_from is not None:
             self._check_start()
-        if self.training.objective == "jsa":
-            self._check_jsa()
-        elif self.trains_retriever:
+        if self.trains_retriever:
             self._check_trained_retriever()
-        if self.training.rounds > 1 and not self.trains_in_turns:
-            raise ValueError(
-                f"training.rounds is {self.training.rounds}, but only a run that trains the "
-                "retriever and another part takes turns; set it to 1"
-            )
-        if self.trains_in_turns and self.training.objective == "sft":
-            raise ValueError("training.objective 'sft' takes no turns with the retriever; use dro")
-        if self.training.objective == "sft" and self.training.parts != ("generator",):
-            raise ValueError(
-                "training.objective 'sft' trains the generator alone; set training.parts generator"
-            )
-        if self.training.overlap and self.dro.passes > 1:
-            raise ValueError(
-                f"training.overlap draws across the end of an E-step, so that dro.passes "
-                f"{self.dro.passes} would not all see the same draws; use one pass, or no overlap"
-            )
-        if self.training.overlap and self.dro.baseline != "none" and self.dro.clip_ratio is None:
-            raise ValueError(
-                f"training.overlap draws with a policy that is one update old and dro.baseline "
-                f"{self.dro.baseline!r} is unbiased on-policy only; set dro.clip_ratio, or use "
-                "baseline 'none'"
-            )
-        versions_overlap = self.training.overlap and self.trains_generator
+        versions_overlap = self.dro.overlap and self.trains_generator
         if versions_overlap and not self.generator_training.max_staleness:
             raise ValueError(
-                "training.overlap rewards with generator weights that are one version old; set "
+                "algorithm.overlap rewards with generator weights that are one version old; set "
                 "generator_training.max_staleness to 1, or train without overlap"
             )
         if self.training.launcher == "local" and self.training.num_workers != 1:
@@ -139,14 +116,15 @@ class RunConfig(Section):
             backend = self.generator.backend
             what = "asks a server" if self.generator.is_remote else "is a generator of your own"
             raise ValueError(
-                f"training.parts is {list(self.training.parts)}, but generator.backend "
-                f"{backend!r} {what}, whose weights cannot be trained from here; leave the "
-                "generator out, or use vllm or transformers"
+                f"algorithm.name {self.algorithm.name!r} trains the generator, but "
+                f"generator.backend {backend!r} {what}, whose weights cannot be trained from here; "
+                "leave the generator out, or use vllm or transformers"
             )
-        if self.reward.golden_answers == "all" and self.training.objective != "dro":
+        by_others = isinstance(self.algorithm, SFTConfig | JSAConfig | OwnTrainerConfig)
+        if self.reward.golden_answers == "all" and by_others:
             raise ValueError(
-                "reward.golden_answers 'all' weighs what DRO trains on; with training.objective "
-                f"{self.training.objective!r} leave it at 'likeliest'"
+                "reward.golden_answers 'all' weighs what DRO trains on; with algorithm.name "
+                f"{self.algorithm.name!r} leave it at 'likeliest'"
             )
         generator = self.generator
         if generator.max_model_len < generator.prompt.max_prompt_tokens + generator.max_new_tokens:
@@ -166,7 +144,7 @@ class RunConfig(Section):
             (retrieval.index != "flat", f"retrieval.index {retrieval.index!r} is built of one"),
             (retrieval.num_shards > 1, f"retrieval.num_shards {retrieval.num_shards} divides one"),
             (searching, f"evaluation.systems {', '.join(searching)} search one"),
-            (self.training.experience, "training.experience names passages of one by their ids"),
+            (self.feedback, "algorithm.log names passages of one by their ids"),
         ):
             if is_there:
                 raise ValueError(
@@ -179,8 +157,8 @@ class RunConfig(Section):
         for name in ("original_retriever", "tuned_retriever"):
             if name in asked and not self.trains_retriever:
                 raise ValueError(
-                    f"evaluation.systems asks for {name}, but training.parts trains no retriever; "
-                    "leave it out"
+                    f"evaluation.systems asks for {name}, but algorithm.name "
+                    f"{self.algorithm.name!r} trains no retriever; leave it out"
                 )
         for name in ("dense", "hybrid"):
             if name in asked and self.retrieval.encoder is None:
@@ -191,31 +169,14 @@ class RunConfig(Section):
 
     def _check_patience(self) -> None:
         held_back: tuple[str, float] = (
-            ("data.num_validation_questions", self.data.num_validation_questions)
-            if self.training.experience is None
-            else ("off_policy.held_back_share", self.off_policy.held_back_share)
+            ("algorithm.held_back_share", self.feedback.held_back_share)
+            if self.feedback is not None
+            else ("data.num_validation_questions", self.data.num_validation_questions)
         )
         if self.training.patience is not None and not held_back[1]:
             raise ValueError(
                 f"training.patience {self.training.patience} counts validations, but "
                 f"{held_back[0]} is 0, so that there are none; hold some back, or unset it"
-            )
-
-    def _check_experience(self) -> None:
-        if self.training.objective != "dro":
-            raise ValueError(
-                "training.experience learns from a log by inverse propensities, but "
-                f"training.objective is {self.training.objective!r}; leave it at dro"
-            )
-        if self.training.parts != ("selector",):
-            raise ValueError(
-                f"training.experience trains the selector alone, but training.parts is "
-                f"{list(self.training.parts)}; set it to selector"
-            )
-        if self.selector.imitation_steps:
-            raise ValueError(
-                f"training.experience starts from selector.weights, but selector.imitation_steps "
-                f"is {self.selector.imitation_steps}; set it to 0"
             )
 
     def _check_start(self) -> None:
@@ -225,10 +186,10 @@ class RunConfig(Section):
                 f"{start} a run in turns has no checkpoints of all parts; train one of the turns, "
                 "with its parts alone"
             )
-        if self.training.experience is not None:
+        if self.feedback is not None:
             raise ValueError(
-                f"{start} training.experience starts from selector.weights; name the checkpoint's "
-                "policy.safetensors there"
+                f"{start} algorithm.name 'feedback' starts from selector.weights; name the "
+                "checkpoint's policy.safetensors there"
             )
         if self.selector.weights is not None:
             raise ValueError(
@@ -238,10 +199,11 @@ class RunConfig(Section):
 
     def _check_shared_base(self) -> None:
         selector, training = self.selector, self.generator_training
-        if set(self.training.parts) != {"selector", "generator"}:
+        if set(self.algorithm.parts) != {"selector", "generator"}:
             raise ValueError(
                 "generator_training.share_base needs a run that trains selector and generator and "
-                f"nothing else, but training.parts is {list(self.training.parts)}; set it to False"
+                f"nothing else, but algorithm.name {self.algorithm.name!r} trains "
+                f"{list(self.algorithm.parts)}; set it to False"
             )
         if selector.kind != "listwise_lm" or selector.adapter_rank is None:
             raise ValueError(
@@ -261,100 +223,83 @@ class RunConfig(Section):
                 f"{selector.model!r} and generator.model {self.generator.model!r}; name the same"
             )
 
-    def _check_jsa(self) -> None:
-        parts, kind = self.training.parts, self.retrieval.kind
-        if set(parts) not in ({"retriever"}, {"retriever", "generator"}):
-            raise ValueError(
-                f"training.objective 'jsa' trains the retriever, alone or with the generator, but "
-                f"training.parts is {list(parts)}; set it to retriever or retriever,generator"
-            )
-        if kind not in ("dense", "semi_parametric"):
-            raise ValueError(
-                f"training.objective 'jsa' trains the retriever, but retrieval.kind {kind!r} has "
-                "nothing to train; use dense or semi_parametric"
-            )
-        if self.training.rounds > 1:
-            raise ValueError(
-                f"training.objective 'jsa' trains its parts together, but training.rounds is "
-                f"{self.training.rounds}; set it to 1"
-            )
-        if self.training.overlap:
-            raise ValueError(
-                "training.overlap draws the selections of a policy ahead, and training.objective "
-                "'jsa' has no policy; leave it out"
-            )
-
     def _check_trained_retriever(self) -> None:
         retrieval, openrag = self.retrieval, self.openrag
         if retrieval.kind not in ("dense", "semi_parametric"):
             raise ValueError(
-                f"training.parts names the retriever, but retrieval.kind {retrieval.kind!r} has "
-                "nothing to train; use dense or semi_parametric"
+                f"algorithm.name {self.algorithm.name!r} trains the retriever, but retrieval.kind "
+                f"{retrieval.kind!r} has nothing to train; use dense or semi_parametric"
             )
         if not self.trains_by_openrag:
             return
-        if openrag.stages not in (("offline",), ("online",), ("offline", "online")):
-            raise ValueError(
-                f"openrag.stages is {list(openrag.stages)}; name offline, online or both in this "
-                "order"
-            )
-        if openrag.labels == "gold" and openrag.loss == "kl":
-            raise ValueError(
-                "openrag.loss 'kl' distils the generator's likelihoods, which openrag.labels "
-                "'gold' does without; use loss contrastive"
-            )
         if openrag.first_stage == "bm25" and not retrieval.bm25_scores:
             raise ValueError(
-                "openrag.first_stage 'bm25' needs a BM25 index; set retrieval.bm25_scores True"
+                "algorithm.first_stage 'bm25' needs a BM25 index; set retrieval.bm25_scores True"
             )
         if openrag.first_stage == "bag_of_tokens" and retrieval.kind == "dense":
             raise ValueError(
-                "openrag.first_stage 'bag_of_tokens' is searched by vectors over a vocabulary, "
+                "algorithm.first_stage 'bag_of_tokens' is searched by vectors over a vocabulary, "
                 "which retrieval.kind 'dense' has not; use frozen or bm25"
             )
         if openrag.vectors == "one_whole" and retrieval.kind == "dense":
             raise ValueError(
-                "openrag.vectors 'one_whole' is for semi_parametric; vectors of a dense encoder "
+                "algorithm.vectors 'one_whole' is for semi_parametric; vectors of a dense encoder "
                 "are whole"
-            )
-        if openrag.vectors == "one_whole" and openrag.loss == "kl":
-            raise ValueError(
-                "openrag.vectors 'one_whole' belongs to openrag.loss 'contrastive'; leave it out"
             )
         if not openrag.tied and retrieval.kind == "dense":
             raise ValueError(
-                "openrag.tied False is for semi_parametric; a dense encoder reads questions and "
+                "algorithm.tied False is for semi_parametric; a dense encoder reads questions and "
                 "passages alike"
             )
         if openrag.num_online < self.environment.num_selected:
             raise ValueError(
-                f"openrag.num_online {openrag.num_online} finds fewer passages than "
+                f"algorithm.num_online {openrag.num_online} finds fewer passages than "
                 f"environment.num_selected {self.environment.num_selected} shows"
             )
 
     @property
-    def algorithm(self) -> str:
-        """What trains the parts: `dro`, `sft`, `openrag`, `jsa`, `off-policy`, or one's own."""
-        if self.training.experience is not None:
-            return "off-policy"
-        if self.trains_retriever and self.training.objective in ("dro", "sft"):
-            return "openrag"
-        return self.training.objective
+    def dro(self) -> DROConfig:
+        """How selections are drawn and weighted; the defaults where the algorithm does not say.
+
+        Fine-tuning takes one selection a question.
+        """
+        if isinstance(self.algorithm, AlternatingConfig):
+            return self.algorithm.selection
+        if isinstance(self.algorithm, SFTConfig):
+            return DROConfig(parts=("generator",), num_samples=1)
+        return self.algorithm if isinstance(self.algorithm, DROConfig) else DROConfig()
+
+    @property
+    def openrag(self) -> OpenRAGConfig:
+        """How OpenRAG trains the retriever; the defaults where the algorithm does not say."""
+        if isinstance(self.algorithm, AlternatingConfig):
+            return self.algorithm.retriever
+        return self.algorithm if isinstance(self.algorithm, OpenRAGConfig) else OpenRAGConfig()
+
+    @property
+    def jsa(self) -> JSAConfig:
+        """How JSA trains; the defaults where the algorithm does not say."""
+        return self.algorithm if isinstance(self.algorithm, JSAConfig) else JSAConfig()
+
+    @property
+    def feedback(self) -> FeedbackConfig | None:
+        """How the selector learns from a log of feedback; None where it does not."""
+        return self.algorithm if isinstance(self.algorithm, FeedbackConfig) else None
 
     @property
     def trains_in_turns(self) -> bool:
         """Whether the retriever and other parts are trained, one after the other."""
-        return self.trains_by_openrag and len(self.training.parts) > 1
+        return isinstance(self.algorithm, AlternatingConfig)
 
     @property
     def trains_retriever(self) -> bool:
         """Whether the retriever is a part that is trained."""
-        return "retriever" in self.training.parts
+        return "retriever" in self.algorithm.parts
 
     @property
     def trains_by_openrag(self) -> bool:
         """Whether the retriever is trained on pools of passages that were judged before."""
-        return self.algorithm == "openrag"
+        return isinstance(self.algorithm, OpenRAGConfig | AlternatingConfig)
 
     @property
     def needs_golden_answers(self) -> bool:
@@ -362,9 +307,9 @@ class RunConfig(Section):
 
         JSA keeps them among its held-back questions, and leaves them out of its batches.
         """
-        if self.algorithm in ("off-policy", "jsa"):
+        if isinstance(self.algorithm, FeedbackConfig | JSAConfig):
             return False
-        if self.algorithm == "sft":
+        if isinstance(self.algorithm, SFTConfig):
             return True
         judges = self.trains_by_openrag and self.openrag.labels != "gold"
         rewards = not self.trains_by_openrag or self.trains_in_turns
@@ -373,17 +318,17 @@ class RunConfig(Section):
     @property
     def num_trained_encoders(self) -> int:
         """Copies of the retriever's encoder that a worker trains."""
-        return 2 if self.algorithm == "jsa" or not self.openrag.tied else 1
+        return 2 if isinstance(self.algorithm, JSAConfig) or not self.openrag.tied else 1
 
     @property
     def trains_selector(self) -> bool:
         """Whether the selector is a part that is trained."""
-        return "selector" in self.training.parts
+        return "selector" in self.algorithm.parts
 
     @property
     def trains_generator(self) -> bool:
         """Whether the generator is a part that is trained."""
-        return "generator" in self.training.parts
+        return "generator" in self.algorithm.parts
 
     @property
     def systems(self) -> tuple[System, ...]:
@@ -399,7 +344,7 @@ class RunConfig(Section):
         if self.environment.num_selected == 1:
             orders = by_generator = ()
         found: tuple[System, ...] = ("no_retrieval",)
-        if self.training.parts == ("retriever",):
+        if self.algorithm.parts == ("retriever",):
             found = (*found, "bm25", *(("dense", "hybrid") if self.retrieval.encoder else ()))
         else:
             found = (*found, "random_order", *orders, "retriever_order")
@@ -409,9 +354,9 @@ class RunConfig(Section):
             if self.trains_selector:
                 found = (*found, "tuned_selector")
             found = (*found, *by_generator)
-            if self.training.parts != ("generator",):
+            if self.algorithm.parts != ("generator",):
                 found = (*found, "tuned_generator")
-        if self.training.parts != ("retriever",):
+        if self.algorithm.parts != ("retriever",):
             found = (*found, "trained")
         return (*found, "oracle")
 
@@ -430,13 +375,13 @@ class RunConfig(Section):
 
     @classmethod
     def from_json(cls, text: str, source: str = "config") -> RunConfig:
-        """Parse `to_json`'s text, also of a version whose constants were settings.
+        """Parse `to_json`'s text, also that of an earlier version.
 
         Raises:
             ConfigError: naming `source`, the field, and for an unknown field the nearest valid one.
         """
         try:
-            return cls.model_validate(without_fixed(json.loads(text)))
+            return cls.model_validate(with_algorithm(without_fixed(json.loads(text)), source))
         except ValidationError as error:  # a ValueError too
             raise ConfigError(f"{source}: {describe_validation_error(error)}") from error
         except (ValueError, RecursionError) as error:

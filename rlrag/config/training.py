@@ -2,215 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
-from typing import Annotated, Literal, Self
+from typing import Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from rlrag.config.sections import Placement, Section, check_options, known_or_own
-
-OBJECTIVES = ("dro", "sft", "jsa")
-
-
-class DROConfig(Section):
-    """Direct Retrieval-augmented Optimization (arXiv 2505.03075)."""
-
-    num_samples: int = Field(default=8, ge=1)
-    """Selections drawn for each question (m). With 1 the selector learns nothing, since a single
-    sample always has weight 1."""
-    reward_temperature: float = Field(default=1.0, gt=0)
-    """w = softmax(reward / temperature); 1 with `answer_logp` is the paper's weight."""
-    weighting: Literal["self_normalised", "raw"] = "self_normalised"
-    """`self_normalised`: the weights of a question sum to 1; `raw`: exp(reward / temperature) /
-    m."""
-    baseline: Literal["none", "mean", "leave_one_out"] = "mean"
-    """Baseline subtracted from each weight. `mean`: the question's mean weight, so that samples are
-    not reinforced merely for having been drawn; `leave_one_out`: the mean likelihood of the other
-    samples, for `raw` weights."""
-    replacement: bool = True
-    """Draw samples independently. False draws m different selections by Gumbel top-k and corrects
-    their weights (Kool et al., 2019, 2020)."""
-    proposal_temperature: float = Field(default=1.0, gt=0)
-    """Draw from p(z|x)^(1/T) and correct the weights; above 1 explores more."""
-    passes: int = Field(default=1, ge=1)
-    """Optimiser passes over the samples of an E-step; the paper's M-step takes several."""
-    refresh_every: int | None = Field(default=1, ge=1)
-    """Steps between updates of the policy and generator that the E-step draws and scores with. 1 is
-    on-policy; unset updates once per epoch, as in the paper."""
-    clip_ratio: float | None = Field(default=None, gt=0, lt=1)
-    """Clips the ratio p_now(z|x) / p_drawn(z|x) to 1 +- this, as PPO does; unset clips nothing, as
-    in the paper."""
-    entropy_weight: float = Field(default=0.0, ge=0)
-    """Coefficient of the entropy bonus."""
-    kl_weight: float = Field(default=0.0, ge=0)
-    """Coefficient of the penalty KL(policy || untrained policy), estimated again in every pass."""
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether every update uses samples of the policy that it changes."""
-        return self.passes == 1 and self.refresh_every == 1
-
-    @model_validator(mode="after")
-    def _estimator_fits(self) -> Self:
-        fitting = {"raw": ("none", "leave_one_out"), "self_normalised": ("none", "mean")}
-        if self.baseline not in fitting[self.weighting]:
-            raise ValueError(
-                f"dro.baseline {self.baseline!r} does not fit dro.weighting {self.weighting!r}; "
-                f"use one of {', '.join(map(repr, fitting[self.weighting]))}"
-            )
-        if self.baseline == "leave_one_out" and self.num_samples < 2:
-            raise ValueError(
-                "dro.baseline 'leave_one_out' needs another sample; raise dro.num_samples to 2"
-            )
-        if self.baseline == "leave_one_out" and not self.replacement:
-            raise ValueError(
-                "dro.baseline 'leave_one_out' needs independent samples; use dro.replacement True"
-            )
-        if self.baseline != "none" and not self.on_policy and self.clip_ratio is None:
-            raise ValueError(
-                f"dro.baseline {self.baseline!r} is unbiased on-policy only; with dro.passes "
-                f"{self.passes} and dro.refresh_every {self.refresh_every} set dro.clip_ratio, or "
-                "use baseline 'none'"
-            )
-        return self
-
-
-class OffPolicyConfig(Section):
-    """The selector's training on logged selections, see `training.experience`."""
-
-    max_ratio: float = Field(default=20.0, ge=1)
-    """Upper bound of the importance ratio p_now(z|x) / propensity in the gradient. A service that
-    explores with probability e logs ratios of up to 1/e."""
-    reward_range: tuple[float, float] = (-1.0, 1.0)
-    """Lowest and highest feedback value. Values outside are clipped and counted; a log with more
-    than 5 % of its values outside is refused."""
-    num_epochs: int = Field(default=20, ge=1)
-    """Passes over the logged selections."""
-    held_back_share: float = Field(default=0.3, ge=0, lt=1)
-    """Share of the logged questions held out to choose the best checkpoint, which has the highest
-    lower bound of its 95 % interval; 0 keeps the last one and gives no estimate."""
-
-    @model_validator(mode="after")
-    def _range_has_a_width(self) -> Self:
-        low, high = self.reward_range
-        if not math.isfinite(low) or not math.isfinite(high) or low >= high:
-            raise ValueError(
-                f"off_policy.reward_range is {low:g} to {high:g}; give two numbers, the lower first"
-            )
-        return self
-
-
-class OpenRAGConfig(Section):
-    """The retriever's training on what helped the generator (OpenRAG, arXiv 2503.08398).
-
-    It trains the encoder of `retrieval.kind`, which is `dense` or `semi_parametric`; `training`
-    holds what it shares with the other parts: batch size, warm-up, validation and checkpoints.
-    """
-
-    stages: tuple[Literal["offline", "online"], ...] = ("offline", "online")
-    """`offline` trains on passages labelled before training, `online` on those that the retriever
-    currently finds; either alone is an ablation in the paper."""
-    labels: Literal["generator", "gold", "generator_else_gold"] = "generator"
-    """Which passages are positive. `generator`: those with which the generator answers correctly;
-    `gold`: the questions' gold passages, OpenRAG's baseline; `generator_else_gold`: gold passages
-    only where the generator is correct with no passage."""
-    num_offline: int = Field(default=100, ge=2)
-    """Passages labelled for each question before training (k)."""
-    num_online: int = Field(default=20, ge=2)
-    """Passages that the fixed first stage retrieves and the current encoder reranks (m)."""
-    first_stage: Literal["frozen", "bag_of_tokens", "bm25"] = "frozen"
-    """First stage of online retrieval: the untrained encoder's vectors, a bag-of-tokens index
-    (`semi_parametric` only, as in the paper), or BM25. It stays fixed during training."""
-    refresh_every: int | None = Field(default=None, ge=1)
-    """Rebuild the passage index with the current encoder every N steps and use it as the
-    first stage; unset never rebuilds it."""
-    refresh_waits: bool = False
-    """Wait for each rebuild, so that a run is reproducible; otherwise training goes on with the old
-    index."""
-    refresh_timeout_s: float = Field(default=3600, gt=0)
-    """Longest wait for a rebuild."""
-    offline_epochs: int = Field(default=40, ge=1)
-    """Epochs of the offline stage."""
-    online_epochs: int = Field(default=40, ge=1)
-    """Epochs of the online stage."""
-    offline_token_share: float = Field(default=0.8, gt=0, le=1)
-    """Share of `training.max_generator_tokens` for labelling before the online stage; questions
-    beyond it are skipped."""
-    learning_rate: float = Field(default=2e-5, gt=0)
-    """Peak AdamW step size."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW decoupled weight decay."""
-    max_grad_norm: float = Field(default=2.0, gt=0)
-    """Gradients are clipped to this global norm."""
-    loss: Literal["contrastive", "kl"] = "contrastive"
-    """`kl` distils the generator's likelihoods into the retriever's distribution over a question's
-    passages (RePlug), an ablation in the paper."""
-    vectors: Literal["sparse", "one_whole"] = "sparse"
-    """Vectors in the contrastive loss of a `semi_parametric` retriever. `sparse`: as in search;
-    `one_whole`: one side of each term is dense, as in VDR's code, so that all tokens of a passage
-    get a gradient."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Temperature of the inner products in the loss. The paper uses 1; unit vectors need less."""
-    likelihood_temperature: float = Field(default=1.0, gt=0)
-    """Temperature of the log-likelihoods that `kl` distils."""
-    micro_batch_texts: int = Field(default=32, ge=1)
-    """Texts in one forward pass. Larger batches use gradient caching, with the same result."""
-    tied: bool = True
-    """Use one encoder for questions and passages; False trains one for each."""
-    contribution_margin: float = Field(default=1.0, gt=0)
-    """Labels from logged rewards: a passage is positive if the mean reward with it is higher by
-    this much than without it, and negative if it is not higher and some selection with it was
-    rewarded by this much less than the question's best."""
-
-
-class JSAConfig(Section):
-    """Retriever and generator by joint stochastic approximation (JSA-RAG, arXiv 2508.18168).
-
-    It trains the encoder of questions of `retrieval.kind`, which is `dense` or `semi_parametric`;
-    passages keep their vectors. `training` holds passes, batch size, warm-up and checkpoints,
-    `generator_training` how the generator learns where it is a part.
-    """
-
-    mis_steps: int = Field(default=50, ge=1)
-    """Steps of the Metropolis chain for each question (m); a passage that is proposed again is not
-    scored again."""
-    weights: Literal["posterior", "visits"] = "posterior"
-    """`posterior`: the exact posterior over the scored passages; `visits`: how often the Metropolis
-    chain visits each, as in the paper."""
-    num_prior: int = Field(default=10, ge=1)
-    """Top passages of the retriever among the proposals."""
-    num_posterior: int = Field(default=10, ge=1)
-    """Top passages of the posterior retriever, which also reads the answer, among the proposals."""
-    temperature: float = Field(default=0.1, gt=0)
-    """Temperature of both retrievers' inner products; 0.1 is that of the released code, for unit
-    vectors."""
-    likelihood: Literal["product", "mean"] = "product"
-    """Likelihood of the answer in the posterior. `product`: over all tokens; `mean`: the geometric
-    mean per token, as in the released code."""
-    likelihood_temperature: float = Field(default=1.0, gt=0)
-    """Temperature of the log-likelihood in the posterior; above 1 flattens it."""
-    answer: Literal["first", "likeliest"] = "first"
-    """Which of several golden answers is scored: the first, which the posterior retriever reads and
-    the generator learns, or the likeliest given the passage."""
-    learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak AdamW step size of both retrievers."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients of both retrievers together are clipped to this global norm."""
-    micro_batch_texts: int = Field(default=32, ge=1)
-    """Questions in one forward pass; gradients accumulate."""
-
-    @model_validator(mode="after")
-    def _mean_has_one_answer(self) -> Self:
-        if self.likelihood == "mean" and self.answer == "likeliest":
-            raise ValueError(
-                "jsa.likelihood 'mean' divides by the tokens of one answer; set jsa.answer to "
-                "'first', or use likelihood 'product'"
-            )
-        return self
+from rlrag.config.sections import Placement, Section
 
 
 class GeneratorTrainingConfig(Section):
@@ -246,24 +44,12 @@ class GeneratorTrainingConfig(Section):
     an adapter."""
     max_staleness: int = Field(default=0, ge=0)
     """Collect a batch again if its rewards come from weights older than this many published
-    versions; happens only with `training.overlap`."""
+    versions; happens only with `algorithm.overlap`."""
 
 
 class TrainingConfig(Section):
     """The loop, its optimiser and its records."""
 
-    parts: tuple[Literal["retriever", "selector", "generator"], ...] = ("selector",)
-    """What is trained; the rest stays as it is."""
-    experience: str | None = None
-    """A service's log of feedback (`feedback.path`) to train the selector on in place of questions,
-    without a generator."""
-    objective: Annotated[str, known_or_own("training.objective", OBJECTIVES)] = "dro"
-    """`dro`; `sft` trains the generator alone on the untrained policy's own order, one selection a
-    question with weight 1: the baseline that DRO is compared with. `jsa` trains the retriever, and
-    the generator where it is a part, together; by `dro` a retriever is trained by OpenRAG. Or
-    `package.module:name` of a trainer of your own, for all parts that are trained."""
-    options: tuple[str, ...] = ()
-    """Options of a trainer of your own, each `name=value`."""
     launcher: Literal["ray", "local"] = "ray"
     """`ray`: Ray Train workers and generator actors; `local`: this process alone."""
     num_workers: int = Field(default=1, ge=1)
@@ -306,13 +92,8 @@ class TrainingConfig(Section):
     """How often Ray Train restarts a failed worker group."""
     patience: int | None = Field(default=None, ge=1)
     """Stop early after this many validations in a row without improvement; off by default."""
-    rounds: int = Field(default=1, ge=1)
-    """Rounds of training the retriever and then the other parts on what it finds."""
     log_experience: bool = False
     """Log every selection and reward in the run directory, which training in rounds needs."""
-    overlap: bool = False
-    """Collect the next batch while the current one trains, with a policy and generator that are one
-    update old. No batch is in flight at a checkpoint."""
     max_failed_share: float = Field(default=0.05, ge=0, lt=1)
     """End the run if a larger share of a batch's rewards could not be computed."""
     max_generator_tokens: int | None = Field(default=None, ge=1)
@@ -346,11 +127,6 @@ class TrainingConfig(Section):
                 "which count from 1, such as 10:13"
             )
         return profile_steps
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> Self:
-        check_options("training.objective", self.objective, self.options)
-        return self
 
     @property
     def profiled_steps(self) -> range:

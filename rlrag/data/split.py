@@ -63,11 +63,11 @@ def training_questions(config: RunConfig, corpus: Corpus | None = None) -> Train
 
 def _unanswerable(config: RunConfig, num_questions: int) -> DataError:
     spec = config.data.train_questions
-    if config.training.objective == "sft" or config.trains_by_openrag:
+    if config.algorithm.name == "sft" or config.trains_by_openrag:
         return DataError(
             f"none of the {num_questions} questions of {spec} has golden_answers, which the run "
             "learns from; give golden answers"
-            + (", or use openrag.labels gold" if config.trains_by_openrag else "")
+            + (", or use algorithm.labels gold" if config.trains_by_openrag else "")
         )
     # Exact match and its like would be 1 for an empty answer, and teach silence.
     return DataError(
@@ -98,7 +98,7 @@ def remarks(
     """
     said, num_train = [], len(found.train)
     num_left_out = found.num_left_out
-    if config.training.objective == "jsa":  # whose batches leave them out
+    if config.algorithm.name == "jsa":  # whose batches leave them out
         num_left_out = num_train - len(found.train.answerable())
     if num_left_out:
         said.append(

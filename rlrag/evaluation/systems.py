@@ -182,7 +182,7 @@ def judged_by_reward(config: RunConfig, candidates: CandidateTable) -> bool:
 
 def prefers_reward(config: RunConfig) -> bool:
     """Whether the run was trained to something else than agreement with golden answers."""
-    by_answers = config.training.objective in ("sft", "jsa")
+    by_answers = config.algorithm.name in ("sft", "jsa")
     return not config.reward.follows_golden_answers and not by_answers
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rlrag.config import RunConfig
+from rlrag.config import AlternatingConfig, RunConfig
 from rlrag.recipes.retriever import openrag
-from rlrag.recipes.selection import co_training
+from rlrag.recipes.selection import co_training, sampled_dro
 
 
 def _full(name: str, num_selected: int) -> RunConfig:
@@ -13,18 +13,19 @@ def _full(name: str, num_selected: int) -> RunConfig:
     A retriever in vocabulary space ranks, the dense encoder's vectors are features of the selector.
     """
     retriever = openrag(name)
-    selection = co_training(name, num_selected, ("selector", "generator"))
+    selection = co_training(name, num_selected, sampled_dro("selector", "generator"))
     return selection.model_copy(
         update={
             "recipe": f"{name}-full",
             "retrieval": retriever.retrieval.model_copy(
                 update={"num_candidates": selection.retrieval.num_candidates, "bm25_scores": True}
             ),
-            "openrag": retriever.openrag.model_copy(
-                update={"offline_epochs": 3, "online_epochs": 3}
-            ),
-            "training": selection.training.model_copy(
-                update={"parts": ("retriever", "selector", "generator"), "rounds": 2}
+            "algorithm": AlternatingConfig(
+                rounds=2,
+                retriever=retriever.openrag.model_copy(
+                    update={"offline_epochs": 3, "online_epochs": 3}
+                ),
+                selection=selection.dro,
             ),
         }
     )

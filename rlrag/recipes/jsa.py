@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from rlrag.config import GeneratorTrainingConfig, JSAConfig, RunConfig
 from rlrag.recipes.retriever import Retriever, openrag
 from rlrag.recipes.shared import named, questions_of
 
-Part = Literal["retriever", "generator"]
 
-
-def jsa(
-    name: str, kind: Retriever = "dense", parts: tuple[Part, ...] = ("retriever",)
-) -> RunConfig:
+def jsa(name: str, kind: Retriever = "dense", train_generator: bool = False) -> RunConfig:
     """What the recipes below share: prompt, batches and systems of `openrag`, 600 questions.
 
     Proposals and domains are as many as in the paper's scripts. Vectors of length 1 need a
@@ -25,13 +19,13 @@ def jsa(
         update={
             "recipe": f"{name}-jsa",
             "data": questions_of(name, 100, 700),
-            "jsa": JSAConfig(
-                temperature=0.05 if dense else 1.0, learning_rate=2e-5 if dense else 1e-4
+            "algorithm": JSAConfig(
+                train_generator=train_generator,
+                temperature=0.05 if dense else 1.0,
+                learning_rate=2e-5 if dense else 1e-4,
             ),
             "generator_training": GeneratorTrainingConfig(sequences_per_question=1),
-            "training": alike.training.model_copy(
-                update={"parts": parts, "objective": "jsa", "num_epochs": 10}
-            ),
+            "training": alike.training.model_copy(update={"num_epochs": 10}),
         }
     )
 
@@ -51,6 +45,6 @@ def nq_jsa_joint() -> RunConfig:
 
     Its weights change with every step, so that no score is found in the cache: two passes.
     """
-    joint = jsa("nq", parts=("retriever", "generator"))
+    joint = jsa("nq", train_generator=True)
     training = joint.training.model_copy(update={"num_epochs": 2})
     return joint.model_copy(update={"recipe": "nq-jsa-joint", "training": training})

@@ -16,13 +16,13 @@ from rlrag.config import (
 )
 from rlrag.recipes.shared import named, questions_of, short_answers
 
-Stage = Literal["offline", "online"]
 Retriever = Literal["dense", "semi_parametric"]
 
 
 def openrag(
     name: str,
-    stages: tuple[Stage, ...] = ("offline", "online"),
+    offline_epochs: int = 4,
+    online_epochs: int = 3,
     kind: Retriever = "semi_parametric",
 ) -> RunConfig:
     """What the recipes below share: all questions, 5 candidates each, one passage in context.
@@ -43,17 +43,15 @@ def openrag(
             # Room for ten passages, with which the bundle is evaluated too.
             prompt=prompt.model_copy(update={"max_prompt_tokens": 1900}),
         ),
-        openrag=OpenRAGConfig(
-            stages=stages,
+        algorithm=OpenRAGConfig(
             num_offline=5,
             num_online=5,
-            offline_epochs=4,
-            online_epochs=3,
+            offline_epochs=offline_epochs,
+            online_epochs=online_epochs,
             learning_rate=2e-5 if dense else 1e-4,
             temperature=0.05 if dense else 1.0,
         ),
         training=TrainingConfig(
-            parts=("retriever",),
             worker_threads=2,
             batch_size=32,
             warmup_steps=10,
@@ -70,12 +68,12 @@ def nq_openrag() -> RunConfig:
 
 def nq_openrag_offline() -> RunConfig:
     """The first stage of nq-openrag alone: pairs from the pools of the first retrieval."""
-    return named("nq-openrag-offline", openrag("nq", stages=("offline",)))
+    return named("nq-openrag-offline", openrag("nq", online_epochs=0))
 
 
 def nq_openrag_online() -> RunConfig:
     """The second stage of nq-openrag alone: pairs from what the retriever finds in training."""
-    return named("nq-openrag-online", openrag("nq", stages=("online",)))
+    return named("nq-openrag-online", openrag("nq", offline_epochs=0))
 
 
 def nq_openrag_dense() -> RunConfig:
@@ -116,7 +114,7 @@ def openrag_paper() -> RunConfig:
                 max_prompt_tokens=2048,
             ),
         ),
-        openrag=OpenRAGConfig(
+        algorithm=OpenRAGConfig(
             num_offline=100,
             num_online=20,
             first_stage="bag_of_tokens",
@@ -125,7 +123,6 @@ def openrag_paper() -> RunConfig:
             tied=False,
         ),
         training=TrainingConfig(
-            parts=("retriever",),
             num_workers=4,
             worker_cpus=1,
             worker_gpus=1,

@@ -14,6 +14,7 @@ from rlrag.config import (
     RetrievalConfig,
     RunConfig,
     SelectorConfig,
+    SFTConfig,
     TrainingConfig,
 )
 from rlrag.recipes.shared import named, questions_of, short_answers
@@ -36,7 +37,7 @@ def quickstart() -> RunConfig:
         ),
         environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(prompt=short_answers(question_mark=True)),
-        dro=DROConfig(num_samples=4),
+        algorithm=DROConfig(num_samples=4),
         training=TrainingConfig(num_epochs=4, batch_size=32, learning_rate=5e-3, validate_every=8),
     )
 
@@ -49,29 +50,30 @@ def nq() -> RunConfig:
         retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=5),
         environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(prompt=short_answers(question_mark=False)),
-        dro=DROConfig(num_samples=4),
+        algorithm=DROConfig(num_samples=4),
         training=TrainingConfig(num_epochs=1, batch_size=24, learning_rate=5e-3, validate_every=10),
     )
 
 
-def co_training(
-    name: str, num_selected: int, parts: tuple[Part, ...], objective: Literal["dro", "sft"] = "dro"
-) -> RunConfig:
+def sampled_dro(*parts: Part) -> DROConfig:
+    """DRO of these parts with the samples a question that two cores have time for."""
+    return DROConfig(parts=parts, num_samples=4)
+
+
+def co_training(name: str, num_selected: int, algorithm: DROConfig | SFTConfig) -> RunConfig:
     """What the recipes below share: the same 600 questions and steps for every system.
 
     The generator trains a low-rank adapter on one of the m selections a question, drawn by weight.
     """
     return RunConfig(
-        recipe=f"{name}-{'sft' if objective == 'sft' else 'dro'}",
+        recipe=f"{name}-{algorithm.name}",
         data=questions_of(name, 100, 700),
         retrieval=RetrievalConfig(kind="dense", bm25_scores=True, num_candidates=5),
         environment=EnvironmentConfig(num_selected=num_selected),
         generator=GeneratorConfig(prompt=short_answers(question_mark=name == "hotpotqa")),
-        dro=DROConfig(num_samples=4),
+        algorithm=algorithm,
         generator_training=GeneratorTrainingConfig(sequences_per_question=1),
         training=TrainingConfig(
-            parts=parts,
-            objective=objective,
             worker_threads=2,
             num_epochs=1,
             batch_size=24,
@@ -85,42 +87,42 @@ def co_training(
 
 def nq_dro() -> RunConfig:
     """Selector and generator together on Natural Questions (RLRAG_DATA_DIR)."""
-    return co_training("nq", 2, ("selector", "generator"))
+    return co_training("nq", 2, sampled_dro("selector", "generator"))
 
 
 def nq_dro_selector() -> RunConfig:
     """The selector half of nq-dro, with the generator frozen."""
-    return named("nq-dro-selector", co_training("nq", 2, ("selector",)))
+    return named("nq-dro-selector", co_training("nq", 2, sampled_dro("selector")))
 
 
 def nq_dro_generator() -> RunConfig:
     """The generator half of nq-dro, with the untrained selector's samples."""
-    return named("nq-dro-generator", co_training("nq", 2, ("generator",)))
+    return named("nq-dro-generator", co_training("nq", 2, sampled_dro("generator")))
 
 
 def nq_sft() -> RunConfig:
     """The generator fine-tuned on the retriever's order, in as many steps as nq-dro."""
-    return co_training("nq", 2, ("generator",), "sft")
+    return co_training("nq", 2, SFTConfig())
 
 
 def hotpotqa_dro() -> RunConfig:
     """Selector and generator together on HotpotQA, three passages (RLRAG_DATA_DIR)."""
-    return co_training("hotpotqa", 3, ("selector", "generator"))
+    return co_training("hotpotqa", 3, sampled_dro("selector", "generator"))
 
 
 def hotpotqa_dro_selector() -> RunConfig:
     """The selector half of hotpotqa-dro, with the generator frozen."""
-    return named("hotpotqa-dro-selector", co_training("hotpotqa", 3, ("selector",)))
+    return named("hotpotqa-dro-selector", co_training("hotpotqa", 3, sampled_dro("selector")))
 
 
 def hotpotqa_dro_generator() -> RunConfig:
     """The generator half of hotpotqa-dro, with the untrained selector's samples."""
-    return named("hotpotqa-dro-generator", co_training("hotpotqa", 3, ("generator",)))
+    return named("hotpotqa-dro-generator", co_training("hotpotqa", 3, sampled_dro("generator")))
 
 
 def hotpotqa_sft() -> RunConfig:
     """The generator fine-tuned on the retriever's order, in as many steps as hotpotqa-dro."""
-    return co_training("hotpotqa", 3, ("generator",), "sft")
+    return co_training("hotpotqa", 3, SFTConfig())
 
 
 def dro_paper() -> RunConfig:
@@ -145,7 +147,13 @@ def dro_paper() -> RunConfig:
             max_new_tokens=32,
             prompt=PromptConfig(style="chat", max_prompt_tokens=3072),
         ),
-        dro=DROConfig(num_samples=8, baseline="none", passes=3, refresh_every=None),
+        algorithm=DROConfig(
+            parts=("selector", "generator"),
+            num_samples=8,
+            baseline="none",
+            passes=3,
+            refresh_every=None,
+        ),
         generator_training=GeneratorTrainingConfig(
             method="full",
             learning_rate=1e-5,
@@ -154,7 +162,6 @@ def dro_paper() -> RunConfig:
             sharding="fsdp2",
         ),
         training=TrainingConfig(
-            parts=("selector", "generator"),
             num_workers=8,
             worker_cpus=1,
             worker_gpus=1,

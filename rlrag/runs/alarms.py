@@ -157,7 +157,7 @@ class Alarms:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        num_samples = 1 if config.training.objective == "sft" else config.dro.num_samples
+        num_samples = config.dro.num_samples
         num_questions = config.data.num_validation_questions
         self._rules: dict[str, Callable[[_Seen], str | None]] = {
             "collapse": lambda seen: _collapse(seen, num_samples),
@@ -209,7 +209,8 @@ def _collapse(seen: _Seen, num_samples: int) -> str | None:
         return (
             f"the effective sample size was {ess:.2f} of {num_samples} over the last "
             f"{_WINDOW} steps: one selection has all the weight. Raise "
-            "dro.reward_temperature or dro.num_samples, or look for a reward with extreme values"
+            "algorithm.reward_temperature or algorithm.num_samples, or look for a reward with "
+            "extreme values"
         )
     first = seen.first.get("policy_entropy", 0.0)
     entropy = seen.mean("policy_entropy")
@@ -217,7 +218,8 @@ def _collapse(seen: _Seen, num_samples: int) -> str | None:
         return (
             f"the policy's entropy fell from {first:.3g} to {entropy:.3g} nats over the last "
             f"{_WINDOW} steps: it draws the same selection again and again. Lower "
-            "training.learning_rate, set dro.entropy_weight, or raise dro.proposal_temperature"
+            "training.learning_rate, set algorithm.entropy_weight, or raise "
+            "algorithm.proposal_temperature"
         )
     return None
 
@@ -229,7 +231,8 @@ def _zero_signal(seen: _Seen) -> str | None:
     return (
         f"{100 * share:.0f} % of the questions had equal rewards for all their selections over the "
         f"last {_WINDOW} steps: these teach the selector nothing. Use a finer reward such as "
-        "answer_logp, more candidates, or dro.replacement False, which draws different selections"
+        "answer_logp, more candidates, or algorithm.replacement False, which draws different "
+        "selections"
     )
 
 

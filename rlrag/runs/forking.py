@@ -28,8 +28,8 @@ _BUILT_BY = {
         "retrieval.encoder",
         "retrieval.vocabulary_encoder",
         "retrieval.vocabulary_head",
-        "openrag.tied",
-        "training.objective",
+        "algorithm.tied",
+        "algorithm.name",
     ),
     "selector": (
         "selector.kind",
@@ -68,13 +68,13 @@ def check_start(config: RunConfig, run_dir: RunDirectory) -> None:
             + where_to_look(place, "give RUN_DIR/checkpoints/step-N")
         )
     before = source.read_config()
-    if set(before.training.parts) != set(config.training.parts):
+    if set(before.algorithm.parts) != set(config.algorithm.parts):
         raise ConfigError(
-            f"training.start_from {place} trained {' and '.join(before.training.parts)}, and this "
-            f"run trains {' and '.join(config.training.parts)}; give a checkpoint of the same "
-            "parts, or set training.parts"
+            f"training.start_from {place} trained {' and '.join(before.algorithm.parts)}, and this "
+            f"run trains {' and '.join(config.algorithm.parts)}; give a checkpoint of the same "
+            "parts, or train these"
         )
-    fields = {name for part in config.training.parts for name in _BUILT_BY[part]}
+    fields = {name for part in config.algorithm.parts for name in _BUILT_BY[part]}
     differing = [
         f"{name}: {_value(before, name)!r} there, {_value(config, name)!r} here"
         for name in sorted(fields)
@@ -99,7 +99,7 @@ def starting_weights(config: RunConfig) -> dict[str, dict[str, torch.Tensor]]:
     assert named is not None
     files, _ = CheckpointStore(place.parent).load(int(named[1]))
     weights = weights_in(files)
-    lacking = [part for part in config.training.parts if WEIGHTS[part] not in weights]
+    lacking = [part for part in config.algorithm.parts if WEIGHTS[part] not in weights]
     if lacking:
         raise ConfigError(
             f"training.start_from {place} has no weights of the {' and the '.join(lacking)}; give "
@@ -127,4 +127,4 @@ def _checkpoint_of(config: RunConfig) -> Path:
 
 def _value(config: RunConfig, name: str) -> Any:
     section, field = name.split(".")
-    return getattr(getattr(config, section), field)
+    return getattr(getattr(config, section), field, None)  # an algorithm may do without it

@@ -158,8 +158,8 @@ class ListwiseLMPolicy(nn.Module):
             return picks_UK[places_E], logp_UK[places_E], np.zeros(len(places_E))
         if not draws.replacement:
             raise ConfigError(
-                "selector.kind 'listwise_lm' draws with replacement only, but dro.replacement is "
-                "False; set it to True or use another selector.kind"
+                "selector.kind 'listwise_lm' draws with replacement only, but "
+                "algorithm.replacement is False; set it to True or use another selector.kind"
             )
         batch = seen.batch.of(seen.places_E[:: draws.num_samples])
         rankings = self._rankings(batch)

@@ -287,7 +287,7 @@ class PlackettLucePolicy(nn.Module):
             turn.notes.update(plan=plan_EK, scored=sight, ratios=ratios_E)
         if turn.notes["scored"] is not sight or turn.step >= self.num_selected:
             raise ConfigError(
-                "dro.replacement False draws whole selections before the first pick, but the "
+                "algorithm.replacement False draws whole selections before the first pick, but the "
                 "environment changes its candidates or goes on after them; set it to True"
             )
         ratios_E = turn.notes["ratios"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from rlrag.config import EnvironmentConfig, RetrievalConfig, RunConfig, TrainingConfig
+from rlrag.config import (
+    AnyAlgorithm,
+    EnvironmentConfig,
+    RetrievalConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from rlrag.environment.sample_task import sample_candidates
 from rlrag.pipeline import Library, TrainingData
 from rlrag.retrieval.build import open_retrievers
@@ -27,19 +33,16 @@ _NUM_STEPS = 4
 _TOLERANCE = 1e-4
 
 
-def sample_context(directory: Path, objective: str, options: Sequence[str] = ()) -> TrainerContext:
+def sample_context(directory: Path, algorithm: AnyAlgorithm) -> TrainerContext:
     """A run on the built-in task whose generator is no language model.
 
     Args:
         directory: An empty folder.
-        objective: The trainer, as `training.objective` names it.
-        options: Its own, each `name=value`.
+        algorithm: What trains, as `OwnTrainerConfig(name="package.module:name")`.
     """
     table = sample_candidates()
     retrieval = RetrievalConfig(kind="bm25", encoder=None, num_candidates=table.num_candidates)
     training = TrainingConfig(
-        objective=objective,
-        options=tuple(options),
         launcher="local",
         batch_size=4,
         num_epochs=2,
@@ -49,6 +52,7 @@ def sample_context(directory: Path, objective: str, options: Sequence[str] = ())
         cache_dir=str(directory / "cache"),
         retrieval=retrieval,
         environment=EnvironmentConfig(num_selected=1),
+        algorithm=algorithm,
         training=training,
     )
     prompts: Any = WordPrompts()
@@ -71,7 +75,7 @@ def check_trainer(context: TrainerContext) -> None:
     that one alone has. Building a trainer may not wait for the other workers.
 
     Args:
-        context: A run with at least four steps that names the trainer in `training.objective`; such
+        context: A run with at least four steps that names the trainer in `algorithm.name`; such
             as `sample_context`.
 
     Raises:
@@ -84,14 +88,14 @@ def check_trainer(context: TrainerContext) -> None:
     )
     alone.trainer.warm_start()
     first = alone.tensors()
-    for part in context.config.training.parts:
+    for part in context.config.algorithm.parts:
         assert WEIGHTS[part] in first, f"tensors has no file {WEIGHTS[part]!r} of the {part}"
     found = alone.trainer.validate(0)
     assert not found or alone.trainer.best_by in found, "best_by names no metric of validate"
     assert _differing(alone.tensors(), first) is None, "validate changes what a checkpoint keeps"
     half = alone.steps(0, _NUM_STEPS // 2)
     whole = alone.steps(_NUM_STEPS // 2, _NUM_STEPS)
-    for part in context.config.training.parts:
+    for part in context.config.algorithm.parts:
         name = WEIGHTS[part]
         assert _differing({name: whole[name]}, first), f"no step changes the weights of the {part}"
     again = _Run(context)

@@ -64,11 +64,11 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
 
     As training sharpens the policy it repeats itself more, so the estimate is on the high side.
     """
-    if config.algorithm == "jsa":
+    if config.algorithm.name == "jsa":
         return _jsa_budget(config, data, prompts)
-    if config.algorithm == "openrag":
+    if config.algorithm.name == "openrag":
         return _openrag_budget(config, data, prompts)
-    if is_own(config.algorithm):
+    if is_own(config.algorithm.name):
         return Budget(None, 0, 0, 0, _first_prompts(data, prompts))
     schedule = BatchSchedule(config.training, config.dro, len(data.train), config.seed)
     policy = open_policy(config, data.train)
@@ -90,7 +90,7 @@ def estimate_budget(config: RunConfig, data: TrainingData, prompts: PromptBuilde
     per_question = float(np.mean([len(found) for found in distinct]))
     num_validation = len(data.validation or ())
     num_rollouts = round(passes * len(data.train)) * config.dro.num_samples
-    if config.training.objective == "sft":
+    if config.algorithm.name == "sft":
         num_rollouts = 0
     if config.trains_generator:  # new weights answer everything anew
         num_validations = 1 + schedule.num_steps // config.training.validate_every

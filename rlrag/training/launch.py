@@ -44,7 +44,7 @@ TRAINERS: Mapping[str, Callable[[TrainerContext], Trainer]] = {
     "openrag": OpenRAGTrainer,
     "jsa": JSATrainer,
 }
-"""By `RunConfig.algorithm`, the trainers that learn from questions."""
+"""By `algorithm.name`, the trainers that learn from questions."""
 
 
 def open_trainer(context: TrainerContext) -> Trainer:
@@ -54,14 +54,14 @@ def open_trainer(context: TrainerContext) -> Trainer:
         ConfigError: when a trainer of somebody's own cannot be made.
         CheckpointError: when a retriever is to be trained and its pools are missing or damaged.
     """
-    return TRAINERS.get(context.config.algorithm, PluginTrainer)(context)
+    return TRAINERS.get(context.config.algorithm.name, PluginTrainer)(context)
 
 
 def needs_scores(config: RunConfig) -> bool:
     """Whether training asks the generator how probable golden answers are."""
-    if config.algorithm == "jsa":
+    if config.algorithm.name == "jsa":
         return True
-    if config.algorithm == "openrag":
+    if config.algorithm.name == "openrag":
         return config.openrag.labels != "gold"
     return RewardModel(config.reward).needs_score
 
@@ -218,7 +218,7 @@ def _take_part(task: _WorkerTask, run_dir: RunDirectory, workers: Workers) -> No
     torch.set_num_threads(config.training.worker_threads)  # Ray allows one for less than a CPU
     library = open_library(config)
     trainer: Trainer
-    if config.training.experience is not None:
+    if config.feedback is not None:
         logged = open_logged_data(config, library, run_dir.feedback)
         trainer = LoggedTrainer(config, logged, workers)
     else:

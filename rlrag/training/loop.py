@@ -191,7 +191,7 @@ class TrainingLoop(Generic[AnyTrainer]):
         may_pause = self.trainer.may_pause(self.progress.step)
         if may_pause:
             self._last_pause = self.progress.step
-        self._is_whole = may_pause and (pauses_after or not self._config.overlap)
+        self._is_whole = may_pause and (pauses_after or not self._run_config.dro.overlap)
 
     def _spent_all(self) -> bool:
         limit = self._config.max_generator_tokens

@@ -111,7 +111,7 @@ def learners_of(config: RunConfig) -> list[Learner]:
         model = models.get("vocabulary_encoder") or models.get("encoder", BUILTIN_ENCODER)
         num = config.num_trained_encoders
         found.append(Learner("retriever", model, num, num))
-    if "selector" in config.training.parts and "selector" in models:
+    if "selector" in config.algorithm.parts and "selector" in models:
         by_adapter = config.selector.kind == "listwise_lm" and config.selector.adapter_rank
         held = 0 if config.generator_training.share_base else 1
         trained = _ADAPTER_SHARE if by_adapter else 1
@@ -136,7 +136,7 @@ class _Sizes:
 
 def asks_generator(config: RunConfig) -> bool:
     """Whether a run opens a generator at all."""
-    return config.training.experience is None or bool(config.systems)
+    return config.feedback is None or bool(config.systems)
 
 
 def uses_vllm(config: RunConfig) -> bool:

@@ -67,7 +67,7 @@ class TrainedParts:
         self.initial = copy.deepcopy(self.policy)
         self._warn_of_unread()
         self._selector: SelectorLearner | None = None
-        if "selector" in config.training.parts:
+        if "selector" in config.algorithm.parts:
             self._selector = SelectorLearner(
                 self.policy,
                 self.initial,
@@ -78,7 +78,7 @@ class TrainedParts:
             )
         self.generator: TrainableGenerator | None = None
         self._generator: GeneratorLearner | None = None
-        if "generator" in config.training.parts:
+        if "generator" in config.algorithm.parts:
             self.generator = open_trainable_generator(config, base)
             self._generator = GeneratorLearner(
                 self.generator,
@@ -161,7 +161,7 @@ class TrainedParts:
                 batch,
                 thinned(weights_BM, limit, seeds),
             )
-            if self._config.training.objective == "sft":  # no reward has counted these prompts
+            if self._config.algorithm.name == "sft":  # no reward has counted these prompts
                 metrics |= self._described(built)
             batch_size = self._config.training.batch_size
             metrics |= self._generator.update(built.examples, batch_size, step)

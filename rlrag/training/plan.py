@@ -11,7 +11,14 @@ from itertools import islice
 from pathlib import Path
 
 from rlrag import plugins
-from rlrag.config import RunConfig
+from rlrag.config import (
+    AlternatingConfig,
+    FeedbackConfig,
+    JSAConfig,
+    OpenRAGConfig,
+    OwnTrainerConfig,
+    RunConfig,
+)
 from rlrag.data.checks import Tally
 from rlrag.data.folder import command_that_makes
 from rlrag.data.load import cut_passages, first_passages, load_questions
@@ -42,11 +49,11 @@ def describe_plan(config: RunConfig) -> str:
     RewardModel(config.reward)
     plugins.check_named(config)
     check_environment(config.environment)
-    lines = [f"{config.recipe}: trains {' and '.join(config.training.parts)}", *_steps(config)]
+    lines = [f"{config.recipe}: trains {' and '.join(config.algorithm.parts)}", *_steps(config)]
     room = _room(config)
     if room:
         lines.append(f"  passages    {'; '.join(found for found, _ in room)}")
-    if config.training.experience is None:
+    if config.feedback is None:
         lines += _generator_memory(config)
     lines += _learner_memory(config)
     lines += _placement(config)
@@ -70,7 +77,7 @@ def _questions(config: RunConfig) -> tuple[str, int | None]:
 def _remarks(config: RunConfig) -> list[str]:
     """What is to be known of the questions before the run."""
     data = config.data
-    if config.training.experience is not None:
+    if config.feedback is not None:
         return []
     if not are_here(data.train_questions):
         said = [f"{data.train_questions} is not here: it may have fewer questions"]
@@ -92,7 +99,7 @@ def _retriever_steps(config: RunConfig) -> list[str]:
     if trained is not None:
         judged += f", {trained * openrag.num_offline:,} in all"
     epochs = {"offline": openrag.offline_epochs, "online": openrag.online_epochs}
-    stages = ", then ".join(f"{epochs[stage]} passes {stage}" for stage in openrag.stages)
+    stages = ", then ".join(f"{num} passes {stage}" for stage, num in epochs.items() if num)
     lines = [
         f"  data        {amount}; {stages}; {training.batch_size} questions a step",
         f"  retriever   {config.retrieval.kind}, loss {openrag.loss}, "
@@ -123,32 +130,30 @@ def _jsa_steps(config: RunConfig) -> list[str]:
 
 
 def _steps(config: RunConfig) -> list[str]:
-    if config.trains_in_turns:
-        others = tuple(part for part in config.training.parts if part != "retriever")
-        turn = config.training.model_copy(update={"parts": others})
+    algorithm = config.algorithm
+    if isinstance(algorithm, AlternatingConfig):
         return [
-            f"  rounds      {config.training.rounds}, each: the retriever, then "
-            f"{' and '.join(others)}",
+            f"  rounds      {algorithm.rounds}, each: the retriever, then "
+            f"{' and '.join(algorithm.selection.parts)}",
             *_retriever_steps(config),
-            *_steps(config.model_copy(update={"training": turn})),
+            *_steps(config.model_copy(update={"algorithm": algorithm.selection})),
         ]
-    if config.algorithm == "jsa":
+    if isinstance(algorithm, JSAConfig):
         return _jsa_steps(config)
-    if config.algorithm == "openrag":
+    if isinstance(algorithm, OpenRAGConfig):
         return _retriever_steps(config)
-    if config.algorithm == "off-policy":
-        off_policy = config.off_policy
+    if isinstance(algorithm, FeedbackConfig):
         return [
-            f"  log         selections of {config.training.experience}, "
-            f"{off_policy.held_back_share:.0%} of their questions held back; "
-            f"{off_policy.num_epochs} passes, {config.training.batch_size} a step; no generator"
+            f"  log         selections of {algorithm.log}, "
+            f"{algorithm.held_back_share:.0%} of their questions held back; "
+            f"{algorithm.num_epochs} passes, {config.training.batch_size} a step; no generator"
         ]
     dro, training = config.dro, config.training
     amount, trained = _questions(config)
-    if plugins.is_own(config.algorithm):
+    if isinstance(algorithm, OwnTrainerConfig):
         return [
             f"  data        {amount}",
-            f"  trainer     {config.algorithm}; its steps and what they cost are not known here",
+            f"  trainer     {algorithm.name}; its steps and what they cost are not known here",
         ]
     if trained is not None:
         steps = training.num_epochs * trained // training.batch_size * dro.passes
@@ -228,7 +233,7 @@ def _placement(config: RunConfig) -> list[str]:
     training, generator = config.training, config.generator
     if training.launcher == "local":
         return ["  placement   this process alone"]
-    if training.experience is not None:
+    if config.feedback is not None:
         return [
             f"  placement   {training.num_workers} Ray Train worker(s) of "
             f"{training.worker_cpus:g} CPU and {training.worker_gpus:g} GPU"
@@ -325,7 +330,7 @@ def _prompted(config: RunConfig, passages: Sequence[Passage]) -> Iterator[Found]
     from rlrag.generation.prompts import PromptBuilder, PromptCounts, cut_warning, load_tokenizer
 
     generator, size = config.generator, config.environment.num_selected
-    if config.training.experience is not None or not are_here(config.data.train_questions):
+    if config.feedback is not None or not are_here(config.data.train_questions):
         return
     directory = model_here(generator.model, config.cache_path)
     if directory is None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rlrag import plugins
+from rlrag.config import OwnTrainerConfig
 from rlrag.errors import ConfigError, RlragError, TrainerError
 from rlrag.runs.checkpoints import WEIGHTS
 from rlrag.training.distributed import workers
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class PluginTrainer(Trainer):
-    """Passes every call on to the trainer that `training.objective` names.
+    """Passes every call on to the trainer that `algorithm.name` names.
 
     What that one gives back is checked, what it raises is named, and the tokens of its steps are
     counted.
@@ -38,12 +39,13 @@ class PluginTrainer(Trainer):
     """
 
     def __init__(self, context: TrainerContext) -> None:
-        training = context.config.training
+        algorithm = context.config.algorithm
+        assert isinstance(algorithm, OwnTrainerConfig)
         self._context = context
-        self._who = f"trainer {training.objective!r}"
+        self._who = f"trainer {algorithm.name!r}"
         with torch.random.fork_rng(devices=[]):  # equal weights on all workers, whatever it draws
             torch.manual_seed(context.config.seed)
-            part = plugins.make("trainer", training.objective, training.options, context=context)
+            part = plugins.make("trainer", algorithm.name, algorithm.options, context=context)
         if not isinstance(part, Trainer):
             raise ConfigError(
                 f"{self._who} made a {type(part).__name__}, which is no Trainer; let it be a "
@@ -113,7 +115,7 @@ class PluginTrainer(Trainer):
             for tensors in files.values()
         ):
             raise self._broken("tensors", "gave something else than tensors by file and name")
-        for part in self._context.config.training.parts:
+        for part in self._context.config.algorithm.parts:
             if WEIGHTS[part] not in files:
                 raise self._broken(
                     "tensors", f"gave no file {WEIGHTS[part]!r}, the weights of the {part}"

@@ -17,8 +17,8 @@ class BatchSchedule:
     """Batches of equal size from an endless stream of shuffled passes over the questions.
 
     The batches are grouped into E-steps. The policy that draws and the generator that scores are
-    those of the start of an E-step (`starts_estep`); its batches are gone through `dro.passes`
-    times with the same draws. One batch an E-step and one pass is on-policy training; one pass over
+    those of the start of an E-step (`starts_estep`); `algorithm.passes` passes go over its batches
+    with the same draws. One batch an E-step and one pass is on-policy training; one pass over
     all questions an E-step is the EM of the DRO paper.
 
     Example:
@@ -95,7 +95,7 @@ def jsa_schedule(config: RunConfig, num_questions: int) -> BatchSchedule:
     if num_questions < config.training.batch_size:
         raise DataError(
             f"{num_questions} questions have a golden answer, fewer than training.batch_size "
-            f"{config.training.batch_size}; training.objective jsa learns from answers: use more "
+            f"{config.training.batch_size}; algorithm.name jsa learns from answers: use more "
             "questions or a smaller batch"
         )
     return BatchSchedule(config.training, DROConfig(), num_questions, config.seed)
@@ -103,8 +103,7 @@ def jsa_schedule(config: RunConfig, num_questions: int) -> BatchSchedule:
 
 def openrag_schedule(config: RunConfig, num_questions: int) -> BatchSchedule:
     """The batches of OpenRAG's stages, one stream of shuffled passes over the usable questions."""
-    epochs = {"offline": config.openrag.offline_epochs, "online": config.openrag.online_epochs}
-    total = sum(epochs[stage] for stage in config.openrag.stages)
+    total = config.openrag.offline_epochs + config.openrag.online_epochs
     values = {"num_epochs": total, "batch_size": openrag_batch_size(config, num_questions)}
     training = config.training.model_copy(update=values)
     return BatchSchedule(training, DROConfig(), num_questions, config.seed)

@@ -87,7 +87,7 @@ def check_split(config: RunConfig) -> Answer:
     from rlrag.data.split import are_here, remarks, training_questions
 
     data = config.data
-    if config.training.experience is not None:
+    if config.feedback is not None:
         return ok("not needed: the run learns from a log")
     if not are_here(data.train_questions):
         return ok(f"not looked at: {data.train_questions} is not here")
@@ -124,9 +124,9 @@ def check_other_files(config: RunConfig, run_dir: RunDirectory) -> Answer:
     from rlrag.runs.forking import check_start
 
     said = []
-    if config.training.experience is not None:
+    if config.feedback is not None:
         check_log(config, run_dir)
-        said.append(f"{config.training.experience}: a log of feedback")
+        said.append(f"{config.feedback.log}: a log of feedback")
     if config.training.start_from is not None:
         check_start(config, run_dir)
         said.append(f"{config.training.start_from}: fits")

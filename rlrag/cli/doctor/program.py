@@ -1,7 +1,7 @@
 """Check, before a run, that it can work: machine, packages, data, models, directories.
 
     rlrag doctor
-    rlrag doctor nq --run-dir runs/nq --seed 1 --dro.num-samples 8
+    rlrag doctor nq --run-dir runs/nq --seed 1 --algorithm.num-samples 8
     rlrag doctor nq --json checks.json --ports 8000
 
 Recipe and flags are those of `rlrag train`; without a recipe it is `quickstart`. One line a check,

@@ -161,7 +161,7 @@ def not_recorded(runs: Sequence[RunRecord]) -> list[str]:
 def _retriever_panels(runs: Sequence[RunRecord]) -> tuple[Panel, ...]:
     """What runs that train a retriever record: by OpenRAG, by JSA, or some by each."""
     by_openrag = RETRIEVER if any(run.config.trains_by_openrag for run in runs) else ()
-    by_jsa = JSA if any(run.config.training.objective == "jsa" for run in runs) else ()
+    by_jsa = JSA if any(run.config.algorithm.name == "jsa" for run in runs) else ()
     return tuple({**dict(by_jsa), **dict(by_openrag)}.items())
 
 

@@ -68,14 +68,14 @@ def render_report(runs: Sequence[RunRecord]) -> str:
 
 
 def _overview(runs: Sequence[RunRecord]) -> str:
-    headings = ("run", "recipe", "seed", "trains", "objective", "m", "K of n", "steps", "passes")
+    headings = ("run", "recipe", "seed", "trains", "algorithm", "m", "K of n", "steps", "passes")
     rows = [
         (
             run.name,
             run.config.recipe,
             str(run.config.seed),
-            ", ".join(run.config.training.parts),
-            run.objective,
+            ", ".join(run.config.algorithm.parts),
+            run.algorithm,
             _count(run.num_samples),
             f"{run.config.environment.num_selected} of {run.config.retrieval.num_candidates}",
             f"{run.num_steps:,}",
@@ -241,9 +241,9 @@ def _samples_study(runs: Sequence[RunRecord]) -> str:
     if not figures:
         return table + (
             f"<p>All runs here draw m = {_count(runs[0].num_samples)} samples a question. Give "
-            "runs that differ in dro.num_samples to see how the weights vary with m.</p>\n"
+            "runs that differ in algorithm.num_samples to see how the weights vary with m.</p>\n"
         )
-    free = {"seed", "dro.num_samples", "cache_dir", "recipe"}
+    free = {"seed", "algorithm.num_samples", "cache_dir", "recipe"}
     others = [name for name in differing_fields(runs) if name not in free]
     if others:
         table += (

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlrag.config import RunConfig
+from rlrag.config import AlternatingConfig, FeedbackConfig, JSAConfig, RunConfig
 from rlrag.evaluation.question_records import EvaluatedQuestions
 
 Point = tuple[float, float]
@@ -72,33 +72,31 @@ class RunRecord:
         None where a retriever alone is trained by OpenRAG, or a selector on a service's log: these
         draw none; nor is it known of a trainer of somebody's own.
         """
-        drawn = {"dro": self.config.dro.num_samples, "sft": 1, "jsa": self.config.jsa.mis_steps}
-        in_turns = self.config.trains_in_turns
-        return drawn.get(self.config.training.objective if in_turns else self.config.algorithm)
+        if isinstance(self.config.algorithm, JSAConfig):
+            return self.config.algorithm.mis_steps
+        draws = self.config.algorithm.name in ("dro", "sft", "alternating")
+        return self.config.dro.num_samples if draws else None
 
     @property
-    def objective(self) -> str:
+    def algorithm(self) -> str:
         """What the parts were trained by."""
-        if self.config.trains_in_turns:
-            return f"openrag and {self.config.training.objective}, in turns"
-        return self.config.algorithm
+        return self.config.algorithm.name
 
     @property
     def num_epochs(self) -> int:
         """Passes over the training questions that the configuration asks for."""
-        openrag, training = self.config.openrag, self.config.training
-        if training.experience is not None:
-            return self.config.off_policy.num_epochs
-        of_stage = {"offline": openrag.offline_epochs, "online": openrag.online_epochs}
-        of_retriever = sum(of_stage[stage] for stage in openrag.stages)
-        if self.config.trains_in_turns:
-            return training.rounds * (of_retriever + training.num_epochs)
-        return of_retriever if self.config.trains_by_openrag else training.num_epochs
+        algorithm, num_epochs = self.config.algorithm, self.config.training.num_epochs
+        if isinstance(algorithm, FeedbackConfig):
+            return algorithm.num_epochs
+        of_retriever = self.config.openrag.offline_epochs + self.config.openrag.online_epochs
+        if isinstance(algorithm, AlternatingConfig):
+            return algorithm.rounds * (of_retriever + num_epochs)
+        return of_retriever if self.config.trains_by_openrag else num_epochs
 
     @property
     def main_system(self) -> str:
         """The system that the run was for."""
-        alone = self.config.training.parts == ("retriever",)
+        alone = self.config.algorithm.parts == ("retriever",)
         return "tuned_retriever" if alone else "trained"
 
     @property

@@ -40,7 +40,7 @@ def open_trainable_encoder(
         if has_encoder_each(model_dir):
             raise ConfigError(
                 f"{model_dir} has an encoder for questions and another for passages, but OpenRAG "
-                "trains a dense one for both; use training.objective jsa, or another encoder"
+                "trains a dense one for both; use algorithm.name jsa, or another encoder"
             )
         return TrainableTextEncoder(model_dir, retrieval.encoder_max_tokens)
     raise ConfigError(
@@ -67,7 +67,7 @@ def open_first_stage(
     if isinstance(encoder, VocabularyEncoder):
         return FrozenIndex(open_bag_of_tokens(corpus, encoder, cache_dir / "indexes"))
     raise ConfigError(
-        "openrag.first_stage 'bag_of_tokens' needs an encoder into a vocabulary; use "
+        "algorithm.first_stage 'bag_of_tokens' needs an encoder into a vocabulary; use "
         "retrieval.kind semi_parametric, or another first stage"
     )
 

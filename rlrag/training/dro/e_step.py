@@ -3,7 +3,7 @@
     begin of an E-step   the drawing policy is renewed; the trained generator's weights go to the
                          engines
     collect              episodes are drawn and rewarded
-    run ahead            with `training.overlap` the next batch is drawn while this one trains
+    run ahead            with `algorithm.overlap` the next batch is drawn while this one trains
 
 Engines are never given new weights while a batch is on its way through them, so no batch mixes two
 versions. Shape letters: B questions, M samples, K selected.
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from rlrag.algorithm.parts import TrainedParts
 from rlrag.config import DROConfig, EnvironmentConfig, RunConfig
 from rlrag.environment.episodes import open_episodes
 from rlrag.environment.rollout import play, play_greedy
@@ -32,7 +33,6 @@ from rlrag.selection.protocol import Draws, Policy, Seed
 from rlrag.training.distributed.engines import hand_over
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.dro.batch import RewardedBatch
-from rlrag.training.parts import TrainedParts
 from rlrag.training.schedule import BatchSchedule
 
 
@@ -77,7 +77,7 @@ class Collection:
         self._drawing: TrainablePolicy | None = None
         self._drawing_version = 0
         self._ahead: Future[_Drawn] | None = None
-        self._thread = ThreadPoolExecutor(1, "run-ahead") if config.training.overlap else None
+        self._thread = ThreadPoolExecutor(1, "run-ahead") if config.dro.overlap else None
 
     def collect(self, step: int, pauses_after: bool) -> tuple[RewardedBatch, dict[str, float]]:
         """The batch of a step, and metrics about how it was collected; one step after another.
@@ -87,7 +87,7 @@ class Collection:
             pauses_after: Whether a validation or checkpoint follows it; nothing is drawn ahead of
                 one, so that a resumed run sees what an undisturbed one sees.
         """
-        if self._config.training.objective == "sft":
+        if self._config.algorithm.name == "sft":
             return self._own_order(step), {"num_rollouts": 0.0, **_described(torch.zeros(2))}
         ahead, self._ahead = self._ahead, None
         drawn = ahead.result() if ahead else None

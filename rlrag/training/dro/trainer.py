@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import time
 
+from rlrag.algorithm.parts import TrainedParts
 from rlrag.runs.watchdog import under_way
 from rlrag.training.dro.batch import describe_batch, importance_weights
 from rlrag.training.dro.e_step import Collection
 from rlrag.training.dro.experience_log import ExperienceLog
-from rlrag.training.parts import TrainedParts
 from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
 
 
 class DROTrainer(Trainer):
     """Direct Retrieval-augmented Optimization (arXiv 2505.03075).
 
-    With `training.objective` `sft` the same steps fine-tune the generator on the untrained
+    With `algorithm.name` `sft` the same steps fine-tune the generator on the untrained
     policy's own order.
     """
 
@@ -69,7 +69,7 @@ class DROTrainer(Trainer):
             self._log.append(step, batch)
         metrics: Metrics = {"epoch": self._schedule.epoch(step + 1)}
         weights_BM = importance_weights(batch, self._config.dro)
-        if self._config.training.objective == "dro":
+        if self._config.algorithm.name != "sft":
             metrics |= describe_batch(
                 batch, weights_BM, self._config.training, self._context.workers
             )

@@ -7,7 +7,7 @@ What is left out, and counted: selections that nothing was left to chance in (pr
 say nothing about any other selection; those with a candidate that the corpus lacks; and those with
 another number of candidates or picks than is configured, which are another task.
 
-Rewards outside `off_policy.reward_range` are clipped to it, and counted: inverse propensities
+Rewards outside `algorithm.reward_range` are clipped to it, and counted: inverse propensities
 multiply a reward by up to the inverse of its probability, so that a single extreme value would
 decide every estimate and gradient. Within the range one selection of Q moves the self-normalised
 estimate by at most its share of the weight times the range.
@@ -100,12 +100,14 @@ def reward_of(record: LoggedSelection) -> float:
 def open_logged_data(config: RunConfig, library: Library, path: Path) -> LoggedData:
     """Read a log, describe its candidates and hold back part of its questions.
 
-    The held-back questions are the same for every `seed`. Where `off_policy.held_back_share` is 0
+    The held-back questions are the same for every `seed`. Where `algorithm.held_back_share` is 0
     there are none.
 
     Raises:
         DataError: when the log is no such file, or too little of it is left to train on.
     """
+    settings = config.feedback
+    assert settings is not None
     records = read_feedback(path)
     if not records:
         raise DataError(
@@ -129,16 +131,16 @@ def open_logged_data(config: RunConfig, library: Library, path: Path) -> LoggedD
     counts = (len(records) - len(drawn), len(fitting) - len(known), len(drawn) - len(fitting))
     if not known:
         raise DataError(_nothing_left(path, drawn, shape, *counts))
-    num_clipped = _num_outside(known, config.off_policy.reward_range, path)
-    train, held_back = _split(known, config.off_policy.held_back_share)
+    num_clipped = _num_outside(known, settings.reward_range, path)
+    train, held_back = _split(known, settings.held_back_share)
     if len(train) < config.training.batch_size:
         raise DataError(
             f"{path} leaves {len(train)} selections to train on, fewer than training.batch_size "
-            f"{config.training.batch_size}; lower it or off_policy.held_back_share, or log more"
+            f"{config.training.batch_size}; lower it or algorithm.held_back_share, or log more"
         )
     return LoggedData(
-        _part(train, library, config.off_policy.reward_range),
-        _part(held_back, library, config.off_policy.reward_range) if held_back else None,
+        _part(train, library, settings.reward_range),
+        _part(held_back, library, settings.reward_range) if held_back else None,
         _content_hash(known),
         *counts,
         num_clipped,
@@ -155,7 +157,7 @@ def _num_outside(
     if num_outside > _MAX_CLIPPED_SHARE * len(records):
         raise DataError(
             f"{num_outside:,} of the {len(records):,} rewards of {path} are outside "
-            f"off_policy.reward_range {low:g} to {high:g}, and lie between {rewards_Q.min():g} and "
+            f"algorithm.reward_range {low:g} to {high:g}, and lie between {rewards_Q.min():g} and "
             f"{rewards_Q.max():g}; set it to the scale of the feedback"
         )
     return num_outside
@@ -187,7 +189,7 @@ def _split(
     num_held_back = round(share * len(texts))
     if share and not 0 < num_held_back < len(texts):
         raise DataError(
-            f"the log has {len(texts)} different questions, of which off_policy.held_back_share "
+            f"the log has {len(texts)} different questions, of which algorithm.held_back_share "
             f"{share} holds back {num_held_back}; log more, or set it to 0"
         )
     chosen = set(texts[:num_held_back])

@@ -69,7 +69,8 @@ class LoggedTrainer(Trainer):
             DataError: when the effective sample size of that policy on the log is too small.
         """
         self._environment = config.environment
-        self._settings = config.off_policy
+        assert config.feedback is not None
+        self._settings = config.feedback
         self._min_ess = min_ess
         self._train = data.train
         self._held_back = data.held_back
@@ -187,7 +188,7 @@ class LoggedTrainer(Trainer):
                 "after step %d the effective sample size of the held-back selections is %.1f, "
                 "below %g: the policy left what the log knows, and such "
                 "checkpoints are not chosen; lower training.learning_rate or "
-                "off_policy.num_epochs, or log more",
+                "algorithm.num_epochs, or log more",
                 step,
                 ess,
                 self._min_ess,
@@ -235,5 +236,6 @@ def _are_equal(one_QT: np.ndarray, other_QT: np.ndarray) -> np.ndarray:
 
 def logged_schedule(config: RunConfig, num_selections: int) -> BatchSchedule:
     """The batches of a run: shuffled passes over the logged selections."""
-    training = config.training.model_copy(update={"num_epochs": config.off_policy.num_epochs})
+    assert config.feedback is not None
+    training = config.training.model_copy(update={"num_epochs": config.feedback.num_epochs})
     return BatchSchedule(training, DROConfig(), num_selections, config.seed)

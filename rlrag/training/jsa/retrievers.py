@@ -32,7 +32,7 @@ from rlrag.training.learners.optimiser import Optimiser
 
 _SEPARATOR = " [SEP] "
 _PADDING = -1
-_ADVICE = "lower jsa.learning_rate, or raise jsa.temperature"
+_ADVICE = "lower algorithm.learning_rate, or raise algorithm.temperature"
 
 
 @dataclass(frozen=True)

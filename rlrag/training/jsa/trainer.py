@@ -2,7 +2,7 @@
 
     domain     both retrievers search the index with their present encoders of questions
     sample     the posterior retriever proposes passages, the generator scores them, and each gets
-               the weight of its posterior or of a Metropolis chain's visits (`jsa.weights`)
+               the weight of its posterior or of a Metropolis chain's visits (`algorithm.weights`)
     step       both retrievers, and the generator where it is a part, move towards the weights
 
 All of it is joint stochastic approximation (JSA-RAG, arXiv 2508.18168): one step each from one set

@@ -31,7 +31,7 @@ from rlrag.training.distributed.workers import Workers
 from rlrag.training.learners.gradient_cache import CachedTexts
 from rlrag.training.learners.optimiser import Optimiser
 
-_ADVICE = "lower openrag.learning_rate, or raise openrag.temperature"
+_ADVICE = "lower algorithm.learning_rate, or raise algorithm.temperature"
 
 
 class RetrieverLearner:
@@ -81,7 +81,7 @@ class RetrieverLearner:
     ) -> dict[str, float]:
         """One optimiser step on the contrastive loss L_para + L_semi.
 
-        Where `openrag.vectors` is `one_whole` that is `vdr_loss`, else `openrag_loss`.
+        Where `algorithm.vectors` is `one_whole` that is `vdr_loss`, else `openrag_loss`.
 
         Each question is compared with the positives of all questions and then with the negatives
         of all. A passage whose text is that of a positive of the question is no negative of it: it
@@ -276,7 +276,7 @@ class _WholeVectors:
     def of(cls, encoder: TrainableEncoder) -> _WholeVectors:
         if not isinstance(encoder, VocabularyEncoder):
             raise ConfigError(
-                "openrag.vectors 'one_whole' is for retrieval.kind 'semi_parametric'; vectors of "
+                "algorithm.vectors 'one_whole' is for retrieval.kind 'semi_parametric'; vectors of "
                 "a dense encoder are whole"
             )
         return cls(encoder)

@@ -90,7 +90,7 @@ class RefreshedIndex:
         """Begin with the index that was there before training.
 
         Args:
-            config: The run; `openrag.refresh_every` is set.
+            config: The run; `algorithm.refresh_every` is set.
             corpus: Its passages.
             first: The index of the untrained encoder.
             directory: Where versions are kept.
@@ -121,7 +121,7 @@ class RefreshedIndex:
 
         Raises:
             RlragError: what the refresh failed of.
-            SetupError: when training waits for it and `openrag.refresh_timeout_s` has passed.
+            SetupError: when training waits for it and `algorithm.refresh_timeout_s` has passed.
         """
         every = self._config.openrag.refresh_every
         if every and step and step % every == 0 and self._under_way is None:
@@ -135,7 +135,7 @@ class RefreshedIndex:
                 return
             if future is not None and time.monotonic() > deadline:
                 raise SetupError(
-                    "the passages were not encoded within openrag.refresh_timeout_s "
+                    "the passages were not encoded within algorithm.refresh_timeout_s "
                     f"{self._config.openrag.refresh_timeout_s:g}; raise it, refresh more seldom, "
                     "or let training go on with refresh_waits False"
                 )

@@ -59,7 +59,7 @@ def run_offline_stage(
 
     Args:
         config: The run.
-        candidates: Training questions with `openrag.num_offline` candidates each.
+        candidates: Training questions with `algorithm.num_offline` candidates each.
         generator: Judges the passages.
         prompts: Shows them to it.
         directory: Where the pools are kept.
@@ -167,7 +167,7 @@ def _report(pools: Pools, config: RunConfig, say: Callable[[str], None]) -> None
         raise DataError(
             f"only {num_usable} of {num_judged} questions have both a passage that helps the "
             "generator and one that does not, too few to train on; use more questions, a larger "
-            "openrag.num_offline, a generator or prompt that answers more, or, if it is set, a "
+            "algorithm.num_offline, a generator or prompt that answers more, or, if it is set, a "
             "larger training.max_generator_tokens"
         )
     if batch_size < config.training.batch_size:
@@ -190,7 +190,7 @@ def _report(pools: Pools, config: RunConfig, say: Callable[[str], None]) -> None
         logger.warning(
             "the generator's score hardly predicts whether it is right: AUC %.3f is below %.2f, so "
             "that labels of the online stage will be poor; try another prompt or generator, or "
-            "openrag.stages offline",
+            "algorithm.stages offline",
             auc,
             MIN_AUC,
         )

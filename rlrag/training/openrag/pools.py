@@ -319,8 +319,8 @@ def gold_pools(candidates: CandidateTable, source: str) -> Pools:
     gold = [set(question.gold_ids) for question in candidates.questions]
     if not any(gold):
         raise DataError(
-            "openrag.labels 'gold' and 'generator_else_gold' need questions that name their gold "
-            "passages (metadata.gold_ids), and none does; use openrag.labels generator"
+            "algorithm.labels 'gold' and 'generator_else_gold' need questions that name their gold "
+            "passages (metadata.gold_ids), and none does; use algorithm.labels generator"
         )
     rows_QN = candidates.rows_QN.copy()
     labels_QN = np.zeros(rows_QN.shape, dtype=np.int8)

@@ -7,7 +7,8 @@ Both stages take the same step on the pairs (OpenRAG, arXiv 2503.08398, sections
 passages a step trains on depends on the weights and the step's number alone.
 
 Departures from the paper: the learning rate falls linearly over both stages together, and
-checkpoints are validated on late-parametric retrieval of `openrag.num_online` passages, not of 100.
+checkpoints are validated on late-parametric retrieval of `algorithm.num_online` passages, not of
+100.
 
 Shape letters: B questions of a step, M passages found for each.
 """

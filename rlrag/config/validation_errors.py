@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
+from rlrag.config.algorithm import ALGORITHMS, OWN
 from rlrag.config.fixed import FIXED, refusal
 from rlrag.errors import nearest_name
 
@@ -16,12 +17,14 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
 
     Fields are named from `root`, the whole configuration, whichever section was being read.
     """
-    sections = {path: section for path, section in _sections(root)}
-    places = {section.__name__: path for path, section in sections.items()}
+    sections = dict(_sections(root))
+    places: dict[str, tuple[str, ...]] = {}
+    for place, section in sections.items():
+        places.setdefault(section.__name__, place)
     sentences = []
     for problem in error.errors():
         parts = (*places.get(error.title, ()), *problem["loc"])
-        path = ".".join(map(str, parts)) or "the configuration"
+        path = ".".join(map(str, _without_tag(parts))) or "the configuration"
         if path in FIXED:
             sentences.append(refusal(path, path))
         elif problem["type"] == "extra_forbidden":
@@ -36,12 +39,20 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
     return "; ".join(sentences)
 
 
+def _without_tag(parts: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The path as people write it: pydantic puts the member of a union after the field's name."""
+    is_tagged = parts[:1] == ("algorithm",) and parts[1:2] and parts[1] in {*ALGORITHMS, OWN}
+    return (parts[0], *parts[2:]) if is_tagged else parts
+
+
 def _sections(
     section: type[BaseModel], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
-    """A section and all below it, also those that a tuple holds, with their paths."""
+    """A section and all below it, also those that a tuple or a union holds, with their paths."""
     yield path, section
     for name, field in section.model_fields.items():
         for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _sections(kind, (*path, name))
+            tags = [tag.tag for tag in get_args(kind)[1:] if isinstance(tag, Tag)]
+            inner = get_args(kind)[0] if tags else kind
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _sections(inner, (*path, name, *tags))
