@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
             *("--training.launcher", "local"),
             *("--reward.functions", "examples.custom_reward:short_and_right"),
             *("--reward.weights", "1"),
-            *("--dro.reward-temperature", "0.2"),
+            *("--algorithm.reward-temperature", "0.2"),
             *argv,
         ]
     )

@@ -25,7 +25,7 @@ def jsa_config(directory: Path, **sections) -> RunConfig:
     config = changed(
         config,
         training={"objective": "jsa", "num_epochs": 4},
-        jsa={"num_prior": 6, "num_posterior": 6, "learning_rate": 3e-3, "temperature": 0.05},
+        algorithm={"num_prior": 6, "num_posterior": 6, "learning_rate": 3e-3, "temperature": 0.05},
     )
     return changed(config, **sections)
 

@@ -30,9 +30,16 @@ class StopAfter(Exception):
 
 
 def changed(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
-    """The configuration with some fields set, checked as one that is read from a file."""
+    """The configuration with some fields set, checked as one that is read from a file.
+
+    Another algorithm starts from its defaults.
+    """
     values = json.loads(config.to_json())
     for name, fields in sections.items():
+        if name == "algorithm" and fields.get("name", config.algorithm.name) != (
+            config.algorithm.name
+        ):
+            values[name] = {}
         values[name].update(fields)
     return RunConfig.from_json(json.dumps(values))
 
@@ -44,14 +51,14 @@ def co_training(
     return changed(
         config,
         generator={"model": str(model_dir), "dtype": "float32", "max_new_tokens": 3},
-        dro={"num_samples": 4, **(dro or {})},
+        algorithm={"parts": ["selector", "generator"], "num_samples": 4, **(dro or {})},
         generator_training={
             "precision": "float32",
             "lora_rank": 2,
             "learning_rate": 1e-2,
             "max_staleness": 1,
         },
-        training={"parts": ["selector", "generator"], **training},
+        training=training,
     )
 
 

@@ -105,7 +105,7 @@ def openrag_config(cache_dir: Path, encoder_dir: Path, **sections: Mapping[str, 
             bm25_scores=True,
             num_candidates=5,
         ),
-        openrag=OpenRAGConfig(
+        algorithm=OpenRAGConfig(
             num_offline=16,
             num_online=6,
             first_stage="bm25",

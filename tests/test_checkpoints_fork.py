@@ -85,7 +85,10 @@ def test_a_trained_generator_is_forked_too_and_the_engine_answers_with_it(
     [
         ({"selector": {"hidden_size": 16}}, r"selector\.hidden_size: 8 there, 16 here"),
         ({"environment": {"num_selected": 2}}, r"environment\.num_selected: 1 there, 2 here"),
-        ({"training": {"parts": ["generator"]}}, "trained selector, and this run trains generator"),
+        (
+            {"algorithm": {"parts": ["generator"]}},
+            "trained selector, and this run trains generator",
+        ),
     ],
 )
 def test_a_checkpoint_of_other_parts_is_refused_before_anything_is_opened(
@@ -108,7 +111,7 @@ def test_a_checkpoint_of_other_parts_is_refused_before_anything_is_opened(
 def test_what_gives_the_weights_their_meaning_must_be_the_same(
     small_config, tmp_path, part, name, value
 ):
-    config = changed(small_config, retrieval={"kind": "dense"}, training={"parts": [part]})
+    config = changed(small_config, retrieval={"kind": "dense"}, algorithm={"parts": []})
     source = RunDirectory(tmp_path / "source")
     source.claim(config)
     store = CheckpointStore(source.checkpoints)

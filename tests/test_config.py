@@ -15,12 +15,18 @@ from pydantic import BaseModel, ValidationError
 
 from rlrag import shard_actors
 from rlrag.config import (
+    AlternatingConfig,
     DROConfig,
+    FeedbackConfig,
     FewShotExample,
     GeneratorConfig,
+    JSAConfig,
+    OpenRAGConfig,
+    OwnTrainerConfig,
     PromptConfig,
     RewardConfig,
     RunConfig,
+    SFTConfig,
     TrainingConfig,
     describe_validation_error,
 )
@@ -42,7 +48,8 @@ def saved(**sections: Any) -> str:
     values = json.loads(RunConfig().to_json())
     for name, value in sections.items():
         if isinstance(value, dict):
-            values[name].update(value)
+            other = name == "algorithm" and value.get("name", "dro") != "dro"
+            values[name] = value if other else values[name] | value
         else:
             values[name] = value
     return json.dumps(values)
@@ -50,8 +57,8 @@ def saved(**sections: Any) -> str:
 
 def training_retriever(retrieval: Mapping[str, Any] | None = None, **sections: Any) -> str:
     """The default configuration's JSON with the dense retriever trained, and some keys set."""
-    training = {"parts": ["retriever"], **sections.pop("training", {})}
-    return saved(retrieval={"kind": "dense", **(retrieval or {})}, training=training, **sections)
+    algorithm = {"name": "openrag", **sections.pop("algorithm", {})}
+    return saved(retrieval={"kind": "dense", **(retrieval or {})}, algorithm=algorithm, **sections)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -131,7 +138,10 @@ def test_the_digest_changes_with_every_field():
     ("text", "sentence"),
     [
         (saved(seeed=1), "unknown field 'seeed'; did you mean 'seed'?"),
-        (saved(dro={"num_sample": 4}), "field 'dro.num_sample'; did you mean 'num_samples'?"),
+        (
+            saved(algorithm={"num_sample": 4}),
+            "field 'algorithm.num_sample'; did you mean 'num_samples'?",
+        ),
         (
             saved(generator={"prompt": {"instrution": ""}}),
             "unknown field 'generator.prompt.instrution'; did you mean 'instruction'?",
@@ -156,7 +166,11 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(text, sentence):
 def stored(name: str, value: object) -> str:
     """The JSON of a configuration that still has this setting."""
     section, field = name.split(".")
-    return saved(**{section: {field: value}})
+    values = json.loads(saved())
+    if section not in values:
+        del values["algorithm"]  # had this section
+    values[section] = values.get(section, {}) | {field: value}
+    return json.dumps(values)
 
 
 @pytest.mark.parametrize(("name", "value"), FIXED.items())
@@ -205,118 +219,145 @@ def test_settings_that_became_constants_are_fixed_at_the_values_that_are_used():
             "batch_size 2 leaves some of training.num_workers 3 without a question; use fewer",
         ),
         (
-            saved(dro={"weighting": "raw"}),
-            "dro.baseline 'mean' does not fit dro.weighting 'raw'; use one of 'none', 'leave_one",
+            saved(algorithm={"weighting": "raw"}),
+            "algorithm.baseline 'mean' does not fit algorithm.weighting 'raw'; use one of 'none', 'leave_one",
         ),
         (
-            saved(dro={"baseline": "leave_one_out"}),
-            "does not fit dro.weighting 'self_normalised'; use one of 'none', 'mean'",
+            saved(algorithm={"baseline": "leave_one_out"}),
+            "does not fit algorithm.weighting 'self_normalised'; use one of 'none', 'mean'",
         ),
         (
-            saved(dro={"weighting": "raw", "baseline": "leave_one_out", "num_samples": 1}),
-            "'leave_one_out' needs another sample; raise dro.num_samples to 2",
-        ),
-        (
-            saved(dro={"weighting": "raw", "baseline": "leave_one_out", "replacement": False}),
-            "'leave_one_out' needs independent samples; use dro.replacement True",
-        ),
-        (
-            saved(dro={"passes": 2}),
-            "dro.baseline 'mean' is unbiased on-policy only; with dro.passes 2 and "
-            "dro.refresh_every 1 set dro.clip_ratio, or use baseline 'none'",
-        ),
-        (saved(dro={"refresh_every": None}), "dro.passes 1 and dro.refresh_every None set"),
-        (saved(dro={"clip_ratio": 1.0}), "dro.clip_ratio = 1.0: Input should be less than 1"),
-        (
-            saved(training={"parts": []}),
-            "training.parts is empty; train 'retriever', 'selector', 'generator' or several",
-        ),
-        (
-            saved(training={"objective": "sft"}),
-            "'sft' trains the generator alone; set training.parts generator",
-        ),
-        (
-            saved(training={"objective": "sft", "parts": ["selector", "generator"]}),
-            "'sft' trains the generator alone; set training.parts generator",
-        ),
-        (
-            saved(training={"overlap": True}),
-            "training.overlap draws with a policy that is one update old and dro.baseline 'mean' "
-            "is unbiased on-policy only; set dro.clip_ratio, or use baseline 'none'",
+            saved(algorithm={"weighting": "raw", "baseline": "leave_one_out", "num_samples": 1}),
+            "'leave_one_out' needs another sample; raise algorithm.num_samples to 2",
         ),
         (
             saved(
-                dro={"baseline": "none"},
-                training={"overlap": True, "parts": ["selector", "generator"]},
+                algorithm={"weighting": "raw", "baseline": "leave_one_out", "replacement": False}
+            ),
+            "'leave_one_out' needs independent samples; use algorithm.replacement True",
+        ),
+        (
+            saved(algorithm={"passes": 2}),
+            "algorithm.baseline 'mean' is unbiased on-policy only; with algorithm.passes 2 and "
+            "algorithm.refresh_every 1 set algorithm.clip_ratio, or use baseline 'none'",
+        ),
+        (
+            saved(algorithm={"refresh_every": None}),
+            "algorithm.passes 1 and algorithm.refresh_every None set",
+        ),
+        (
+            saved(algorithm={"clip_ratio": 1.0}),
+            "algorithm.clip_ratio = 1.0: Input should be less than 1",
+        ),
+        (
+            saved(algorithm={"parts": []}),
+            "algorithm.parts is empty; name what is to be trained",
+        ),
+        (
+            saved(algorithm={"parts": ["selector", "selector"]}),
+            "algorithm.parts is ['selector', 'selector']; name each part once",
+        ),
+        (
+            saved(algorithm={"name": "sft", "num_samples": 4}),
+            "unknown field 'algorithm.num_samples'; valid fields: name",
+        ),
+        (
+            saved(algorithm={"name": "dor"}),
+            "algorithm.name 'dor' is unknown; did you mean 'dro'?",
+        ),
+        (
+            saved(algorithm={"name": "my.trainers:Mine", "parts": []}),
+            "algorithm.parts is empty; name what is to be trained",
+        ),
+        (
+            saved(algorithm={"overlap": True, "passes": 2, "baseline": "none"}),
+            "algorithm.overlap draws across the end of an E-step, so that algorithm.passes 2",
+        ),
+        (
+            saved(algorithm={"overlap": True}),
+            "algorithm.overlap draws with a policy that is one update old and algorithm.baseline "
+            "'mean' is unbiased on-policy only; set algorithm.clip_ratio, or use baseline 'none'",
+        ),
+        (
+            saved(
+                algorithm={
+                    "baseline": "none",
+                    "overlap": True,
+                    "parts": ["selector", "generator"],
+                },
             ),
             "generator weights that are one version old; set generator_training.max_staleness to 1",
         ),
         (
-            saved(training={"parts": ["retriever"]}),
-            "training.parts names the retriever, but retrieval.kind 'hybrid' has nothing to train; "
-            "use dense or semi_parametric",
+            saved(algorithm={"name": "openrag"}),
+            "algorithm.name 'openrag' trains the retriever, but retrieval.kind 'hybrid' has nothing "
+            "to train; use dense or semi_parametric",
         ),
         (
             training_retriever({"kind": "bm25"}),
             "retrieval.kind 'bm25' has nothing to train; use dense or semi_parametric",
         ),
         (
-            training_retriever(openrag={"stages": []}),
-            "openrag.stages is []; name offline, online or both in this order",
+            training_retriever(algorithm={"offline_epochs": 0, "online_epochs": 0}),
+            "algorithm.offline_epochs and algorithm.online_epochs are both 0, so that nothing",
         ),
         (
-            training_retriever(openrag={"stages": ["online", "offline"]}),
-            "openrag.stages is ['online', 'offline']; name offline, online or both in this order",
+            training_retriever(algorithm={"vectors": "one_whole", "loss": "kl"}),
+            "algorithm.vectors 'one_whole' belongs to algorithm.loss 'contrastive'",
         ),
         (
             saved(evaluation={"systems": ["tuned_retriever"]}),
-            "evaluation.systems asks for tuned_retriever, but training.parts trains no retriever",
+            "evaluation.systems asks for tuned_retriever, but algorithm.name 'dro' trains no retriever",
         ),
         (
             saved(retrieval={"kind": "bm25", "encoder": None}, evaluation={"systems": ["hybrid"]}),
             "evaluation.systems asks for hybrid, but retrieval.encoder is unset",
         ),
         (
-            training_retriever(openrag={"labels": "gold", "loss": "kl"}),
-            "openrag.loss 'kl' distils the generator's likelihoods, which openrag.labels 'gold' "
+            training_retriever(algorithm={"labels": "gold", "loss": "kl"}),
+            "algorithm.loss 'kl' distils the generator's likelihoods, which algorithm.labels 'gold' "
             "does without; use loss contrastive",
         ),
         (
-            training_retriever(openrag={"first_stage": "bm25"}),
+            training_retriever(algorithm={"first_stage": "bm25"}),
             "'bm25' needs a BM25 index; set retrieval.bm25_scores True",
         ),
         (
-            training_retriever(openrag={"first_stage": "bag_of_tokens"}),
+            training_retriever(algorithm={"first_stage": "bag_of_tokens"}),
             "'bag_of_tokens' is searched by vectors over a vocabulary, which retrieval.kind",
         ),
         (
-            training_retriever(openrag={"tied": False}),
-            "openrag.tied False is for semi_parametric; a dense encoder reads questions and",
+            training_retriever(algorithm={"tied": False}),
+            "algorithm.tied False is for semi_parametric; a dense encoder reads questions and",
         ),
         (
-            training_retriever(openrag={"num_online": 4}, environment={"num_selected": 5}),
-            "openrag.num_online 4 finds fewer passages than environment.num_selected 5 shows",
-        ),
-        (saved(openrag={"num_offline": 1}), "openrag.num_offline = 1: Input should be greater"),
-        (saved(openrag={"temperature": 0}), "openrag.temperature = 0: Input should be greater"),
-        (
-            saved(training={"rounds": 2}),
-            "training.rounds is 2, but only a run that trains the retriever and another part takes "
-            "turns; set it to 1",
+            training_retriever(algorithm={"num_online": 4}, environment={"num_selected": 5}),
+            "algorithm.num_online 4 finds fewer passages than environment.num_selected 5 shows",
         ),
         (
-            training_retriever(training={"parts": ["retriever"], "rounds": 3}),
-            "training.rounds is 3, but only a run that trains the retriever and another part takes "
-            "turns; set it to 1",
+            training_retriever(algorithm={"num_offline": 1}),
+            "algorithm.num_offline = 1: Input should be greater",
         ),
         (
-            training_retriever(training={"parts": ["retriever", "retriever"]}),
-            "training.parts is ['retriever', 'retriever']; name each part once",
+            training_retriever(algorithm={"temperature": 0}),
+            "algorithm.temperature = 0: Input should be greater",
         ),
         (
-            training_retriever(training={"parts": ["retriever", "generator"], "objective": "sft"}),
-            "training.objective 'sft' takes no turns with the retriever; use dro",
+            training_retriever(algorithm={"rounds": 3}),
+            "unknown field 'algorithm.rounds'; valid fields: contribution_margin",
         ),
+        (
+            training_retriever(algorithm={"name": "alternating", "selection": {"parts": []}}),
+            "algorithm.parts is empty; name what is to be trained",
+        ),
+        (
+            saved(
+                algorithm={"name": "feedback", "log": "log.sqlite"},
+                selector={"kind": "listwise_lm", "imitation_steps": 5},
+            ),
+            "'feedback' starts from selector.weights, but selector.imitation_steps is 5",
+        ),
+        (saved(algorithm={"name": "feedback"}), "algorithm.log = "),
         (
             saved(selector={"imitation_steps": 5}),
             "selector.imitation_steps is 5, but selector.kind 'features' starts from the",
@@ -326,7 +367,10 @@ def test_settings_that_became_constants_are_fixed_at_the_values_that_are_used():
             "1030 is shorter than max_prompt_tokens 1024 plus max_new_tokens 12",
         ),
         (saved(retrieval={"encoder": None}), "'hybrid' needs retrieval.encoder; name one"),
-        (saved(dro={"num_samples": 0}), "dro.num_samples = 0: Input should be greater than or"),
+        (
+            saved(algorithm={"num_samples": 0}),
+            "algorithm.num_samples = 0: Input should be greater than or",
+        ),
         (saved(training={"learning_rate": float("nan")}), "training.learning_rate = nan"),
         (saved(generator={"request_timeout_s": float("inf")}), "request_timeout_s = inf"),
         *(
@@ -344,10 +388,10 @@ def test_settings_that_became_constants_are_fixed_at_the_values_that_are_used():
         ),
         (
             saved(
-                off_policy={"held_back_share": 0},
-                training={"experience": "log.sqlite", "patience": 2},
+                algorithm={"name": "feedback", "log": "log.sqlite", "held_back_share": 0},
+                training={"patience": 2},
             ),
-            "training.patience 2 counts validations, but off_policy.held_back_share is 0, so",
+            "training.patience 2 counts validations, but algorithm.held_back_share is 0, so",
         ),
         (saved(mirror={"uri": "s3://[bucket"}), "mirror.uri is no address (Invalid IPv6 URL)"),
         (saved(cache_dir=""), "cache_dir = '': String should have at least 1 character"),
@@ -370,28 +414,40 @@ def test_contradictions_and_bad_values_give_one_clear_sentence(text, words):
 @pytest.mark.parametrize(
     "sections",
     [
-        {"dro": {"passes": 3, "clip_ratio": 0.2}},
-        {"dro": {"refresh_every": None, "baseline": "none"}},
-        {"dro": {"weighting": "raw", "baseline": "leave_one_out"}},
-        {"dro": {"num_samples": 1}},
-        {"dro": {"clip_ratio": 0.2}, "training": {"overlap": True}},
-        {"training": {"parts": ["generator"], "objective": "sft"}},
+        {"algorithm": {"passes": 3, "clip_ratio": 0.2}},
+        {"algorithm": {"refresh_every": None, "baseline": "none"}},
+        {"algorithm": {"weighting": "raw", "baseline": "leave_one_out"}},
+        {"algorithm": {"num_samples": 1}},
+        {"algorithm": {"clip_ratio": 0.2, "overlap": True}},
+        {"algorithm": {"name": "sft"}},
         {
-            "dro": {"baseline": "none"},
+            "algorithm": {
+                "baseline": "none",
+                "overlap": True,
+                "parts": ["generator", "selector"],
+            },
             "generator_training": {"max_staleness": 1},
-            "training": {"overlap": True, "parts": ["generator", "selector"]},
         },
         {"selector": {"kind": "listwise_lm", "imitation_steps": 5}},
-        {"retrieval": {"kind": "dense"}, "training": {"parts": ["retriever"]}},
+        {"retrieval": {"kind": "dense"}, "algorithm": {"name": "openrag"}},
         {
             "retrieval": {"kind": "semi_parametric", "bm25_scores": True},
-            "openrag": {"first_stage": "bm25", "tied": False, "loss": "kl", "num_online": 2},
-            "training": {"parts": ["retriever"]},
+            "algorithm": {
+                "name": "openrag",
+                "first_stage": "bm25",
+                "tied": False,
+                "loss": "kl",
+                "num_online": 10,
+            },
         },
         {
             "retrieval": {"kind": "dense"},
-            "openrag": {"labels": "gold", "stages": ["online"]},
-            "training": {"parts": ["retriever", "selector", "generator"], "rounds": 2},
+            "algorithm": {
+                "name": "alternating",
+                "rounds": 2,
+                "retriever": {"labels": "gold", "offline_epochs": 0},
+                "selection": {"parts": ["selector", "generator"]},
+            },
         },
     ],
 )
@@ -418,29 +474,112 @@ def test_on_policy_is_one_pass_over_the_newest_samples(settings, on_policy):
     [(("selector",), False), (("generator",), True), (("generator", "selector"), True)],
 )
 def test_a_run_says_whether_it_trains_the_generator(parts, trains):
-    assert RunConfig(training=TrainingConfig(parts=parts)).trains_generator is trains
+    assert RunConfig(algorithm=DROConfig(parts=parts)).trains_generator is trains
 
 
 @pytest.mark.parametrize(
-    ("parts", "trains", "in_turns"),
+    ("algorithm", "parts", "in_turns"),
     [
-        (("selector",), False, False),
-        (("retriever",), True, False),
-        (("retriever", "selector"), True, True),
-        (("generator", "retriever"), True, True),
+        ({}, ("selector",), False),
+        ({"name": "sft"}, ("generator",), False),
+        ({"name": "openrag"}, ("retriever",), False),
+        ({"name": "jsa"}, ("retriever",), False),
+        ({"name": "jsa", "train_generator": True}, ("retriever", "generator"), False),
+        ({"name": "feedback", "log": "log.sqlite"}, ("selector",), False),
+        ({"name": "alternating"}, ("retriever", "selector"), True),
+        (
+            {"name": "alternating", "selection": {"parts": ["generator"]}},
+            ("retriever", "generator"),
+            True,
+        ),
+        ({"name": "my.trainers:Mine", "parts": ["generator"]}, ("generator",), False),
     ],
 )
-def test_a_run_says_whether_it_trains_the_retriever_and_in_turns(parts, trains, in_turns):
-    config = RunConfig.from_json(
-        saved(retrieval={"kind": "dense"}, training={"parts": list(parts)})
-    )
-    assert config.trains_retriever is trains
+def test_a_run_says_what_it_trains_and_whether_in_turns(algorithm, parts, in_turns):
+    config = RunConfig.from_json(saved(retrieval={"kind": "dense"}, algorithm=algorithm))
+    assert config.algorithm.parts == parts
+    assert config.trains_retriever is ("retriever" in parts)
+    assert config.trains_selector is ("selector" in parts)
+    assert config.trains_generator is ("generator" in parts)
     assert config.trains_in_turns is in_turns
 
 
+def former(**sections: Any) -> str:
+    """A configuration as it was written before `algorithm` was one section."""
+    values = json.loads(saved(retrieval={"kind": "dense"}))
+    del values["algorithm"]
+    values["training"] |= sections.pop("training", {})
+    return json.dumps(values | sections)
+
+
+@pytest.mark.parametrize(
+    ("text", "algorithm"),
+    [
+        (former(dro={"num_samples": 3}), {"name": "dro", "num_samples": 3}),
+        (
+            former(
+                training={"parts": ["generator", "selector"], "overlap": True},
+                dro={"baseline": "none"},
+                generator_training={"max_staleness": 1},
+            ),
+            {"parts": ["generator", "selector"], "baseline": "none", "overlap": True},
+        ),
+        (
+            former(training={"objective": "sft", "parts": ["generator"]}, dro={"num_samples": 3}),
+            {"name": "sft"},
+        ),
+        (
+            former(
+                training={"parts": ["retriever"]}, openrag={"stages": ["online"], "num_online": 9}
+            ),
+            {"name": "openrag", "offline_epochs": 0, "num_online": 9},
+        ),
+        (
+            former(
+                training={"objective": "jsa", "parts": ["retriever", "generator"]},
+                jsa={"mis_steps": 5},
+            ),
+            {"name": "jsa", "train_generator": True, "mis_steps": 5},
+        ),
+        (
+            former(training={"experience": "log.sqlite"}, off_policy={"num_epochs": 3}),
+            {"name": "feedback", "log": "log.sqlite", "num_epochs": 3},
+        ),
+        (
+            former(
+                training={"parts": ["retriever", "selector"], "rounds": 3},
+                dro={"num_samples": 3},
+                openrag={"num_offline": 7},
+            ),
+            {
+                "name": "alternating",
+                "rounds": 3,
+                "retriever": {"num_offline": 7},
+                "selection": {"parts": ["selector"], "num_samples": 3},
+            },
+        ),
+        (
+            former(training={"objective": "my.trainers:Mine", "options": ["a=1"]}),
+            {"name": "my.trainers:Mine", "options": ["a=1"]},
+        ),
+    ],
+)
+def test_a_file_of_an_earlier_version_loads_and_says_the_new_form(text, algorithm, caplog):
+    sections = {"generator_training": json.loads(text)["generator_training"]}
+    config = RunConfig.from_json(
+        saved(retrieval={"kind": "dense"}, algorithm=algorithm, **sections)
+    )
+    assert RunConfig.from_json(text, "old.json") == config
+    (record,) = caplog.records
+    assert record.getMessage().startswith("old.json has the form of an earlier version")
+    assert f"'algorithm': {{" in record.getMessage()
+    RunConfig.from_json(config.to_json())
+    assert len(caplog.records) == 1  # the new form is nothing to talk about
+
+
 def test_several_problems_are_named_together():
-    with pytest.raises(ConfigError, match=r"dro\.num_samples = 0.*; unknown field 'seeed'"):
-        RunConfig.from_json(saved(dro={"num_samples": 0}, seeed=1))
+    with pytest.raises(ConfigError, match=r"algorithm\.num_samples = 0.*; unknown field 'seeed'"):
+        RunConfig.from_json(saved(algorithm={"num_samples": 0}, seeed=1))
 
 
 def test_a_section_that_is_built_alone_names_its_fields_from_the_root():
@@ -471,7 +610,10 @@ def test_configurations_do_not_change():
 
 
 def test_every_field_says_what_it_means():
-    for section in (value for value in vars(RunConfig()).values() if isinstance(value, BaseModel)):
+    sections = [value for value in vars(RunConfig()).values() if isinstance(value, BaseModel)]
+    sections += [AlternatingConfig(), OpenRAGConfig(), JSAConfig(), SFTConfig()]
+    sections += [FeedbackConfig(log="l"), OwnTrainerConfig(name="a:B")]
+    for section in sections:
         for name, field in type(section).model_fields.items():
             assert field.description or isinstance(getattr(section, name), BaseModel), name
 

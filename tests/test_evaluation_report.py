@@ -139,7 +139,7 @@ def evaluation(em: float = 0.3125) -> dict:
 def run(name: str = "one", num_samples: int = 8, finished: bool = True, **changes) -> RunRecord:
     return RunRecord(
         name=name,
-        config=RunConfig(recipe="tiny", dro=DROConfig(num_samples=num_samples)),
+        config=RunConfig(recipe="tiny", algorithm=DROConfig(num_samples=num_samples)),
         **{
             "metrics": metrics(),
             "alarms": (),
@@ -343,7 +343,7 @@ def test_a_retrievers_run_shows_its_own_figures_and_system():
         config=RunConfig(
             recipe="retriever",
             retrieval=RetrievalConfig(kind="dense"),
-            openrag=OpenRAGConfig(offline_epochs=3, online_epochs=4),
+            algorithm=OpenRAGConfig(offline_epochs=3, online_epochs=4),
             training=TrainingConfig(parts=("retriever",)),
         ),
     )
@@ -428,7 +428,9 @@ def test_the_study_of_m_joins_the_means_of_equal_m():
 
 
 def test_runs_that_differ_in_more_than_m_are_named():
-    wide = RunConfig(recipe="tiny", dro=DROConfig(num_samples=2, reward_temperature=2.0), seed=3)
+    wide = RunConfig(
+        recipe="tiny", algorithm=DROConfig(num_samples=2, reward_temperature=2.0), seed=3
+    )
     runs = [run("a"), RunRecord("b", wide, metrics(), (), None)]
     assert set(differing_fields(runs)) == {"seed", "dro.num_samples", "dro.reward_temperature"}
     page = Page(render_report(runs))

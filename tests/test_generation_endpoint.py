@@ -440,7 +440,7 @@ def test_settings_that_cannot_work_are_refused_without_a_secret(server, changes,
 
 
 def test_a_generator_behind_an_address_is_not_trained(server):
-    values = {"generator": settings(server).model_dump(), "training": {"parts": ["generator"]}}
+    values = {"generator": settings(server).model_dump(), "algorithm": {"parts": ["generator"]}}
     with pytest.raises(ConfigError, match="whose weights cannot be trained from here"):
         RunConfig.from_json(json.dumps(values))
     assert settings(server).with_model("other").backend == "auto"

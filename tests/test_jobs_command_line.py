@@ -106,10 +106,10 @@ def files(tmp_path, generator_dir) -> Files:
 
 
 def test_a_misspelt_flag_is_refused_with_the_nearest_name():
-    ended = program("jobs.train", "nq", "--dro.num-sample", "3")
+    ended = program("jobs.train", "nq", "--algorithm.num-sample", "3")
     assert ended.code == 2
-    assert "--dro.num-sample" in ended.err
-    assert "--dro.num-samples" in ended.err.partition("Perhaps you meant")[2]
+    assert "--algorithm.num-sample" in ended.err
+    assert "--algorithm.num-samples" in ended.err.partition("Perhaps you meant")[2]
     assert "Traceback" not in ended.err
 
 
@@ -189,7 +189,7 @@ def test_without_the_data_folder_the_message_says_what_to_set(files, monkeypatch
     [
         (["quikstart"], "unknown recipe 'quikstart'; did you mean 'quickstart'?"),
         (["zzz"], "unknown recipe 'zzz'; there are: quickstart, nq"),
-        (["--dro.num-samples", "3"], "unknown recipe '--dro.num-samples'; there are:"),
+        (["--algorithm.num-samples", "3"], "unknown recipe '--algorithm.num-samples'; there are:"),
     ],
 )
 def test_an_unknown_recipe_is_refused_with_the_nearest_name(words, message):
@@ -277,7 +277,7 @@ def arguments(*words: str) -> train.TrainArguments:
 def test_flags_change_single_fields_and_nothing_else():
     assert arguments() == train.TrainArguments(RECIPES["nq"](), Path("runs/nq"))
     found = arguments(
-        *("--run-dir", "elsewhere", "--seed", "7", "--dro.num-samples", "3"),
+        *("--run-dir", "elsewhere", "--seed", "7", "--algorithm.num-samples", "3"),
         *("--generator.prompt.instruction", "Read.", "--data.max-train-questions", "50"),
         *("--reward.functions", "token_f1", "my.module:reward", "--reward.weights", "1", "0.5"),
         *("--training.loggers", "--retrieval.bm25-scores", "False"),
@@ -300,7 +300,7 @@ def test_flags_change_single_fields_and_nothing_else():
     ("words", "message"),
     [
         (["--training.batch-size", "0"], "training.batch_size = 0: Input should be greater"),
-        (["--dro.weighting", "raw"], "dro.baseline 'mean' does not fit dro.weighting 'raw'"),
+        (["--algorithm.weighting", "raw"], "dro.baseline 'mean' does not fit dro.weighting 'raw'"),
         (["--environment.num-selected", "9"], "num_selected is 9 but retrieval.num_candidates"),
         (["--reward.weights", "1", "2"], "reward.functions has 1 entries and reward.weights 2"),
         (["--generator.backend", "vllm", "--training.launcher", "local"], "runs without vLLM"),
@@ -427,7 +427,7 @@ MISTAKES: dict[str, tuple[Program, list[str], int, str]] = {
     "train, no such recipe": (train.main, ["zzz"], 2, "unknown recipe 'zzz'"),
     "train, no such log": (
         train.main,
-        ["quickstart", "--run-dir", "run", "--experience", f"{NOWHERE}/log.sqlite"],
+        ["quickstart", "--run-dir", "run", "--feedback", f"{NOWHERE}/log.sqlite"],
         3,
         "log.sqlite does not exist; give the file that a service's feedback.path names",
     ),

@@ -1,4 +1,4 @@
-"""`jobs.train ... --experience LOG`: from a service's log to a bundle, and what is refused."""
+"""`jobs.train ... --feedback LOG`: from a service's log to a bundle, and what is refused."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_log_becomes_a_bundle_that_is_compared_like_any_other(
 ):
     words = [
         *flags_of(openrag_files, tmp_path),
-        *("--experience", str(log), "--evaluation.systems", "retriever_order", "trained"),
+        *("--feedback", str(log), "--evaluation.systems", "retriever_order", "trained"),
     ]
     train.main(words)
     said = capsys.readouterr().err
@@ -138,7 +138,7 @@ def test_a_log_becomes_a_bundle_that_is_compared_like_any_other(
 
     # The command of the page about serving, from the weights that were served.
     text = (ROOT / "docs/how-to/serving.md").read_text().replace("\\\n", " ")
-    (command,) = re.findall(r"^python -m jobs.train .* --experience .*$", text, re.M)
+    (command,) = re.findall(r"^python -m jobs.train .* --feedback .*$", text, re.M)
     for there, here in (
         ("runs/served", tmp_path / "served"),
         ("feedback.sqlite", log),
@@ -172,7 +172,7 @@ def test_no_generator_is_opened_where_nothing_is_compared(openrag_files, log, tm
     train.main(
         [
             *flags_of(openrag_files, tmp_path, generator__model=broken),
-            *("--experience", str(log)),
+            *("--feedback", str(log)),
         ]
     )
     assert load_bundle(tmp_path / "run" / "bundle").facts.step > 0
@@ -190,7 +190,7 @@ def test_a_refused_log_leaves_the_run_directory_to_a_corrected_command(
         (tmp_path / "absent.sqlite", "does not exist"),
     ):
         with pytest.raises(DataError, match=message) as caught:
-            train.main([*words, "--experience", str(name)])
+            train.main([*words, "--feedback", str(name)])
         assert exit_code(caught.value) == 3
     few = tmp_path / "few.sqlite"
     write_log(few, config_of(flags_of(openrag_files, tmp_path)), 20)
@@ -198,27 +198,27 @@ def test_a_refused_log_leaves_the_run_directory_to_a_corrected_command(
         DataError,
         match=r"effective sample size of the starting policy is .* held-out selections, below 10",
     ):
-        train.main([*words, "--experience", str(few), "--training.batch-size", "4"])
-    train.main([*words, "--experience", str(log)])
+        train.main([*words, "--feedback", str(few), "--training.batch-size", "4"])
+    train.main([*words, "--feedback", str(log)])
     kept = RunDirectory(tmp_path / "run")
     assert len(read_feedback(kept.feedback)) == 300
     with pytest.raises(RunDirectoryError, match=r"training\.experience"):
-        train.main([*words, "--experience", str(certain)])
+        train.main([*words, "--feedback", str(certain)])
 
 
 def test_the_short_flag_is_the_configurations_field(openrag_files, tmp_path):
     flags = flags_of(openrag_files, tmp_path)
-    short = config_of([*flags, "--experience", "log.sqlite"])
-    assert short == config_of([*flags, "--training.experience", "log.sqlite"])
+    short = config_of([*flags, "--feedback", "log.sqlite"])
+    assert short == config_of([*flags, "--algorithm.log", "log.sqlite"])
     assert short.training.experience == "log.sqlite"
     assert RunConfig.from_json(short.to_json()) == short
     assert config_of(flags).training.experience is None
-    both = ["--experience", "a.sqlite", "--training.experience", "b.sqlite"]
+    both = ["--feedback", "a.sqlite", "--algorithm.log", "b.sqlite"]
     with pytest.raises(ConfigError, match=r"'a\.sqlite' and --training\.experience 'b\.sqlite'"):
         config_of([*flags, *both])
 
 
-@pytest.mark.parametrize("flag", ["--experience", "--training.experience"])
+@pytest.mark.parametrize("flag", ["--feedback", "--algorithm.log"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -236,7 +236,7 @@ def test_what_a_log_cannot_train_is_refused(openrag_files, tmp_path, flag, chang
 
 def test_the_plan_names_the_log_and_no_generator(openrag_files, tmp_path, capsys):
     train.main(
-        [*flags_of(openrag_files, tmp_path), "--experience", "log.sqlite", "--dry-run", "True"]
+        [*flags_of(openrag_files, tmp_path), "--feedback", "log.sqlite", "--dry-run", "True"]
     )
     said = capsys.readouterr().out
     assert "log         selections of log.sqlite, 30% of their questions held back" in said

@@ -77,7 +77,7 @@ def folder(tmp_path_factory) -> Path:
         "training.loggers": "",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value)) if word]
-    parts = ["--training.parts", "selector", "generator"]
+    parts = ["--algorithm.parts", "selector", "generator"]
     systems = ["--evaluation.systems", "retriever_order", "tuned_generator", "trained"]
     train.main(["quickstart", *words, *parts, *systems])
     return folder

@@ -19,7 +19,7 @@ def test_a_retriever_is_trained_bundled_and_compared(openrag_files, tmp_path, pa
     joint = len(parts) > 1
     systems = [*COMPARED, *(["tuned_generator"] if joint else []), "trained"]
     words = gold_flags(openrag_files, tmp_path)
-    place = words.index("--training.parts")
+    place = words.index("--algorithm.parts")
     del words[place : place + 2]
     flags = {
         "training.objective": ["jsa"],

@@ -59,7 +59,7 @@ FIXED_TUNED = ("tuned_generator_first", "tuned_generator_reversed", "tuned_gener
 def test_every_table_has_the_choices_that_need_no_training(name):
     """A retriever alone picks by itself; one passage has no order; the papers' choose theirs."""
     config = RECIPES[name]()
-    if config.training.parts == ("retriever",):
+    if config.algorithm.parts == ("retriever",):
         assert {"original_retriever", "tuned_retriever"} <= set(config.systems)
         return
     orders = FIXED if config.environment.num_selected > 1 else FIXED[-1:]
@@ -67,7 +67,7 @@ def test_every_table_has_the_choices_that_need_no_training(name):
     if config.trains_generator:
         # Behind a generator that is all that was trained, the retriever's order is `trained`.
         tuned = FIXED_TUNED if config.environment.num_selected > 1 else FIXED_TUNED[-1:]
-        alone = config.training.parts == ("generator",)
+        alone = config.algorithm.parts == ("generator",)
         assert set(tuned[:2] if alone else tuned) <= set(config.systems)
         assert ("tuned_selector" in config.systems) == config.trains_selector
 

@@ -23,7 +23,7 @@ def make_run(path: Path, num_samples: int = 8, num_steps: int = 12) -> RunDirect
     """A run whose weights collapse from the first step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     run_dir = RunDirectory(path)
-    run_dir.claim(RunConfig(recipe="tiny", dro=DROConfig(num_samples=num_samples)))
+    run_dir.claim(RunConfig(recipe="tiny", algorithm=DROConfig(num_samples=num_samples)))
     run_dir.append_metrics({"step": 0, "epoch": 0.0, "validation/em": 0.1, "validation/f1": 0.2})
     for step in range(1, num_steps + 1):
         run_dir.append_metrics({"step": step, "epoch": step / 12, "ess": 1.0, "reward": -step})

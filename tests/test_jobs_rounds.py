@@ -110,11 +110,11 @@ def test_turns_are_joined_as_one_run(tmp_path):
 def words_of(files: Path, directory: Path, rounds: int, *systems: str) -> list[str]:
     """Of `jobs.train`, for a small run of all parts in turns."""
     flags = gold_flags(files, directory)
-    place = flags.index("--training.parts")
+    place = flags.index("--algorithm.parts")
     flags[place : place + 2] = [
-        *("--training.parts", "retriever", "selector", "generator"),
-        *("--training.rounds", str(rounds), "--training.num-epochs", "1"),
-        *("--dro.num-samples", "2", "--generator-training.lora-rank", "2"),
+        *("--algorithm.parts", "retriever", "selector", "generator"),
+        *("--algorithm.rounds", str(rounds), "--training.num-epochs", "1"),
+        *("--algorithm.num-samples", "2", "--generator-training.lora-rank", "2"),
         *("--retrieval.num-candidates", "4"),
     ]
     return ["quickstart", *flags, "--evaluation.systems", *systems]

@@ -201,7 +201,7 @@ def test_one_that_cannot_score_or_be_trained_says_so(open_it, module):
         check_scores(own, PROMPTS[0])
     with pytest.raises(GenerationError, match=r"keeps its own weights; .* vllm or transformers"):
         own.load_weights(None)
-    values = {"generator": {"backend": f"{module}:Silent"}, "training": {"parts": ["generator"]}}
+    values = {"generator": {"backend": f"{module}:Silent"}, "algorithm": {"parts": ["generator"]}}
     with pytest.raises(ConfigError, match="is a generator of your own, whose weights cannot be"):
         RunConfig.from_json(json.dumps(values))
 

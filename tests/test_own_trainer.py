@@ -192,7 +192,7 @@ def test_fine_tuning_keeps_it(model_dir, tmp_path):
         context.config,
         generator={"model": str(model_dir), "dtype": "float32", "max_new_tokens": 3},
         generator_training={"precision": "float32", "lora_rank": 2, "learning_rate": 1e-2},
-        training={"objective": "sft", "parts": ["generator"]},
+        algorithm={"name": "sft"},
     )
     check_trainer(replace(context, config=config))
 

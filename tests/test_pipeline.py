@@ -54,7 +54,7 @@ def test_where_the_retriever_is_trained_its_first_candidates_are_those_to_label(
     data = open_training_data(config, library)
     assert data.train.rows_QN.shape == (10, 16)
     assert len(data.validation) == 2
-    selecting = changed(config, training={"parts": ["selector"]})
+    selecting = changed(config, algorithm={"parts": ["selector"]})
     few = open_training_data(selecting, library)
     assert few.train.rows_QN.shape == (10, 5)
     assert np.array_equal(data.train.rows_QN[:, :5], few.train.rows_QN)
@@ -62,7 +62,7 @@ def test_where_the_retriever_is_trained_its_first_candidates_are_those_to_label(
 
 
 def test_more_candidates_to_label_than_there_are_passages_are_refused(config):
-    greedy = changed(config, openrag={"num_offline": 61})
+    greedy = changed(config, algorithm={"num_offline": 61})
     with pytest.raises(ConfigError, match=r"openrag.num_offline is 61, but .* only 60 passages"):
         open_training_data(greedy, open_library(config))
 
@@ -74,7 +74,7 @@ def indexes(config: RunConfig) -> set[str]:
 
 
 def test_other_retrievers_are_opened_once_and_only_when_asked(config, encoder_dir, tmp_path):
-    config = changed(config, retrieval={"bm25_scores": False}, openrag={"first_stage": "frozen"})
+    config = changed(config, retrieval={"bm25_scores": False}, algorithm={"first_stage": "frozen"})
     library = open_library(config)
     tuned = TrainableTextEncoder(encoder_dir, 32)
     torch.manual_seed(1)

@@ -266,7 +266,7 @@ def test_help_shows_the_options_of_the_parts_that_are_named(openrag_files, tmp_p
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert f"--retrieval.options of {TITLES}:\n    weight=float (default 3.0)" in said
-    assert f"--training.options of {SELF_CRITICAL}:\n    num_samples=int (default 4)" in said
+    assert f"--algorithm.options of {SELF_CRITICAL}:\n    num_samples=int (default 4)" in said
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_a_misspelt_name_or_option_costs_no_training(
     words = ["quickstart", *flags(openrag_files, tmp_path)]
     words[words.index(right)] = wrong
     if ":" in wrong:
-        place = words.index("--training.options")
+        place = words.index("--algorithm.options")
         del words[place : place + 2]
     with pytest.raises(SystemExit) as ended:
         run_program(train.main, words)

@@ -17,7 +17,7 @@ Records = list[dict[str, float]]
 def config(num_samples: int = 8, num_validation_questions: int = 100) -> RunConfig:
     return RunConfig(
         data=DataConfig(num_validation_questions=num_validation_questions),
-        dro=DROConfig(num_samples=num_samples),
+        algorithm=DROConfig(num_samples=num_samples),
     )
 
 

@@ -103,7 +103,7 @@ def test_sft_trains_the_generator_on_the_retrievers_order_without_rewards(
     small_config, few_data, model_dir, tmp_path
 ):
     config = co_training(small_config, model_dir, **SIX_STEPS)
-    config = changed(config, training={"parts": ["generator"], "objective": "sft"})
+    config = changed(config, algorithm={"name": "sft"})
     generator = Unrewarding()
     loop = start(config, few_data, tmp_path / "run", generator=generator)
     untrained = policy_weights(loop)
@@ -134,7 +134,8 @@ def test_sft_counts_what_prompts_leave_out(small_config, few_data, model_dir, tm
     config = co_training(small_config, model_dir, **SIX_STEPS)
     config = changed(
         config,
-        training={"parts": ["generator"], "objective": "sft", "max_failed_share": 0.5},
+        training={"max_failed_share": 0.5},
+        algorithm={"name": "sft"},
     )
     start(config, few_data, tmp_path / "run", prompts=Narrow()).run()
     records = steps_of(tmp_path / "run")[1:]
@@ -158,7 +159,7 @@ def test_the_generator_alone_leaves_the_selector_as_it_was(
     small_config, few_data, model_dir, tmp_path
 ):
     config = co_training(small_config, model_dir, **SIX_STEPS)
-    config = changed(config, training={"parts": ["generator"]})
+    config = changed(config, algorithm={"parts": ["generator"]})
     loop = start(config, few_data, tmp_path / "run")
     untrained = policy_weights(loop)
     loop.run()

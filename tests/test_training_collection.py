@@ -120,7 +120,7 @@ class WithoutTheLast(CutPrompts):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_step_tells_what_its_prompts_left_out(small_config, overlap):
-    config = changed(small_config, training={"overlap": overlap}, dro={"baseline": "none"})
+    config = changed(small_config, training={"overlap": overlap}, algorithm={"baseline": "none"})
     for prompts, cut, dropped in (
         (WithoutTheLast(), 0.5, 1 / config.environment.num_selected),
         (WordPrompts(), 0.0, 0.0),
@@ -160,7 +160,7 @@ def test_the_drawing_policy_is_renewed_when_an_estep_begins(small_config, dro, d
 
 
 def test_behaviour_probabilities_are_those_of_the_policy_that_drew(small_config):
-    case = Case(changed(small_config, dro={"refresh_every": 3, "baseline": "none"}))
+    case = Case(changed(small_config, algorithm={"refresh_every": 3, "baseline": "none"}))
     drawer = copy.deepcopy(case.parts.policy)
     for step in range(3):
         experience, _ = case.collect(step)
@@ -170,7 +170,7 @@ def test_behaviour_probabilities_are_those_of_the_policy_that_drew(small_config)
 
 
 def test_each_version_goes_to_the_engines_once_and_before_its_first_batch(small_config):
-    config = changed(small_config, dro={"refresh_every": 2, "baseline": "none"})
+    config = changed(small_config, algorithm={"refresh_every": 2, "baseline": "none"})
     case = Case(config, with_generator=True)
     versions = []
     for step in range(6):
@@ -196,7 +196,7 @@ def test_without_a_trained_generator_nothing_is_published(small_config):
 def ahead(small_config) -> RunConfig:
     return changed(
         small_config,
-        dro={"baseline": "none"},
+        algorithm={"baseline": "none"},
         training={"overlap": True},
         generator_training={"max_staleness": 1},
     )
@@ -233,7 +233,7 @@ def test_nothing_runs_ahead_of_a_pause(ahead):
 
 
 def test_within_an_estep_what_runs_ahead_is_not_stale(ahead):
-    case = Case(changed(ahead, dro={"refresh_every": 3}))
+    case = Case(changed(ahead, algorithm={"refresh_every": 3}))
     staleness = [case.collect(step)[1]["staleness"] for step in range(7)]
     assert staleness == [0, 0, 0, 1, 0, 0, 1]
     case.collection.close()
@@ -260,7 +260,7 @@ def test_a_batch_of_weights_that_are_too_old_is_collected_again_and_counted(ahea
 
 def test_tokens_belong_to_the_batch_that_they_were_spent_on(ahead, small_config):
     """What runs ahead is counted when it is used, whenever it was computed."""
-    beside, plain = Case(ahead), Case(changed(small_config, dro={"baseline": "none"}))
+    beside, plain = Case(ahead), Case(changed(small_config, algorithm={"baseline": "none"}))
     for case in (beside, plain):
         case.parts.learn = lambda: None  # the same policy throughout
     for step in range(4):
@@ -434,7 +434,7 @@ def test_sft_takes_the_untrained_policys_order_with_weight_one_and_asks_nobody(s
     config = changed(
         small_config,
         environment={"num_selected": 3},
-        training={"objective": "sft", "parts": ["generator"]},
+        algorithm={"name": "sft"},
     )
     case = Case(config, with_generator=True)
     for step in range(2):

@@ -158,7 +158,7 @@ def test_a_third_partys_environment_is_learned_to_its_optimum(small_config, mode
         environment={"id": priced_environment.ID, "num_selected": 5},
         retrieval={"num_candidates": 5},
         selector={"may_stop": True},
-        dro={"num_samples": 8, "reward_temperature": 0.2},
+        algorithm={"num_samples": 8, "reward_temperature": 0.2},
         training={"num_epochs": 40, "learning_rate": 0.05, "validate_every": 500},
     )
     data = TrainingData(priced_table(24, 0), priced_table(8, 1), {})

@@ -230,6 +230,6 @@ def test_a_set_of_answers_is_refused_where_nothing_scores_it():
         RunConfig.model_validate(
             {
                 "reward": {"golden_answers": "all"},
-                "training": {"objective": "sft", "parts": ["generator"]},
+                "algorithm": {"name": "sft"},
             }
         )

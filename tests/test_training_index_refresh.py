@@ -55,7 +55,7 @@ def config(models, request) -> RunConfig:
         models / "encoder",
         data={"corpus": str(models / "corpus.jsonl")},
         retrieval={"kind": request.param, "vocabulary_encoder": str(models / "masked_lm")},
-        openrag={"refresh_every": 2, "refresh_waits": True},
+        algorithm={"refresh_every": 2, "refresh_waits": True},
     )
 
 
@@ -137,7 +137,7 @@ def brute_force(encoder, vectors_BD: np.ndarray, m: int) -> list[list[int]]:
 
 
 def test_a_search_sees_the_old_version_until_the_new_one_is_whole(config, task, tmp_path):
-    patient = changed(config, openrag={"refresh_waits": False})
+    patient = changed(config, algorithm={"refresh_waits": False})
     elsewhere, encoder = Elsewhere(), moved_encoder(config)
     index, vectors = make(patient, task, tmp_path, elsewhere), vectors_of(encoder)
     old = index.propose(QUESTIONS, vectors, 5).tolist()
@@ -159,7 +159,7 @@ def test_a_search_sees_the_old_version_until_the_new_one_is_whole(config, task, 
 
 def test_the_next_refresh_waits_for_the_one_under_way(config, task, tmp_path):
     elsewhere, encoder = Elsewhere(), moved_encoder(config)
-    index = make(changed(config, openrag={"refresh_waits": False}), task, tmp_path, elsewhere)
+    index = make(changed(config, algorithm={"refresh_waits": False}), task, tmp_path, elsewhere)
     for step in range(6):
         index.before_step(step, encoder)
     assert len(elsewhere.asked) == 1
@@ -187,7 +187,7 @@ def test_an_encoder_is_saved_whole_and_for_whoever_may_read_the_run(config, task
     half = tmp_path / "step-000002" / "encoder" / "half.safetensors"
     half.parent.mkdir(parents=True)
     half.write_text("half")
-    patient = changed(config, openrag={"refresh_waits": False})
+    patient = changed(config, algorithm={"refresh_waits": False})
     make(patient, task, tmp_path, Elsewhere()).before_step(2, moved_encoder(config))
     assert not half.exists()
     (tmp_path / "plain").touch()
@@ -221,7 +221,7 @@ def test_another_process_encodes_what_this_one_would(config, task, tmp_path):
 
 
 def test_a_wait_has_a_bound(config, task, tmp_path):
-    hasty = changed(config, openrag={"refresh_timeout_s": 0.05})
+    hasty = changed(config, algorithm={"refresh_timeout_s": 0.05})
     index = make(hasty, task, tmp_path, Elsewhere())
     with pytest.raises(SetupError, match=r"within openrag.refresh_timeout_s 0.05; raise it"):
         index.before_step(2, moved_encoder(config))
@@ -235,7 +235,7 @@ def test_a_process_that_dies_is_named(config, task, tmp_path):
 
 def test_what_a_refresh_fails_of_ends_the_run(config, task, tmp_path):
     elsewhere, encoder = Elsewhere(), moved_encoder(config)
-    index = make(changed(config, openrag={"refresh_waits": False}), task, tmp_path, elsewhere)
+    index = make(changed(config, algorithm={"refresh_waits": False}), task, tmp_path, elsewhere)
     index.before_step(2, encoder)
     elsewhere.futures[0].set_exception(SetupError("the disk is full; free space"))
     with pytest.raises(SetupError, match="the disk is full"):
@@ -246,7 +246,7 @@ def test_what_a_refresh_fails_of_ends_the_run(config, task, tmp_path):
 def test_workers_change_versions_in_the_same_step(config, task, tmp_path):
     """One of them builds; which step finds it done depends on the clock, but not on the worker."""
     elsewhere, encoder, met = Elsewhere(), moved_encoder(config), threading.Barrier(2)
-    patient = changed(config, openrag={"refresh_waits": False})
+    patient = changed(config, algorithm={"refresh_waits": False})
     indexes = [make(patient, task, tmp_path, elsewhere, workers=worker) for worker in make_group(2)]
 
     def run(number: int) -> list[int]:
@@ -266,7 +266,7 @@ def test_workers_change_versions_in_the_same_step(config, task, tmp_path):
 def test_a_refresh_that_was_stopped_goes_on_where_it_was(config, task, tmp_path, monkeypatch):
     """The passages that are encoded stay; the version is whole only at the end."""
     encoder, elsewhere = moved_encoder(config), Elsewhere()
-    index = make(changed(config, openrag={"refresh_waits": False}), task, tmp_path, elsewhere)
+    index = make(changed(config, algorithm={"refresh_waits": False}), task, tmp_path, elsewhere)
     index.before_step(2, encoder)
     place = elsewhere.asked[0][1]
     open_version(config, task.library.corpus, place)
@@ -296,7 +296,7 @@ def test_a_checkpoint_names_its_version_and_older_ones_go(config, task, tmp_path
 
 
 def test_a_checkpoint_names_the_refresh_under_way_which_goes_on(config, task, tmp_path, caplog):
-    patient = changed(config, openrag={"refresh_waits": False})
+    patient = changed(config, algorithm={"refresh_waits": False})
     encoder = moved_encoder(config)
     index = make(patient, task, tmp_path, Elsewhere())
     index.before_step(2, encoder)
@@ -317,7 +317,7 @@ def test_a_checkpoint_names_the_refresh_under_way_which_goes_on(config, task, tm
 
 
 def test_a_version_that_was_never_finished_is_not_searched(config, task, tmp_path):
-    patient = changed(config, openrag={"refresh_waits": False})
+    patient = changed(config, algorithm={"refresh_waits": False})
     index = make(patient, task, tmp_path, Elsewhere())
     index.before_step(2, moved_encoder(config))
     with pytest.raises(CheckpointError, match=r"step-000002 .* is gone or unfinished"):
@@ -327,7 +327,7 @@ def test_a_version_that_was_never_finished_is_not_searched(config, task, tmp_pat
 @pytest.mark.parametrize("config", ["dense"], indirect=True)
 def test_all_workers_wait_for_a_refresh_that_goes_on(config, task, tmp_path):
     """The first alone looks for what it left, and has it encoded."""
-    patient = changed(config, openrag={"refresh_waits": False})
+    patient = changed(config, algorithm={"refresh_waits": False})
     make(patient, task, tmp_path, Elsewhere()).before_step(2, moved_encoder(config))
     elsewhere = Elsewhere()
     indexes = [make(patient, task, tmp_path, elsewhere, workers=worker) for worker in make_group(2)]
@@ -341,7 +341,7 @@ def test_a_task_elsewhere_reads_paths_that_are_relative_to_the_run(
     config, task, models, tmp_path, monkeypatch
 ):
     near = changed(config, data={"corpus": "corpus.jsonl"})
-    index = make(changed(near, openrag={"refresh_waits": False}), task, tmp_path, Elsewhere())
+    index = make(changed(near, algorithm={"refresh_waits": False}), task, tmp_path, Elsewhere())
     index.before_step(2, moved_encoder(config))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -384,7 +384,7 @@ def test_a_stopped_run_ends_as_one_that_never_was(config, task, tmp_path, stop_a
 def test_the_version_is_what_its_encoder_would_be_opened_as(config, task, tmp_path):
     """Whoever opens the saved encoder as a retriever searches the same vectors."""
     encoder, elsewhere = moved_encoder(config), Elsewhere()
-    index = make(changed(config, openrag={"refresh_waits": False}), task, tmp_path, elsewhere)
+    index = make(changed(config, algorithm={"refresh_waits": False}), task, tmp_path, elsewhere)
     index.before_step(2, encoder)
     elsewhere.finish()
     index.before_step(3, encoder)

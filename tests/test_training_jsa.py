@@ -71,7 +71,7 @@ def whole(config, task, tmp_path_factory) -> Path:
 def test_training_finds_the_passages_that_help_also_with_unseen_subjects(config, task, tmp_path):
     learning = changed(
         config,
-        jsa={"num_prior": 20, "num_posterior": 20, "temperature": 0.02},
+        algorithm={"num_prior": 20, "num_posterior": 20, "temperature": 0.02},
         training={"num_epochs": 8, "warmup_steps": 5},
     )
     loop = start(learning, task, tmp_path / "run")
@@ -169,7 +169,7 @@ def test_an_encoder_into_the_vocabulary_learns_alike(models, tmp_path):
             "vocabulary_encoder": str(models / "masked_lm"),
             "vocabulary_top_k": 32,
         },
-        jsa={"temperature": 5.0, "learning_rate": 1e-3, "mis_steps": 8},
+        algorithm={"temperature": 5.0, "learning_rate": 1e-3, "mis_steps": 8},
         training={"num_epochs": 1, "checkpoint_every": 2},
     )
     task = make_task(semi)
@@ -193,12 +193,8 @@ def joint_config(config: RunConfig, model_dir: Path, **sections) -> RunConfig:
             "learning_rate": 1e-2,
             "sequences_per_question": 1,
         },
-        training={
-            "parts": ["retriever", "generator"],
-            "num_epochs": 1,
-            "checkpoint_every": 1,
-            "validate_every": 2,
-        },
+        training={"num_epochs": 1, "checkpoint_every": 1, "validate_every": 2},
+        algorithm={"name": "alternating", "selection": {"parts": ["generator"]}},
     )
     return changed(config, **sections)
 
@@ -229,7 +225,9 @@ def test_the_mean_likelihood_weighs_the_generators_loss_by_the_tokens_too(
     """A single proposal has the whole weight under both; all targets have 9 tokens."""
     losses = []
     for likelihood in ("product", "mean"):
-        joint = joint_config(config, model_dir, jsa={"likelihood": likelihood, "mis_steps": 1})
+        joint = joint_config(
+            config, model_dir, algorithm={"likelihood": likelihood, "mis_steps": 1}
+        )
         with pytest.raises(StopAfter):
             start(joint, task, tmp_path / likelihood, 1).run()
         record = steps_of(tmp_path / likelihood)[1]
@@ -243,7 +241,7 @@ def test_retrievers_and_generator_learn_from_the_weights_that_are_set(
 ):
     """The posterior tells all that was scored apart; a chain of 3 steps knows thirds alone."""
     for weights_kind in ("posterior", "visits"):
-        joint = joint_config(config, model_dir, jsa={"weights": weights_kind, "mis_steps": 3})
+        joint = joint_config(config, model_dir, algorithm={"weights": weights_kind, "mis_steps": 3})
         joint = changed(joint, generator_training={"sequences_per_question": None})
         loop = start(joint, task, tmp_path / weights_kind, 1)
         seen: dict[str, torch.Tensor] = {}
@@ -361,12 +359,12 @@ def test_proposals_and_the_generators_passages_are_drawn_anew_in_each_step_and_b
 ):
     """Steps of all 28 questions that hardly change a weight: all else would be the same."""
     still = joint_config(
-        changed(config, jsa={"learning_rate": 1e-12, "mis_steps": 200}),
+        changed(config, algorithm={"learning_rate": 1e-12, "mis_steps": 200}),
         model_dir,
         generator_training={"learning_rate": 1e-12},
         training={"batch_size": 28, "num_epochs": 2},
     )
-    short = changed(config, jsa={"mis_steps": 1, "learning_rate": 1e-12})
+    short = changed(config, algorithm={"mis_steps": 1, "learning_rate": 1e-12})
     short = changed(short, training={"batch_size": 28, "num_epochs": 2})
     alone = replace(task, data=replace(task.data, validation=None))
     read, scored = [], []
@@ -390,7 +388,7 @@ def test_of_the_passages_of_a_question_the_likely_ones_are_read(config, task, mo
     joint = joint_config(
         config,
         model_dir,
-        jsa={"num_prior": 20, "num_posterior": 20, "temperature": 5.0, "mis_steps": 400},
+        algorithm={"num_prior": 20, "num_posterior": 20, "temperature": 5.0, "mis_steps": 400},
         training={"batch_size": 28},
     )
     alone = replace(task, data=replace(task.data, validation=None))
@@ -441,7 +439,7 @@ def test_means_are_over_the_questions_that_have_weights(config, task, tmp_path):
     engines = Lacking()
     lenient = changed(
         config,
-        jsa={"mis_steps": 1},
+        algorithm={"mis_steps": 1},
         training={"batch_size": 28, "num_epochs": 1, "max_failed_share": 0.9},
     )
     alone = replace(task, data=replace(task.data, validation=None))
@@ -473,7 +471,7 @@ def test_the_generators_loss_is_the_weighed_likelihood_of_the_answers(
     config, task, model_dir, likelihood
 ):
     """By hand, one passage and one answer at a time; a passage without weight is not read."""
-    joint = joint_config(config, model_dir, jsa={"likelihood": likelihood})
+    joint = joint_config(config, model_dir, algorithm={"likelihood": likelihood})
     joint = changed(joint, generator_training={"sequences_per_question": None})
     corpus, prompts = task.library.corpus, WordPrompts()
     trained = JSAGenerator(joint, corpus, prompts, ReadingGenerator(), 10, SingleWorker())
@@ -560,11 +558,13 @@ def test_the_budget_counts_each_domain_once_while_the_generator_is_frozen(config
     budget = estimate_budget(config, task.data, WordPrompts())
     assert budget.num_steps == NUM_STEPS
     assert budget.num_requests == 28 * 12 + (1 + NUM_STEPS // 4) * NUM_VALIDATION
-    joint = changed(config, training={"parts": ["retriever", "generator"]})
+    joint = changed(
+        config, algorithm={"name": "alternating", "selection": {"parts": ["generator"]}}
+    )
     trained = estimate_budget(joint, task.data, WordPrompts())
     assert trained.num_requests == NUM_STEPS * 8 * 12 + (1 + NUM_STEPS // 4) * NUM_VALIDATION
     assert budget.num_rollouts == trained.num_rollouts == NUM_STEPS * 8 * 50
-    short = estimate_budget(changed(config, jsa={"mis_steps": 3}), task.data, WordPrompts())
+    short = estimate_budget(changed(config, algorithm={"mis_steps": 3}), task.data, WordPrompts())
     assert short.num_requests == 28 * 3 + (1 + NUM_STEPS // 4) * NUM_VALIDATION
     assert short.num_rollouts == NUM_STEPS * 8 * 3
     assert "50 proposals a question from the first 6 passages" in describe_plan(

@@ -80,7 +80,7 @@ def test_a_domain_is_what_either_retriever_ranks_first_normalised_on_it(retrieve
 def test_the_weights_gradient_is_that_of_one_pass_without_pieces(config, task, models):
     """AdamW's first moment after one step against autograd; the posterior's own and the prior's."""
     index = static_index(task.library.retrievers.primary)
-    pieces = changed(config, jsa={"micro_batch_texts": 2, "max_grad_norm": 1e9})
+    pieces = changed(config, algorithm={"micro_batch_texts": 2, "max_grad_norm": 1e9})
     learner = JSARetrievers(pieces, index, len(task.library.corpus), 10, SingleWorker())
     questions = task.data.train.questions[:5]
     domain = learner.domain(questions)
@@ -126,7 +126,7 @@ def test_the_gradient_is_clipped_and_reported_unclipped(config, task):
     questions = task.data.train.questions[:4]
     norms, moments = [], []
     for limit in (1e9, 1e-3):
-        learner = open_learner(changed(config, jsa={"max_grad_norm": limit}), task)
+        learner = open_learner(changed(config, algorithm={"max_grad_norm": limit}), task)
         domain = learner.domain(questions)
         norms.append(learner.update(domain, even_weights(domain), 4, 0)["retriever/grad_norm"])
         state = learner.optimiser.tensors()
@@ -141,7 +141,7 @@ def test_the_rate_warms_up_and_weights_decay_as_they_are_told_to(config, task):
     settings = changed(
         config,
         training={"warmup_steps": 4},
-        jsa={"weight_decay": 0.5, "learning_rate": 0.1, "max_grad_norm": 1e-30},
+        algorithm={"weight_decay": 0.5, "learning_rate": 0.1, "max_grad_norm": 1e-30},
     )
     learner = open_learner(settings, task)
     before = {name: p.detach().clone() for name, p in learner.prior.named_parameters()}
@@ -166,7 +166,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(config, task
 
 def test_a_search_in_pieces_is_one_search(config, task, retrievers):
     questions = [question.question for question in task.data.train.questions[:7]]
-    pieces = open_learner(changed(config, jsa={"micro_batch_texts": 3}), task)
+    pieces = open_learner(changed(config, algorithm={"micro_batch_texts": 3}), task)
     assert pieces.search(questions, 4).tolist() == retrievers.search(questions, 4).tolist()
 
 

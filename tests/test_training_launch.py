@@ -29,11 +29,11 @@ DENSE = {"retrieval": {"kind": "dense"}}
     [
         ({}, True),
         ({"reward": {"functions": ["exact_match"]}}, False),
-        ({"training": {"parts": ["retriever"]}, **DENSE}, True),
-        ({"training": {"parts": ["retriever"]}, **DENSE, "openrag": {"labels": "gold"}}, False),
+        ({"algorithm": {"name": "openrag"}, **DENSE}, True),
+        ({"algorithm": {"name": "openrag", "labels": "gold"}, **DENSE}, False),
         (
             {
-                "training": {"parts": ["retriever"], "objective": "jsa"},
+                "algorithm": {"name": "jsa"},
                 **DENSE,
                 "reward": {"functions": ["exact_match"]},
             },
@@ -41,10 +41,9 @@ DENSE = {"retrieval": {"kind": "dense"}}
         ),
         (
             {
-                "training": {"parts": ["retriever"]},
+                "algorithm": {"name": "openrag", "labels": "generator_else_gold"},
                 **DENSE,
                 "reward": {"functions": ["exact_match"]},
-                "openrag": {"labels": "generator_else_gold"},
             },
             True,
         ),

@@ -24,7 +24,7 @@ from rlrag.training.feedback.selections import open_logged_data
 
 @pytest.fixture
 def config(small_config) -> RunConfig:
-    return changed(small_config, off_policy={"held_back_share": 0.25})
+    return changed(small_config, algorithm={"held_back_share": 0.25})
 
 
 def test_candidates_are_those_that_were_served_as_if_just_retrieved(tmp_path):
@@ -33,7 +33,7 @@ def test_candidates_are_those_that_were_served_as_if_just_retrieved(tmp_path):
     retrieval = RetrievalConfig(kind="bm25", encoder=None, num_candidates=6)
     config = changed(
         RunConfig(cache_dir=str(tmp_path), retrieval=retrieval),
-        off_policy={"held_back_share": 0.0},
+        algorithm={"held_back_share": 0.0},
         training={"batch_size": 5},
     )
     library = Library(corpus, open_retrievers(corpus, retrieval, tmp_path))
@@ -61,7 +61,7 @@ def test_the_order_that_was_served_stays(config, tmp_path):
     ]
     log = write_log(tmp_path / "log.sqlite", turned)
     found = open_logged_data(
-        changed(config, off_policy={"held_back_share": 0.0}), library_of(table), log
+        changed(config, algorithm={"held_back_share": 0.0}), library_of(table), log
     ).train.candidates
     assert np.array_equal(found.rows_QN, table.rows_QN[:, ::-1])
     assert np.array_equal(found.scores_QNC, table.scores_QNC[:, ::-1])
@@ -70,7 +70,7 @@ def test_the_order_that_was_served_stays(config, tmp_path):
 
 def test_rewards_are_what_was_given_or_whether_the_answer_is_right(config, tmp_path):
     table, words = make_table(24), {}
-    config = changed(config, off_policy={"reward_range": [-4.0, 1.0]})
+    config = changed(config, algorithm={"reward_range": [-4.0, 1.0]})
     store = FeedbackStore(tmp_path / "log.sqlite")
     for number in range(24):
         given = (
@@ -136,7 +136,7 @@ def test_only_episodes_that_the_policy_could_have_played_are_kept(config, tmp_pa
         config,
         environment={"num_selected": 2},
         selector={"may_stop": may_stop},
-        off_policy={"held_back_share": 0.0},
+        algorithm={"held_back_share": 0.0},
     )
     actions = [(5,), (0, 5), (0, 1), (0,), (0, 1, 5), (0, 1, 2)]
     events = [event(table, n % 24, n, actions=actions[n // 24]) for n in range(144)]
@@ -178,7 +178,7 @@ def test_a_log_that_is_too_small_is_refused(config, tmp_path):
     log = write_log(tmp_path / "log.sqlite", [event(table, 0, n) for n in range(20)])
     with pytest.raises(DataError, match="1 different questions"):
         open_logged_data(config, library_of(table), log)
-    more = changed(config, off_policy={"held_back_share": 0.0}, training={"batch_size": 32})
+    more = changed(config, algorithm={"held_back_share": 0.0}, training={"batch_size": 32})
     with pytest.raises(DataError, match=r"leaves 20 .* training\.batch_size 32"):
         open_logged_data(more, library_of(table), log)
 
@@ -190,7 +190,7 @@ def test_an_extreme_reward_counts_as_the_end_of_the_scale(config, tmp_path, extr
     for number in range(48):
         store.record_selection(event(table, number % 24, number))
         store.record_feedback(f"request-{number}", reward=extreme if number == 30 else 0.5)
-    everything = changed(config, off_policy={"held_back_share": 0.0})
+    everything = changed(config, algorithm={"held_back_share": 0.0})
     found = open_logged_data(everything, library_of(table), tmp_path / "log.sqlite")
     end = 1.0 if extreme > 0 else -1.0
     assert sorted(found.train.rewards_Q.tolist()) == sorted([0.5] * 47 + [end])
@@ -210,18 +210,18 @@ def test_a_log_on_another_scale_is_refused_with_its_range(config, tmp_path):
         DataError, match=r"19 of the 24 rewards .* -1 to 1, and lie between 1 and 5"
     ):
         open_logged_data(config, library_of(table), tmp_path / "log.sqlite")
-    stars = changed(config, off_policy={"reward_range": [1.0, 5.0]})
+    stars = changed(config, algorithm={"reward_range": [1.0, 5.0]})
     assert open_logged_data(stars, library_of(table), tmp_path / "log.sqlite").num_clipped == 0
 
 
 def test_selections_of_one_question_share_its_number(config, tmp_path):
     table = make_table(24)
     log = write_log(tmp_path / "log.sqlite", [event(table, n % 24, n) for n in range(48)])
-    everything = changed(config, off_policy={"held_back_share": 0.0})
+    everything = changed(config, algorithm={"held_back_share": 0.0})
     part = open_logged_data(everything, library_of(table), log).train
     assert part.questions_Q.tolist() == [*range(24), *range(24)]
 
 
 def test_a_scale_without_a_width_is_refused(config):
     with pytest.raises(ConfigError, match="reward_range is 1 to 1; give two numbers"):
-        changed(config, off_policy={"reward_range": [1.0, 1.0]})
+        changed(config, algorithm={"reward_range": [1.0, 1.0]})

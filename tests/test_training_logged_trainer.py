@@ -32,7 +32,7 @@ from rlrag.training.loop import TrainingLoop
 def config(small_config) -> RunConfig:
     return changed(
         small_config,
-        off_policy={"num_epochs": 2, "held_back_share": 0.25},
+        algorithm={"num_epochs": 2, "held_back_share": 0.25},
         training={"batch_size": 16, "validate_every": 4, "checkpoint_every": 3},
     )
 
@@ -77,7 +77,7 @@ def test_feedback_improves_the_policy_and_the_estimate_holds_the_truth(small_con
     asked, unseen = part_of(table, slice(100)), part_of(table, slice(100, 160))
     config = changed(
         small_config,
-        off_policy={"num_epochs": 10},
+        algorithm={"num_epochs": 10},
         training={"batch_size": 25, "validate_every": 5, "checkpoint_every": 50},
     )
     found = measure(config, library_of(table), asked, unseen, tmp_path, 500, explore_share=0.5)
@@ -223,7 +223,7 @@ def test_workers_share_a_batch_and_the_held_back_selections(config, data, monkey
 
 def test_without_held_back_questions_the_last_weights_are_kept(config, tmp_path):
     path, table = even_log(tmp_path / "log.sqlite", times=5)
-    everything = changed(config, off_policy={"held_back_share": 0.0})
+    everything = changed(config, algorithm={"held_back_share": 0.0})
     loop = start(
         everything, open_logged_data(everything, library_of(table), path), tmp_path / "run"
     )
@@ -255,7 +255,7 @@ def test_a_log_that_says_too_little_about_the_start_is_refused(config, data, tmp
 def test_a_policy_that_leaves_the_log_is_warned_of_once_and_not_chosen(
     config, data, tmp_path, caplog
 ):
-    wild = changed(config, off_policy={"num_epochs": 6}, training={"learning_rate": 0.1})
+    wild = changed(config, algorithm={"num_epochs": 6}, training={"learning_rate": 0.1})
     with caplog.at_level(logging.WARNING):
         loop = start(wild, data, tmp_path / "run", min_ess=40)
         loop.run()

@@ -308,7 +308,7 @@ def test_validations_and_checkpoints_stand_between_esteps(small_config, training
     """E-steps of four steps: what is due after 3 or 2 steps waits for the end of one."""
     config = changed(
         small_config,
-        dro={"refresh_every": 2, "passes": 2, "baseline": "none"},
+        algorithm={"refresh_every": 2, "passes": 2, "baseline": "none"},
         training={"keep_checkpoints": 9, "num_epochs": 2},
     )
     start(config, training_data, tmp_path / "run").run()

@@ -34,7 +34,7 @@ def config(tmp_path) -> RunConfig:
     return RunConfig(
         cache_dir=str(tmp_path / "cache"),
         retrieval=RetrievalConfig(kind="dense"),
-        openrag=OpenRAGConfig(num_offline=5),
+        algorithm=OpenRAGConfig(num_offline=5),
         training=TrainingConfig(parts=("retriever",), launcher="local", batch_size=4),
     )
 
@@ -96,7 +96,7 @@ def test_pools_of_another_prompt_are_refused(config, tmp_path):
 def test_gold_labels_ask_the_generator_for_nothing(config, tmp_path):
     generator = ReadingGenerator()
     found = run_stage(
-        changed(config, openrag={"labels": "gold"}), make_table(6), generator, tmp_path / "pools"
+        changed(config, algorithm={"labels": "gold"}), make_table(6), generator, tmp_path / "pools"
     )
     assert generator.num_calls == 0
     assert found.usable.tolist() == list(range(6))
@@ -158,7 +158,7 @@ def test_what_rewarded_selections_tell_is_not_judged_again(config, tmp_path):
     assert np.isfinite(found.logp_QN).sum() == 6 * 5 - 2
     assert len(asked) == 2 * (6 * 5 - 2)
     assert "offline stage: 2 labels from selections that were rewarded" in said
-    strict = changed(config, openrag={"contribution_margin": 5.0})
+    strict = changed(config, algorithm={"contribution_margin": 5.0})
     whole = run_stage(
         strict, candidates, ReadingGenerator(), tmp_path / "whole", experience=experience
     )
@@ -235,7 +235,7 @@ def test_gold_passages_stand_in_where_the_generator_is_never_right(config, tmp_p
     ]
     hopeless = replace(candidates, questions=tuple(questions))
     named = [[p.id in q.gold_ids for p in hopeless.passages(n)] for n, q in enumerate(questions)]
-    else_gold = changed(config, openrag={"labels": "generator_else_gold"})
+    else_gold = changed(config, algorithm={"labels": "generator_else_gold"})
     pools = run_stage(else_gold, hopeless, ReadingGenerator(), tmp_path / "pools", said)
     assert "offline stage: 4 questions labelled by their gold passages" in said
     assert pools.labels_QN.tolist() == [[int(is_gold) for is_gold in of] for of in named]
@@ -311,7 +311,7 @@ def test_a_token_budget_leaves_questions_out_and_says_how_many(config, tmp_path)
     candidates, said = make_table(40), []
     whole = run_stage(config, candidates, ReadingGenerator(), tmp_path / "whole")
     limits = {"max_generator_tokens": whole.num_tokens}
-    limited = changed(config, training=limits, openrag={"offline_token_share": 0.6})
+    limited = changed(config, training=limits, algorithm={"offline_token_share": 0.6})
     pools = run_stage(limited, candidates, ReadingGenerator(), tmp_path / "pools", said)
     assert pools.num_tokens == pytest.approx(0.6 * whole.num_tokens, rel=0.02)
     assert len(pools.judged) == 24
@@ -343,7 +343,7 @@ def test_without_an_online_stage_judgements_may_take_the_whole_budget(config, tm
     limited = changed(
         config,
         training={"max_generator_tokens": whole.num_tokens},
-        openrag={"stages": ("offline",)},
+        algorithm={"stages": ("offline",)},
     )
     pools = run_stage(limited, candidates, ReadingGenerator(), tmp_path / "pools")
     assert len(pools.judged) == 8
@@ -352,7 +352,7 @@ def test_without_an_online_stage_judgements_may_take_the_whole_budget(config, tm
 def test_questions_left_out_are_not_labelled_by_their_gold_passages(config, tmp_path):
     candidates = with_answers_to(0)
     whole = run_stage(
-        changed(config, openrag={"labels": "generator_else_gold"}),
+        changed(config, algorithm={"labels": "generator_else_gold"}),
         candidates,
         ReadingGenerator(),
         tmp_path / "whole",
@@ -360,7 +360,7 @@ def test_questions_left_out_are_not_labelled_by_their_gold_passages(config, tmp_
     limited = changed(
         config,
         training={"max_generator_tokens": whole.num_tokens // 2, "batch_size": 2},
-        openrag={"labels": "generator_else_gold", "offline_token_share": 1.0},
+        algorithm={"labels": "generator_else_gold", "offline_token_share": 1.0},
     )
     pools = run_stage(limited, candidates, ReadingGenerator(), tmp_path / "pools")
     assert len(pools.judged) == 3

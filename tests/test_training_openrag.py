@@ -101,7 +101,7 @@ def test_training_finds_the_passages_that_help_with_unseen_subjects(
 @pytest.mark.parametrize("stage", ["offline", "online"])
 def test_distilling_likelihoods_lowers_the_divergence(config, task, tmp_path, stage):
     kl = changed(
-        config, openrag={"loss": "kl", "stages": [stage], f"{stage}_epochs": 5, "num_online": 12}
+        config, algorithm={"loss": "kl", "stages": [stage], f"{stage}_epochs": 5, "num_online": 12}
     )
     finished(kl, task, tmp_path / "run")
     loss = series(tmp_path / "run", "retriever/loss")
@@ -148,7 +148,7 @@ class Fearful(ReadingGenerator):
 
 def test_likelihoods_that_the_pools_do_not_hold_are_asked_for_offline_too(config, task, tmp_path):
     """A limit of tokens ends such steps; of those that ask for nothing it ends none."""
-    kl = changed(config, openrag={"loss": "kl"}, training={"max_failed_share": 0.9})
+    kl = changed(config, algorithm={"loss": "kl"}, training={"max_failed_share": 0.9})
     whole = start(kl, task, tmp_path / "whole").trainer
     assert [whole.asks_generator(step) for step in (0, 5, 6)] == [False, False, True]
     holes = start(kl, task, tmp_path / "holes", generator=Fearful()).trainer
@@ -171,7 +171,7 @@ class Unscored(ReadingGenerator):
 
 def test_a_question_that_is_not_trained_on_needs_no_likelihood(config, task, tmp_path):
     """None of the passages of two questions has one, so that these are in no batch."""
-    kl = changed(config, openrag={"loss": "kl"}, training={"max_failed_share": 0.9})
+    kl = changed(config, algorithm={"loss": "kl"}, training={"max_failed_share": 0.9})
     trainer = start(kl, task, tmp_path / "run", generator=Unscored("candle")).trainer
     assert trainer.before.failures
     assert not trainer.asks_generator(0)
@@ -181,7 +181,7 @@ def few_judged(config: RunConfig, task: Task, loss: str) -> tuple[RunConfig, Tas
     """One online pass in which much is found that the pools do not know."""
     online = changed(
         config,
-        openrag={"loss": loss, "stages": ["online"], "online_epochs": 1, "num_offline": 4},
+        algorithm={"loss": loss, "stages": ["online"], "online_epochs": 1, "num_offline": 4},
         retrieval={"num_candidates": 4},
         training={"max_failed_share": 0.9},
     )
@@ -204,7 +204,7 @@ def test_what_fails_online_is_counted_and_named(config, task, tmp_path, loss):
 
 def test_a_walk_ends_where_what_was_found_does(config, task, tmp_path):
     online, few = few_judged(config, task, "contrastive")
-    finished(changed(online, openrag={"num_online": 2}), few, tmp_path / "run")
+    finished(changed(online, algorithm={"num_online": 2}), few, tmp_path / "run")
     assert max(series(tmp_path / "run", "num_walked")) == 2 * 8
 
 
@@ -247,7 +247,7 @@ def test_what_the_offline_stage_left_out_is_named_in_the_first_record(
 
 @pytest.mark.parametrize("loss", ["contrastive", "kl"])
 def test_the_records_have_the_documented_keys_and_finite_numbers(config, task, tmp_path, loss):
-    finished(changed(config, openrag={"loss": loss}), task, tmp_path / "run")
+    finished(changed(config, algorithm={"loss": loss}), task, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     before = {"step", "epoch", "generator_tokens_total", "judge_s"}
@@ -276,7 +276,7 @@ def test_walks_are_counted_over_the_batch(config, task, tmp_path):
 
 def test_step_0_is_the_retriever_as_it_came(config, task, tmp_path):
     """With the whole corpus proposed, late-parametric retrieval is a search of the index."""
-    whole = changed(config, openrag={"first_stage": "frozen", "num_online": 60})
+    whole = changed(config, algorithm={"first_stage": "frozen", "num_online": 60})
     for shown in (1, 3):
         shows = changed(whole, environment={"num_selected": shown})
         loop = start(shows, task, tmp_path / f"run{shown}", stop_at=0)
@@ -346,7 +346,7 @@ def test_one_seed_repeats_and_two_differ(config, task, tmp_path):
 @pytest.mark.parametrize("loss", ["contrastive", "kl"])
 def test_two_workers_do_what_one_does(config, task, tmp_path, loss):
     """Workers are threads that share a generator, so that its tokens are counted twice."""
-    config = changed(config, openrag={"loss": loss, "learning_rate": 5e-4})
+    config = changed(config, algorithm={"loss": loss, "learning_rate": 5e-4})
     alone = finished(config, task, tmp_path / "alone")
     shared = ReadingGenerator()
     prepare(config, task, tmp_path / "two", shared)
@@ -381,7 +381,7 @@ class Listening(ReadingGenerator):
 
 def test_gold_labels_ask_the_generator_for_validations_alone(config, task, tmp_path):
     generator = Listening()
-    finished(changed(config, openrag={"labels": "gold"}), task, tmp_path / "run", generator)
+    finished(changed(config, algorithm={"labels": "gold"}), task, tmp_path / "run", generator)
     records = steps_of(tmp_path / "run")
     num_validations = sum("validation/accuracy" in line for line in records)
     assert generator.num_scored == 0
@@ -450,7 +450,7 @@ class Failing(ReadingGenerator):
 def test_too_many_failures_online_end_the_run_with_their_reason(config, task, tmp_path, loss):
     generator = Failing()
     loop = start(
-        changed(config, openrag={"loss": loss}), task, tmp_path / "run", generator=generator
+        changed(config, algorithm={"loss": loss}), task, tmp_path / "run", generator=generator
     )
     generator.broken = True
     with pytest.raises(GenerationError, match=r"could not be scored.*max_failed_share.*nan"):
@@ -463,7 +463,7 @@ def test_the_token_budget_ends_the_run(config, task, tmp_path):
     tokens = series(tmp_path / "whole", "generator_tokens_total")
     limits = {
         "training": {"max_generator_tokens": int(tokens[8])},
-        "openrag": {"offline_token_share": 1.0},
+        "algorithm": {"offline_token_share": 1.0},
     }
     limited = changed(config, **limits)
     for name in ("first", "second"):
@@ -483,7 +483,7 @@ def test_a_spent_budget_ends_no_step_that_asks_for_nothing(config, task, tmp_pat
     limited = changed(
         config,
         training={"max_generator_tokens": judged},
-        openrag={"offline_token_share": 1.0, "stages": stages},
+        algorithm={"offline_token_share": 1.0, "stages": stages},
     )
     finished(limited, task, tmp_path / "run")
     records = steps_of(tmp_path / "run")
@@ -504,7 +504,12 @@ def test_an_encoder_into_the_vocabulary_is_trained_alike(
             "vocabulary_encoder": str(models / "masked_lm"),
             "vocabulary_top_k": 32,
         },
-        openrag={"first_stage": first_stage, "num_offline": 60, "temperature": 10.0, "tied": tied},
+        algorithm={
+            "first_stage": first_stage,
+            "num_offline": 60,
+            "temperature": 10.0,
+            "tied": tied,
+        },
     )
     check_resume(semi, make_task(semi), tmp_path, stop_at=8)
     records = steps_of(tmp_path / "whole")

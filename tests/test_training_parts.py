@@ -96,7 +96,7 @@ def test_an_update_moves_both_parts_and_describes_both(config):
 def test_two_workers_give_what_one_gives(config, limit):
     config = changed(
         config,
-        dro={"entropy_weight": 0.01, "kl_weight": 0.01},
+        algorithm={"entropy_weight": 0.01, "kl_weight": 0.01},
         generator_training={"sequences_per_question": limit, "micro_batch_tokens": 256},
     )
     alone = open_parts(config)
@@ -133,7 +133,7 @@ def test_the_generators_adapter_is_drawn_from_the_runs_seed(config):
 
 def test_what_fine_tuning_leaves_out_of_prompts_is_that_of_all_workers(config):
     """One of two workers cuts as much of its prompts as it shows, the other shows them whole."""
-    config = changed(config, training={"parts": ["generator"], "objective": "sft"})
+    config = changed(config, algorithm={"name": "sft"})
     group = [
         open_parts(config, worker, prompts)
         for worker, prompts in zip(make_group(2), (CutPrompts(), WordPrompts()), strict=True)
@@ -237,7 +237,7 @@ def test_a_whole_generator_takes_over_a_checkpoint(config):
     ],
 )
 def test_a_part_that_is_not_trained_has_no_learner(config, trained, files):
-    config = changed(config, training={"parts": [trained]})
+    config = changed(config, algorithm={"parts": []})
     parts = open_parts(config)
     metrics = update(parts, config, 0)
     assert sorted(parts.tensors()) == files
@@ -263,7 +263,7 @@ def test_a_language_model_starts_from_the_retrievers_order(config, model_dir):
             "imitation_steps": 4,
             "imitation_learning_rate": 0.01,
         },
-        training={"parts": ["selector"]},
+        algorithm={"parts": ["selector"]},
     )
     parts = open_parts(config)
     rows = make_table(12).batch(range(12))
@@ -290,7 +290,7 @@ def test_what_is_imitated_depends_on_the_seed_and_on_how_sure_the_prior_is(confi
             "adapter_rank": None,
             "imitation_steps": 1,
         },
-        training={"parts": ["selector"]},
+        algorithm={"parts": ["selector"]},
     )
     one, same, seeded, sure = (
         imitating,

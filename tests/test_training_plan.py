@@ -35,8 +35,8 @@ def model_dir(tmp_path_factory) -> Path:
 
 def headings(config: RunConfig) -> list[str]:
     """First words of the lines that a plan of this run must have, in their order."""
-    by_jsa = config.training.objective == "jsa"
-    selects = config.training.parts != ("retriever",) and not by_jsa
+    by_jsa = config.algorithm.name == "jsa"
+    selects = config.algorithm.parts != ("retriever",) and not by_jsa
     named = {
         "rounds": config.trains_in_turns,
         "retriever": config.trains_retriever,
@@ -47,9 +47,9 @@ def headings(config: RunConfig) -> list[str]:
         "rollouts": selects,
         "passages": are_here(config.data.corpus),
         "generator": True,
-        "M-step": "generator" in config.training.parts,
+        "M-step": "generator" in config.algorithm.parts,
         "learner": config.trains_retriever,
-        "M-step (selector)": "selector" in config.training.parts
+        "M-step (selector)": "selector" in config.algorithm.parts
         and config.selector.kind != "features",
         "placement": True,
         "nodes": config.training.launcher == "ray",
@@ -61,7 +61,7 @@ def headings(config: RunConfig) -> list[str]:
 def test_every_recipe_has_a_plan(recipe, tmp_path):
     config = RECIPES[recipe]().model_copy(update={"cache_dir": str(tmp_path)})
     lines = describe_plan(config).splitlines()
-    parts = " and ".join(config.training.parts)
+    parts = " and ".join(config.algorithm.parts)
     assert lines[0] == f"{recipe}: trains {parts}"
     found = [line.split()[0] for line in lines[1:]]
     assert [word for word in found if word not in ("data", "warning")] == headings(config)
@@ -225,7 +225,7 @@ def test_the_learners_memory_is_that_of_weights_gradients_and_moments(tmp_path, 
         RunConfig(cache_dir=str(tmp_path)),
         generator={"model": "somebody/model-1b"},
         generator_training=training,
-        training={"parts": ["generator"]},
+        algorithm={"parts": ["generator"]},
     )
     gib = (4 + 12 * trained) * 1e9 / 2**30
     assert f"generator, {training['method']}, replicated: about {gib:.1f} GiB" in describe_plan(
@@ -246,12 +246,14 @@ def test_trained_encoders_are_counted_too(tmp_path):
 
 
 def retriever_plan(tmp_path: Path, **sections) -> str:
-    training = {"parts": ["retriever"], "launcher": "local", "batch_size": 10}
+    training = {"launcher": "local", "batch_size": 10}
+    algorithm = {"name": "openrag"}
     config = changed(
         RunConfig(cache_dir=str(tmp_path)),
         retrieval={"kind": "dense"},
         generator={"model": "somebody/model-1b"},
         training=training | sections.pop("training", {}),
+        algorithm=algorithm | sections.pop("algorithm", {}),
         data={"max_train_questions": 250, "num_validation_questions": 50},
         **sections,
     )
@@ -265,10 +267,10 @@ def test_the_plan_of_a_retriever_says_what_each_stage_costs(tmp_path):
     assert "retriever   dense, loss contrastive, 32 texts embedded at once" in plan
     assert "offline     judges 100 a question, 20,000 in all, each answered and scored once" in plan
     assert "online      ranks 20 passages a question anew at each step" in plan
-    one = retriever_plan(tmp_path, openrag={"stages": ["offline"], "offline_epochs": 3})
+    one = retriever_plan(tmp_path, algorithm={"online_epochs": 0, "offline_epochs": 3})
     assert "200 questions; 3 passes offline; 10 questions a step" in one
     assert "  online" not in one
-    gold = retriever_plan(tmp_path, openrag={"labels": "gold", "stages": ["online"]})
+    gold = retriever_plan(tmp_path, algorithm={"labels": "gold", "offline_epochs": 0})
     assert "200 questions; 40 passes online; 10 questions a step" in gold
     assert "judges" not in gold
 
@@ -280,8 +282,9 @@ def test_an_encoder_each_takes_twice_the_memory(tmp_path, tied, times):
         RunConfig(cache_dir=str(tmp_path)),
         retrieval=encoder,
         generator={"model": "somebody/model-1b"},
-        openrag={"tied": tied},
-        training={"parts": ["retriever"], "launcher": "local"},
+        algorithm={"tied": tied},
+        training={"launcher": "local"},
+        algorithm={"name": "openrag"},
     )
     gib = 16 * times * 1e8 / 2**30
     assert f"learner     somebody/encoder-100m: about {gib:.1f} GiB" in describe_plan(config)
@@ -294,7 +297,7 @@ def test_an_encoder_of_unknown_size_does_not_end_the_plan(tmp_path):
         RunConfig(cache_dir=str(tmp_path)),
         retrieval={"kind": "dense", "encoder": "somebody/encoder"},
         generator={"model": "somebody/model-1b"},
-        training={"parts": ["retriever"]},
+        algorithm={"name": "openrag"},
     )
     assert "somebody/encoder: 16 bytes" in describe_plan(config)
 
@@ -304,7 +307,8 @@ def test_turns_are_planned_one_after_the_other(tmp_path):
         RunConfig(cache_dir=str(tmp_path)),
         retrieval={"kind": "dense"},
         generator={"model": "somebody/model-1b"},
-        training={"parts": ["retriever", "selector"], "rounds": 3},
+        training={"rounds": 3},
+        algorithm={"name": "alternating", "selection": {"parts": ["selector"]}},
     )
     lines = describe_plan(config).splitlines()
     assert lines[1] == "  rounds      3, each: the retriever, then selector"

@@ -75,7 +75,7 @@ def config(tmp_path) -> RunConfig:
     return RunConfig(
         cache_dir=str(tmp_path / "cache"),
         retrieval=RetrievalConfig(kind="dense"),
-        openrag=OpenRAGConfig(num_offline=5),
+        algorithm=OpenRAGConfig(num_offline=5),
         training=TrainingConfig(parts=("retriever",), launcher="local", batch_size=4),
     )
 
@@ -233,9 +233,9 @@ def test_the_source_changes_with_all_that_decides_a_label(config):
                 {"prompt": {"instruction": "Say."}},
             )
         ),
-        pools_source(changed(config, openrag={"labels": "gold"}), candidates, "g"),
+        pools_source(changed(config, algorithm={"labels": "gold"}), candidates, "g"),
         *(
-            pools_source(changed(config, openrag={"labels": "generator_else_gold"}), each, "g")
+            pools_source(changed(config, algorithm={"labels": "generator_else_gold"}), each, "g")
             for each in (candidates, named)
         ),
         *(
@@ -245,7 +245,7 @@ def test_the_source_changes_with_all_that_decides_a_label(config):
             for limited in (
                 {"training": {"max_generator_tokens": 900}},
                 {"training": {"max_generator_tokens": 902}},
-                {"training": {"max_generator_tokens": 900}, "openrag": {"stages": ["offline"]}},
+                {"training": {"max_generator_tokens": 900}, "algorithm": {"stages": ["offline"]}},
             )
             for seed in (0, 1)
         ),
@@ -253,13 +253,13 @@ def test_the_source_changes_with_all_that_decides_a_label(config):
     assert len(set(sources)) == len(sources)
     assert pools_source(config, named, "g") == sources[0]
     assert pools_source(config.model_copy(update={"seed": 1}), candidates, "g") == sources[0]
-    learning = changed(config, training={"learning_rate": 1.0}, openrag={"num_online": 9})
+    learning = changed(config, training={"learning_rate": 1.0}, algorithm={"num_online": 9})
     assert pools_source(learning, candidates, "g") == sources[0]
 
 
 def test_gold_pools_do_not_depend_on_the_generator(config):
     """Nor on golden answers; on gold passages they do."""
-    config = changed(config, openrag={"labels": "gold"})
+    config = changed(config, algorithm={"labels": "gold"})
     first, *rest = table().questions
     source = pools_source(config, table(), "g")
     assert pools_source(config, table(), "h") == source

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 EXIT_TIMEOUT_S = 600.0
 ENGINE, LEARNER = "EngineActor", "RayTrainWorker"
 CO_TRAINING = (
-    *("--training.parts", "selector", "generator", "--training.num-epochs", "2"),
+    *("--algorithm.parts", "selector", "generator", "--training.num-epochs", "2"),
     *("--generator-training.precision", "float32", "--generator-training.lora-rank", "2"),
 )
 
@@ -153,8 +153,8 @@ def test_two_workers_give_the_same_metrics_as_one(reference, start):
 
 
 def test_two_workers_train_by_a_trainer_of_ones_own_as_one_process_does(start):
-    own = ("--training.objective", "examples.own_trainer:SelfCritical")
-    own = (*own, "--training.options", "num_samples=3", "--training.num-epochs", "2")
+    own = ("--algorithm.name", "examples.own_trainer:SelfCritical")
+    own = (*own, "--algorithm.options", "num_samples=3", "--training.num-epochs", "2")
     runs = [
         start("two", *own, "--training.num-workers", "2"),
         start("local", *own, "--training.launcher", "local"),

@@ -62,7 +62,7 @@ def test_in_the_middle_of_an_estep_of_several_passes(
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
 def test_with_batches_that_run_ahead(small_config, training_data, tmp_path, stop_at):
-    config = changed(small_config, dro={"baseline": "none"}, training={"overlap": True})
+    config = changed(small_config, algorithm={"baseline": "none"}, training={"overlap": True})
     check(config, training_data, tmp_path, stop_at)
     staleness = [line["staleness"] for line in steps_of(tmp_path / "whole")[1:]]
     pauses = [step for step in range(1, 12) if step % 2 == 0 or step % 3 == 0]
@@ -72,7 +72,7 @@ def test_with_batches_that_run_ahead(small_config, training_data, tmp_path, stop
 def test_with_an_estep_a_pass_and_draws_without_replacement(small_config, training_data, tmp_path):
     config = changed(
         small_config,
-        dro={
+        algorithm={
             "refresh_every": None,
             "clip_ratio": 0.2,
             "replacement": False,

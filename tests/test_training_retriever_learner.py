@@ -314,5 +314,5 @@ def test_one_side_whole_is_refused_for_an_encoder_whose_vectors_are_whole():
         RunConfig(
             retrieval=RetrievalConfig(kind="dense"),
             training=TrainingConfig(parts=("retriever",)),
-            openrag=OpenRAGConfig(vectors="one_whole"),
+            algorithm=OpenRAGConfig(vectors="one_whole"),
         )

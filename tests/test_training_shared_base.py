@@ -226,7 +226,7 @@ def update(parts: TrainedParts, config: RunConfig, places: slice = slice(None)) 
 
 def test_updates_by_two_workers_are_those_of_two_models(config):
     """Each worker has a base of its own; gradients are summed part by part."""
-    config = changed(config, dro={"kl_weight": 0.01})
+    config = changed(config, algorithm={"kl_weight": 0.01})
     apart = open_parts(config)
     expected = update(apart, config)
     group = [open_parts(shared(config), worker) for worker in make_group(2)]
@@ -250,7 +250,7 @@ def test_a_run_is_that_of_two_models(config, few_data, tmp_path, overlap):
     """With overlap one thread draws with a copy of the policy while the other trains both parts."""
     config = changed(
         config,
-        dro={"baseline": "none"},
+        algorithm={"baseline": "none"},
         training={"overlap": overlap, "num_epochs": 1, "validate_every": 9, "checkpoint_every": 9},
     )
     found = []
@@ -303,12 +303,15 @@ def test_an_encoder_is_no_base(config, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"training": {"parts": ["generator"]}}, "training.parts is ['generator']"),
-        ({"training": {"parts": ["selector"]}}, "training.parts is ['selector']"),
+        ({"algorithm": {"parts": ["generator"]}}, "training.parts is ['generator']"),
+        ({"algorithm": {"parts": ["selector"]}}, "training.parts is ['selector']"),
         (
             {
                 "retrieval": {"kind": "dense"},
-                "training": {"parts": ["retriever", "selector", "generator"]},
+                "algorithm": {
+                    "name": "alternating",
+                    "selection": {"parts": ["selector", "generator"]},
+                },
             },
             "and nothing else, but training.parts is ['retriever', 'selector', 'generator']",
         ),

@@ -153,8 +153,8 @@ def test_a_reward_that_silence_would_win_is_refused(question_file) -> None:
         with pytest.raises(DataError, match=f"golden_answers, but .* {functions[0]} compare"):
             training_questions(over(spec, reward={"functions": functions}))
     for changes, said in (
-        ({"training": {"objective": "sft", "parts": ("generator",)}}, "learns from; give golden"),
-        ({"training": {"parts": ("retriever",)}}, "learns from.*, or use openrag.labels gold"),
+        ({"algorithm": {"name": "sft"}}, "learns from; give golden"),
+        ({"algorithm": {"name": "openrag"}}, "learns from.*, or use algorithm.labels gold"),
     ):
         with pytest.raises(DataError, match=said):
             training_questions(over(spec, **changes))
@@ -182,9 +182,10 @@ def question_file(tmp_path):
 
 
 def over(spec: str, **changes) -> RunConfig:
-    values = {"parts": ("selector",), "batch_size": 2} | changes.pop("training", {})
+    values = {"batch_size": 2} | changes.pop("training", {})
     data = {"train_questions": spec, "num_validation_questions": 0} | changes.pop("data", {})
-    dense = {"retrieval": {"kind": "dense"}} if values["parts"] == ("retriever",) else {}
+    by_openrag = changes.get("algorithm", {}).get("name") == "openrag"
+    dense = {"retrieval": {"kind": "dense"}} if by_openrag else {}
     return changed(RunConfig(), data=data, training=values, **dense, **changes)
 
 
@@ -202,11 +203,11 @@ def over(spec: str, **changes) -> RunConfig:
             False,
         ),
         ({"reward": {"functions": ("selection_recall",)}}, False),
-        ({"training": {"objective": "sft", "parts": ("generator",)}}, True),
-        ({"training": {"parts": ("retriever",)}}, True),
-        ({"training": {"parts": ("retriever",)}, "openrag": {"labels": "gold"}}, False),
+        ({"algorithm": {"name": "sft"}}, True),
+        ({"algorithm": {"name": "openrag"}}, True),
+        ({"algorithm": {"name": "openrag", "labels": "gold"}}, False),
         (
-            {"training": {"parts": ("retriever",)}, "openrag": {"labels": "generator_else_gold"}},
+            {"algorithm": {"name": "openrag", "labels": "generator_else_gold"}},
             True,
         ),
     ],

@@ -195,7 +195,7 @@ def endurance_config(folder: Path, num_steps: int) -> RunConfig:
         retrieval=RetrievalConfig(num_candidates=_NUM_CANDIDATES),
         environment=EnvironmentConfig(num_selected=2),
         selector=SelectorConfig(hidden_size=8, projection_size=4),
-        dro=DROConfig(num_samples=4, clip_ratio=0.2),  # a batch that runs ahead needs a bound
+        algorithm=DROConfig(num_samples=4, clip_ratio=0.2),  # a batch that runs ahead needs a bound
         training=TrainingConfig(
             launcher="local",
             batch_size=_BATCH_SIZE,

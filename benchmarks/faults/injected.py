@@ -66,7 +66,7 @@ _COMMON = (
     *("--generator.backend", "transformers", "--generator.dtype", "float32"),
     *("--generator.num-actors", "2", "--generator.request-timeout-s", "30"),
     *("--data.max-train-questions", "24", "--data.max-eval-questions", "4"),
-    *("--training.batch-size", "2", "--training.num-epochs", "1", "--dro.num-samples", "2"),
+    *("--training.batch-size", "2", "--training.num-epochs", "1", "--algorithm.num-samples", "2"),
     *("--training.validate-every", "5", "--training.checkpoint-every", "2"),
     *("--data.num-validation-questions", "4", "--evaluation.num-bootstrap", "100"),
     *("--evaluation.systems", "retriever_order"),
@@ -74,22 +74,22 @@ _COMMON = (
     *("--training.max-failed-share", "0.9"),
 )
 _RETRIEVER = (
-    *("--training.parts", "retriever", "--retrieval.kind", "semi_parametric"),
+    *("--algorithm.parts", "retriever", "--retrieval.kind", "semi_parametric"),
     *("--retrieval.encoder", "None", "--environment.num-selected", "1"),
 )
 STAGES: dict[str, tuple[str, ...]] = {
     "training": ("--training.log-experience", "True"),
     "offline stage": (
         *_RETRIEVER,
-        *("--openrag.stages", "offline", "--openrag.offline-epochs", "1"),
-        *("--openrag.num-offline", "4", "--openrag.num-online", "4"),
+        *("--algorithm.stages", "offline", "--algorithm.offline-epochs", "1"),
+        *("--algorithm.num-offline", "4", "--algorithm.num-online", "4"),
     ),
     "online stage": (
         *_RETRIEVER,
         # Five of the questions are of use, so that a pass has two steps.
-        *("--openrag.stages", "online", "--openrag.online-epochs", "4"),
-        *("--openrag.refresh-every", "5", "--openrag.refresh-waits", "True"),
-        *("--openrag.num-offline", "4", "--openrag.num-online", "4"),
+        *("--algorithm.stages", "online", "--algorithm.online-epochs", "4"),
+        *("--algorithm.refresh-every", "5", "--algorithm.refresh-waits", "True"),
+        *("--algorithm.num-offline", "4", "--algorithm.num-online", "4"),
     ),
 }
 """Flags of the runs that are disturbed."""

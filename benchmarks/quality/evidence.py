@@ -58,15 +58,15 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "all three in turns": (
         "nq-full",
         (
-            *("--retrieval.kind", "dense", "--openrag.temperature", "0.05"),
-            *("--openrag.learning-rate", "2e-5"),
+            *("--retrieval.kind", "dense", "--algorithm.temperature", "0.05"),
+            *("--algorithm.learning-rate", "2e-5"),
             *("--evaluation.systems", "retriever_order", "trained"),
         ),
     ),
     "retriever by JSA": (
         "nq-jsa",
         (
-            *("--jsa.num-prior", "5", "--jsa.num-posterior", "5"),
+            *("--algorithm.num-prior", "5", "--algorithm.num-posterior", "5"),
             *("--evaluation.systems", "original_retriever", "tuned_retriever"),
         ),
     ),

@@ -7,7 +7,7 @@ and its flags give other data: `RLRAG_DATA_DIR=... python -m benchmarks.quality.
     log       a policy serves its best selection, and instead of it a share of draws; questions are
               drawn too, and the environment rewards: 1 if a picked passage contains the answer,
               less 0.1 a passage, so that no generator is needed
-    train     as `python -m jobs.train RECIPE --experience LOG` does
+    train     as `python -m jobs.train RECIPE --feedback LOG` does
     truth     the exact value of a policy on given questions, by listing every selection
 
 The log has training questions; evaluation questions are unseen by it. What a second log, of the

@@ -19,17 +19,17 @@ from typing import Any
 from benchmarks.runs import evaluation_with, finished_run
 
 RESULTS = Path(__file__).parents[1] / "results"
-_OFFLINE = ("--openrag.stages", "offline")
+_OFFLINE = ("--algorithm.stages", "offline")
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "relevance": ("openrag", ("--openrag.labels", "gold", *_OFFLINE)),
+    "relevance": ("openrag", ("--algorithm.labels", "gold", *_OFFLINE)),
     "offline": ("openrag-offline", ()),
     "online": ("openrag-online", ()),
     "both": ("openrag", ()),
-    "kl": ("openrag", ("--openrag.loss", "kl")),
-    "both, else gold": ("openrag", ("--openrag.labels", "generator_else_gold")),
-    "dense relevance": ("openrag-dense", ("--openrag.labels", "gold", *_OFFLINE)),
+    "kl": ("openrag", ("--algorithm.loss", "kl")),
+    "both, else gold": ("openrag", ("--algorithm.labels", "generator_else_gold")),
+    "dense relevance": ("openrag-dense", ("--algorithm.labels", "gold", *_OFFLINE)),
     "dense both": ("openrag-dense", ()),
-    "dense both, else gold": ("openrag-dense", ("--openrag.labels", "generator_else_gold")),
+    "dense both, else gold": ("openrag-dense", ("--algorithm.labels", "generator_else_gold")),
 }
 """Recipe and flags by the name of a row."""
 DEEP = (

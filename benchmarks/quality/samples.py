@@ -64,7 +64,14 @@ def main() -> None:
                 run_dir,
                 0,
                 arguments.cache_dir,
-                (*_FLAGS, "--dro.num-samples", str(m), "--dro.baseline", baseline, *flags),
+                (
+                    *_FLAGS,
+                    "--algorithm.num-samples",
+                    str(m),
+                    "--algorithm.baseline",
+                    baseline,
+                    *flags,
+                ),
             )
             text = (run_dir / "metrics.jsonl").read_text()
             records = [json.loads(line) for line in text.splitlines()]

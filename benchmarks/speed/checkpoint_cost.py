@@ -130,7 +130,8 @@ def runs() -> dict[str, RunConfig]:
     frozen = _changed(quickstart(), training={"checkpoint_every": 1})
     lora = _changed(
         frozen,
-        training={"parts": ["selector", "generator"], "worker_threads": 2},
+        training={"worker_threads": 2},
+        algorithm={"parts": ["selector", "generator"]},
         generator_training={"sequences_per_question": 1},
     )
     return {"selector": frozen, "selector, generator with LoRA": lora}

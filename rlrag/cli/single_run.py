@@ -290,7 +290,7 @@ def bundle_checkpoint(
     Raises:
         CheckpointError: when the tensors do not fit the configuration.
     """
-    from rlrag.algorithm.parts import open_whole_generator
+    from rlrag.training.parts import open_whole_generator
     from rlrag.bundle import save_bundle
     from rlrag.files.directories import restore_weights
     from rlrag.pipeline import open_policy

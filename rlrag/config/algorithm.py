@@ -107,6 +107,17 @@ class DROConfig(Section):
                 f"algorithm.passes {self.passes} and algorithm.refresh_every {self.refresh_every} "
                 "set algorithm.clip_ratio, or use baseline 'none'"
             )
+        if self.overlap and self.passes > 1:
+            raise ValueError(
+                "algorithm.overlap draws across the end of an E-step, so that algorithm.passes "
+                f"{self.passes} would not all see the same draws; use one pass, or no overlap"
+            )
+        if self.overlap and self.baseline != "none" and self.clip_ratio is None:
+            raise ValueError(
+                "algorithm.overlap draws with a policy that is one update old and "
+                f"algorithm.baseline {self.baseline!r} is unbiased on-policy only; set "
+                "algorithm.clip_ratio, or use baseline 'none'"
+            )
         return self
 
 

@@ -32,21 +32,23 @@ def refusal(name: str, given: str) -> str:
 def without_fixed(values: Any) -> Any:
     """A stored configuration without the settings that have their fixed value in it.
 
-    A setting with another value stays, and is then refused as an unknown field.
+    Raises:
+        ValueError: naming one that has another value.
 
     Example:
-        >>> without_fixed({"retrieval": {"rrf_k": 60, "kind": "bm25"}, "mirror": {"timeout_s": 5}})
-        {'retrieval': {'kind': 'bm25'}, 'mirror': {'timeout_s': 5}}
+        >>> without_fixed({"retrieval": {"rrf_k": 60, "kind": "bm25"}})
+        {'retrieval': {'kind': 'bm25'}}
     """
     if not isinstance(values, dict):
         return values
-    return {
-        name: {k: v for k, v in section.items() if not _is_fixed(f"{name}.{k}", v)}
-        if isinstance(section, dict)
-        else section
-        for name, section in values.items()
-    }
-
-
-def _is_fixed(name: str, value: Any) -> bool:
-    return name in FIXED and not isinstance(value, bool) and value == FIXED[name]
+    kept = {}
+    for section, fields in values.items():
+        if isinstance(fields, dict):
+            named = {field: f"{section}.{field}" for field in fields}
+            for field, name in named.items():
+                if name in FIXED and fields[field] != FIXED[name]:
+                    raise ValueError(refusal(name, name))
+            kept[section] = {f: value for f, value in fields.items() if named[f] not in FIXED}
+        else:
+            kept[section] = fields
+    return kept

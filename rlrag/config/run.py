@@ -381,11 +381,15 @@ class RunConfig(Section):
             ConfigError: naming `source`, the field, and for an unknown field the nearest valid one.
         """
         try:
-            return cls.model_validate(with_algorithm(without_fixed(json.loads(text)), source))
-        except ValidationError as error:  # a ValueError too
-            raise ConfigError(f"{source}: {describe_validation_error(error)}") from error
+            values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{source} is not JSON: {error}") from error
+        try:
+            return cls.model_validate(with_algorithm(without_fixed(values), source))
+        except ValidationError as error:  # a ValueError too
+            raise ConfigError(f"{source}: {describe_validation_error(error)}") from error
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from error
 
 
 def describe_validation_error(error: ValidationError) -> str:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rlrag.algorithm.parts import TrainedParts
+from rlrag.training.parts import TrainedParts
 from rlrag.config import DROConfig, EnvironmentConfig, RunConfig
 from rlrag.environment.episodes import open_episodes
 from rlrag.environment.rollout import play, play_greedy

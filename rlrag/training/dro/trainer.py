@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 
-from rlrag.algorithm.parts import TrainedParts
+from rlrag.training.parts import TrainedParts
 from rlrag.runs.watchdog import under_way
 from rlrag.training.dro.batch import describe_batch, importance_weights
 from rlrag.training.dro.e_step import Collection

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rlrag.algorithm.parts import open_trainable_generator
+from rlrag.training.parts import open_trainable_generator
 from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.errors import PromptTooLongError
