@@ -24,8 +24,14 @@ def jsa_config(directory: Path, **sections) -> RunConfig:
     config = openrag_config(directory / "cache", directory / "encoder")
     config = changed(
         config,
-        training={"objective": "jsa", "num_epochs": 4},
-        algorithm={"num_prior": 6, "num_posterior": 6, "learning_rate": 3e-3, "temperature": 0.05},
+        training={"num_epochs": 4},
+        algorithm={
+            "name": "jsa",
+            "num_prior": 6,
+            "num_posterior": 6,
+            "learning_rate": 3e-3,
+            "temperature": 0.05,
+        },
     )
     return changed(config, **sections)
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import evidence
-from rlrag.cli.command_line import parse
-from rlrag.config import RunConfig
+from rlrag.cli.command_line import parse_config
 from rlrag.errors import ConfigError
 from rlrag.recipes import RECIPES
 
@@ -63,7 +62,7 @@ def test_every_family_has_a_valid_run_with_the_same_budget(family, tmp_path, mon
     monkeypatch.setenv("RLRAG_DATA_DIR", str(tmp_path))
     recipe, flags = evidence.FAMILIES[family]
     common = evidence.run_flags(tmp_path / "corpus", tmp_path / "train", tmp_path / "test")
-    config = parse(RunConfig, RECIPES[recipe](), [*common, *flags], "evidence")
+    config = parse_config(RECIPES[recipe](), [*common, *flags], "evidence")
     assert config.training.max_generator_tokens == evidence.TOKEN_BUDGET
     assert config.environment.num_selected == evidence.NUM_PASSAGES
     assert config.retrieval.kind == "dense"

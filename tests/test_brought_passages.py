@@ -203,8 +203,8 @@ def test_a_retriever_that_needs_a_corpus_says_so_where_there_is_none(module):
         ({"retrieval": {"num_shards": 2}}, "retrieval.num_shards 2 divides one"),
         ({"evaluation": {"systems": ["bm25"]}}, "evaluation.systems bm25 search one"),
         (
-            {"training": {"experience": "log"}},
-            "training.experience names passages of one by their ids",
+            {"algorithm": {"name": "feedback", "log": "log"}},
+            "algorithm.log names passages of one by their ids",
         ),
     ],
 )

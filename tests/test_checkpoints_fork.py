@@ -105,7 +105,7 @@ def test_a_checkpoint_of_other_parts_is_refused_before_anything_is_opened(
         ("generator", "generator.model", "another"),
         ("generator", "generator_training.lora_alpha", 3.0),
         ("retriever", "retrieval.encoder", "another"),
-        ("retriever", "openrag.tied", False),
+        ("retriever", "algorithm.tied", False),
     ],
 )
 def test_what_gives_the_weights_their_meaning_must_be_the_same(
@@ -160,7 +160,7 @@ def test_two_places_to_start_from_are_one_too_many(small_config):
     with pytest.raises(ConfigError, match=r"selector\.weights 'w' names weights to start from too"):
         forked(small_config, Path("c"), selector={"weights": "w"})
     with pytest.raises(ConfigError, match=r"training\.experience starts from selector\.weights"):
-        forked(small_config, Path("c"), training={"experience": "log.sqlite"})
+        forked(small_config, Path("c"), algorithm={"name": "feedback", "log": "log.sqlite"})
 
 
 def test_the_short_flag_is_the_field_with_a_path_that_holds_everywhere(tmp_path, monkeypatch):

@@ -220,7 +220,8 @@ def test_settings_that_became_constants_are_fixed_at_the_values_that_are_used():
         ),
         (
             saved(algorithm={"weighting": "raw"}),
-            "algorithm.baseline 'mean' does not fit algorithm.weighting 'raw'; use one of 'none', 'leave_one",
+            "algorithm.baseline 'mean' does not fit algorithm.weighting 'raw'; use one of 'none', "
+            "'leave_one",
         ),
         (
             saved(algorithm={"baseline": "leave_one_out"}),
@@ -290,8 +291,8 @@ def test_settings_that_became_constants_are_fixed_at_the_values_that_are_used():
         ),
         (
             saved(algorithm={"name": "openrag"}),
-            "algorithm.name 'openrag' trains the retriever, but retrieval.kind 'hybrid' has nothing "
-            "to train; use dense or semi_parametric",
+            "algorithm.name 'openrag' trains the retriever, but retrieval.kind 'hybrid' has "
+            "nothing to train; use dense or semi_parametric",
         ),
         (
             training_retriever({"kind": "bm25"}),
@@ -307,7 +308,7 @@ def test_settings_that_became_constants_are_fixed_at_the_values_that_are_used():
         ),
         (
             saved(evaluation={"systems": ["tuned_retriever"]}),
-            "evaluation.systems asks for tuned_retriever, but algorithm.name 'dro' trains no retriever",
+            "evaluation.systems asks for tuned_retriever, but algorithm.name 'dro' trains no",
         ),
         (
             saved(retrieval={"kind": "bm25", "encoder": None}, evaluation={"systems": ["hybrid"]}),
@@ -315,8 +316,8 @@ def test_settings_that_became_constants_are_fixed_at_the_values_that_are_used():
         ),
         (
             training_retriever(algorithm={"labels": "gold", "loss": "kl"}),
-            "algorithm.loss 'kl' distils the generator's likelihoods, which algorithm.labels 'gold' "
-            "does without; use loss contrastive",
+            "algorithm.loss 'kl' distils the generator's likelihoods, which algorithm.labels "
+            "'gold' does without; use loss contrastive",
         ),
         (
             training_retriever(algorithm={"first_stage": "bm25"}),
@@ -530,7 +531,7 @@ def former(**sections: Any) -> str:
         ),
         (
             former(
-                training={"parts": ["retriever"]}, openrag={"stages": ["online"], "num_online": 9}
+                training={"parts": ["retriever"]}, openrag={"offline_epochs": 0, "num_online": 9}
             ),
             {"name": "openrag", "offline_epochs": 0, "num_online": 9},
         ),
@@ -572,7 +573,7 @@ def test_a_file_of_an_earlier_version_loads_and_says_the_new_form(text, algorith
     assert RunConfig.from_json(text, "old.json") == config
     (record,) = caplog.records
     assert record.getMessage().startswith("old.json has the form of an earlier version")
-    assert f"'algorithm': {{" in record.getMessage()
+    assert "'algorithm': {" in record.getMessage()
     RunConfig.from_json(config.to_json())
     assert len(caplog.records) == 1  # the new form is nothing to talk about
 

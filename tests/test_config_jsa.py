@@ -33,7 +33,7 @@ def by_jsa(**sections: dict[str, Any]) -> str:
         ),
         (
             by_jsa(algorithm={"likelihood": "mean", "answer": "likeliest"}),
-            "algorithm.likelihood 'mean' divides by the tokens of one answer; set algorithm.answer to",
+            "algorithm.likelihood 'mean' divides by the tokens of one answer; set",
         ),
         (
             by_jsa(algorithm={"mis_steps": 0}),

@@ -364,7 +364,7 @@ def test_questions_without_golden_answers_and_those_asked_twice(examine, tmp_pat
 
 def test_a_file_that_is_not_there(examine, tmp_path):
     missing = tmp_path / "feedback.sqlite"
-    seen = examine(experience=missing)
+    seen = examine(algorithm__name="feedback", algorithm__log=missing)
     assert seen.code == 3
     assert seen.findings["other files"]["found"] == f"{missing} does not exist"
     seen = examine(selector__weights=missing)

@@ -21,7 +21,7 @@ from rlrag.cli.doctor import machine
 from rlrag.cli.doctor.accelerator import GpuFacts, check_gpus
 from rlrag.cli.doctor.files import check_storage
 from rlrag.cli.doctor.ray_cluster import check_cluster
-from rlrag.config import GeneratorConfig, RunConfig, TrainingConfig
+from rlrag.config import DROConfig, GeneratorConfig, RunConfig, TrainingConfig
 from rlrag.training.needs import GIB, Needs, needs_of
 
 NEEDS = Needs(
@@ -153,7 +153,10 @@ def test_what_a_run_needs_follows_from_its_configuration():
     assert needs.memory_bytes == round(engines) + 5 * GIB  # this process, two actors, two workers
     assert (needs.cpus, needs.gpus, needs.gpu_bytes, needs.unknown) == (4.0, 0.0, 0, ())
     trained = config.model_copy(
-        update={"training": TrainingConfig(parts=("generator",), worker_gpus=1)}
+        update={
+            "algorithm": DROConfig(parts=("generator",)),
+            "training": TrainingConfig(worker_gpus=1),
+        }
     )
     full = trained.generator_training.model_copy(update={"method": "full"})
     needs = needs_of(trained.model_copy(update={"generator_training": full}))

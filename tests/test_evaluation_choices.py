@@ -10,6 +10,7 @@ from test_evaluation_report import Page, evaluation
 from test_evaluation_report import run as run_record
 from test_evaluation_systems import run, three_questions
 
+from rlrag.config import DROConfig
 from rlrag.evaluation.baselines import UNTRAINED, Baseline, baselines_to_json
 from rlrag.evaluation.choices import MIN_QUESTIONS, Choices
 from rlrag.evaluation.report.page import render_report
@@ -68,7 +69,7 @@ def test_one_candidate_leaves_nothing_to_choose() -> None:
 
 
 def test_what_a_trained_policy_picks_is_counted():
-    found = run(three_questions(), "trained", num_selected=2, parts=("selector",)).choices
+    found = run(three_questions(), "trained", num_selected=2, algorithm=DROConfig()).choices
     assert found is not None
     assert (found.num_other_set, found.usual, found.num_usual) == (3, (3, 2), 3)
     assert run(three_questions(), "trained").choices is None

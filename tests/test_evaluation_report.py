@@ -18,7 +18,6 @@ from rlrag.config import (
     PromptConfig,
     RetrievalConfig,
     RunConfig,
-    TrainingConfig,
 )
 from rlrag.evaluation.report import figures as report_figures
 from rlrag.evaluation.report.charts import (
@@ -309,7 +308,7 @@ def test_the_page_of_one_run_is_whole_and_shows_its_numbers():
         "1 min 00 s",
         "1,600",
         "0.375 / 0.500",
-        "dro.num_samples",
+        "algorithm.num_samples",
         "draw m = 8 samples",
         "Not recorded by any run: ",
     ):
@@ -344,7 +343,6 @@ def test_a_retrievers_run_shows_its_own_figures_and_system():
             recipe="retriever",
             retrieval=RetrievalConfig(kind="dense"),
             algorithm=OpenRAGConfig(offline_epochs=3, online_epochs=4),
-            training=TrainingConfig(parts=("retriever",)),
         ),
     )
     page = Page(render_report([tuned, tuned]))
@@ -432,9 +430,13 @@ def test_runs_that_differ_in_more_than_m_are_named():
         recipe="tiny", algorithm=DROConfig(num_samples=2, reward_temperature=2.0), seed=3
     )
     runs = [run("a"), RunRecord("b", wide, metrics(), (), None)]
-    assert set(differing_fields(runs)) == {"seed", "dro.num_samples", "dro.reward_temperature"}
+    assert set(differing_fields(runs)) == {
+        "seed",
+        "algorithm.num_samples",
+        "algorithm.reward_temperature",
+    }
     page = Page(render_report(runs))
-    assert "also differ in dro.reward_temperature: m is not all" in page.text
+    assert "also differ in algorithm.reward_temperature: m is not all" in page.text
 
 
 def test_the_numbers_are_json():

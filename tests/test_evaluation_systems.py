@@ -17,9 +17,9 @@ from stand_ins import ReadingGenerator, WordPrompts, make_table
 from rlrag.config import (
     EnvironmentConfig,
     EvaluationConfig,
+    OpenRAGConfig,
     RetrievalConfig,
     RunConfig,
-    TrainingConfig,
 )
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.errors import ConfigError, GenerationError
@@ -57,6 +57,9 @@ class Listening(ReadingGenerator):
         return super().generate(prompts, sampling)
 
 
+OPENRAG = OpenRAGConfig()
+
+
 def three_questions() -> CandidateTable:
     passages = [
         Passage(f"p{q}-{n}", "", f"it says {word}")
@@ -86,14 +89,14 @@ def run(
     progress=lambda name: None,
     tune_generator=lambda: None,
     retrievers=MappingProxyType({}),
-    parts=("retriever",),  # so that every system may be asked for
+    algorithm=OPENRAG,  # so that every system may be asked for
     **more,
 ) -> EvaluationTable:
     config = RunConfig(
         seed=seed,
         retrieval=RetrievalConfig(kind="dense"),
         environment=EnvironmentConfig(num_selected=num_selected),
-        training=TrainingConfig(parts=parts),
+        algorithm=algorithm,
         evaluation=EvaluationConfig(systems=systems, num_bootstrap=100),
     )
     reward = open_reward(config, generator or ReadingGenerator(), WordPrompts())

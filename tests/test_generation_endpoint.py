@@ -512,7 +512,7 @@ def endpoint_flags(server: EndpointServer, directory: Path) -> list[str]:
         "training.num-epochs": 1,
         "data.max-train-questions": 14,
         "data.max-eval-questions": 3,
-        "dro.num-samples": 2,
+        "algorithm.num-samples": 2,
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     return ["quickstart", *tiny_flags(directory), *flags]

@@ -18,7 +18,7 @@ from rlrag.cli import evaluate, export, report, train
 from rlrag.cli.command_line import exit_code, parse, pick_recipe, run_program
 from rlrag.cli.doctor.program import main as program_of_doctor
 from rlrag.cli.short_help import first_fields
-from rlrag.config import RunConfig, TrainingConfig
+from rlrag.config import FeedbackConfig, RunConfig
 from rlrag.errors import (
     ConfigError,
     DataError,
@@ -252,8 +252,8 @@ def test_the_help_shows_the_step_size_of_what_the_recipe_trains(capsys):
     by_recipe = {
         "nq": {"training.learning-rate"},
         "nq-sft": {"generator-training.learning-rate"},
-        "nq-openrag": {"openrag.learning-rate"},
-        "nq-jsa-joint": {"jsa.learning-rate", "generator-training.learning-rate"},
+        "nq-openrag": {"algorithm.learning-rate"},
+        "nq-jsa-joint": {"algorithm.learning-rate", "generator-training.learning-rate"},
     }
     for recipe, names in by_recipe.items():
         shown = shown_flags(recipe, "-h", capsys)
@@ -300,7 +300,10 @@ def test_flags_change_single_fields_and_nothing_else():
     ("words", "message"),
     [
         (["--training.batch-size", "0"], "training.batch_size = 0: Input should be greater"),
-        (["--algorithm.weighting", "raw"], "dro.baseline 'mean' does not fit dro.weighting 'raw'"),
+        (
+            ["--algorithm.weighting", "raw"],
+            "algorithm.baseline 'mean' does not fit algorithm.weighting 'raw'",
+        ),
         (["--environment.num-selected", "9"], "num_selected is 9 but retrieval.num_candidates"),
         (["--reward.weights", "1", "2"], "reward.functions has 1 entries and reward.weights 2"),
         (["--generator.backend", "vllm", "--training.launcher", "local"], "runs without vLLM"),
@@ -427,7 +430,15 @@ MISTAKES: dict[str, tuple[Program, list[str], int, str]] = {
     "train, no such recipe": (train.main, ["zzz"], 2, "unknown recipe 'zzz'"),
     "train, no such log": (
         train.main,
-        ["quickstart", "--run-dir", "run", "--feedback", f"{NOWHERE}/log.sqlite"],
+        [
+            "quickstart",
+            "--run-dir",
+            "run",
+            "--algorithm.name",
+            "feedback",
+            "--algorithm.log",
+            f"{NOWHERE}/log.sqlite",
+        ],
         3,
         "log.sqlite does not exist; give the file that a service's feedback.path names",
     ),
@@ -489,7 +500,7 @@ def test_every_program_ends_with_its_code_and_one_last_line(name, capsys, monkey
 
 def test_a_run_that_has_begun_does_without_the_log_that_it_copied(tmp_path):
     run_dir = RunDirectory(tmp_path / "run")
-    config = RunConfig(training=TrainingConfig(experience=f"{NOWHERE}/log.sqlite"))
+    config = RunConfig(algorithm=FeedbackConfig(log=f"{NOWHERE}/log.sqlite"))
     with pytest.raises(DataError, match="does not exist"):
         train.check_log(config, run_dir)
     run_dir.claim(config)

@@ -1,4 +1,4 @@
-"""`jobs.train ... --feedback LOG`: from a service's log to a bundle, and what is refused."""
+"""Training on a service's log of feedback: from the log to a bundle, and what is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def flags_of(files: Path, directory: Path, **changes: object) -> list[str]:
         "training__learning_rate": 1e-2,
         "training__validate_every": 5,
         "training__checkpoint_every": 5,
-        "off_policy__num_epochs": 12,
+        "algorithm__name": "feedback",
+        "algorithm__log": directory / "log.sqlite",
+        "algorithm__num_epochs": 12,
     }
     flags = {name.replace("__", ".").replace("_", "-"): v for name, v in (values | changes).items()}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -106,7 +108,13 @@ def test_a_log_becomes_a_bundle_that_is_compared_like_any_other(
 ):
     words = [
         *flags_of(openrag_files, tmp_path),
-        *("--feedback", str(log), "--evaluation.systems", "retriever_order", "trained"),
+        *(
+            "--algorithm.log",
+            str(log),
+            "--evaluation.systems",
+            "retriever_order",
+            "trained",
+        ),
     ]
     train.main(words)
     said = capsys.readouterr().err
@@ -126,7 +134,7 @@ def test_a_log_becomes_a_bundle_that_is_compared_like_any_other(
     assert all(record["generator_tokens_total"] == 0 for record in found)
     bundle = load_bundle(run / "bundle")
     assert bundle.facts.step == best["step"]
-    assert bundle.config.training.experience == str(log)
+    assert bundle.config.algorithm.log == str(log)
     assert {"corpus", "experience"} <= set(bundle.facts.hashes)
     library = open_library(bundle.config)
     questions = load_questions(bundle.config.data.eval_questions, bundle.config.cache_path)
@@ -138,7 +146,9 @@ def test_a_log_becomes_a_bundle_that_is_compared_like_any_other(
 
     # The command of the page about serving, from the weights that were served.
     text = (ROOT / "docs/how-to/serving.md").read_text().replace("\\\n", " ")
-    (command,) = re.findall(r"^python -m jobs.train .* --feedback .*$", text, re.M)
+    (command,) = re.findall(
+        r"^python -m jobs.train .* --algorithm.name feedback --algorithm.log .*$", text, re.M
+    )
     for there, here in (
         ("runs/served", tmp_path / "served"),
         ("feedback.sqlite", log),
@@ -172,7 +182,7 @@ def test_no_generator_is_opened_where_nothing_is_compared(openrag_files, log, tm
     train.main(
         [
             *flags_of(openrag_files, tmp_path, generator__model=broken),
-            *("--feedback", str(log)),
+            *("--algorithm.log", str(log)),
         ]
     )
     assert load_bundle(tmp_path / "run" / "bundle").facts.step > 0
@@ -190,7 +200,7 @@ def test_a_refused_log_leaves_the_run_directory_to_a_corrected_command(
         (tmp_path / "absent.sqlite", "does not exist"),
     ):
         with pytest.raises(DataError, match=message) as caught:
-            train.main([*words, "--feedback", str(name)])
+            train.main([*words, "--algorithm.log", str(name)])
         assert exit_code(caught.value) == 3
     few = tmp_path / "few.sqlite"
     write_log(few, config_of(flags_of(openrag_files, tmp_path)), 20)
@@ -198,45 +208,39 @@ def test_a_refused_log_leaves_the_run_directory_to_a_corrected_command(
         DataError,
         match=r"effective sample size of the starting policy is .* held-out selections, below 10",
     ):
-        train.main([*words, "--feedback", str(few), "--training.batch-size", "4"])
-    train.main([*words, "--feedback", str(log)])
+        train.main(
+            [
+                *words,
+                "--algorithm.log",
+                str(few),
+                "--training.batch-size",
+                "4",
+            ]
+        )
+    train.main([*words, "--algorithm.log", str(log)])
     kept = RunDirectory(tmp_path / "run")
     assert len(read_feedback(kept.feedback)) == 300
-    with pytest.raises(RunDirectoryError, match=r"training\.experience"):
-        train.main([*words, "--feedback", str(certain)])
+    with pytest.raises(RunDirectoryError, match=r"algorithm\.log"):
+        train.main([*words, "--algorithm.log", str(certain)])
 
 
-def test_the_short_flag_is_the_configurations_field(openrag_files, tmp_path):
-    flags = flags_of(openrag_files, tmp_path)
-    short = config_of([*flags, "--feedback", "log.sqlite"])
-    assert short == config_of([*flags, "--algorithm.log", "log.sqlite"])
-    assert short.training.experience == "log.sqlite"
-    assert RunConfig.from_json(short.to_json()) == short
-    assert config_of(flags).training.experience is None
-    both = ["--feedback", "a.sqlite", "--algorithm.log", "b.sqlite"]
-    with pytest.raises(ConfigError, match=r"'a\.sqlite' and --training\.experience 'b\.sqlite'"):
-        config_of([*flags, *both])
-
-
-@pytest.mark.parametrize("flag", ["--feedback", "--algorithm.log"])
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"training__parts": "generator"}, r"selector alone, but training\.parts"),
-        (
-            {"selector__kind": "listwise_lm", "selector__imitation_steps": 3},
-            r"selector\.imitation_steps is 3",
-        ),
-    ],
-)
-def test_what_a_log_cannot_train_is_refused(openrag_files, tmp_path, flag, changes, message):
-    with pytest.raises(ConfigError, match=message):
-        config_of([*flags_of(openrag_files, tmp_path, **changes), flag, "log.sqlite"])
+def test_a_selector_that_imitates_first_cannot_learn_from_a_log(openrag_files, tmp_path):
+    flags = flags_of(
+        openrag_files, tmp_path, selector__kind="listwise_lm", selector__imitation_steps=3
+    )
+    with pytest.raises(ConfigError, match=r"selector\.imitation_steps is 3"):
+        config_of([*flags, "--algorithm.log", "log.sqlite"])
 
 
 def test_the_plan_names_the_log_and_no_generator(openrag_files, tmp_path, capsys):
     train.main(
-        [*flags_of(openrag_files, tmp_path), "--feedback", "log.sqlite", "--dry-run", "True"]
+        [
+            *flags_of(openrag_files, tmp_path),
+            "--algorithm.log",
+            "log.sqlite",
+            "--dry-run",
+            "True",
+        ]
     )
     said = capsys.readouterr().out
     assert "log         selections of log.sqlite, 30% of their questions held back" in said

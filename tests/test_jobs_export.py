@@ -21,9 +21,10 @@ from rlrag.cli.single_run import best_step, evaluate_bundle
 from rlrag.config import (
     BETTER_GENERATOR,
     BUILTIN_GENERATOR,
+    AlternatingConfig,
+    DROConfig,
     GeneratorConfig,
     RunConfig,
-    TrainingConfig,
 )
 from rlrag.errors import CheckpointError, ConfigError, DataError
 from rlrag.generation.build import open_generator
@@ -67,7 +68,7 @@ def folder(tmp_path_factory) -> Path:
         "generator-training.lora-rank": 2,
         "generator-training.learning-rate": 0.01,
         "generator-training.precision": "float32",
-        "dro.num-samples": 2,
+        "algorithm.num-samples": 2,
         "evaluation.num-bootstrap": 100,
         "training.launcher": "local",
         "training.batch-size": NUM_QUESTIONS // NUM_STEPS,
@@ -332,7 +333,7 @@ def test_a_run_in_turns_is_exported_when_it_is_finished(tmp_path, folder):
         cache_dir=str(tmp_path / "cache"),
         retrieval={"kind": "dense"},
         generator=GeneratorConfig(model=str(folder / "generator")),
-        training=TrainingConfig(parts=("retriever", "selector", "generator")),
+        algorithm=AlternatingConfig(selection=DROConfig(parts=("selector", "generator"))),
     )
     run = RunDirectory(tmp_path / "run")
     run.claim(config)

@@ -13,25 +13,28 @@ from rlrag.cli import evaluate, report, train
 COMPARED = ("original_retriever", "tuned_retriever")
 
 
-@pytest.mark.parametrize("parts", [("retriever",), ("retriever", "generator")])
-def test_a_retriever_is_trained_bundled_and_compared(openrag_files, tmp_path, parts):
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_retriever_is_trained_bundled_and_compared(openrag_files, tmp_path, joint):
     """Over an index that is built once: the passages' encoder stays."""
-    joint = len(parts) > 1
     systems = [*COMPARED, *(["tuned_generator"] if joint else []), "trained"]
-    words = gold_flags(openrag_files, tmp_path)
-    place = words.index("--algorithm.parts")
-    del words[place : place + 2]
-    flags = {
-        "training.objective": ["jsa"],
-        "training.parts": list(parts),
+    flags = gold_flags(openrag_files, tmp_path)
+    words = [
+        word
+        for flag, value in zip(flags[::2], flags[1::2], strict=True)
+        if not flag.startswith("--algorithm.")
+        for word in (flag, value)
+    ]
+    more = {
+        "algorithm.name": ["jsa"],
+        "algorithm.train-generator": [str(joint)],
         "training.num-epochs": ["1"],
-        "jsa.learning-rate": ["3e-3"],
-        "jsa.mis-steps": ["6"],
+        "algorithm.learning-rate": ["3e-3"],
+        "algorithm.mis-steps": ["6"],
         "generator-training.lora-rank": ["2"],
         "generator-training.sequences-per-question": ["1"],
         "evaluation.systems": systems,
     }
-    extra = [word for name, values in flags.items() for word in (f"--{name}", *values)]
+    extra = [word for name, values in more.items() for word in (f"--{name}", *values)]
     train.main(["quickstart", *words, *extra])
     run_dir = tmp_path / "run"
     found = json.loads((run_dir / "evaluation.json").read_text())

@@ -13,7 +13,7 @@ from tiny_models import save_tiny_llama
 from rlrag.bundle import load_bundle, save_bundle
 from rlrag.cli import evaluate, train
 from rlrag.cli.single_run import say_next
-from rlrag.config import EnvironmentConfig, GeneratorConfig, RunConfig, TrainingConfig
+from rlrag.config import DROConfig, EnvironmentConfig, GeneratorConfig, RunConfig
 from rlrag.errors import ConfigError
 from rlrag.evaluation.question_records import questions_path, read_questions
 from rlrag.pipeline import open_policy
@@ -105,7 +105,7 @@ def answers_of(evaluation: Path) -> list[str | None]:
 
 
 def test_a_trained_generator_is_not_replaced(openrag_files, tmp_path):
-    both = TrainingConfig(parts=("selector", "generator"))
+    both = DROConfig(parts=("selector", "generator"))
     bundle = untrained_bundle(openrag_files, tmp_path, training=both)
     words = evaluate_words(openrag_files, bundle, tmp_path / "out.json", "--generator", "other")
     with pytest.raises(ConfigError, match=r"--generator is 'other', but .* weights that it"):

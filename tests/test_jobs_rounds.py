@@ -12,24 +12,30 @@ from openrag_runs import gold_flags
 from rlrag.bundle import load_bundle
 from rlrag.cli import train
 from rlrag.cli.rounds import OTHERS, RETRIEVER, Trained, config_of_turn, join_metrics
-from rlrag.config import RetrievalConfig, RunConfig, SelectorConfig, TrainingConfig
+from rlrag.config import (
+    AlternatingConfig,
+    DROConfig,
+    RetrievalConfig,
+    RunConfig,
+    SelectorConfig,
+)
 from rlrag.runs.directory import RunDirectory
 
 JOINT = RunConfig(
     recipe="joint",
     retrieval=RetrievalConfig(kind="dense"),
-    training=TrainingConfig(parts=("retriever", "selector", "generator"), rounds=2),
+    algorithm=AlternatingConfig(rounds=2, selection=DROConfig(parts=("selector", "generator"))),
 )
 AFTER = Trained(Path("encoder"), Path("selector"), Path("generator"), Path("experience"))
 
 
 def test_the_first_turns_start_from_nothing():
     retriever = config_of_turn(JOINT, RETRIEVER, Trained())
-    assert retriever.training.parts == ("retriever",)
+    assert retriever.algorithm.parts == ("retriever",)
     assert retriever.retrieval == JOINT.retrieval
-    assert (retriever.recipe, retriever.training.rounds) == ("joint/retriever", 1)
+    assert (retriever.recipe, retriever.algorithm.name) == ("joint/retriever", "openrag")
     others = config_of_turn(JOINT, OTHERS, Trained(retriever=Path("encoder")))
-    assert others.training.parts == ("selector", "generator")
+    assert others.algorithm.parts == ("selector", "generator")
     assert others.training.log_experience
     assert others.retrieval.encoder == "encoder"
     assert others.selector == JOINT.selector
@@ -109,13 +115,17 @@ def test_turns_are_joined_as_one_run(tmp_path):
 
 def words_of(files: Path, directory: Path, rounds: int, *systems: str) -> list[str]:
     """Of `jobs.train`, for a small run of all parts in turns."""
-    flags = gold_flags(files, directory)
-    place = flags.index("--algorithm.parts")
-    flags[place : place + 2] = [
-        *("--algorithm.parts", "retriever", "selector", "generator"),
-        *("--algorithm.rounds", str(rounds), "--training.num-epochs", "1"),
-        *("--algorithm.num-samples", "2", "--generator-training.lora-rank", "2"),
-        *("--retrieval.num-candidates", "4"),
+    of_retriever = [
+        word.replace("--algorithm.", "--algorithm.retriever.")
+        for word in gold_flags(files, directory)
+        if word not in ("--algorithm.name", "openrag")
+    ]
+    flags = [
+        *of_retriever,
+        *("--algorithm.name", "alternating", "--algorithm.rounds", str(rounds)),
+        *("--algorithm.selection.parts", "selector", "generator"),
+        *("--algorithm.selection.num-samples", "2", "--training.num-epochs", "1"),
+        *("--generator-training.lora-rank", "2", "--retrieval.num-candidates", "4"),
     ]
     return ["quickstart", *flags, "--evaluation.systems", *systems]
 

@@ -18,7 +18,7 @@ from rlrag.bundle import load_bundle
 from rlrag.bundle_files import read_bundle
 from rlrag.cli import single_run, train
 from rlrag.cli.command_line import run_program
-from rlrag.config import RunConfig
+from rlrag.config import DROConfig, OwnTrainerConfig, RunConfig
 from rlrag.errors import ConfigError, TrainerError
 from rlrag.pipeline import Pipeline, open_library
 from rlrag.runs.checkpoints import CheckpointStore
@@ -181,13 +181,13 @@ def often(context: TrainerContext, **training: object) -> TrainerContext:
     return replace(context, config=changed(context.config, training={**every, **training}))
 
 
-@pytest.mark.parametrize("objective", ["dro", SELF_CRITICAL])
-def test_trainers_of_the_selector_keep_the_contract(objective, tmp_path):
-    check_trainer(sample_context(tmp_path, objective))
+@pytest.mark.parametrize("algorithm", [DROConfig(), OwnTrainerConfig(name=SELF_CRITICAL)])
+def test_trainers_of_the_selector_keep_the_contract(algorithm, tmp_path):
+    check_trainer(sample_context(tmp_path, algorithm))
 
 
 def test_fine_tuning_keeps_it(model_dir, tmp_path):
-    context = sample_context(tmp_path, "dro")
+    context = sample_context(tmp_path, DROConfig())
     config = changed(
         context.config,
         generator={"model": str(model_dir), "dtype": "float32", "max_new_tokens": 3},
@@ -235,7 +235,7 @@ def test_training_the_retriever_on_pools_keeps_it(tmp_path):
 )
 def test_the_contract_can_be_broken(what, error, module, tmp_path):
     with pytest.raises(AssertionError, match=error):
-        check_trainer(sample_context(tmp_path, f"{module}:Counts", [f"what={what}"]))
+        check_trainer(sample_context(tmp_path, own(f"{module}:Counts", f"what={what}")))
 
 
 @pytest.mark.parametrize(
@@ -250,11 +250,15 @@ def test_the_contract_can_be_broken(what, error, module, tmp_path):
 )
 def test_what_is_no_trainer_is_one_error(name, error, module, tmp_path):
     with pytest.raises(ConfigError, match=error) as raised:
-        open_trainer(sample_context(tmp_path, f"{module}:{name}"))
+        open_trainer(sample_context(tmp_path, own(f"{module}:{name}")))
     assert f"trainer '{module}:{name}'" in str(raised.value)
 
 
-def flags(files, folder, objective: str, **changes: object) -> list[str]:
+def own(name: str, *options: str) -> OwnTrainerConfig:
+    return OwnTrainerConfig(name=name, options=options)
+
+
+def flags(files, folder, name: str, **changes: object) -> list[str]:
     found = {
         "run-dir": folder / "run",
         "cache-dir": folder / "cache",
@@ -270,12 +274,12 @@ def flags(files, folder, objective: str, **changes: object) -> list[str]:
         "generator.model": files / "generator",
         "generator.max-new-tokens": 3,
         "training.launcher": "local",
-        "training.objective": objective,
+        "algorithm.name": name,
         "training.num-epochs": 2,
         "training.batch-size": 4,
         **changes,
     }
-    return [word for name, value in found.items() for word in (f"--{name}", *str(value).split())]
+    return [word for flag, value in found.items() for word in (f"--{flag}", *str(value).split())]
 
 
 @pytest.mark.parametrize("name", ["Alone", "Counts"])
@@ -299,7 +303,7 @@ def test_a_class_that_is_no_trainer_is_refused_before_anything_is_opened(
 
 @pytest.mark.slow
 def test_a_generator_that_it_trains_answers_from_the_bundle(module, openrag_files, tmp_path):
-    own = {"training.parts": "generator", "evaluation.systems": "retriever_order trained"}
+    own = {"algorithm.parts": "generator", "evaluation.systems": "retriever_order trained"}
     train.main(["quickstart", *flags(openrag_files, tmp_path, f"{module}:FineTunes", **own)])
     losses = [line["loss"] for line in steps_of(tmp_path / "run") if "loss" in line]
     assert losses[-1] < losses[0]
@@ -317,7 +321,7 @@ def test_a_generator_that_it_trains_answers_from_the_bundle(module, openrag_file
 @pytest.mark.slow
 def test_an_encoder_that_it_trains_searches_in_the_bundle(module, openrag_files, tmp_path):
     systems = "original_retriever tuned_retriever"
-    own = {"training.parts": "retriever", "evaluation.systems": systems}
+    own = {"algorithm.parts": "retriever", "evaluation.systems": systems}
     train.main(["quickstart", *flags(openrag_files, tmp_path, f"{module}:Pulls", **own)])
     bundle = tmp_path / "run" / "bundle"
     golden = read_bundle(bundle).golden[0]
@@ -346,7 +350,7 @@ def test_an_encoder_that_it_trains_searches_in_the_bundle(module, openrag_files,
 def test_a_trainer_that_breaks_its_contract_is_named_and_its_checkpoints_stay(
     what, error, kept, module, tmp_path
 ):
-    context = often(sample_context(tmp_path, f"{module}:Counts", [f"what={what}"]))
+    context = often(sample_context(tmp_path, own(f"{module}:Counts", f"what={what}")))
     with pytest.raises(TrainerError, match=error) as raised:
         start(context).run()
     assert str(raised.value).startswith(f"trainer '{module}:Counts': ")
@@ -362,7 +366,7 @@ def test_a_trainer_that_breaks_its_contract_is_named_and_its_checkpoints_stay(
 
 def test_a_sum_that_fails_is_not_the_trainers_fault(module, tmp_path):
     """As where another worker died: Ray Train then starts the group again."""
-    context = sample_context(tmp_path, f"{module}:Counts", ["what=sum"])
+    context = sample_context(tmp_path, own(f"{module}:Counts", "what=sum"))
     with pytest.raises(ValueError, match="process group"):
         start(context).run()
 
@@ -371,11 +375,11 @@ def test_a_stopped_run_continues_to_the_same_weights(tmp_path):
     found = []
     for name, stop_at in (("whole", None), ("stopped", 5)):
         folder = tmp_path / name
-        context = often(sample_context(folder, SELF_CRITICAL, ["num_samples=2"]))
+        context = often(sample_context(folder, own(SELF_CRITICAL, "num_samples=2")))
         if stop_at is not None:
             with pytest.raises(StopAfter):
                 start(context, stop_at).run()
-        start(often(sample_context(folder, SELF_CRITICAL, ["num_samples=2"]))).run()
+        start(often(sample_context(folder, own(SELF_CRITICAL, "num_samples=2")))).run()
         store = CheckpointStore(context.run_dir.checkpoints)
         found.append((store.load(store.steps()[-1])[0], steps_of(context.run_dir.path)))
     (files, records), (other_files, other_records) = found
@@ -387,9 +391,9 @@ def test_a_stopped_run_continues_to_the_same_weights(tmp_path):
 
 
 def test_the_example_learns(small_config, training_data, tmp_path):
-    training = {"objective": SELF_CRITICAL, "options": ["num_samples=8"]}
-    config = changed(small_config, training=training)
-    run_dir, library = RunDirectory(tmp_path / "run"), sample_context(tmp_path, "dro").library
+    algorithm = {"name": SELF_CRITICAL, "options": ["num_samples=8"]}
+    config = changed(small_config, algorithm=algorithm)
+    run_dir, library = RunDirectory(tmp_path / "run"), sample_context(tmp_path, DROConfig()).library
     context = TrainerContext(
         config, SingleWorker(), run_dir, library, training_data, ReadingGenerator(), WordPrompts()
     )
@@ -399,7 +403,7 @@ def test_the_example_learns(small_config, training_data, tmp_path):
 
 
 def test_what_it_costs_is_not_guessed(tmp_path):
-    context = sample_context(tmp_path, SELF_CRITICAL)
+    context = sample_context(tmp_path, own(SELF_CRITICAL))
     budget = estimate_budget(context.config, context.data, WordPrompts())
     assert budget.num_steps is None
     assert budget.describe(50.0) == (
@@ -410,17 +414,9 @@ def test_what_it_costs_is_not_guessed(tmp_path):
         context.config
     )
     with pytest.raises(ConfigError, match="has no option 'samples'"):
-        describe_plan(changed(context.config, training={"options": ["samples=2"]}))
+        describe_plan(changed(context.config, algorithm={"options": ["samples=2"]}))
 
 
-@pytest.mark.parametrize(
-    ("training", "error"),
-    [
-        ({"experience": "log.sqlite"}, "learns from a log by inverse propensities"),
-        ({"parts": ["retriever"]}, "retrieval.kind 'hybrid' has nothing to train"),
-        ({"rounds": 2}, "training.rounds is 2, but only"),
-    ],
-)
-def test_what_a_trainer_of_ones_own_does_not_combine_with(training, error):
-    with pytest.raises(ConfigError, match=error):
-        changed(RunConfig(), training={"objective": SELF_CRITICAL, **training})
+def test_a_trainer_of_the_retriever_needs_one_that_can_be_trained():
+    with pytest.raises(ConfigError, match=r"retrieval\.kind 'hybrid' has nothing to train"):
+        changed(RunConfig(), algorithm={"name": SELF_CRITICAL, "parts": ["retriever"]})

@@ -63,7 +63,7 @@ def test_where_the_retriever_is_trained_its_first_candidates_are_those_to_label(
 
 def test_more_candidates_to_label_than_there_are_passages_are_refused(config):
     greedy = changed(config, algorithm={"num_offline": 61})
-    with pytest.raises(ConfigError, match=r"openrag.num_offline is 61, but .* only 60 passages"):
+    with pytest.raises(ConfigError, match=r"algorithm.num_offline is 61, but .* only 60 passages"):
         open_training_data(greedy, open_library(config))
 
 

@@ -251,8 +251,8 @@ def flags(files: Path, folder: Path) -> list[str]:
         "selector.kind": AGREEMENT,
         "generator.model": files / "generator",
         "training.launcher": "local",
-        "training.objective": SELF_CRITICAL,
-        "training.options": "num_samples=2",
+        "algorithm.name": SELF_CRITICAL,
+        "algorithm.options": "num_samples=2",
         "training.num-epochs": 1,
         "training.batch-size": 4,
         "evaluation.systems": "trained",
@@ -274,8 +274,8 @@ def test_help_shows_the_options_of_the_parts_that_are_named(openrag_files, tmp_p
     [
         ("weight=2", "wieght=2", "has no option 'wieght'; did you mean 'weight'?"),
         ("num_samples=2", "samples=2", "has no option 'samples'; did you mean 'num_samples'?"),
-        (SELF_CRITICAL, "drp", "training.objective 'drp' is unknown; did you mean 'dro'?"),
-        (SELF_CRITICAL, "dro", "training.options are for a part of your own"),
+        (SELF_CRITICAL, "drp", "algorithm.name 'drp' is unknown; did you mean 'dro'?"),
+        (SELF_CRITICAL, "dro", "Unrecognized options: --algorithm.options"),
         (SELF_CRITICAL, "nowhere_at_all:T", "there is no module 'nowhere_at_all'"),
         (SELF_CRITICAL, "rlrag.training.trainer:Trainer", "has no method 'load'"),
     ],
@@ -308,7 +308,7 @@ def test_parts_are_trained_bundled_evaluated_and_asked(openrag_files, tmp_path):
         answer = pipeline.answer(QUESTIONS[0])
         assert answer.passages == pipeline.select(QUESTIONS[0])
         assert len(answer.passages) == 1
-    assert config.training.objective == SELF_CRITICAL  # whose code an answer does not need
+    assert config.algorithm.name == SELF_CRITICAL  # whose code an answer does not need
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def test_they_work_on_ray_and_behind_the_service(openrag_files, tmp_path):
     here = {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     given = {
         "training.launcher": "ray",
-        "training.objective": "examples.own_trainer:SelfCritical",
+        "algorithm.name": "examples.own_trainer:SelfCritical",
         "generator.backend": SENTENCES,
         "generator.num-actors": 1,
         "reward.functions": "examples.custom_reward:short_and_right",

@@ -113,7 +113,7 @@ def test_what_an_estep_has_begun_is_dropped(
 
 def test_a_batch_that_ran_ahead_is_dropped(small_config, training_data, tmp_path):
     """Nothing runs ahead of steps 4 and 6, after which a checkpoint stands."""
-    config = changed(small_config, algorithm={"baseline": "none"}, training={"overlap": True})
+    config = changed(small_config, algorithm={"baseline": "none", "overlap": True})
     said = check(config, training_data, tmp_path, 4)
     assert "after step 5, with a checkpoint of step 4;" in said
 
@@ -327,7 +327,12 @@ def test_training_on_a_log_is_preempted_and_goes_on(openrag_files, tmp_path):
     log = tmp_path / "feedback.sqlite"
     words = flags_of(openrag_files, tmp_path)
     write_log(log, config_of(words), 200)
-    words += ["--feedback", str(log), "--algorithm.num-epochs", "60"]
+    words += [
+        "--algorithm.log",
+        str(log),
+        "--algorithm.num-epochs",
+        "60",
+    ]
     whole, run = run_like(words, tmp_path, 3)
     assert_same_products(whole, run)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from rlrag.config import DataConfig, DROConfig, RunConfig, TrainingConfig
+from rlrag.config import DataConfig, DROConfig, RunConfig, SFTConfig
 from rlrag.runs.alarms import Alarm, Alarms
 
 Records = list[dict[str, float]]
@@ -65,8 +65,7 @@ def test_a_weight_that_takes_everything_is_a_collapse_after_ten_steps():
 
 def test_one_sample_has_an_effective_size_of_one_without_a_collapse():
     assert raised(series("ess", [1.0] * 30), config(num_samples=1)) == []
-    sft = RunConfig(training=TrainingConfig(parts=("generator",), objective="sft"))
-    assert sft.dro.num_samples > 1
+    sft = RunConfig(algorithm=SFTConfig())
     assert raised(series("ess", [1.0] * 30), sft) == []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from loop_runs import start, steps_of
+from loop_runs import changed, start, steps_of
 from stand_ins import ReadingGenerator, WordPrompts, make_table
 
 from rlrag.config import GeneratorConfig, OpenRAGConfig, RunConfig, SelectorConfig
@@ -93,8 +93,9 @@ def test_the_estimate_is_of_the_order_of_what_a_run_asks_for(small_config, train
 
 def test_a_trained_generator_answers_everything_anew(small_config, training_data):
     """No answer of old weights serves new ones: 12 batches of 8 x 8, and 1 + 4 validations of 8."""
-    config = with_training(
-        decided(small_config, prior_scale=1000.0), parts=("selector", "generator")
+    config = changed(
+        decided(small_config, prior_scale=1000.0),
+        algorithm={"parts": ["selector", "generator"]},
     )
     budget = estimate_budget(config, training_data, WordPrompts())
     assert budget.num_rollouts == 12 * 8 * 8
@@ -102,7 +103,7 @@ def test_a_trained_generator_answers_everything_anew(small_config, training_data
 
 
 def test_sft_asks_for_validations_alone(small_config, training_data):
-    config = with_training(small_config, parts=("generator",), objective="sft")
+    config = changed(small_config, algorithm={"name": "sft"})
     budget = estimate_budget(config, training_data, WordPrompts())
     assert (budget.num_steps, budget.num_rollouts) == (12, 0)
     assert budget.num_requests == 5 * 8
@@ -112,11 +113,11 @@ def test_sft_asks_for_validations_alone(small_config, training_data):
     ("openrag", "num_steps", "num_judged", "num_found"),
     [
         ({}, 12, 2 * 120, 2 * 24),  # 24 questions of 5 candidates; 2 + 2 passes in batches of 8
-        ({"stages": ("offline",)}, 6, 2 * 120, 0),
-        ({"stages": ("online",), "online_epochs": 3}, 9, 2 * 120, 3 * 24),
+        ({"online_epochs": 0}, 6, 2 * 120, 0),
+        ({"offline_epochs": 0, "online_epochs": 3}, 9, 2 * 120, 3 * 24),
         ({"labels": "gold"}, 12, 0, 0),
         ({"loss": "kl", "num_online": 4}, 12, 2 * 120, 4 * 24),  # all that are found are scored
-        ({"loss": "kl", "num_online": 4, "stages": ("offline",)}, 6, 2 * 120, 0),
+        ({"loss": "kl", "num_online": 4, "online_epochs": 0}, 6, 2 * 120, 0),
     ],
 )
 def test_a_retriever_asks_for_each_first_candidate_and_for_what_it_finds(
@@ -124,8 +125,7 @@ def test_a_retriever_asks_for_each_first_candidate_and_for_what_it_finds(
 ):
     """An answer and a score a candidate; 8 questions are held back and answered each third step."""
     settings = OpenRAGConfig(offline_epochs=2, **{"online_epochs": 2, **openrag})
-    config = with_training(small_config, parts=("retriever",))
-    config = config.model_copy(update={"openrag": settings})
+    config = small_config.model_copy(update={"algorithm": settings})
     budget = estimate_budget(config, training_data, WordPrompts())
     assert budget.num_steps == num_steps
     assert budget.num_requests == num_judged + num_found + 8 * (1 + num_steps // 3)

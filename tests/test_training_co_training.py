@@ -189,7 +189,7 @@ def test_training_raises_the_likelihood_of_the_answers_that_are_asked_for(
 def test_two_workers_do_what_one_does(small_config, few_data, model_dir, tmp_path, overlap):
     """Workers are threads; the engine belongs to both, and one of them gives it its weights."""
     config = co_training(
-        small_config, model_dir, {"baseline": "none"}, overlap=overlap, **SIX_STEPS
+        small_config, model_dir, {"baseline": "none", "overlap": overlap}, **SIX_STEPS
     )
     config = changed(config, generator_training={"sequences_per_question": 2})
     alone = start(config, few_data, tmp_path / "alone")

@@ -120,7 +120,7 @@ class WithoutTheLast(CutPrompts):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_step_tells_what_its_prompts_left_out(small_config, overlap):
-    config = changed(small_config, training={"overlap": overlap}, algorithm={"baseline": "none"})
+    config = changed(small_config, algorithm={"baseline": "none", "overlap": overlap})
     for prompts, cut, dropped in (
         (WithoutTheLast(), 0.5, 1 / config.environment.num_selected),
         (WordPrompts(), 0.0, 0.0),
@@ -196,8 +196,7 @@ def test_without_a_trained_generator_nothing_is_published(small_config):
 def ahead(small_config) -> RunConfig:
     return changed(
         small_config,
-        algorithm={"baseline": "none"},
-        training={"overlap": True},
+        algorithm={"baseline": "none", "overlap": True},
         generator_training={"max_staleness": 1},
     )
 

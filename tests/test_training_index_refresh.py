@@ -223,7 +223,7 @@ def test_another_process_encodes_what_this_one_would(config, task, tmp_path):
 def test_a_wait_has_a_bound(config, task, tmp_path):
     hasty = changed(config, algorithm={"refresh_timeout_s": 0.05})
     index = make(hasty, task, tmp_path, Elsewhere())
-    with pytest.raises(SetupError, match=r"within openrag.refresh_timeout_s 0.05; raise it"):
+    with pytest.raises(SetupError, match=r"within algorithm.refresh_timeout_s 0.05; raise it"):
         index.before_step(2, moved_encoder(config))
 
 

@@ -24,7 +24,9 @@ from rlrag.training.feedback.selections import open_logged_data
 
 @pytest.fixture
 def config(small_config) -> RunConfig:
-    return changed(small_config, algorithm={"held_back_share": 0.25})
+    return changed(
+        small_config, algorithm={"name": "feedback", "log": "log.sqlite", "held_back_share": 0.25}
+    )
 
 
 def test_candidates_are_those_that_were_served_as_if_just_retrieved(tmp_path):

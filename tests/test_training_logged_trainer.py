@@ -32,7 +32,12 @@ from rlrag.training.loop import TrainingLoop
 def config(small_config) -> RunConfig:
     return changed(
         small_config,
-        algorithm={"num_epochs": 2, "held_back_share": 0.25},
+        algorithm={
+            "name": "feedback",
+            "log": "log.sqlite",
+            "num_epochs": 2,
+            "held_back_share": 0.25,
+        },
         training={"batch_size": 16, "validate_every": 4, "checkpoint_every": 3},
     )
 

@@ -158,10 +158,8 @@ def test_the_token_budget_stops_a_run_and_its_repetition_at_the_same_step(
 ):
     """The last step of an E-step is the first that may be the last."""
     if overlap:
-        dro = dro | {"baseline": "none"} | ({"passes": 1} if dro else {})
-    limited = changed(
-        small_config, dro=dro, training={"max_generator_tokens": 9000, "overlap": overlap}
-    )
+        dro = dro | {"baseline": "none", "overlap": True} | ({"passes": 1} if dro else {})
+    limited = changed(small_config, algorithm=dro, training={"max_generator_tokens": 9000})
     for name in ("first", "second"):
         start(limited, training_data, tmp_path / name).run()
     first = steps_of(tmp_path / "first")

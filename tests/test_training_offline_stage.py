@@ -35,7 +35,7 @@ def config(tmp_path) -> RunConfig:
         cache_dir=str(tmp_path / "cache"),
         retrieval=RetrievalConfig(kind="dense"),
         algorithm=OpenRAGConfig(num_offline=5),
-        training=TrainingConfig(parts=("retriever",), launcher="local", batch_size=4),
+        training=TrainingConfig(launcher="local", batch_size=4),
     )
 
 
@@ -262,7 +262,7 @@ def test_pools_that_are_all_empty_end_the_run_with_what_to_do(config, tmp_path):
     with pytest.raises(
         DataError,
         match=r"only 0 of 6 questions.*too few to train on; use more questions, a larger "
-        r"openrag.num_offline, a generator or prompt",
+        r"algorithm.num_offline, a generator or prompt",
     ):
         run_stage(config, candidates, ReadingGenerator(), tmp_path / "pools")
     written = json.loads((tmp_path / "pools" / "summary.json").read_text())
@@ -343,7 +343,7 @@ def test_without_an_online_stage_judgements_may_take_the_whole_budget(config, tm
     limited = changed(
         config,
         training={"max_generator_tokens": whole.num_tokens},
-        algorithm={"stages": ("offline",)},
+        algorithm={"online_epochs": 0},
     )
     pools = run_stage(limited, candidates, ReadingGenerator(), tmp_path / "pools")
     assert len(pools.judged) == 8

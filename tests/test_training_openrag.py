@@ -79,8 +79,8 @@ def series(directory: Path, name: str) -> list[float]:
     "openrag",
     [
         {},
-        {"stages": ["offline"], "offline_epochs": 4},
-        {"stages": ["online"], "online_epochs": 4},
+        {"online_epochs": 0, "offline_epochs": 4},
+        {"offline_epochs": 0, "online_epochs": 4},
         {"first_stage": "frozen", "num_online": 20, "online_epochs": 4},
         {"labels": "gold"},
         {"micro_batch_texts": 3},
@@ -101,7 +101,13 @@ def test_training_finds_the_passages_that_help_with_unseen_subjects(
 @pytest.mark.parametrize("stage", ["offline", "online"])
 def test_distilling_likelihoods_lowers_the_divergence(config, task, tmp_path, stage):
     kl = changed(
-        config, algorithm={"loss": "kl", "stages": [stage], f"{stage}_epochs": 5, "num_online": 12}
+        config,
+        algorithm={
+            "loss": "kl",
+            "num_online": 12,
+            "offline_epochs": 5 * (stage == "offline"),
+            "online_epochs": 5 * (stage == "online"),
+        },
     )
     finished(kl, task, tmp_path / "run")
     loss = series(tmp_path / "run", "retriever/loss")
@@ -115,8 +121,8 @@ def test_distilling_likelihoods_lowers_the_divergence(config, task, tmp_path, st
     [
         ({}, 6, 6),
         ({"offline_epochs": 1, "online_epochs": 3}, 3, 9),
-        ({"stages": ["offline"]}, 6, 0),
-        ({"stages": ["online"]}, 0, 6),
+        ({"online_epochs": 0}, 6, 0),
+        ({"offline_epochs": 0}, 0, 6),
         ({"loss": "kl"}, 6, 6),
     ],
 )
@@ -181,7 +187,7 @@ def few_judged(config: RunConfig, task: Task, loss: str) -> tuple[RunConfig, Tas
     """One online pass in which much is found that the pools do not know."""
     online = changed(
         config,
-        algorithm={"loss": loss, "stages": ["online"], "online_epochs": 1, "num_offline": 4},
+        algorithm={"loss": loss, "offline_epochs": 0, "online_epochs": 1, "num_offline": 4},
         retrieval={"num_candidates": 4},
         training={"max_failed_share": 0.9},
     )
@@ -475,15 +481,15 @@ def test_the_token_budget_ends_the_run(config, task, tmp_path):
     assert first[-2]["generator_tokens_total"] < tokens[8]
 
 
-@pytest.mark.parametrize("stages", [("offline",), ("offline", "online")])
-def test_a_spent_budget_ends_no_step_that_asks_for_nothing(config, task, tmp_path, stages):
+@pytest.mark.parametrize("online_epochs", [0, 2])
+def test_a_spent_budget_ends_no_step_that_asks_for_nothing(config, task, tmp_path, online_epochs):
     """Judgements take all of it: the offline stage trains to its end, and no step comes after."""
     finished(config, task, tmp_path / "whole")
     judged = int(series(tmp_path / "whole", "generator_tokens_total")[0])
     limited = changed(
         config,
         training={"max_generator_tokens": judged},
-        algorithm={"offline_token_share": 1.0, "stages": stages},
+        algorithm={"offline_token_share": 1.0, "online_epochs": online_epochs},
     )
     finished(limited, task, tmp_path / "run")
     records = steps_of(tmp_path / "run")

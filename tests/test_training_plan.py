@@ -282,9 +282,8 @@ def test_an_encoder_each_takes_twice_the_memory(tmp_path, tied, times):
         RunConfig(cache_dir=str(tmp_path)),
         retrieval=encoder,
         generator={"model": "somebody/model-1b"},
-        algorithm={"tied": tied},
+        algorithm={"name": "openrag", "tied": tied},
         training={"launcher": "local"},
-        algorithm={"name": "openrag"},
     )
     gib = 16 * times * 1e8 / 2**30
     assert f"learner     somebody/encoder-100m: about {gib:.1f} GiB" in describe_plan(config)
@@ -307,7 +306,6 @@ def test_turns_are_planned_one_after_the_other(tmp_path):
         RunConfig(cache_dir=str(tmp_path)),
         retrieval={"kind": "dense"},
         generator={"model": "somebody/model-1b"},
-        training={"rounds": 3},
         algorithm={"name": "alternating", "selection": {"parts": ["selector"]}},
     )
     lines = describe_plan(config).splitlines()

@@ -76,7 +76,7 @@ def config(tmp_path) -> RunConfig:
         cache_dir=str(tmp_path / "cache"),
         retrieval=RetrievalConfig(kind="dense"),
         algorithm=OpenRAGConfig(num_offline=5),
-        training=TrainingConfig(parts=("retriever",), launcher="local", batch_size=4),
+        training=TrainingConfig(launcher="local", batch_size=4),
     )
 
 
@@ -245,7 +245,7 @@ def test_the_source_changes_with_all_that_decides_a_label(config):
             for limited in (
                 {"training": {"max_generator_tokens": 900}},
                 {"training": {"max_generator_tokens": 902}},
-                {"training": {"max_generator_tokens": 900}, "algorithm": {"stages": ["offline"]}},
+                {"training": {"max_generator_tokens": 900}, "algorithm": {"online_epochs": 0}},
             )
             for seed in (0, 1)
         ),
@@ -368,5 +368,5 @@ def test_gold_fills_the_pools_of_questions_without_a_positive_alone():
 
 
 def test_gold_labels_need_questions_that_name_gold_passages():
-    with pytest.raises(DataError, match=r"metadata.gold_ids.*use openrag.labels generator"):
+    with pytest.raises(DataError, match=r"metadata.gold_ids.*use algorithm.labels generator"):
         gold_pools(table((gold(), gold(n=1)), ROWS[:2]), "s")

@@ -62,7 +62,7 @@ def test_in_the_middle_of_an_estep_of_several_passes(
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
 def test_with_batches_that_run_ahead(small_config, training_data, tmp_path, stop_at):
-    config = changed(small_config, algorithm={"baseline": "none"}, training={"overlap": True})
+    config = changed(small_config, algorithm={"baseline": "none", "overlap": True})
     check(config, training_data, tmp_path, stop_at)
     staleness = [line["staleness"] for line in steps_of(tmp_path / "whole")[1:]]
     pauses = [step for step in range(1, 12) if step % 2 == 0 or step % 3 == 0]
@@ -86,23 +86,26 @@ def test_with_an_estep_a_pass_and_draws_without_replacement(small_config, traini
 
 
 @pytest.mark.parametrize(
-    ("stop_at", "dro", "training"),
+    ("stop_at", "dro", "num_epochs"),
     [
-        (1, {}, {}),  # before any checkpoint but the first
-        (3, {}, {}),
-        (3, OFF_POLICY, {"num_epochs": 1}),
-        (5, {"baseline": "none"}, {"overlap": True}),
+        (1, {}, 2),  # before any checkpoint but the first
+        (3, {}, 2),
+        (3, OFF_POLICY, 1),
+        (5, {"baseline": "none", "overlap": True}, 2),
     ],
 )
 def test_selector_and_generator(
-    small_config, few_data, model_dir, tmp_path, stop_at, dro, training
+    small_config, few_data, model_dir, tmp_path, stop_at, dro, num_epochs
 ):
     """The engine is a real one: it answers with the weights that it was given last."""
     config = co_training(
         small_config,
         model_dir,
         dro,
-        **{"batch_size": 4, "num_epochs": 2, "validate_every": 3, "checkpoint_every": 2} | training,
+        batch_size=4,
+        num_epochs=num_epochs,
+        validate_every=3,
+        checkpoint_every=2,
     )
     check(
         config,

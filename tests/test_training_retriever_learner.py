@@ -26,7 +26,7 @@ from retriever_tasks import (
 from tiny_models import save_tiny_encoder, save_tiny_masked_lm
 
 from rlrag.algorithms.contrastive import vdr_loss
-from rlrag.config import OpenRAGConfig, RetrievalConfig, RunConfig, TrainingConfig
+from rlrag.config import OpenRAGConfig, RetrievalConfig, RunConfig
 from rlrag.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from rlrag.retrieval.trainable.protocol import Embedded, Role
 from rlrag.retrieval.trainable.sentence_encoder import TrainableTextEncoder
@@ -313,6 +313,5 @@ def test_one_side_whole_is_refused_for_an_encoder_whose_vectors_are_whole():
     with pytest.raises(ValidationError, match="'one_whole' is for semi_parametric"):
         RunConfig(
             retrieval=RetrievalConfig(kind="dense"),
-            training=TrainingConfig(parts=("retriever",)),
             algorithm=OpenRAGConfig(vectors="one_whole"),
         )

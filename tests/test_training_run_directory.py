@@ -69,7 +69,7 @@ def test_another_configuration_is_refused_with_every_field_that_differs(tmp_path
         run_dir.claim(other)
     message = str(caught.value)
     assert message.startswith(f"{run_dir.path} belongs to a run with another configuration (")
-    assert "(dro.num_samples: 8 there, 4 given; seed: 0 there, 3 given)" in message
+    assert "(algorithm.num_samples: 8 there, 4 given; seed: 0 there, 3 given)" in message
     assert "choose another --run-dir" in message
     assert RunConfig.from_json(run_dir.config.read_text()) == CONFIG
 

@@ -250,8 +250,8 @@ def test_a_run_is_that_of_two_models(config, few_data, tmp_path, overlap):
     """With overlap one thread draws with a copy of the policy while the other trains both parts."""
     config = changed(
         config,
-        algorithm={"baseline": "none"},
-        training={"overlap": overlap, "num_epochs": 1, "validate_every": 9, "checkpoint_every": 9},
+        algorithm={"baseline": "none", "overlap": overlap},
+        training={"num_epochs": 1, "validate_every": 9, "checkpoint_every": 9},
     )
     found = []
     for name, c in (("apart", config), ("together", shared(config))):
@@ -303,8 +303,8 @@ def test_an_encoder_is_no_base(config, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"algorithm": {"parts": ["generator"]}}, "training.parts is ['generator']"),
-        ({"algorithm": {"parts": ["selector"]}}, "training.parts is ['selector']"),
+        ({"algorithm": {"parts": ["generator"]}}, "trains ['generator']"),
+        ({"algorithm": {"parts": ["selector"]}}, "trains ['selector']"),
         (
             {
                 "retrieval": {"kind": "dense"},
@@ -313,7 +313,7 @@ def test_an_encoder_is_no_base(config, tmp_path):
                     "selection": {"parts": ["selector", "generator"]},
                 },
             },
-            "and nothing else, but training.parts is ['retriever', 'selector', 'generator']",
+            "'alternating' trains ['retriever', 'selector', 'generator']",
         ),
         ({"selector": {"kind": "features"}}, "selector.kind is 'features'"),
         ({"selector": {"adapter_rank": None}}, "selector.adapter_rank None; use listwise_lm"),

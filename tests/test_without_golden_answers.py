@@ -184,8 +184,8 @@ def question_file(tmp_path):
 def over(spec: str, **changes) -> RunConfig:
     values = {"batch_size": 2} | changes.pop("training", {})
     data = {"train_questions": spec, "num_validation_questions": 0} | changes.pop("data", {})
-    by_openrag = changes.get("algorithm", {}).get("name") == "openrag"
-    dense = {"retrieval": {"kind": "dense"}} if by_openrag else {}
+    of_retriever = changes.get("algorithm", {}).get("name") in ("openrag", "jsa")
+    dense = {"retrieval": {"kind": "dense"}} if of_retriever else {}
     return changed(RunConfig(), data=data, training=values, **dense, **changes)
 
 
@@ -229,8 +229,7 @@ def test_questions_without_golden_answers_are_left_out_and_counted(
 
 
 def test_questions_that_jsa_leaves_out_are_counted(question_file) -> None:
-    jsa = {"parts": ("retriever",), "objective": "jsa"}
-    config = over(question_file(6, 5), training=jsa)
+    config = over(question_file(6, 5), algorithm={"name": "jsa"})
     found = training_questions(config)
     assert len(found.train) == 11
     [said] = remarks(config, found)

@@ -195,12 +195,12 @@ def endurance_config(folder: Path, num_steps: int) -> RunConfig:
         retrieval=RetrievalConfig(num_candidates=_NUM_CANDIDATES),
         environment=EnvironmentConfig(num_selected=2),
         selector=SelectorConfig(hidden_size=8, projection_size=4),
-        algorithm=DROConfig(num_samples=4, clip_ratio=0.2),  # a batch that runs ahead needs a bound
+        # A batch that runs ahead needs a bound.
+        algorithm=DROConfig(num_samples=4, clip_ratio=0.2, overlap=True),
         training=TrainingConfig(
             launcher="local",
             batch_size=_BATCH_SIZE,
             num_epochs=-(-num_steps * _BATCH_SIZE // _NUM_QUESTIONS),
-            overlap=True,
             log_experience=True,
             validate_every=50,
             checkpoint_every=10,

@@ -66,7 +66,7 @@ _COMMON = (
     *("--generator.backend", "transformers", "--generator.dtype", "float32"),
     *("--generator.num-actors", "2", "--generator.request-timeout-s", "30"),
     *("--data.max-train-questions", "24", "--data.max-eval-questions", "4"),
-    *("--training.batch-size", "2", "--training.num-epochs", "1", "--algorithm.num-samples", "2"),
+    *("--training.batch-size", "2", "--training.num-epochs", "1"),
     *("--training.validate-every", "5", "--training.checkpoint-every", "2"),
     *("--data.num-validation-questions", "4", "--evaluation.num-bootstrap", "100"),
     *("--evaluation.systems", "retriever_order"),
@@ -74,20 +74,20 @@ _COMMON = (
     *("--training.max-failed-share", "0.9"),
 )
 _RETRIEVER = (
-    *("--algorithm.parts", "retriever", "--retrieval.kind", "semi_parametric"),
+    *("--algorithm.name", "openrag", "--retrieval.kind", "semi_parametric"),
     *("--retrieval.encoder", "None", "--environment.num-selected", "1"),
 )
 STAGES: dict[str, tuple[str, ...]] = {
-    "training": ("--training.log-experience", "True"),
+    "training": ("--training.log-experience", "True", "--algorithm.num-samples", "2"),
     "offline stage": (
         *_RETRIEVER,
-        *("--algorithm.stages", "offline", "--algorithm.offline-epochs", "1"),
+        *("--algorithm.offline-epochs", "1", "--algorithm.online-epochs", "0"),
         *("--algorithm.num-offline", "4", "--algorithm.num-online", "4"),
     ),
     "online stage": (
         *_RETRIEVER,
         # Five of the questions are of use, so that a pass has two steps.
-        *("--algorithm.stages", "online", "--algorithm.online-epochs", "4"),
+        *("--algorithm.offline-epochs", "0", "--algorithm.online-epochs", "4"),
         *("--algorithm.refresh-every", "5", "--algorithm.refresh-waits", "True"),
         *("--algorithm.num-offline", "4", "--algorithm.num-online", "4"),
     ),

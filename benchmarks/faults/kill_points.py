@@ -52,8 +52,13 @@ class Killed:
 
 def _config(folder: Path, overlap: bool) -> RunConfig:
     config = endurance_config(folder, _NUM_STEPS)
-    changed = {"overlap": overlap, "checkpoint_every": 2, "validate_every": 6}
-    return config.model_copy(update={"training": config.training.model_copy(update=changed)})
+    changed = {"checkpoint_every": 2, "validate_every": 6}
+    return config.model_copy(
+        update={
+            "algorithm": config.dro.model_copy(update={"overlap": overlap}),
+            "training": config.training.model_copy(update=changed),
+        }
+    )
 
 
 def start(folder: Path, overlap: bool) -> Any:

@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rlrag.files.directories import load_weights
     from rlrag.pipeline import open_library, open_policy, open_training_data
-    from rlrag.recipes.selection import co_training
+    from rlrag.recipes.selection import co_training, sampled_dro
 
-    run = co_training(options.name, 2, ("selector",))
+    run = co_training(options.name, 2, sampled_dro("selector"))
     run = run.model_copy(update={"cache_dir": options.cache_dir})
     candidates = open_training_data(run, open_library(run)).train
     rows = np.arange(options.questions)

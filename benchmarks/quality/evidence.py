@@ -27,8 +27,7 @@ from benchmarks.peers.plan import write_json
 from benchmarks.peers.running import Peer
 from benchmarks.peers.table import table_lines
 from benchmarks.runs import finished_run
-from rlrag.cli.command_line import parse
-from rlrag.config import RunConfig
+from rlrag.cli.command_line import parse_config
 from rlrag.errors import ConfigError
 from rlrag.recipes import RECIPES
 
@@ -58,8 +57,9 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "all three in turns": (
         "nq-full",
         (
-            *("--retrieval.kind", "dense", "--algorithm.temperature", "0.05"),
-            *("--algorithm.learning-rate", "2e-5"),
+            *("--retrieval.kind", "dense"),
+            *("--algorithm.retriever.temperature", "0.05"),
+            *("--algorithm.retriever.learning-rate", "2e-5"),
             *("--evaluation.systems", "retriever_order", "trained"),
         ),
     ),
@@ -159,7 +159,7 @@ def compared(
             words = [*run_flags(corpus, train, test), *own]
             finished_run(recipe, run_dirs[family], 0, str(cache_dir), words)
     recipe_of_peers, words = RECIPES["nq"](), run_flags(corpus, train, test)
-    config = parse(RunConfig, recipe_of_peers, [*words, "--cache-dir", str(cache_dir)], _PROGRAM)
+    config = parse_config(recipe_of_peers, [*words, "--cache-dir", str(cache_dir)], _PROGRAM)
     arguments = PeersArguments(
         config,
         folder / "peers",

@@ -7,7 +7,7 @@ and its flags give other data: `RLRAG_DATA_DIR=... python -m benchmarks.quality.
     log       a policy serves its best selection, and instead of it a share of draws; questions are
               drawn too, and the environment rewards: 1 if a picked passage contains the answer,
               less 0.1 a passage, so that no generator is needed
-    train     as `python -m jobs.train RECIPE --feedback LOG` does
+    train     as `python -m jobs.train RECIPE --algorithm.name feedback --algorithm.log LOG` does
     truth     the exact value of a policy on given questions, by listing every selection
 
 The log has training questions; evaluation questions are unseen by it. What a second log, of the
@@ -191,7 +191,7 @@ def measure(
     """Log, train on the log, and compare with the truth.
 
     Args:
-        config: A run that trains the selector; `training.experience` need not be set.
+        config: A run that trains the selector on a log.
         library: The corpus and its retrievers.
         asked: Questions that are logged.
         unseen: Other questions.
@@ -229,7 +229,7 @@ def measure(
         for policy in (served, trained)
     ]
     unseen_config = config.model_copy(
-        update={"off_policy": config.off_policy.model_copy(update={"held_back_share": 0.0})}
+        update={"algorithm": config.algorithm.model_copy(update={"held_back_share": 0.0})}
     )
     second = open_logged_data(unseen_config, library, folder / "unseen.sqlite").train
     return Found(
@@ -319,23 +319,23 @@ def report(name: str, found: Found, num_events: int, explore_share: float) -> st
 
 
 def _configured(name: str, flags: Sequence[str]) -> RunConfig:
-    from rlrag.cli.command_line import parse
+    from rlrag.cli.command_line import parse_config
     from rlrag.config import RunConfig
     from rlrag.recipes import RECIPES
 
     values = RECIPES[name]().model_dump()
     values["training"] |= {
-        "parts": ("selector",),
         "launcher": "local",
         "loggers": (),
         "validate_every": 10,
     }
+    values["algorithm"] = {"name": "feedback", "log": "asked.sqlite"}
     values["data"]["num_validation_questions"] = 0
     if name == "quickstart":  # words alone: no passage need be encoded
         values["retrieval"] |= {"kind": "bm25", "encoder": None, "num_candidates": 10}
         values["environment"]["num_selected"] = 1
     default = RunConfig.model_validate(values)
-    return parse(RunConfig, default, list(flags), "python -m benchmarks.quality.feedback")
+    return parse_config(default, list(flags), "python -m benchmarks.quality.feedback")
 
 
 def main(argv: Iterable[str] | None = None) -> None:

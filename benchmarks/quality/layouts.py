@@ -18,7 +18,7 @@ from typing import get_args
 
 from benchmarks.quality.evidence import draw_questions, run_flags
 from rlrag.cli.cluster import cluster
-from rlrag.cli.command_line import parse
+from rlrag.cli.command_line import parse_config
 from rlrag.config import DATA_DIR_VARIABLE, PromptConfig, RunConfig
 from rlrag.generation.protocol import Generator
 from rlrag.recipes import RECIPES
@@ -48,7 +48,7 @@ def configuration(name: str, data_dir: Path, folder: Path, cache_dir: Path | Non
         train, test = draw_questions(name, data_dir / "questions", folder)
         flags += run_flags(data_dir / "corpus" / f"{name}.jsonl.gz", train, test)
     recipe = {"factbook": "quickstart", "hotpotqa": "hotpotqa-dro"}.get(name, "nq-dro")
-    return parse(RunConfig, RECIPES[recipe](), flags, _PROGRAM)
+    return parse_config(RECIPES[recipe](), flags, _PROGRAM)
 
 
 def measure(config: RunConfig, generator: Generator, num_questions: int) -> dict[str, Measured]:

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.runs import evaluation_with, finished_run
 
 RESULTS = Path(__file__).parents[1] / "results"
-_OFFLINE = ("--algorithm.stages", "offline")
+_OFFLINE = ("--algorithm.online-epochs", "0")
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "relevance": ("openrag", ("--algorithm.labels", "gold", *_OFFLINE)),
     "offline": ("openrag-offline", ()),
@@ -41,12 +41,13 @@ DEEP = (
 
 def reader_facts(run_dir: Path) -> str:
     """How the generator of a finished run was trained, for the table."""
-    config = json.loads((run_dir / "config.json").read_text())
-    data, training = config["data"], config["training"]
+    from rlrag.runs.directory import RunDirectory
+
+    config = RunDirectory(run_dir).read_config()
     return (
-        f"The generator that answers, frozen, was trained by {training['objective']} on "
-        f"`{Path(data['train_questions']).name}` with {config['environment']['num_selected']} of "
-        f"{config['retrieval']['num_candidates']} candidates in the prompt."
+        f"The generator that answers, frozen, was trained by {config.algorithm.name} on "
+        f"`{Path(config.data.train_questions).name}` with {config.environment.num_selected} of "
+        f"{config.retrieval.num_candidates} candidates in the prompt."
     )
 
 

@@ -173,7 +173,7 @@ def _train(policy: Policy, candidates: CandidateTable, run: RunConfig, num_steps
     training = TrainingConfig(batch_size=32, learning_rate=5e-3)
     collector = BatchCollector(run.environment, dro, candidates, PassageReward(0.0), 32)
     learner = SelectorLearner(
-        policy, copy.deepcopy(policy), candidates, dro, training, num_steps, SingleWorker()
+        policy, copy.deepcopy(policy), dro, training, num_steps, SingleWorker()
     )
     rng = np.random.default_rng(0)
     for step in range(num_steps):

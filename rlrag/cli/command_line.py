@@ -105,6 +105,22 @@ def parse(
         raise
 
 
+@dataclasses.dataclass(frozen=True)
+class _ConfigArguments:
+    """The settings of a run."""
+
+    config: typing.Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+def parse_config(default: RunConfig, argv: Sequence[str], prog: str) -> RunConfig:
+    """Read the flags of a run; those that are not given have the values of `default`.
+
+    Raises:
+        ConfigError: when the values contradict each other.
+    """
+    return parse(_ConfigArguments, _ConfigArguments(default), argv, prog).config
+
+
 def _show_short_help(kind: type[Any], default: Any, argv: Sequence[str], prog: str) -> None:
     short, values = shortened(kind, default)
     try:

@@ -290,10 +290,10 @@ def bundle_checkpoint(
     Raises:
         CheckpointError: when the tensors do not fit the configuration.
     """
-    from rlrag.training.parts import open_whole_generator
     from rlrag.bundle import save_bundle
     from rlrag.files.directories import restore_weights
     from rlrag.pipeline import open_policy
+    from rlrag.training.parts import open_whole_generator
 
     policy = open_policy(config, data.train)
     save_generator = save_retriever = None

@@ -3,7 +3,7 @@ r"""Train a recipe, evaluate what came out and print the comparison.
     rlrag train quickstart
     rlrag train nq --run-dir runs/nq --seed 1 --algorithm.num-samples 8
     rlrag train dro-paper --dry-run
-    rlrag train quickstart --run-dir runs/served --feedback feedback.sqlite \
+    rlrag train quickstart --algorithm.name feedback --algorithm.log feedback.sqlite \
         --selector.weights runs/quickstart/bundle/selector.safetensors
     rlrag train nq --run-dir runs/fork --from runs/nq/checkpoints/step-000120
 
@@ -26,7 +26,7 @@ from rlrag.cli.command_line import parse, pick_recipe, program_name
 from rlrag.cli.opened_bundle import say
 from rlrag.cli.rounds import run_rounds
 from rlrag.cli.single_run import run_once, say_next
-from rlrag.config import FeedbackConfig, RunConfig, describe_validation_error
+from rlrag.config import RunConfig, describe_validation_error
 from rlrag.data.feedback import count_selections
 from rlrag.errors import ConfigError, RlragError
 from rlrag.recipes import RECIPES
@@ -42,9 +42,6 @@ class TrainArguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path
     """Where configuration, metrics, checkpoints, bundle and result go."""
-    feedback: str | None = None
-    """A service's log of feedback to train the selector on; short for `--algorithm.name feedback
-    --algorithm.log`."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """A checkpoint of another run whose weights this one starts from; short for
     `--training.start-from`."""
@@ -133,27 +130,21 @@ def check_log(config: RunConfig, run_dir: RunDirectory) -> None:
 
 
 def config_of(arguments: TrainArguments) -> RunConfig:
-    """The configuration, with the log and the checkpoint that the short flags name.
+    """The configuration, with the checkpoint that `--from` names.
 
     Raises:
-        ConfigError: when a short flag contradicts its long form, or the configuration.
+        ConfigError: when it contradicts the long form of that flag, or the configuration.
     """
-    values, log, start = arguments.config.model_dump(), arguments.feedback, arguments.start_from
-    if log is not None:
-        learns = arguments.config.feedback
-        if learns is not None and learns.log != log:
-            raise ConfigError(
-                f"--feedback is {log!r} and --algorithm.log {learns.log!r}; give one of them"
-            )
-        values["algorithm"] = (learns or FeedbackConfig(log=log)).model_dump()
-    if start is not None:
-        start = str(Path(start).expanduser().absolute())
-        if values["training"]["start_from"] not in (None, start):
-            raise ConfigError(
-                f"--from is {start!r} and --training.start-from "
-                f"{values['training']['start_from']!r}; give one of them"
-            )
-        values["training"]["start_from"] = start
+    if arguments.start_from is None:
+        return arguments.config
+    values = arguments.config.model_dump()
+    start = str(Path(arguments.start_from).expanduser().absolute())
+    if values["training"]["start_from"] not in (None, start):
+        raise ConfigError(
+            f"--from is {start!r} and --training.start-from "
+            f"{values['training']['start_from']!r}; give one of them"
+        )
+    values["training"]["start_from"] = start
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

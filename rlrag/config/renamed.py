@@ -27,6 +27,8 @@ def new_name(name: str) -> str | None:
         ('algorithm.num_samples', 'algorithm.name', None)
     """
     section, _, field = name.partition(".")
+    if name == "experience":
+        return _OF_TRAINING[name]
     if section in _SECTIONS:
         return f"algorithm.{field}"
     return _OF_TRAINING.get(field) if section == "training" else None

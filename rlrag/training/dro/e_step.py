@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rlrag.training.parts import TrainedParts
 from rlrag.config import DROConfig, EnvironmentConfig, RunConfig
 from rlrag.environment.episodes import open_episodes
 from rlrag.environment.rollout import play, play_greedy
@@ -33,6 +32,7 @@ from rlrag.selection.protocol import Draws, Policy, Seed
 from rlrag.training.distributed.engines import hand_over
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.dro.batch import RewardedBatch
+from rlrag.training.parts import TrainedParts
 from rlrag.training.schedule import BatchSchedule
 
 

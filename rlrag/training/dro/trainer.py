@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import time
 
-from rlrag.training.parts import TrainedParts
 from rlrag.runs.watchdog import under_way
 from rlrag.training.dro.batch import describe_batch, importance_weights
 from rlrag.training.dro.e_step import Collection
 from rlrag.training.dro.experience_log import ExperienceLog
+from rlrag.training.parts import TrainedParts
 from rlrag.training.trainer import Files, Metrics, Trainer, TrainerContext
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rlrag.training.parts import open_trainable_generator
 from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
 from rlrag.errors import PromptTooLongError
@@ -25,6 +24,7 @@ from rlrag.training.distributed.engines import hand_over
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.jsa.retrievers import target_answer
 from rlrag.training.learners.generator import GeneratorLearner, WeightedExample, thinned
+from rlrag.training.parts import open_trainable_generator
 from rlrag.training.trainer import Files
 
 
