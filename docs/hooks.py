@@ -79,11 +79,15 @@ class Doctests(griffe.Extension):
 
 def configuration() -> Iterator[str]:
     """One table for each section of `RunConfig`, under the name that flags and files use."""
-    from rlrag.config import RunConfig
+    from rlrag.config import ALGORITHMS, OwnTrainerConfig, RunConfig
 
     yield from _table(RunConfig, "", whole=False)
     for name, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if name == "algorithm":
+            for one, section in {**ALGORITHMS, "package.module:name": OwnTrainerConfig}.items():
+                yield from ("", f"## algorithm.name {one}", "", section.__doc__ or "", "")
+                yield from _table(section, "algorithm.", whole=False)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from ("", f"## {name}", "", field.annotation.__doc__ or "", "")
             yield from _table(field.annotation, f"{name}.")
 
@@ -170,6 +174,8 @@ def _rows(section: type[BaseModel], prefix: str, whole: bool) -> Iterator[str]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if whole:
                 yield from _rows(kind, f"{prefix}{name}.", whole)
+            continue
+        if isinstance(field.default, BaseModel):  # one of several, which have tables of their own
             continue
         default = "required" if field.is_required() else _code(_plain(field.default))
         cells = (_code(prefix + name), _values(field), default, field.description or "")

@@ -106,7 +106,7 @@ def parse(
 
 
 @dataclasses.dataclass(frozen=True)
-class _ConfigArguments:
+class _Whole:
     """The settings of a run."""
 
     config: typing.Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -118,7 +118,7 @@ def parse_config(default: RunConfig, argv: Sequence[str], prog: str) -> RunConfi
     Raises:
         ConfigError: when the values contradict each other.
     """
-    return parse(_ConfigArguments, _ConfigArguments(default), argv, prog).config
+    return parse(_Whole, _Whole(default), argv, prog).config
 
 
 def _show_short_help(kind: type[Any], default: Any, argv: Sequence[str], prog: str) -> None:

@@ -328,7 +328,10 @@ class FeedbackConfig(Section):
 
 
 class AlternatingConfig(Section):
-    """The retriever by OpenRAG, and then the other parts by DRO on what it finds, in rounds."""
+    """The retriever by OpenRAG, and then the other parts by DRO on what it finds, in rounds.
+
+    `retriever` holds the settings of `openrag`, `selection` those of `dro`.
+    """
 
     name: Literal["alternating"] = "alternating"
     """The algorithm."""
