@@ -130,7 +130,12 @@ def make_task(config: RunConfig) -> Task:
     """The task, retrieved by what `config` names."""
     corpus = make_corpus()
     library = Library(corpus, open_retrievers(corpus, config.retrieval, config.cache_path))
-    openrag = changed(config, retrieval={"num_candidates": config.openrag.num_offline})
+    openrag = changed(
+        config,
+        retrieval={
+            "num_candidates": config.openrag.num_offline if config.trains_by_openrag else 16
+        },
+    )
     questions = make_questions()
     train, validation = (
         candidates_of(
@@ -207,11 +212,8 @@ def write_files(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
-def gold_flags(folder: Path, directory: Path) -> list[str]:
-    """Flags of `jobs.train quickstart` that train a tiny retriever by relevance on these files.
-
-    To a generator of random weights no passage is of use.
-    """
+def small_flags(folder: Path, directory: Path) -> list[str]:
+    """Flags of `jobs.train quickstart` for a run of tiny models on these files."""
     flags = {
         "run-dir": directory / "run",
         "cache-dir": directory / "cache",
@@ -227,6 +229,19 @@ def gold_flags(folder: Path, directory: Path) -> list[str]:
         "environment.num-selected": 1,
         "generator.model": folder / "generator",
         "generator.max-new-tokens": 3,
+        "training.launcher": "local",
+        "training.batch-size": 8,
+        "training.loggers": "",
+    }
+    return as_words(flags)
+
+
+def gold_flags(folder: Path, directory: Path) -> list[str]:
+    """The same for a retriever that is trained by relevance.
+
+    To a generator of random weights no passage is of use.
+    """
+    flags = {
         "algorithm.name": "openrag",
         "algorithm.labels": "gold",
         "algorithm.num-offline": 16,
@@ -236,8 +251,10 @@ def gold_flags(folder: Path, directory: Path) -> list[str]:
         "algorithm.online-epochs": 2,
         "algorithm.temperature": 0.1,
         "algorithm.learning-rate": 2e-3,
-        "training.launcher": "local",
-        "training.batch-size": 8,
-        "training.loggers": "",
     }
+    return [*small_flags(folder, directory), *as_words(flags)]
+
+
+def as_words(flags: Mapping[str, object]) -> list[str]:
+    """Flags as the words of a command line; an empty value is no word."""
     return [word for name, value in flags.items() for word in (f"--{name}", str(value)) if word]

@@ -98,6 +98,13 @@ def test_a_checkpoint_of_other_parts_is_refused_before_anything_is_opened(
         check_start(forked(small_config, source, **sections), RunDirectory(tmp_path / "fork"))
 
 
+OF_PART = {
+    "selector": {"parts": ["selector"]},
+    "generator": {"parts": ["generator"]},
+    "retriever": {"name": "openrag"},
+}
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
@@ -111,7 +118,7 @@ def test_a_checkpoint_of_other_parts_is_refused_before_anything_is_opened(
 def test_what_gives_the_weights_their_meaning_must_be_the_same(
     small_config, tmp_path, part, name, value
 ):
-    config = changed(small_config, retrieval={"kind": "dense"}, algorithm={"parts": []})
+    config = changed(small_config, retrieval={"kind": "dense"}, algorithm=OF_PART[part])
     source = RunDirectory(tmp_path / "source")
     source.claim(config)
     store = CheckpointStore(source.checkpoints)
@@ -159,7 +166,7 @@ def test_what_is_no_checkpoint_is_named(small_config, training_data, tmp_path, s
 def test_two_places_to_start_from_are_one_too_many(small_config):
     with pytest.raises(ConfigError, match=r"selector\.weights 'w' names weights to start from too"):
         forked(small_config, Path("c"), selector={"weights": "w"})
-    with pytest.raises(ConfigError, match=r"training\.experience starts from selector\.weights"):
+    with pytest.raises(ConfigError, match=r"'feedback' starts from selector\.weights"):
         forked(small_config, Path("c"), algorithm={"name": "feedback", "log": "log.sqlite"})
 
 

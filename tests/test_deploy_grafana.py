@@ -89,7 +89,7 @@ def recorded(small_config, few_data, model_dir, tmp_path) -> Exported:
     start_joint(joint, few_data, tmp_path / "joint").run()
     save_tiny_encoder(tmp_path / "encoder")
     one_epoch = {"offline_epochs": 0, "online_epochs": 1}
-    retriever = openrag_config(tmp_path / "cache", tmp_path / "encoder", openrag=one_epoch)
+    retriever = openrag_config(tmp_path / "cache", tmp_path / "encoder", algorithm=one_epoch)
     retriever = changed(retriever, training={"batch_size": 24})
     start_retriever(retriever, make_task(retriever), tmp_path / "retriever").run()
     return {**served(tmp_path / "joint"), **served(tmp_path / "retriever")}

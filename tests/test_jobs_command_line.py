@@ -236,7 +236,7 @@ def shown_flags(recipe: str, word: str, capsys) -> set[str]:
     assert caught.value.code == 0
     said = capsys.readouterr().out
     assert ("--help-all lists every flag" in said) == (word != "--help-all")
-    return {name for name in flag_names(RunConfig()) if re.search(rf"--{name}[ ,]", said)}
+    return {name for name in flag_names(RECIPES[recipe]()) if re.search(rf"--{name}[ ,]", said)}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -84,7 +84,7 @@ def test_systems_that_the_run_did_not_compare_can_be_named(model_dir, tmp_path):
     record = json.loads((tmp_path / "out.json").read_text())
     assert set(record["systems"]) == {"bm25", "trained"}
     assert record["prompts"] == {"prompt_cut_share": 0.0, "dropped_passage_share": 0.0}
-    with pytest.raises(ConfigError, match="asks for tuned_retriever, but training"):
+    with pytest.raises(ConfigError, match="asks for tuned_retriever, but algorithm"):
         evaluate.main(words(bundle, tmp_path / "out.json", "--systems", "tuned_retriever"))
 
 

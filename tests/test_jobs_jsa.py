@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from openrag_runs import gold_flags
+from openrag_runs import small_flags
 
 from rlrag.bundle import load_bundle
 from rlrag.cli import evaluate, report, train
@@ -17,14 +17,7 @@ COMPARED = ("original_retriever", "tuned_retriever")
 def test_a_retriever_is_trained_bundled_and_compared(openrag_files, tmp_path, joint):
     """Over an index that is built once: the passages' encoder stays."""
     systems = [*COMPARED, *(["tuned_generator"] if joint else []), "trained"]
-    flags = gold_flags(openrag_files, tmp_path)
-    words = [
-        word
-        for flag, value in zip(flags[::2], flags[1::2], strict=True)
-        if not flag.startswith("--algorithm.")
-        for word in (flag, value)
-    ]
-    more = {
+    flags = {
         "algorithm.name": ["jsa"],
         "algorithm.train-generator": [str(joint)],
         "training.num-epochs": ["1"],
@@ -34,8 +27,8 @@ def test_a_retriever_is_trained_bundled_and_compared(openrag_files, tmp_path, jo
         "generator-training.sequences-per-question": ["1"],
         "evaluation.systems": systems,
     }
-    extra = [word for name, values in more.items() for word in (f"--{name}", *values)]
-    train.main(["quickstart", *words, *extra])
+    extra = [word for name, values in flags.items() for word in (f"--{name}", *values)]
+    train.main(["quickstart", *small_flags(openrag_files, tmp_path), *extra])
     run_dir = tmp_path / "run"
     found = json.loads((run_dir / "evaluation.json").read_text())
     assert list(found["systems"]) == systems

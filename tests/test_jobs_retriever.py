@@ -106,7 +106,7 @@ def answers_of(evaluation: Path) -> list[str | None]:
 
 def test_a_trained_generator_is_not_replaced(openrag_files, tmp_path):
     both = DROConfig(parts=("selector", "generator"))
-    bundle = untrained_bundle(openrag_files, tmp_path, training=both)
+    bundle = untrained_bundle(openrag_files, tmp_path, algorithm=both)
     words = evaluate_words(openrag_files, bundle, tmp_path / "out.json", "--generator", "other")
     with pytest.raises(ConfigError, match=r"--generator is 'other', but .* weights that it"):
         evaluate.main(words)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from openrag_runs import gold_flags
+from openrag_runs import gold_flags, small_flags
 
 from rlrag.bundle import load_bundle
 from rlrag.cli import train
@@ -115,14 +115,15 @@ def test_turns_are_joined_as_one_run(tmp_path):
 
 def words_of(files: Path, directory: Path, rounds: int, *systems: str) -> list[str]:
     """Of `jobs.train`, for a small run of all parts in turns."""
+    whole = gold_flags(files, directory)
+    small = small_flags(files, directory)
     of_retriever = [
-        word.replace("--algorithm.", "--algorithm.retriever.")
-        for word in gold_flags(files, directory)
-        if word not in ("--algorithm.name", "openrag")
+        word.replace("--algorithm.", "--algorithm.retriever.") for word in whole[len(small) + 2 :]
     ]
     flags = [
-        *of_retriever,
+        *small,
         *("--algorithm.name", "alternating", "--algorithm.rounds", str(rounds)),
+        *of_retriever,
         *("--algorithm.selection.parts", "selector", "generator"),
         *("--algorithm.selection.num-samples", "2", "--training.num-epochs", "1"),
         *("--generator-training.lora-rank", "2", "--retrieval.num-candidates", "4"),

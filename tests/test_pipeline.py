@@ -54,7 +54,7 @@ def test_where_the_retriever_is_trained_its_first_candidates_are_those_to_label(
     data = open_training_data(config, library)
     assert data.train.rows_QN.shape == (10, 16)
     assert len(data.validation) == 2
-    selecting = changed(config, algorithm={"parts": ["selector"]})
+    selecting = changed(config, algorithm={"name": "dro"})
     few = open_training_data(selecting, library)
     assert few.train.rows_QN.shape == (10, 5)
     assert np.array_equal(data.train.rows_QN[:, :5], few.train.rows_QN)

@@ -106,7 +106,7 @@ def test_what_an_estep_has_begun_is_dropped(
     small_config, training_data, tmp_path, step, ends_at, saved
 ):
     """E-steps of two batches and two passes: only steps 4, 8 and so on can be continued from."""
-    config = changed(small_config, dro=OFF_POLICY, training={"num_epochs": 2})
+    config = changed(small_config, algorithm=OFF_POLICY, training={"num_epochs": 2})
     said = check(config, training_data, tmp_path, step)
     assert f"after step {ends_at}, with a checkpoint of step {saved};" in said
 

@@ -186,7 +186,7 @@ def test_an_alarm_is_raised_once_and_reads_as_a_sentence():
     (alarm,) = found[9]
     assert alarm == Alarm("collapse", 10, alarm.text)
     assert alarm.text.startswith("the effective sample size was 1.00 of 8 over the last 10 steps")
-    assert "Raise dro.reward_temperature" in alarm.text
+    assert "Raise algorithm.reward_temperature" in alarm.text
     assert alarms.raised == (alarm,)
 
 

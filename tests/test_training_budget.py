@@ -124,7 +124,7 @@ def test_a_retriever_asks_for_each_first_candidate_and_for_what_it_finds(
     small_config, training_data, openrag, num_steps, num_judged, num_found
 ):
     """An answer and a score a candidate; 8 questions are held back and answered each third step."""
-    settings = OpenRAGConfig(offline_epochs=2, **{"online_epochs": 2, **openrag})
+    settings = OpenRAGConfig(**{"offline_epochs": 2, "online_epochs": 2, **openrag})
     config = small_config.model_copy(update={"algorithm": settings})
     budget = estimate_budget(config, training_data, WordPrompts())
     assert budget.num_steps == num_steps
@@ -138,7 +138,7 @@ def test_a_retriever_asks_for_each_first_candidate_and_for_what_it_finds(
 def test_passes_over_the_same_samples_ask_for_nothing_new(small_config, training_data):
     config = decided(small_config, prior_scale=1000.0)
     several = config.model_copy(
-        update={"dro": config.dro.model_copy(update={"passes": 3, "baseline": "none"})}
+        update={"algorithm": config.dro.model_copy(update={"passes": 3, "baseline": "none"})}
     )
     once, thrice = (estimate_budget(c, training_data, WordPrompts()) for c in (config, several))
     assert thrice.num_steps == 3 * once.num_steps

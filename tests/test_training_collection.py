@@ -145,7 +145,7 @@ def test_a_step_tells_what_its_prompts_left_out(small_config, overlap):
 )
 def test_the_drawing_policy_is_renewed_when_an_estep_begins(small_config, dro, drawers):
     """24 questions in batches of 8; a learner changes the policy after every step."""
-    case = Case(changed(small_config, dro=dro))
+    case = Case(changed(small_config, algorithm=dro))
     policies = policies_before_each_step(case.config, 6)
     for step, drawer in enumerate(drawers):
         experience, metrics = case.collect(step)

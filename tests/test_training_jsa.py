@@ -194,7 +194,7 @@ def joint_config(config: RunConfig, model_dir: Path, **sections) -> RunConfig:
             "sequences_per_question": 1,
         },
         training={"num_epochs": 1, "checkpoint_every": 1, "validate_every": 2},
-        algorithm={"name": "alternating", "selection": {"parts": ["generator"]}},
+        algorithm={"train_generator": True},
     )
     return changed(config, **sections)
 
@@ -558,9 +558,7 @@ def test_the_budget_counts_each_domain_once_while_the_generator_is_frozen(config
     budget = estimate_budget(config, task.data, WordPrompts())
     assert budget.num_steps == NUM_STEPS
     assert budget.num_requests == 28 * 12 + (1 + NUM_STEPS // 4) * NUM_VALIDATION
-    joint = changed(
-        config, algorithm={"name": "alternating", "selection": {"parts": ["generator"]}}
-    )
+    joint = changed(config, algorithm={"train_generator": True})
     trained = estimate_budget(joint, task.data, WordPrompts())
     assert trained.num_requests == NUM_STEPS * 8 * 12 + (1 + NUM_STEPS // 4) * NUM_VALIDATION
     assert budget.num_rollouts == trained.num_rollouts == NUM_STEPS * 8 * 50

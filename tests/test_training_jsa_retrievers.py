@@ -159,7 +159,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(config, task
     for parameter in learner.posterior.parameters():
         parameter.register_hook(lambda gradient: gradient * math.nan)  # the loss is finite
     before = [p.detach().clone() for p in learner.prior.parameters()]
-    with pytest.raises(NonFiniteLossError, match=r"gradient of step 7 is not finite; lower jsa"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"gradient of step 7 is not finite; lower algorithm"
+    ):
         learner.update(domain, even_weights(domain), 2, 7)
     assert all(torch.equal(*both) for both in zip(before, learner.prior.parameters(), strict=True))
 

@@ -35,7 +35,7 @@ def test_candidates_are_those_that_were_served_as_if_just_retrieved(tmp_path):
     retrieval = RetrievalConfig(kind="bm25", encoder=None, num_candidates=6)
     config = changed(
         RunConfig(cache_dir=str(tmp_path), retrieval=retrieval),
-        algorithm={"held_back_share": 0.0},
+        algorithm={"name": "feedback", "log": "log.sqlite", "held_back_share": 0.0},
         training={"batch_size": 5},
     )
     library = Library(corpus, open_retrievers(corpus, retrieval, tmp_path))

@@ -221,7 +221,7 @@ def test_a_score_that_does_not_predict_the_label_gives_one_warning(config, tmp_p
     assert found.auc_of(np.arange(6)) == 0.0
     assert len(caplog.records) == 1
     assert "AUC 0.000 is below 0.60" in caplog.text
-    assert "openrag.stages offline" in caplog.text
+    assert "algorithm.online_epochs 0" in caplog.text
     assert found.usable.tolist() == list(range(6))
     summary = json.loads((directory / "summary.json").read_text())["all"]
     assert summary["auc"] == summary["best_score_is_positive"] == 0.0
@@ -249,7 +249,10 @@ def test_gold_passages_stand_in_where_the_generator_is_never_right(config, tmp_p
 def test_without_a_reason_nobody_is_warned(config, tmp_path, caplog, openrag):
     with caplog.at_level(logging.WARNING):
         run_stage(
-            changed(config, openrag=openrag), make_table(6), ReadingGenerator(), tmp_path / "pools"
+            changed(config, algorithm=openrag),
+            make_table(6),
+            ReadingGenerator(),
+            tmp_path / "pools",
         )
     assert caplog.records == []
 

@@ -90,7 +90,7 @@ def series(directory: Path, name: str) -> list[float]:
 def test_training_finds_the_passages_that_help_with_unseen_subjects(
     config, task, tmp_path, openrag
 ):
-    finished(changed(config, openrag=openrag), task, tmp_path / "run")
+    finished(changed(config, algorithm=openrag), task, tmp_path / "run")
     for name in ("validation/accuracy", "validation/recall"):
         found = series(tmp_path / "run", name)
         assert found[0] < 0.5 < 0.8 <= max(found)
@@ -128,7 +128,7 @@ def test_distilling_likelihoods_lowers_the_divergence(config, task, tmp_path, st
 )
 def test_the_stages_follow_each_other(config, task, tmp_path, openrag, num_offline, num_online):
     """Offline steps ask the generator for nothing but what the pools could not say."""
-    loop = finished(changed(config, openrag=openrag), task, tmp_path / "run")
+    loop = finished(changed(config, algorithm=openrag), task, tmp_path / "run")
     assert loop.trainer.num_steps == num_offline + num_online
     records = steps_of(tmp_path / "run")[1:]
     assert [line["stage"] for line in records] == [0.0] * num_offline + [1.0] * num_online
@@ -316,7 +316,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_never_was(config, task, tmp_pat
     ],
 )
 def test_so_does_every_kind_of_it(config, task, tmp_path, openrag, stop_at):
-    check_resume(changed(config, openrag=openrag), task, tmp_path, stop_at)
+    check_resume(changed(config, algorithm=openrag), task, tmp_path, stop_at)
 
 
 def check_resume(config: RunConfig, task: Task, directory: Path, stop_at: int) -> None:

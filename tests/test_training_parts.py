@@ -237,7 +237,7 @@ def test_a_whole_generator_takes_over_a_checkpoint(config):
     ],
 )
 def test_a_part_that_is_not_trained_has_no_learner(config, trained, files):
-    config = changed(config, algorithm={"parts": []})
+    config = changed(config, algorithm={"parts": [trained]})
     parts = open_parts(config)
     metrics = update(parts, config, 0)
     assert sorted(parts.tensors()) == files

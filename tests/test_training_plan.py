@@ -306,7 +306,7 @@ def test_turns_are_planned_one_after_the_other(tmp_path):
         RunConfig(cache_dir=str(tmp_path)),
         retrieval={"kind": "dense"},
         generator={"model": "somebody/model-1b"},
-        algorithm={"name": "alternating", "selection": {"parts": ["selector"]}},
+        algorithm={"name": "alternating", "rounds": 3},
     )
     lines = describe_plan(config).splitlines()
     assert lines[1] == "  rounds      3, each: the retriever, then selector"

@@ -56,7 +56,7 @@ def test_in_the_middle_of_an_estep_of_several_passes(
     small_config, training_data, tmp_path, stop_at
 ):
     """E-steps of two batches and two passes: steps 1 to 4, 5 to 8, and so on."""
-    config = changed(small_config, dro=OFF_POLICY, training={"num_epochs": 2})
+    config = changed(small_config, algorithm=OFF_POLICY, training={"num_epochs": 2})
     check(config, training_data, tmp_path, stop_at)
 
 

@@ -64,7 +64,7 @@ def test_home_and_relative_paths_are_made_absolute(tmp_path, monkeypatch):
 
 def test_another_configuration_is_refused_with_every_field_that_differs(tmp_path):
     run_dir = claimed(tmp_path / "run")
-    other = CONFIG.model_copy(update={"seed": 3, "dro": DROConfig(num_samples=4)})
+    other = CONFIG.model_copy(update={"seed": 3, "algorithm": DROConfig(num_samples=4)})
     with pytest.raises(RunDirectoryError) as caught:
         run_dir.claim(other)
     message = str(caught.value)

@@ -67,7 +67,7 @@ def parse(
         ConfigError: when the values contradict each other. Unknown flags end the process with
             code 2 and the nearest valid name, as the parser does.
     """
-    of_run = default is not None and takes_recipe(kind)
+    of_run, whole = default is not None and takes_recipe(kind), kind
     if of_run:
         kind, default = of_named_algorithm(kind, default, argv)
         if HELP_ALL in argv:
@@ -83,10 +83,11 @@ def parse(
                 args=list(_as_switches(argv, set(_switches(kind)))),
                 prog=prog,
             )
-        if of_run:  # the arguments' own class holds this one algorithm alone
-            config: Any = parsed.config  # type: ignore[attr-defined]
-            whole = RunConfig.model_validate(config.model_dump())
-            parsed = dataclasses.replace(parsed, config=whole)  # type: ignore[type-var]
+        if of_run:  # these arguments have this one algorithm alone
+            names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+            values = {name: getattr(parsed, name) for name in names}
+            config = RunConfig.model_validate(values["config"].model_dump())
+            parsed = whole(**(values | {"config": config}))
         return parsed
     except ValidationError as error:
         raise ConfigError(describe_validation_error(error)) from error

@@ -21,13 +21,8 @@ FIRST = (
     *("generator.model", "generator.backend"),
     *("generator.prompt.style", "generator.prompt.passage_order"),
     "reward.functions",
-    *(
-        "algorithm.name",
-        "algorithm.parts",
-        "training.launcher",
-        "training.num_workers",
-        "training.batch_size",
-    ),
+    *("algorithm.name", "algorithm.parts", "algorithm.rounds"),
+    *("training.launcher", "training.num_workers", "training.batch_size"),
 )
 """Fields that the short help of every recipe shows."""
 
@@ -45,7 +40,9 @@ def first_fields(config: RunConfig) -> set[str]:
     """Dotted names of the fields that the short help of a recipe shows."""
     trained = {*config.algorithm.parts, config.algorithm.name}
     chosen = (names for what, names in FIRST_WHERE_TRAINED.items() if what in trained)
-    return {*FIRST, *(name for names in chosen for name in names)}
+    names = {*FIRST, *(name for names in chosen for name in names)}
+    known = {f"algorithm.{name}" for name in type(config.algorithm).model_fields}
+    return {name for name in names if name in known or not name.startswith("algorithm.")}
 
 
 def shortened(kind: type[Any], default: Any) -> tuple[type[Any], Any]:

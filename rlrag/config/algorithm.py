@@ -40,7 +40,7 @@ class DROConfig(Section):
     """Direct Retrieval-augmented Optimization (arXiv 2505.03075)."""
 
     name: Literal["dro"] = "dro"
-    """The algorithm."""
+    """What trains: dro, sft, openrag, jsa, feedback, alternating or `package.module:name`."""
     parts: tuple[Literal["selector", "generator"], ...] = ("selector",)
     """What is trained; the rest stays as it is."""
     num_samples: int = Field(default=8, ge=1)
@@ -128,7 +128,7 @@ class SFTConfig(Section):
     """
 
     name: Literal["sft"] = "sft"
-    """The algorithm."""
+    """What trains: dro, sft, openrag, jsa, feedback, alternating or `package.module:name`."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -146,7 +146,7 @@ class OpenRAGConfig(Section):
     """
 
     name: Literal["openrag"] = "openrag"
-    """The algorithm."""
+    """What trains: dro, sft, openrag, jsa, feedback, alternating or `package.module:name`."""
     labels: Literal["generator", "gold", "generator_else_gold"] = "generator"
     """Which passages are positive. `generator`: those with which the generator answers correctly;
     `gold`: the questions' gold passages, OpenRAG's baseline; `generator_else_gold`: gold passages
@@ -242,7 +242,7 @@ class JSAConfig(Section):
     """
 
     name: Literal["jsa"] = "jsa"
-    """The algorithm."""
+    """What trains: dro, sft, openrag, jsa, feedback, alternating or `package.module:name`."""
     train_generator: bool = False
     """Also train the generator, as the paper does."""
     mis_steps: int = Field(default=50, ge=1)
@@ -297,7 +297,7 @@ class FeedbackConfig(Section):
     """
 
     name: Literal["feedback"] = "feedback"
-    """The algorithm."""
+    """What trains: dro, sft, openrag, jsa, feedback, alternating or `package.module:name`."""
     log: str
     """The log of feedback that a service wrote (`feedback.path`)."""
     max_ratio: float = Field(default=20.0, ge=1)
@@ -334,7 +334,7 @@ class AlternatingConfig(Section):
     """
 
     name: Literal["alternating"] = "alternating"
-    """The algorithm."""
+    """What trains: dro, sft, openrag, jsa, feedback, alternating or `package.module:name`."""
     rounds: int = Field(default=1, ge=1)
     """Rounds; each trains the retriever and then the other parts."""
     retriever: OpenRAGConfig = OpenRAGConfig()

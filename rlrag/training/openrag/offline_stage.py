@@ -190,7 +190,7 @@ def _report(pools: Pools, config: RunConfig, say: Callable[[str], None]) -> None
         logger.warning(
             "the generator's score hardly predicts whether it is right: AUC %.3f is below %.2f, so "
             "that labels of the online stage will be poor; try another prompt or generator, or "
-            "algorithm.stages offline",
+            "algorithm.online_epochs 0",
             auc,
             MIN_AUC,
         )
