@@ -160,7 +160,7 @@ def check_program(module: str, words: Sequence[str]) -> None:
 def accepts(recipe: str, flags: Sequence[str]) -> bool:
     try:
         check_program("jobs.train", [recipe, *flags])
-    except ConfigError:
+    except (ConfigError, SystemExit):  # the second: it is a flag of another algorithm
         return False
     return True
 

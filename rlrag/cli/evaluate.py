@@ -246,7 +246,8 @@ def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
             )
         values = config.model_dump()
         values["environment"]["num_selected"] = shown
-        for section, field in (("retrieval", "num_candidates"), ("openrag", "num_online")):
-            values[section][field] = max(values[section][field], shown)
+        for section, field in (("retrieval", "num_candidates"), ("algorithm", "num_online")):
+            if field in values[section]:
+                values[section][field] = max(values[section][field], shown)
         config = type(config).model_validate(values)
     return config
