@@ -25,7 +25,7 @@ class SelfCritical(Trainer):
         training = context.config.training
         self._optimiser = Optimiser(
             dict(self.policy.named_parameters()),
-            training,
+            training.learning_rate,
             training.warmup_steps,
             self.num_steps,
             context.workers,

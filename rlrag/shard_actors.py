@@ -13,7 +13,6 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
-from rlrag.config import RetrievalConfig
 from rlrag.errors import RetrievalError, RlragError
 from rlrag.generation.pool.dispatch import ACTOR_ENDED
 from rlrag.retrieval.dense.shards import ShardSource, VectorShard
@@ -21,6 +20,10 @@ from rlrag.retrieval.protocol import Hits
 
 # An actor that dies more often than this does so for a reason that starting it again does not mend.
 MAX_RESTARTS = 3
+# One thread of FAISS; more shards use more cores.
+CPUS = 1
+# Of a search by all shards, the first of which builds their indexes.
+TIMEOUT_S = 600
 _TASK_RETRIES = 2
 
 
@@ -43,12 +46,16 @@ class ShardActors:
 
     Args:
         sources: One part an actor.
-        config: Reservation and waits.
+        cpus: Ray's reservation of an actor.
+        timeout_s: Longest wait for the results of all parts.
     """
 
-    def __init__(self, sources: Sequence[ShardSource], config: RetrievalConfig) -> None:
+    def __init__(
+        self, sources: Sequence[ShardSource], cpus: float = CPUS, timeout_s: float = TIMEOUT_S
+    ) -> None:
         self._sources = tuple(sources)
-        self._config = config
+        self._cpus = cpus
+        self._timeout_s = timeout_s
         self._actors: tuple[Any, ...] = ()
 
     def search(self, vectors_BD: np.ndarray, k: int) -> list[Hits]:
@@ -62,25 +69,23 @@ class ShardActors:
             self._actors = tuple(map(self._make, self._sources))
         shared = ray.put(vectors_BD)
         answers = [actor.search.remote(shared, k) for actor in self._actors]
-        _, late = ray.wait(answers, num_returns=len(answers), timeout=self._config.shard_timeout_s)
+        _, late = ray.wait(answers, num_returns=len(answers), timeout=self._timeout_s)
         if late:
             names = ", ".join(self._name(answers.index(answer)) for answer in late)
             raise RetrievalError(
-                f"{names} did not answer within {self._config.shard_timeout_s:g} s; each asks for "
-                f"{self._config.shard_cpus:g} CPUs of the cluster and may first build its index: "
-                "free them, or raise retrieval.shard_timeout_s"
+                f"{names} did not answer within {self._timeout_s:g} s; each asks for "
+                f"{self._cpus:g} CPUs of the cluster and may first build its index: free them, or "
+                "use more retrieval.num_shards, whose indexes are smaller"
             )
         return [self._result(number, answer) for number, answer in enumerate(answers)]
 
     def _make(self, source: ShardSource) -> Any:
         make = ray.remote(ShardActor).options(
-            num_cpus=self._config.shard_cpus,
+            num_cpus=self._cpus,
             max_restarts=MAX_RESTARTS,
             max_task_retries=_TASK_RETRIES,
             # FAISS takes as many threads as this says; Ray would say 1 for less than two CPUs.
-            runtime_env={
-                "env_vars": {"OMP_NUM_THREADS": str(max(1, int(self._config.shard_cpus)))}
-            },
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(self._cpus)))}},
         )
         return make.remote(source)
 

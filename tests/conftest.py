@@ -20,7 +20,6 @@ from rlrag.config import (
     PromptConfig,
     RetrievalConfig,
     RunConfig,
-    SelectorConfig,
     TrainingConfig,
 )
 from rlrag.pipeline import TrainingData
@@ -86,7 +85,6 @@ def small_config(tmp_path: Path) -> RunConfig:
         data=DataConfig(num_validation_questions=8),
         retrieval=RetrievalConfig(num_candidates=NUM_CANDIDATES),
         environment=EnvironmentConfig(num_selected=1),
-        selector=SelectorConfig(hidden_size=8, projection_size=4),
         generator=GeneratorConfig(prompt=PromptConfig()),
         training=TrainingConfig(
             launcher="local",

@@ -47,7 +47,7 @@ def changed(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
 def co_training(
     config: RunConfig, model_dir: Path, dro: Mapping[str, Any] | None = None, **training: Any
 ) -> RunConfig:
-    """Selector and a tiny generator, trained together in float32; weights may be one step old."""
+    """Selector and a tiny generator, trained together in float32."""
     return changed(
         config,
         generator={"model": str(model_dir), "dtype": "float32", "max_new_tokens": 3},
@@ -56,7 +56,6 @@ def co_training(
             "precision": "float32",
             "lora_rank": 2,
             "learning_rate": 1e-2,
-            "max_staleness": 1,
         },
         training=training,
     )

@@ -16,7 +16,6 @@ from rlrag.config import (
     PromptConfig,
     RetrievalConfig,
     RunConfig,
-    SelectorConfig,
     TrainingConfig,
 )
 from rlrag.pipeline import open_evaluation_data, open_library, open_policy
@@ -43,7 +42,6 @@ def bundle_config(files: Path, cache_dir: Path) -> RunConfig:
             num_candidates=NUM_CANDIDATES,
         ),
         environment=EnvironmentConfig(num_selected=NUM_SELECTED),
-        selector=SelectorConfig(hidden_size=8, projection_size=4),
         generator=GeneratorConfig(
             model=str(files / "generator"),
             dtype="float32",

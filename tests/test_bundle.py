@@ -309,8 +309,8 @@ def test_a_bundle_that_was_being_replaced_when_its_writer_was_killed_is_read(wit
 
 
 def test_a_selector_of_another_shape_is_refused(config, saved):
-    wider = config.selector.model_copy(update={"hidden_size": 16})
-    rewrite(saved, "config.json", selector=wider.model_dump(mode="json"))
+    stopping = config.selector.model_copy(update={"may_stop": True})
+    rewrite(saved, "config.json", selector=stopping.model_dump(mode="json"))
     with pytest.raises(CheckpointError, match="does not fit the configuration"):
         load_bundle(saved)
 

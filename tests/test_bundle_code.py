@@ -52,7 +52,7 @@ def plain(model_dir, tmp_path_factory) -> Path:
         environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(model=str(model_dir), max_new_tokens=3),
         training=TrainingConfig(launcher="local"),
-        evaluation=EvaluationConfig(systems=("retriever_order", "trained"), num_bootstrap=100),
+        evaluation=EvaluationConfig(systems=("retriever_order", "trained")),
     )
     files = {"corpus": str(folder / "corpus.jsonl"), "eval_questions": str(folder / "eval.jsonl")}
     config = config.model_copy(update={"data": config.data.model_copy(update=files)})

@@ -55,7 +55,6 @@ def config(tmp_path_factory) -> RunConfig:
     (model.parent / "cache" / "models").mkdir(parents=True)
     values = RunConfig(cache_dir=str(model.parent / "cache")).model_dump()
     values["generator"]["model"] = str(model)
-    values["selector"] |= {"hidden_size": 8, "projection_size": 4}
     return RunConfig.model_validate(values)
 
 

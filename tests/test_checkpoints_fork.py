@@ -83,7 +83,7 @@ def test_a_trained_generator_is_forked_too_and_the_engine_answers_with_it(
 @pytest.mark.parametrize(
     ("sections", "complaint"),
     [
-        ({"selector": {"hidden_size": 16}}, r"selector\.hidden_size: 8 there, 16 here"),
+        ({"selector": {"adapter_rank": 4}}, r"selector\.adapter_rank: 16 there, 4 here"),
         ({"environment": {"num_selected": 2}}, r"environment\.num_selected: 1 there, 2 here"),
         (
             {"algorithm": {"parts": ["generator"]}},
@@ -108,9 +108,9 @@ OF_PART = {
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
-        ("selector", "selector.projection_size", 8),
+        ("selector", "selector.adapter_rank", 8),
         ("generator", "generator.model", "another"),
-        ("generator", "generator_training.lora_alpha", 3.0),
+        ("generator", "generator_training.lora_rank", 3),
         ("retriever", "retrieval.encoder", "another"),
         ("retriever", "algorithm.tied", False),
     ],

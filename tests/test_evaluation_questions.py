@@ -224,7 +224,7 @@ def test_an_evaluation_keeps_all_systems_with_what_they_picked_from(tmp_path):
     names = ("no_retrieval", "oracle", "trained")
     config = RunConfig(
         environment=EnvironmentConfig(num_selected=1),
-        evaluation=EvaluationConfig(systems=names, num_bootstrap=100),
+        evaluation=EvaluationConfig(systems=names),
     )
     answering = open_reward(config, ReadingGenerator(), WordPrompts())
     policy = PlackettLucePolicy(LastFirst(), 1)

@@ -97,7 +97,7 @@ def run(
         retrieval=RetrievalConfig(kind="dense"),
         environment=EnvironmentConfig(num_selected=num_selected),
         algorithm=algorithm,
-        evaluation=EvaluationConfig(systems=systems, num_bootstrap=100),
+        evaluation=EvaluationConfig(systems=systems),
     )
     reward = open_reward(config, generator or ReadingGenerator(), WordPrompts())
     policy = PlackettLucePolicy(LastFirst(), num_selected)

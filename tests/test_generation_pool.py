@@ -18,7 +18,7 @@ from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError, SetupError
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.pool.client import plan_chunks
-from rlrag.generation.pool.start import GeneratorPool
+from rlrag.generation.pool.start import MAX_RESTARTS, GeneratorPool
 from rlrag.generation.protocol import Generator, Sampling, TokenCount
 from rlrag.records import Generation, Prompt, Score
 
@@ -78,10 +78,13 @@ def refuse(folder: Path) -> Generator:
 def open_pool(tmp_path):
     pools = []
 
-    def open_it(make=Echo, **changes) -> GeneratorPool:
+    def open_it(make=Echo, max_restarts=MAX_RESTARTS, **changes) -> GeneratorPool:
         settings = {"num_actors": 2, "batch_size": 2, "request_timeout_s": 60, **changes}
         config = GeneratorConfig(**settings)
-        pools.append(GeneratorPool(config, partial(make, tmp_path), "echo", {"ECHO": "1"}))
+        engine = partial(make, tmp_path)
+        pools.append(
+            GeneratorPool(config, engine, "echo", {"ECHO": "1"}, max_restarts=max_restarts)
+        )
         return pools[-1]
 
     yield open_it
@@ -237,7 +240,7 @@ def test_engines_that_answer_nothing_end_the_call(open_pool):
 def test_exhausted_restarts_name_the_actor_and_what_was_asked(open_pool):
     pool = open_pool(num_actors=1, max_restarts=0)
     with pytest.raises(
-        GenerationError, match=r"generator-\w+-0 died on score of 1 prompt, .*max_restarts = 0"
+        GenerationError, match=r"generator-\w+-0 died on score of 1 prompt, .*restarted too often"
     ):
         pool.score([prompt(DIE)], [(1,)])
 

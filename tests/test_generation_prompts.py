@@ -222,13 +222,6 @@ def test_an_answer_that_nothing_ends_is_refused(tokenizer):
         builder.encode_target("Lima")
 
 
-def test_an_answer_is_scored_without_its_end_unless_asked(tokenizer):
-    usual = PromptBuilder(config(), tokenizer)
-    assert usual.encode_scored("Lima") == usual.encode_answer("Lima")
-    ended = PromptBuilder(config(score_end_of_answer=True), tokenizer)
-    assert ended.encode_scored("Lima") == usual.encode_target("Lima") != usual.encode_answer("Lima")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["plain", "chat"])
 def test_the_built_in_generator_emits_the_targets_of_the_factbook(style):

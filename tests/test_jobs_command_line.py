@@ -308,9 +308,14 @@ def test_flags_change_single_fields_and_nothing_else():
         (["--reward.weights", "1", "2"], "reward.functions has 1 entries and reward.weights 2"),
         (["--generator.backend", "vllm", "--training.launcher", "local"], "runs without vLLM"),
         (["--retrieval.rrf-k", "60"], "--retrieval.rrf-k is no setting any more and fixed at 60"),
+        (["--mirror.max_attempts=5"], "--mirror.max_attempts is no setting any more and fixed"),
         (
-            ["--mirror.max_attempts=5"],
-            "--mirror.max_attempts is no setting any more",
+            ["--generator.prompt.no-score-end-of-answer"],
+            "--generator.prompt.no-score-end-of-answer is no setting any more and fixed at False",
+        ),
+        (
+            ["--generator-training.max-staleness", "1"],
+            "--generator-training.max-staleness is no setting any more; leave it out",
         ),
     ],
 )

@@ -35,7 +35,7 @@ def trained_bundle(folder: Path, model_dir: Path, *systems: System) -> Path:
         environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(model=str(model_dir), max_new_tokens=3),
         training=TrainingConfig(launcher="local"),
-        evaluation=EvaluationConfig(systems=systems, num_bootstrap=100),
+        evaluation=EvaluationConfig(systems=systems),
     )
     data = {name: str(folder / f"{name}.jsonl") for name in ("corpus", "eval")}
     of_files = {"corpus": data["corpus"], "eval_questions": data["eval"]}

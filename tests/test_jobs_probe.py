@@ -55,7 +55,7 @@ def bundle(model_dir, tmp_path_factory) -> Path:
         environment=EnvironmentConfig(num_selected=2),
         generator=GeneratorConfig(model=str(model_dir), max_new_tokens=3, temperature=0.7),
         training=TrainingConfig(launcher="local"),
-        evaluation=EvaluationConfig(systems=("trained",), num_bootstrap=200),
+        evaluation=EvaluationConfig(systems=("trained",)),
     )
     data = config.data.model_copy(
         update={

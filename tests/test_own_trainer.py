@@ -83,8 +83,7 @@ class FineTunes(Trainer):
         self.context, self.num_steps = context, context.schedule.num_steps
         self.best_by = "validation/step"  # the last one
         self.generator = open_trainable_generator(context.config)
-        self.optimiser = Optimiser(self.generator.trainable_parameters(),
-            context.config.generator_training.model_copy(update={"learning_rate": 0.05}), 0,
+        self.optimiser = Optimiser(self.generator.trainable_parameters(), 0.05, 0,
             self.num_steps, context.workers, "lower it")
         self.policy = open_policy(context.config, context.data.train)
     def step(self, step, pauses_after):
@@ -123,8 +122,7 @@ class Pulls(Trainer):
         self.num_steps = context.schedule.num_steps
         self.encoder = open_trainable_encoder(config.retrieval, config.openrag, config.cache_path)
         self.optimiser = Optimiser(dict(self.encoder.named_parameters()),
-            config.training.model_copy(update={"learning_rate": 3e-3}), 0, self.num_steps,
-            context.workers, "lower it")
+            3e-3, 0, self.num_steps, context.workers, "lower it")
     def step(self, step, pauses_after):
         table, workers = self.context.data.train, self.context.workers
         questions = [table.questions[row] for row in self.context.schedule.rows(step)]

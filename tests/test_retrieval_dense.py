@@ -17,7 +17,7 @@ from rlrag.retrieval.chunked_build import PROGRESS_FILE
 from rlrag.retrieval.dense import index as vector_index_module
 from rlrag.retrieval.dense import vectors as vectors_module
 from rlrag.retrieval.dense.encoder import EncoderIdentity, TextEncoder
-from rlrag.retrieval.dense.index import open_index
+from rlrag.retrieval.dense.index import ivfpq_parameters, open_index
 from rlrag.retrieval.dense.search import DenseRetriever
 from rlrag.retrieval.dense.vectors import VECTORS_FILE, open_vectors
 from rlrag.retrieval.manifest import Manifest
@@ -75,7 +75,13 @@ def recall(found_BK: np.ndarray, expected_BK: np.ndarray) -> float:
 
 def open_built(vectors_PD: np.ndarray, directory: Path, **settings: object) -> DenseRetriever:
     config = RetrievalConfig.model_validate({"kind": "dense", **settings})
-    manifest = Manifest(config.index, "corpus", len(vectors_PD))  # type: ignore[arg-type]
+    parameters = ivfpq_parameters(*vectors_PD.shape) if config.index == "ivfpq" else {}
+    manifest = Manifest(
+        config.index,  # type: ignore[arg-type]
+        "corpus",
+        len(vectors_PD),
+        parameters=parameters,
+    )
     index = open_index(vectors_PD, config, directory / "index", manifest)
     return DenseRetriever(WordEncoder(), vectors_PD, config, index)
 
@@ -139,12 +145,9 @@ def test_hnsw_finds_nearly_all_and_reads_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(built.scores_BK, loaded.scores_BK)
 
 
-IVFPQ = {"index": "ivfpq", "ivf_lists": 8, "ivf_probes": 4, "pq_bytes": 8}
-
-
 def test_ivfpq_finds_most_with_exact_scores(tmp_path: Path) -> None:
     vectors_PD, vectors_BD = unit_vectors(2000, 16, 8), unit_vectors(40, 16, 9)
-    hits = open_built(vectors_PD, tmp_path, **IVFPQ).search_vectors(vectors_BD, 10)
+    hits = open_built(vectors_PD, tmp_path, index="ivfpq").search_vectors(vectors_BD, 10)
     assert recall(hits.rows_BK, brute_force(vectors_BD, vectors_PD, 10)) > 0.7
     exact = np.einsum("bd,bkd->bk", vectors_BD, vectors_PD[hits.rows_BK])
     np.testing.assert_allclose(hits.scores_BK, exact, atol=1e-6)
@@ -153,24 +156,25 @@ def test_ivfpq_finds_most_with_exact_scores(tmp_path: Path) -> None:
 
 def test_an_index_that_finds_too_few_is_completed_exactly(tmp_path: Path) -> None:
     vectors_PD, vectors_BD = unit_vectors(2000, 16, 8), unit_vectors(3, 16, 9)
-    retriever = open_built(vectors_PD, tmp_path, **{**IVFPQ, "ivf_probes": 1})
+    retriever = open_built(vectors_PD, tmp_path, index="ivfpq")  # 32 of 51 lists are searched
     hits = retriever.search_vectors(vectors_BD, 1900)
     np.testing.assert_array_equal(hits.rows_BK, brute_force(vectors_BD, vectors_PD, 1900))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"ivf_lists": 60}, r"ivf_lists 60 needs at least 2340 vectors .* has 2000"),
-        ({"pq_bytes": 5}, r"pq_bytes 5 does not divide the vector length 16"),
-    ],
-)
-def test_ivfpq_that_cannot_be_trained_is_refused(
-    tmp_path: Path, settings: dict[str, int], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        open_built(unit_vectors(2000, 16, 8), tmp_path, **{**IVFPQ, **settings})
+def test_ivfpq_that_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 256 vectors, but there are 255"):
+        open_built(unit_vectors(255, 16, 8), tmp_path, index="ivfpq")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("num_passages", "size", "lists", "num_bytes"),
+    [(256 * 39, 384, 256, 48), (256 * 39 - 1, 768, 255, 48), (256, 1024, 6, 32), (38, 7, 1, 7)],
+)
+def test_an_ivfpq_index_has_lists_and_bytes_that_fit(
+    num_passages: int, size: int, lists: int, num_bytes: int
+) -> None:
+    assert ivfpq_parameters(num_passages, size) == {"lists": lists, "bytes": num_bytes}
 
 
 def test_an_index_for_which_the_disk_has_no_room_is_named(

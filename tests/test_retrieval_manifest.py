@@ -21,8 +21,6 @@ from rlrag.retrieval.dense.encoder import EncoderIdentity
 from rlrag.retrieval.manifest import Manifest, check_manifest, staged_directory
 from rlrag.retrieval.trainable.protocol import Role
 
-SMALL_IVFPQ = {"index": "ivfpq", "ivf_lists": 4, "pq_bytes": 4}
-
 
 class TextSeedEncoder:
     """One random vector a text, seeded by the text; counts the texts that it encodes."""
@@ -234,24 +232,23 @@ def test_manifest_hash_covers_corpus_encoder_and_every_parameter(tmp_path: Path)
         opened(tmp_path, kind="hybrid", bm25_b=0.5),
         opened(tmp_path, kind="bm25"),
         opened(tmp_path, kind="hybrid", index="hnsw"),
-        opened(tmp_path, kind="hybrid", **SMALL_IVFPQ),
-        opened(tmp_path, kind="hybrid", ivf_probes=2, **SMALL_IVFPQ),
+        opened(tmp_path, kind="hybrid", index="ivfpq"),
     ]
     assert len({each.manifest_hash for each in hashes}) == len(hashes)
     # Settings that no part of the flat index reads change nothing.
-    same = opened(tmp_path, kind="hybrid", ivf_probes=2, num_candidates=3)
+    same = opened(tmp_path, kind="hybrid", num_candidates=3)
     assert same.manifest_hash == hashes[0].manifest_hash
 
 
 @pytest.mark.parametrize("part", ["bm25", "vectors", "ivfpq"])
 def test_an_index_of_another_corpus_in_its_place_is_refused(tmp_path: Path, part: str) -> None:
-    opened(tmp_path / "ours", kind="hybrid", **SMALL_IVFPQ)
-    opened(tmp_path / "theirs", corpus_of(300, "town"), kind="hybrid", **SMALL_IVFPQ)
+    opened(tmp_path / "ours", kind="hybrid", index="ivfpq")
+    opened(tmp_path / "theirs", corpus_of(300, "town"), kind="hybrid", index="ivfpq")
     ours, theirs = directories(tmp_path / "ours")[part], directories(tmp_path / "theirs")[part]
     shutil.rmtree(ours)
     shutil.copytree(theirs, ours)
     with pytest.raises(IndexMismatchError, match=f"index {ours} does not belong.*corpus_hash is"):
-        opened(tmp_path / "ours", kind="hybrid", **SMALL_IVFPQ)
+        opened(tmp_path / "ours", kind="hybrid", index="ivfpq")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +264,7 @@ def test_an_index_of_another_corpus_in_its_place_is_refused(tmp_path: Path, part
 def test_a_truncated_file_is_refused_with_a_way_out(
     tmp_path: Path, part: str, name: str, missing: bool
 ) -> None:
-    opened(tmp_path, kind="hybrid", **SMALL_IVFPQ)
+    opened(tmp_path, kind="hybrid", index="ivfpq")
     file = directories(tmp_path)[part] / name
     whole = file.read_bytes()
     if missing:
@@ -276,9 +273,9 @@ def test_a_truncated_file_is_refused_with_a_way_out(
         file.write_bytes(whole[:-7])
     message = f"{file} is damaged: .*not {len(whole)}; delete {file.parent} and run again"
     with pytest.raises(IndexMismatchError, match=message):
-        opened(tmp_path, kind="hybrid", **SMALL_IVFPQ)
+        opened(tmp_path, kind="hybrid", index="ivfpq")
     shutil.rmtree(file.parent)
-    opened(tmp_path, kind="hybrid", **SMALL_IVFPQ)
+    opened(tmp_path, kind="hybrid", index="ivfpq")
 
 
 @pytest.mark.parametrize(
@@ -288,12 +285,12 @@ def test_a_truncated_file_is_refused_with_a_way_out(
 def test_a_file_of_the_right_size_with_other_bytes_is_refused(
     tmp_path: Path, part: str, name: str
 ) -> None:
-    opened(tmp_path, kind="hybrid", **SMALL_IVFPQ)
+    opened(tmp_path, kind="hybrid", index="ivfpq")
     file = directories(tmp_path)[part] / name
     whole = file.read_bytes()
     file.write_bytes(b"?" * 64 + whole[64:])
     with pytest.raises(IndexMismatchError, match=f"{file} is damaged"):
-        opened(tmp_path, kind="hybrid", **SMALL_IVFPQ)
+        opened(tmp_path, kind="hybrid", index="ivfpq")
 
 
 def test_more_candidates_than_passages_are_refused(tmp_path: Path) -> None:
@@ -304,7 +301,6 @@ def test_more_candidates_than_passages_are_refused(tmp_path: Path) -> None:
 
 def test_ivfpq_with_too_few_vectors_is_refused_before_encoding(tmp_path: Path) -> None:
     encoder = TextSeedEncoder()
-    settings = {"kind": "dense", "index": "ivfpq", "ivf_lists": 8, "pq_bytes": 4}
-    with pytest.raises(ConfigError, match=r"ivf_lists 8 needs at least 312 .* has 300"):
-        opened(tmp_path, encoder=encoder, **settings)
+    with pytest.raises(ConfigError, match="at least 256 vectors, but there are 150 in a shard"):
+        opened(tmp_path, encoder=encoder, kind="dense", index="ivfpq", num_shards=2)
     assert encoder.num_texts == 0

@@ -78,7 +78,6 @@ def opened(
         {
             "kind": "semi_parametric",
             "vocabulary_encoder": str(model_dir),
-            "vocabulary_top_k": 30,
             "encoder_max_tokens": 64,
             **settings,
         }
@@ -217,7 +216,7 @@ def test_opening_makes_it_the_primary_beside_the_features(model_dir: Path, tmp_p
 def test_an_encoder_that_is_given_takes_the_place_of_the_configured_one(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    trained = step(encoder_of(model_dir))
+    trained = step(VocabularyEncoder(model_dir, 64))
     given = opened(model_dir, tmp_path, encoder=trained)
     configured = opened(model_dir, tmp_path)
     assert given.manifest_hash != configured.manifest_hash

@@ -190,7 +190,7 @@ def test_an_actor_that_ray_ended_for_its_memory_is_named(
     config = config_of(num_shards=2)
     sources = shard_sources(vectors_file, NUM_PASSAGES, config, vectors_file.parent, None)
     with pytest.raises(RetrievalError, match=r"passages 0 to 101 has ended 4 times.*low on memory"):
-        shard_actors.ShardActors(sources, config).search(vectors(1, 1), 10)
+        shard_actors.ShardActors(sources).search(vectors(1, 1), 10)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -203,9 +203,9 @@ def test_actors_find_the_same_and_come_back_when_they_are_killed(vectors_file: P
 
     from rlrag.shard_actors import ShardActors
 
-    config = config_of(num_shards=2, shard_cpus=0.1, shard_timeout_s=120)
+    config = config_of(num_shards=2)
     sources = shard_sources(vectors_file, NUM_PASSAGES, config, vectors_file.parent, None)
-    actors = ShardActors(sources, config)
+    actors = ShardActors(sources, cpus=0.1, timeout_s=120)
     asked = vectors(3, num_different=3)
     expected = both(vectors_file)[0].search_vectors(asked, 10)
     found = merge(actors.search(asked, 10), 10)
@@ -217,9 +217,8 @@ def test_actors_find_the_same_and_come_back_when_they_are_killed(vectors_file: P
 
     damaged = [dataclasses.replace(sources[0], vectors_file=vectors_file.with_name("none.npy"))]
     with pytest.raises(IndexMismatchError, match=r"none\.npy is damaged"):
-        ShardActors(damaged, config).search(asked, 10)
-    crowded = config.model_copy(update={"shard_cpus": 99.0, "shard_timeout_s": 0.5})
+        ShardActors(damaged, cpus=0.1, timeout_s=120).search(asked, 10)
     started = time.monotonic()
     with pytest.raises(RetrievalError, match="passages 0 to 101, the index of passages 101 to 203"):
-        ShardActors(sources, crowded).search(asked, 10)
+        ShardActors(sources, cpus=99.0, timeout_s=0.5).search(asked, 10)
     assert time.monotonic() - started < 30

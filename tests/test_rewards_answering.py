@@ -41,8 +41,6 @@ class CharacterPrompts:
     def encode_answer(self, answer: str) -> tuple[int, ...]:
         return tuple(map(ord, answer))
 
-    encode_scored = encode_answer
-
 
 class LastWordGenerator:
     """Answers with the last word of the first line that ends in a full stop.

@@ -20,7 +20,7 @@ def with_training(config: RunConfig, **changes) -> RunConfig:
 
 def decided(config: RunConfig, prior_scale: float) -> RunConfig:
     """An untrained policy that is as sure of the retriever's order as `prior_scale` says."""
-    selector = SelectorConfig(hidden_size=8, projection_size=4, prior_scale=prior_scale)
+    selector = SelectorConfig(prior_scale=prior_scale)
     return config.model_copy(update={"selector": selector})
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from rlrag.config import TrainingConfig
 from rlrag.errors import CheckpointError
 from rlrag.files.directories import restore_weights
 from rlrag.runs.checkpoints import CheckpointStore, kept_steps
@@ -26,7 +25,7 @@ class Trained:
         self.policy = torch.nn.Sequential(torch.nn.Linear(3, hidden), torch.nn.Linear(hidden, 1))
         self.optimiser = Optimiser(
             dict(self.policy.named_parameters()),
-            TrainingConfig(learning_rate=0.1, weight_decay=0.01),
+            learning_rate=0.1,
             warmup_steps=0,
             num_steps=10**6,
             workers=SingleWorker(),

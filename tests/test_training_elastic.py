@@ -73,7 +73,7 @@ def test_what_is_done_with_the_weights_may_change_and_what_they_become_may_not(
     around = changed(
         small_config,
         data={"eval_questions": "test.jsonl", "max_eval_questions": 7},
-        evaluation={"systems": ("trained",), "num_bootstrap": 100},
+        evaluation={"systems": ("trained",)},
         mirror={"uri": "s3://bucket/run", "wait_s": 1},
         training={"loggers": (), "metrics_port": 1, "profile_steps": "1:2", "keep_every": 9},
     )

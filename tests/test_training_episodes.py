@@ -31,7 +31,7 @@ from rlrag.selection.protocol import Draws
 from rlrag.serving.records import Retrieved
 from rlrag.serving.selecting import Choice, SelectorPart
 from rlrag.training.distributed.workers import SingleWorker
-from rlrag.training.learners.optimiser import linear_schedule
+from rlrag.training.learners.optimiser import MAX_GRAD_NORM, WEIGHT_DECAY, linear_schedule
 from rlrag.training.schedule import BatchSchedule
 from rlrag.training.validation import validate
 
@@ -61,7 +61,7 @@ def by_hand(config: RunConfig, table: CandidateTable) -> dict[str, torch.Tensor]
     reward = open_reward(config, ReadingGenerator(), WordPrompts())
     schedule = BatchSchedule(config.training, config.dro, len(table), config.seed)
     training, num_samples = config.training, config.dro.num_samples
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=training.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=WEIGHT_DECAY)
     stop = NUM_CANDIDATES if config.selector.may_stop else None
     for step in range(NUM_STEPS):
         rows = schedule.rows(step)
@@ -96,7 +96,7 @@ def by_hand(config: RunConfig, table: CandidateTable) -> dict[str, torch.Tensor]
         loss = -(coefficients_BM * logp_BM).sum() / training.batch_size
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), training.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         for group in optimizer.param_groups:
             group["lr"] = linear_schedule(
                 step, schedule.num_steps, training.warmup_steps, training.learning_rate
@@ -177,7 +177,7 @@ def test_a_third_partys_environment_is_learned_to_its_optimum(small_config, mode
     config = changed(
         config,
         generator={"model": str(model_dir)},
-        evaluation={"systems": ["trained"], "num_bootstrap": 100},
+        evaluation={"systems": ["trained"]},
     )
     played = [tuple(passage.id for passage in evidence) for evidence in found.evidence]
     for picks in everywhere(config, policy, unseen, tmp_path / "bundle"):
@@ -234,12 +234,12 @@ def test_validation_evaluation_and_service_play_the_same_episodes(
         environment={"num_selected": 3},
         selector={"may_stop": True},
         generator={"model": str(model_dir)},
-        evaluation={"systems": ["trained"], "num_bootstrap": 100},
+        evaluation={"systems": ["trained"]},
     )
     table = worded_table(100)
     policy = open_policy(config, table)
     torch.manual_seed(1)
-    torch.nn.init.normal_(policy.scorer.out.weight, std=3.0)
+    torch.nn.init.normal_(policy.scorer.out.weight)
     torch.nn.init.zeros_(policy.stop_logits_K)
     validated, evaluated, served = everywhere(config, policy, table, tmp_path / "bundle")
     assert validated == evaluated == served

@@ -17,6 +17,7 @@ from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.distributed.workers import SingleWorker, TorchWorkers
 from rlrag.training.learners.generator import GeneratorLearner, WeightedExample
 from rlrag.training.learners.generator_model import TrainableGenerator
+from rlrag.training.learners.optimiser import WEIGHT_DECAY
 
 BETA1 = 0.9  # AdamW's default; its first moment after one step is (1 - BETA1) * gradient
 EXAMPLES = [
@@ -32,13 +33,22 @@ def model_dir(tmp_path_factory) -> Path:
 
 
 def make(
-    model_dir: Path, workers=None, warmup_steps: int = 0, num_steps: int = 10, **settings
+    model_dir: Path,
+    workers=None,
+    warmup_steps: int = 0,
+    num_steps: int = 10,
+    weight_decay: float = WEIGHT_DECAY,
+    max_grad_norm: float = 1e6,
+    **settings,
 ) -> tuple[TrainableGenerator, GeneratorLearner]:
-    usual = {"precision": "float32", "lora_rank": 4, "learning_rate": 1e-3, "max_grad_norm": 1e6}
+    usual = {"precision": "float32", "lora_rank": 4, "learning_rate": 1e-3}
     config = GeneratorTrainingConfig(**usual | settings)
     model = TrainableGenerator(model_dir, config, "cpu", seed=0)
     training = TrainingConfig(warmup_steps=warmup_steps)
-    return model, GeneratorLearner(model, config, training, num_steps, workers or SingleWorker())
+    workers = workers or SingleWorker()
+    return model, GeneratorLearner(
+        model, config, training, num_steps, workers, weight_decay, max_grad_norm
+    )
 
 
 def first_moments(learner: GeneratorLearner) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from tiny_models import save_tiny_llama
 
 from rlrag.config import GeneratorTrainingConfig
 from rlrag.errors import CheckpointError, ConfigError, GenerationError
-from rlrag.training.learners.generator_model import TrainableGenerator
+from rlrag.training.learners.generator_model import LORA_ALPHA, TrainableGenerator
 
 PROMPTS = [tuple(range(10 + i, 13 + 3 * i)) for i in range(1, 9)]  # 2 to 16 tokens
 ANSWERS = [tuple(range(50 + 7 * i, 51 + 7 * i + i % 4)) for i in range(8)]  # 1 to 4 tokens
@@ -35,9 +35,11 @@ def tied_dir(tmp_path_factory) -> Path:
     return directory
 
 
-def make(model_dir: Path, seed: int = 0, **settings) -> TrainableGenerator:
+def make(
+    model_dir: Path, seed: int = 0, lora_alpha: float = LORA_ALPHA, **settings
+) -> TrainableGenerator:
     config = GeneratorTrainingConfig(**{"precision": "float32", "lora_rank": 4} | settings)
-    return TrainableGenerator(model_dir, config, "cpu", seed)
+    return TrainableGenerator(model_dir, config, "cpu", seed, lora_alpha=lora_alpha)
 
 
 def disturb(model: TrainableGenerator, seed: int = 0) -> None:

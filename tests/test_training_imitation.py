@@ -212,7 +212,6 @@ def config(small_config, model_dir) -> RunConfig:
             "adapter_rank": 8,
             "prior_scale": 200.0,  # the order itself
             "imitation_steps": 15,
-            "imitation_learning_rate": 0.02,
         },
     )
 

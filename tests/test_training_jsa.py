@@ -167,7 +167,6 @@ def test_an_encoder_into_the_vocabulary_learns_alike(models, tmp_path):
         retrieval={
             "kind": "semi_parametric",
             "vocabulary_encoder": str(models / "masked_lm"),
-            "vocabulary_top_k": 32,
         },
         algorithm={"temperature": 5.0, "learning_rate": 1e-3, "mis_steps": 8},
         training={"num_epochs": 1, "checkpoint_every": 2},

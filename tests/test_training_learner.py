@@ -23,7 +23,7 @@ from rlrag.training.learners.selector import SelectorLearner
 
 BETA1 = 0.9  # AdamW's default; its first moment after one step is (1 - BETA1) * gradient
 NAN = float("nan")
-SETTINGS = {"batch_size": 1, "learning_rate": 0.1, "weight_decay": 0.0, "max_grad_norm": 100.0}
+SETTINGS = {"batch_size": 1, "learning_rate": 0.1}
 
 
 def first_moments(learner: SelectorLearner) -> dict[str, torch.Tensor]:
@@ -42,6 +42,7 @@ class Case:
         num_steps: int = 10,
         workers: SingleWorker | None = None,
         training: dict[str, float] | None = None,
+        max_grad_norm: float = 100.0,
         **dro_settings,
     ) -> None:
         self.scorer = FixedLogits(logits)
@@ -53,6 +54,8 @@ class Case:
             TrainingConfig(**SETTINGS | (training or {})),
             num_steps,
             workers or SingleWorker(),
+            weight_decay=0.0,
+            max_grad_norm=max_grad_norm,
         )
 
     def update(self, experience: RewardedBatch, step: int = 0) -> dict[str, float]:
@@ -273,7 +276,7 @@ def test_padding_counts_for_nothing():
 
 
 def test_the_gradient_is_clipped_to_its_global_norm_and_reported_unclipped():
-    case = Case(training={"max_grad_norm": 0.01})
+    case = Case(max_grad_norm=0.01)
     metrics = case.update(drawn(LIKELIER_FIRST))
     assert metrics["grad_norm"] == pytest.approx(0.25 * math.sqrt(2))
     each = 0.01 / math.sqrt(2)
@@ -355,9 +358,10 @@ def test_a_step_on_the_real_policy_follows_the_gradient_of_the_loss(
         policy,
         initial,
         config,
-        TrainingConfig(batch_size=3, max_grad_norm=1e9),
+        TrainingConfig(batch_size=3),
         10,
         SingleWorker(),
+        max_grad_norm=1e9,
     )
     experience = episodes.experience(table, range(3), positions_BMK[..., :num_selected], rewards_BM)
     learner.update(experience, importance_weights(experience, config), step=0)

@@ -82,8 +82,13 @@ def test_feedback_improves_the_policy_and_the_estimate_holds_the_truth(small_con
     asked, unseen = part_of(table, slice(100)), part_of(table, slice(100, 160))
     config = changed(
         small_config,
-        algorithm={"num_epochs": 10},
-        training={"batch_size": 25, "validate_every": 5, "checkpoint_every": 50},
+        algorithm={"name": "feedback", "log": "log.sqlite", "num_epochs": 10},
+        training={
+            "batch_size": 25,
+            "learning_rate": 0.005,
+            "validate_every": 5,
+            "checkpoint_every": 50,
+        },
     )
     found = measure(config, library_of(table), asked, unseen, tmp_path, 500, explore_share=0.5)
     assert 300 < found.num_train < 400 < 500 == found.num_train + found.num_held_back
@@ -287,12 +292,14 @@ def test_training_starts_from_the_policy_that_was_served(config, data, tmp_path)
 def test_equal_rewards_teach_nothing(config, tmp_path):
     table = make_table(24)
     log = write_log(tmp_path / "log.sqlite", [event(table, n % 24, n) for n in range(120)])
-    settled = changed(config, training={"weight_decay": 0.0})
-    loop = start(settled, open_logged_data(settled, library_of(table), log), tmp_path / "run")
+    loop = start(config, open_logged_data(config, library_of(table), log), tmp_path / "run")
     before = {name: tensor.clone() for name, tensor in loop.trainer.policy.state_dict().items()}
     after = loop.run().policy.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert loop.progress.best_step == 0
+    records_of_steps = records(tmp_path / "run")[1:]
+    assert records_of_steps
+    assert all(record["grad_norm"] == 0 for record in records_of_steps)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(config, data, tmp_path):

@@ -508,7 +508,6 @@ def test_an_encoder_into_the_vocabulary_is_trained_alike(
         retrieval={
             "kind": "semi_parametric",
             "vocabulary_encoder": str(models / "masked_lm"),
-            "vocabulary_top_k": 32,
         },
         algorithm={
             "first_stage": first_stage,

@@ -19,6 +19,7 @@ from rlrag.pipeline import TrainingData
 from rlrag.testing.thread_workers import make_group, run_together
 from rlrag.training.distributed.workers import SingleWorker, Workers
 from rlrag.training.dro.batch import RewardedBatch, importance_weights
+from rlrag.training.learners.generator_model import LORA_ALPHA
 from rlrag.training.parts import TrainedParts, open_whole_generator
 from rlrag.training.schedule import BatchSchedule
 
@@ -182,11 +183,11 @@ def test_a_restored_run_goes_on_bit_by_bit(config, method):
 
 def test_parts_of_another_shape_are_refused(config):
     files = open_parts(config).tensors()
-    wider = open_parts(changed(config, selector={"hidden_size": 16}))
+    stopping = open_parts(changed(config, selector={"may_stop": True}))
     with pytest.raises(CheckpointError, match=r"the policy of the checkpoint does not fit"):
-        wider.load(files)
+        stopping.load(files)
     with pytest.raises(CheckpointError, match=r"the first policy does not fit"):
-        wider.load_initial(files)
+        stopping.load_initial(files)
     deeper = open_parts(changed(config, generator_training={"lora_rank": 3}))
     with pytest.raises(CheckpointError, match=r"tensors of the generator do not fit"):
         deeper.load(files)
@@ -214,7 +215,7 @@ def test_a_published_adapter_is_numbered_and_the_same_for_engines_of_every_forma
     )
     assert (first.version, second.version) == (3, 4)
     assert first.digest == second.digest
-    assert first.adapter_scale == config.generator_training.lora_alpha / 2
+    assert first.adapter_scale == LORA_ALPHA / 2
     parts = open_parts(config)
     update(parts, config, 0)
     assert parts.generator_weights(5).digest != first.digest
@@ -261,7 +262,6 @@ def test_a_language_model_starts_from_the_retrievers_order(config, model_dir):
             "max_tokens": 8,
             "adapter_rank": None,
             "imitation_steps": 4,
-            "imitation_learning_rate": 0.01,
         },
         algorithm={"parts": ["selector"]},
     )

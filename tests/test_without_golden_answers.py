@@ -55,7 +55,7 @@ def evaluated(table: CandidateTable, reward: RewardConfig, **more) -> Evaluation
     config = RunConfig(
         environment=EnvironmentConfig(num_selected=2),
         reward=reward,
-        evaluation=EvaluationConfig(systems=SYSTEMS, num_bootstrap=100),
+        evaluation=EvaluationConfig(systems=SYSTEMS),
     )
     answering = open_reward(config, Silent(), WordPrompts())
     return evaluate(config, PlackettLucePolicy(LastFirst(), 2), table, answering, **more)

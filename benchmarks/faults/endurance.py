@@ -31,7 +31,6 @@ from rlrag.config import (
     EnvironmentConfig,
     RetrievalConfig,
     RunConfig,
-    SelectorConfig,
     TrainingConfig,
 )
 from rlrag.generation.protocol import Sampling, TokenCount
@@ -63,8 +62,6 @@ class WordPrompts:
     def encode_answer(self, answer: str) -> tuple[int, ...]:
         """The answer's bytes."""
         return tuple(answer.encode())
-
-    encode_scored = encode_answer
 
 
 class ReadingGenerator:
@@ -194,7 +191,6 @@ def endurance_config(folder: Path, num_steps: int) -> RunConfig:
         data=DataConfig(num_validation_questions=_NUM_VALIDATION),
         retrieval=RetrievalConfig(num_candidates=_NUM_CANDIDATES),
         environment=EnvironmentConfig(num_selected=2),
-        selector=SelectorConfig(hidden_size=8, projection_size=4),
         # A batch that runs ahead needs a bound.
         algorithm=DROConfig(num_samples=4, clip_ratio=0.2, overlap=True),
         training=TrainingConfig(

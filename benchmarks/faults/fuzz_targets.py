@@ -187,7 +187,6 @@ def make_bundle(scratch: Path) -> Path:
                 "eval_questions": str(scratch / "q.jsonl"),
             },
             "retrieval": {"kind": "bm25", "encoder": None, "num_candidates": 3},
-            "selector": {"hidden_size": 4, "projection_size": 2},
             "generator": {"model": str(model)},
         }
     )

@@ -68,7 +68,7 @@ _COMMON = (
     *("--data.max-train-questions", "24", "--data.max-eval-questions", "4"),
     *("--training.batch-size", "2", "--training.num-epochs", "1"),
     *("--training.validate-every", "5", "--training.checkpoint-every", "2"),
-    *("--data.num-validation-questions", "4", "--evaluation.num-bootstrap", "100"),
+    *("--data.num-validation-questions", "4"),
     *("--evaluation.systems", "retriever_order"),
     # A question is half of so small a batch.
     *("--training.max-failed-share", "0.9"),

@@ -50,7 +50,7 @@ _FLAGS = (
     *("--generator.num-actors", "2", "--generator.cpus-per-actor", "1"),
     *("--generator.request-timeout-s", "60", "--data.max-train-questions", "60"),
     *("--data.max-eval-questions", "4", "--data.num-validation-questions", "4"),
-    *("--evaluation.num-bootstrap", "100", "--evaluation.systems", "retriever_order", "trained"),
+    *("--evaluation.systems", "retriever_order", "trained"),
     *("--training.batch-size", "6", "--training.num-epochs", "2"),
     *("--training.validate-every", "6", "--training.checkpoint-every", "2"),
 )

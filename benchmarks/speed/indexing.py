@@ -242,8 +242,7 @@ def index_costs(kind: str, num_passages: int, directory: Path) -> list[dict[str,
     if kind == "bm25":
         return [_cost(corpus, {"kind": "bm25", "encoder": None}, kind, made_up_s, directory)]
     flat = _cost(corpus, {"kind": "dense"}, "flat", made_up_s, directory)
-    settings = {"kind": "dense", "index": "ivfpq", "ivf_lists": min(256, num_passages // 64)}
-    return [flat, _cost(corpus, settings, "ivfpq", 0.0, directory)]
+    return [flat, _cost(corpus, {"kind": "dense", "index": "ivfpq"}, "ivfpq", 0.0, directory)]
 
 
 def _cost(

@@ -35,7 +35,7 @@ from rlrag.retrieval.build import open_vocabulary_encoder
 from rlrag.retrieval.protocol import Hits
 from rlrag.retrieval.trainable.late_parametric import FrozenIndex, LateParametricRetriever
 from rlrag.retrieval.vocabulary.bag_of_tokens import open_bag_of_tokens
-from rlrag.retrieval.vocabulary.encoder import VocabularyEncoder
+from rlrag.retrieval.vocabulary.encoder import TOP_K, VocabularyEncoder
 from rlrag.retrieval.vocabulary.semi_parametric import (
     SemiParametricRetriever,
     open_vocabulary_vectors,
@@ -194,7 +194,7 @@ def report(
         f"`python -m benchmarks.speed.retrieval`. Corpus `{options.corpus}`, {len(corpus):,} "
         "passages; "
         f"`{options.questions_from}`, {len(questions):,} questions; encoder `{options.encoder}`, "
-        f"untrained, {options.top_k} entries kept.",
+        f"untrained, {TOP_K} entries kept.",
         "",
         f"Bag-of-tokens search for {_NUM_HITS} hits against bm25s's `retrieve`, in turns, medians "
         f"of {_NUM_TURNS} turns (target for the ratio: at least {TARGET_RATIO}). Both use one "
@@ -235,7 +235,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1_000, help="questions at most")
     parser.add_argument("--passages", type=int, help="passages at most; all when unset")
     parser.add_argument("--encoder", default=BUILTIN_VOCABULARY_ENCODER, help="masked LM")
-    parser.add_argument("--top-k", type=int, default=768, help="entries of a vector that are kept")
     parser.add_argument("--first", type=int, nargs="+", default=[20, 100], help="values of m")
     parser.add_argument("--batch", type=int, default=128, help="questions of a training step")
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/rlrag").expanduser())
@@ -246,9 +245,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure, print and save; exit code 1 when the search of many questions is too slow."""
     options = _arguments()
-    config = RetrievalConfig(
-        kind="semi_parametric", vocabulary_encoder=options.encoder, vocabulary_top_k=options.top_k
-    )
+    config = RetrievalConfig(kind="semi_parametric", vocabulary_encoder=options.encoder)
     stored = load_corpus(options.corpus, options.cache_dir, passage_words=100)
     questions = load_questions(options.questions_from, options.cache_dir).questions
     questions = questions[: options.questions]

@@ -245,7 +245,7 @@ def measure_pool(
 
     engine = partial(open_sleeping, latencies.factors, options.tokens_per_s, slowdown)
     began = time.perf_counter()
-    pool = GeneratorPool(_config(num_actors), engine, IDENTITY, {})
+    pool = GeneratorPool(_config(num_actors), engine, IDENTITY, {}, max_restarts=0)
     try:
         pool.wait_until_ready()
         start_s = time.perf_counter() - began
@@ -272,7 +272,6 @@ def _config(num_actors: int) -> GeneratorConfig:
         cpus_per_actor=_CPUS_PER_ACTOR,
         batch_size=_BATCH_SIZE,
         start_timeout_s=1800,
-        max_restarts=0,
     )
 
 

@@ -211,7 +211,7 @@ def _adapters(
     from rlrag.models.directories import resolve_model
     from rlrag.training.learners.generator_model import TrainableGenerator
 
-    training = GeneratorTrainingConfig(lora_rank=rank, lora_alpha=2 * rank)
+    training = GeneratorTrainingConfig(lora_rank=rank)
     learner = TrainableGenerator(resolve_model(config.model, cache), training, "cpu", seed=0)
 
     def moved(version: int) -> GeneratorWeights:

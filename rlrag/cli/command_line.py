@@ -28,7 +28,7 @@ from rlrag import plugins
 from rlrag.cli.algorithm_flags import of_named_algorithm, takes_recipe
 from rlrag.cli.short_help import HELP_ALL, shortened
 from rlrag.config import RunConfig, describe_validation_error
-from rlrag.config.fixed import FIXED, refusal
+from rlrag.config.fixed import REMOVED, refusal
 from rlrag.config.renamed import new_name
 from rlrag.errors import (
     ConfigError,
@@ -146,8 +146,8 @@ def _say_own_options(argv: Sequence[str]) -> None:
 def _refuse_former(argv: Sequence[str]) -> None:
     for word in argv:
         flag = word.partition("=")[0]
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in FIXED:
+        name = flag.removeprefix("--").replace("-", "_").replace(".no_", ".")
+        if flag.startswith("--") and name in REMOVED:
             raise ConfigError(refusal(name, flag))
         if flag.startswith("--") and (renamed := new_name(name)):
             raise ConfigError(f"{flag} is no flag any more; its setting is {renamed} now")

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rlrag.cli.command_line import parse, program_name
 from rlrag.cli.opened_bundle import only_writer
@@ -236,6 +236,7 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: R
     from safetensors.torch import save_file
 
     from rlrag.files.directories import contiguous
+    from rlrag.training.learners.generator_model import LORA_ALPHA
 
     named, layers = {}, set()
     for name, tensor in tensors.items():
@@ -248,13 +249,12 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: R
         layers.add(match[1])
         named[f"base_model.model.{match[1]}.lora_{match[2]}.weight"] = tensor
     training = config.generator_training
-    alpha: Any = training.lora_alpha  # peft declares an integer and computes with any number
     directory.mkdir(parents=True)
     LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=config.generator.model,
         r=training.lora_rank,
-        lora_alpha=alpha,
+        lora_alpha=LORA_ALPHA,
         lora_dropout=0.0,
         target_modules=sorted(layers),
         inference_mode=True,

@@ -127,7 +127,7 @@ def _probe(arguments: ProbeArguments) -> None:
                 original = _search(config, open_library(config, bundle.index_dir))
             systems["retriever_order"] = lambda: _untrained(original, pipeline)
         results, errors, prompts = _measure(names, systems, own, gold, pipeline, settings)
-    table = ProbeTable(results, config.evaluation.num_bootstrap, config.seed)
+    table = ProbeTable(results, seed=config.seed)
     record = {
         "num_questions": len(own.candidates),
         "num_selected": config.environment.num_selected,

@@ -93,12 +93,6 @@ class RunConfig(Section):
             self._check_start()
         if self.trains_retriever:
             self._check_trained_retriever()
-        versions_overlap = self.dro.overlap and self.trains_generator
-        if versions_overlap and not self.generator_training.max_staleness:
-            raise ValueError(
-                "algorithm.overlap rewards with generator weights that are one version old; set "
-                "generator_training.max_staleness to 1, or train without overlap"
-            )
         if self.training.launcher == "local" and self.training.num_workers != 1:
             raise ValueError(
                 "training.launcher 'local' is one process; set training.num_workers to 1"

@@ -116,32 +116,17 @@ class RetrievalConfig(Section):
     """`auto`: bfloat16 where the processor supports it natively, else float32."""
     encoder_max_tokens: int = Field(default=160, ge=8)
     """Tokens of a passage or question that the encoder reads."""
-    encode_batch_size: int = Field(default=64, ge=1)
-    """Passages encoded in one forward pass."""
     vocabulary_encoder: str = BUILTIN_VOCABULARY_ENCODER
     """Masked language model of `semi_parametric`: a Hugging Face id, a path or the built-in
     name."""
     vocabulary_head: Literal["masked_lm", "layer_norm"] = "masked_lm"
     """Projection of hidden states to the vocabulary: the model's own head, or a new LayerNorm as in
     VDR."""
-    vocabulary_top_k: int = Field(default=768, ge=0)
-    """Entries kept of each vocabulary-space vector, the largest ones, besides those of the text's
-    own tokens."""
     index: Literal["flat", "hnsw", "ivfpq"] = "flat"
     """FAISS index over the passage vectors."""
-    ivf_lists: int = Field(default=256, ge=1)
-    """Cells of the IVF-PQ index."""
-    ivf_probes: int = Field(default=32, ge=1)
-    """Cells visited by an IVF-PQ search."""
-    pq_bytes: int = Field(default=48, ge=1)
-    """Bytes per vector in the IVF-PQ index; must divide the vector length."""
     num_shards: int = Field(default=1, ge=1)
     """Shards of the passage vectors, each searched by a Ray actor of its own; 1 searches in the
     calling process."""
-    shard_cpus: float = Field(default=1, gt=0)
-    """Ray CPU reservation of a shard's actor."""
-    shard_timeout_s: float = Field(default=600, gt=0)
-    """Longest wait for the results of all shards, including the time to build their indexes."""
     bm25_scores: bool = False
     """Also give the selector BM25 scores where dense retrieval ranks."""
     bm25_k1: float = Field(default=0.9, gt=0)
@@ -184,10 +169,6 @@ class SelectorConfig(Section):
     paper), or `package.module:name` of your own."""
     options: tuple[str, ...] = ()
     """Options of a policy of your own, each `name=value`."""
-    hidden_size: int = Field(default=64, ge=1, le=65_536)
-    """Width of the feature network."""
-    projection_size: int = Field(default=32, ge=1, le=65_536)
-    """Size to which frozen question and passage embeddings are projected."""
     may_stop: bool = False
     """Let the policy end an episode with fewer passages; not for `listwise_lm`."""
     prior_scale: float = Field(default=0.5, gt=0)
@@ -206,8 +187,6 @@ class SelectorConfig(Section):
     imitation_steps: int = Field(default=0, ge=0)
     """Steps of supervised training before the first E-step, on orders sampled around the
     retriever's (see `prior_scale`), so that `listwise_lm` starts as a ranker."""
-    imitation_learning_rate: float = Field(default=1e-3, gt=0)
-    """AdamW step size of those steps."""
     imitation_run: str | None = None
     """TREC run file, plain or gzip, to imitate instead of the retriever's order, which completes
     rankings that are too short."""
@@ -275,9 +254,6 @@ class PromptConfig(Section):
     max_prompt_tokens: int = Field(default=1024, ge=16)
     """Longest prompt; passages are truncated, the longest first, until it fits. The question never
     is."""
-    score_end_of_answer: bool = False
-    """Include the end of the answer (stop string or end of turn) when golden answers are scored.
-    Training targets always include it."""
 
 
 class GeneratorConfig(Section):
@@ -335,8 +311,6 @@ class GeneratorConfig(Section):
     repetitions."""
     start_timeout_s: float = Field(default=300, gt=0)
     """Longest wait for an actor to load its model."""
-    max_restarts: int = Field(default=10, ge=0)
-    """How often a dead actor is restarted; after that the others go on without it."""
     prompt: PromptConfig = PromptConfig()
     """The prompt."""
 
@@ -424,9 +398,6 @@ class RewardConfig(Section):
     """The language model that the reward `judge` asks."""
     timeout_s: float = Field(default=30, gt=0)
     """Time limit of one call of a custom function, or of one reply of the judge."""
-    max_concurrent: int = Field(default=8, ge=1)
-    """Concurrent calls of a custom function, or requests to the judge; set 1 if the function is not
-    thread-safe."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:

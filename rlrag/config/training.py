@@ -18,14 +18,8 @@ class GeneratorTrainingConfig(Section):
     """Train a LoRA adapter, or all weights."""
     lora_rank: int = Field(default=16, ge=1)
     """Rank of the adapter."""
-    lora_alpha: float = Field(default=32, gt=0)
-    """The adapter's output is scaled by alpha / rank."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak AdamW step size."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this global norm."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the forward pass; weights and optimiser stay in float32."""
     micro_batch_tokens: int = Field(default=4096, ge=64)
@@ -42,9 +36,6 @@ class GeneratorTrainingConfig(Section):
     share_base: bool = False
     """Selector and generator share one copy of the base model, which both must name, and each train
     an adapter."""
-    max_staleness: int = Field(default=0, ge=0)
-    """Collect a batch again if its rewards come from weights older than this many published
-    versions; happens only with `algorithm.overlap`."""
 
 
 class TrainingConfig(Section):
@@ -62,20 +53,14 @@ class TrainingConfig(Section):
     """Placement of the workers on nodes, as in `generator.placement`."""
     worker_threads: int = Field(default=1, ge=1)
     """Compute threads of a worker on a CPU."""
-    collective_timeout_s: float = Field(default=1800, gt=0)
-    """Timeout of collective operations."""
     num_epochs: int = Field(default=3, ge=1)
     """Epochs over the training questions."""
     batch_size: int = Field(default=32, ge=1)
     """Questions per step, over all workers."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak AdamW step size."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up, followed by linear decay to zero."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this global norm."""
     validate_every: int = Field(default=20, ge=1)
     """Steps between validations."""
     checkpoint_every: int = Field(default=20, ge=1)
@@ -107,9 +92,6 @@ class TrainingConfig(Section):
     networks; `0.0.0.0` binds all interfaces."""
     metrics_port: int = Field(default=9464, ge=0, le=65535)
     """Port of the metrics endpoint; 0 takes a free one and prints it."""
-    stall_report_s: float | None = Field(default=300, ge=0)
-    """Log a warning and the stacks of all threads whenever there was no progress for this long; 0
-    or unset never does. Logs only, never aborts."""
     profile_steps: str | None = None
     """First and last step to profile, such as `10:13`; traces for Chrome's viewer go to the run's
     `profile/`, and with launcher `ray` Ray's timeline of the whole run. Profiled steps are
@@ -207,5 +189,3 @@ class EvaluationConfig(Section):
     systems: tuple[System, ...] | None = None
     """Systems in the table; unset chooses those that fit what is trained, an empty list skips the
     comparison."""
-    num_bootstrap: int = Field(default=10_000, ge=100)
-    """Bootstrap resamples for intervals and the paired test."""

@@ -8,7 +8,7 @@ from typing import get_args
 from pydantic import BaseModel, Tag, ValidationError
 
 from rlrag.config.algorithm import ALGORITHMS, OWN
-from rlrag.config.fixed import FIXED, refusal
+from rlrag.config.fixed import REMOVED, refusal
 from rlrag.errors import nearest_name
 
 
@@ -25,7 +25,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
     for problem in error.errors():
         parts = (*places.get(error.title, ()), *problem["loc"])
         path = ".".join(map(str, _without_tag(parts))) or "the configuration"
-        if path in FIXED:
+        if path in REMOVED:
             sentences.append(refusal(path, path))
         elif problem["type"] == "extra_forbidden":
             names = sections[tuple(p for p in parts[:-1] if isinstance(p, str))].model_fields

@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike
 
 from rlrag.errors import ConfigError, DataError
 
+NUM_RESAMPLES = 10_000
+"""Of an interval or a p-value: an end of a 95 % interval then varies by a percent of its width."""
 MAX_ENUMERATED = 12
 """Up to this many non-zero differences all sign patterns (2 to this power) are enumerated."""
 
@@ -21,7 +23,7 @@ _RELATIVE_TOLERANCE = 1e-9
 
 
 def bootstrap_ci(
-    values: ArrayLike, num_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
+    values: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean (Efron and Tibshirani 1993, section 13.3).
 
@@ -59,7 +61,7 @@ def bootstrap_ci(
 def paired_randomization_ci(
     ours: ArrayLike,
     theirs: ArrayLike,
-    num_resamples: int = 10_000,
+    num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
@@ -125,7 +127,7 @@ def paired_randomization_ci(
 
 
 def paired_randomization_test(
-    ours: ArrayLike, theirs: ArrayLike, num_resamples: int = 10_000, seed: int = 0
+    ours: ArrayLike, theirs: ArrayLike, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> float:
     """Two-sided p-value of the paired randomisation test (Fisher; Smucker et al. 2007).
 

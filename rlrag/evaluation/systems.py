@@ -163,11 +163,12 @@ def evaluate(
     return build_table(
         {name: found[name].of(answered_Q) for name in asked},
         num_selected,
-        config.evaluation.num_bootstrap,
-        config.seed,
-        {candidates.questions[q].id: str(error) for q, error in sorted(errors.items())},
-        baselines_for(asked, choose(measured, asked) if held_back is not None else baselines),
-        choices,
+        seed=config.seed,
+        left_out={candidates.questions[q].id: str(error) for q, error in sorted(errors.items())},
+        baselines=baselines_for(
+            asked, choose(measured, asked) if held_back is not None else baselines
+        ),
+        choices=choices,
     )
 
 

@@ -16,6 +16,7 @@ from rlrag.errors import DataError
 from rlrag.evaluation.baselines import TRAINED, Baseline, baselines_to_json
 from rlrag.evaluation.choices import Choices
 from rlrag.evaluation.significance import (
+    NUM_RESAMPLES,
     bootstrap_ci,
     paired_randomization_ci,
     paired_randomization_test,
@@ -159,7 +160,7 @@ class EvaluationTable:
 def build_table(
     systems: Mapping[str, SystemMetrics],
     num_selected: int,
-    num_resamples: int = 10_000,
+    num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
     left_out: Mapping[str, str] = MappingProxyType({}),
     baselines: Sequence[Baseline] = (),
@@ -293,7 +294,7 @@ def _known_mean(values_Q: np.ndarray | None) -> float | None:
 
 
 def compare(
-    ours: SystemMetrics, theirs: SystemMetrics, num_resamples: int = 10_000, seed: int = 0
+    ours: SystemMetrics, theirs: SystemMetrics, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> PairedComparison:
     """Two systems on the same questions, ours minus theirs.
 

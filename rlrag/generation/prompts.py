@@ -201,12 +201,6 @@ class PromptBuilder:
             )
         return (*self._encode(text + after if chat else text), last_id)
 
-    def encode_scored(self, answer: str) -> tuple[int, ...]:
-        """What of `answer` is scored: itself, or with its end by `score_end_of_answer`."""
-        if self._config.score_end_of_answer:
-            return self.encode_target(answer)
-        return self.encode_answer(answer)
-
     def _answer_text(self, answer: str) -> str:
         answer = answer.strip()
         return answer if self._config.style == "chat" else f" {answer}"

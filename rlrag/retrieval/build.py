@@ -27,7 +27,9 @@ from rlrag.retrieval.dense.encoder import Encoder, TextEncoder
 from rlrag.retrieval.dense.index import (
     HNSW_LINKS,
     HNSW_SEARCH_DEPTH,
+    IVF_PROBES,
     check_index_fits,
+    ivfpq_parameters,
     open_index,
 )
 from rlrag.retrieval.dense.search import DenseRetriever, ShardedDenseRetriever
@@ -43,7 +45,7 @@ from rlrag.retrieval.words import WORDS_VERSION
 if TYPE_CHECKING:
     from rlrag.retrieval.vocabulary.encoder import VocabularyEncoder
 
-OpenShards = Callable[[Sequence[ShardSource], RetrievalConfig], Shards]
+OpenShards = Callable[[Sequence[ShardSource]], Shards]
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,8 @@ def open_vocabulary_encoder(
     encoder = VocabularyEncoder(
         model_dir,
         config.encoder_max_tokens,
-        config.vocabulary_top_k,
-        config.vocabulary_head,
+        head=config.vocabulary_head,
         tied=not has_encoder_each(model_dir) if tied is None else tied,
-        batch_size=config.encode_batch_size,
     )
     return encoder.to(resolve_device("auto"))
 
@@ -197,14 +197,13 @@ def _dense(
     if isinstance(encoder, TextEncoder):
         cut_share(corpus, encoder.count_tokens, encoder.identity.max_tokens)
     vectors_dir = places.of(manifest)
-    # Before hours of encoding. An encoder is loaded by asking its size, hence only then.
-    if config.index == "ivfpq" and not vectors_dir.exists():
-        check_index_fits(config, len(corpus) // config.num_shards, encoder.size)
+    check_index_fits(config, len(corpus) // config.num_shards)  # before hours of encoding
     vectors_PD = open_vectors(corpus, encoder, vectors_dir, manifest)
     manifests = [manifest]
     index_manifest = None
     if config.index != "flat":
-        index_manifest = _manifest(config.index, corpus, name, encoder, _index_parameters(config))
+        parameters = _index_parameters(config, vectors_PD)
+        index_manifest = _manifest(config.index, corpus, name, encoder, parameters)
         manifests.append(index_manifest)
     if config.num_shards > 1:
         sources = shard_sources(
@@ -215,7 +214,7 @@ def _dense(
                 f"retrieval.num_shards is {config.num_shards}, but shards are searched by Ray "
                 "actors, which this program does not start; set it to 1"
             )
-        shards = open_shards(sources, config)
+        shards = open_shards(sources)
         return ShardedDenseRetriever(encoder, vectors_PD, config, shards), vectors_PD, manifests
     index = index_manifest and open_index(
         vectors_PD, config, places.of(index_manifest), index_manifest
@@ -244,12 +243,8 @@ def _semi_parametric(
 
 
 def _configured_encoder(config: RetrievalConfig, name: str, cache_dir: Path) -> TextEncoder:
-    return TextEncoder(
-        resolve_model(name, cache_dir),
-        config.encoder_dtype,
-        config.encoder_max_tokens,
-        config.encode_batch_size,
-    )
+    model_dir = resolve_model(name, cache_dir)
+    return TextEncoder(model_dir, config.encoder_dtype, config.encoder_max_tokens)
 
 
 def _primary(
@@ -294,10 +289,11 @@ def _bm25_parameters(config: RetrievalConfig) -> dict[str, float]:
     return {"k1": config.bm25_k1, "b": config.bm25_b, "words_version": WORDS_VERSION}
 
 
-def _index_parameters(config: RetrievalConfig) -> dict[str, int]:
+def _index_parameters(config: RetrievalConfig, vectors_PD: np.ndarray) -> dict[str, int]:
     if config.index == "hnsw":
         return {"links": HNSW_LINKS}
-    return {"lists": config.ivf_lists, "bytes": config.pq_bytes}
+    num_passages, size = vectors_PD.shape
+    return ivfpq_parameters(num_passages // config.num_shards, size)
 
 
 def _question_weights(encoder: Encoder | None) -> tuple[str, ...]:
@@ -318,5 +314,5 @@ def _search_parameters(config: RetrievalConfig, corpus: Corpus) -> dict[str, Any
     if config.encoder is not None and config.index == "hnsw":
         parameters["hnsw_search_depth"] = HNSW_SEARCH_DEPTH
     if config.encoder is not None and config.index == "ivfpq":
-        parameters["ivf_probes"] = config.ivf_probes
+        parameters["ivf_probes"] = IVF_PROBES
     return parameters

@@ -134,7 +134,7 @@ class AnsweringReward:
                 results[row] = _unscorable(rollouts[row].question)
                 continue
             rows += [row] * len(golden)
-            answers += map(self._prompts.encode_scored, golden)
+            answers += map(self._prompts.encode_answer, golden)
         if not rows:
             return
         scores = self._generator.score([prompts[row] for row in rows], answers)

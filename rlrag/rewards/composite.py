@@ -19,6 +19,9 @@ from rlrag.rewards.bounded_calls import CallFailure, Keywords, LoopCalls, Thread
 from rlrag.rewards.judged import JUDGE, JudgeCalls
 from rlrag.rewards.plugin import RewardFunction, load_reward
 
+MAX_CONCURRENT = 8
+"""Calls of a custom function, or requests to the judge, at once: what a small server takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -63,7 +66,8 @@ class RewardModel:
     `timeout_s`. One that raises, returns
     anything but finite numbers, or overruns gives its rollout a `RewardError` that names the
     function, the question's id and the cause, and the remaining functions are not called for it.
-    `judge` asks a language model for a whole batch, and keeps its verdicts in `cache_dir`.
+    `judge` asks a language model for a whole batch, `max_concurrent` answers at once, and keeps its
+    verdicts in `cache_dir`.
 
     Raises:
         ConfigError: a function is named twice or cannot be loaded, or all golden answers are to
@@ -80,7 +84,12 @@ class RewardModel:
         (0.9, {'exact_match': 1.0, 'selection_cost': -1.0})
     """
 
-    def __init__(self, config: RewardConfig, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: RewardConfig,
+        cache_dir: Path | None = None,
+        max_concurrent: int = MAX_CONCURRENT,
+    ) -> None:
         repeated = sorted({name for name in config.functions if config.functions.count(name) > 1})
         if repeated:
             raise ConfigError(
@@ -95,7 +104,9 @@ class RewardModel:
                 f"reward.golden_answers is 'all', but none of reward.functions {config.functions} "
                 "asks for answer_logp; add it, with weight 0 if it is not to count"
             )
-        self._callers = tuple(_caller(function, config, cache_dir) for function in self.functions)
+        self._callers = tuple(
+            _caller(function, config, cache_dir, max_concurrent) for function in self.functions
+        )
 
     @property
     def wants(self) -> frozenset[str]:
@@ -145,14 +156,14 @@ class RewardModel:
 
 
 def _caller(
-    function: RewardFunction, config: RewardConfig, cache_dir: Path | None
+    function: RewardFunction, config: RewardConfig, cache_dir: Path | None, max_concurrent: int
 ) -> Callable[[Sequence[Keywords]], list[Any]]:
     if function.name == JUDGE:
-        return JudgeCalls(config, cache_dir)
+        return JudgeCalls(config, cache_dir, max_concurrent)
     if function.is_builtin:
         return _BuiltinCalls(function.function)
     kind = LoopCalls if function.is_async else ThreadCalls
-    return kind(function.function, config.timeout_s, config.max_concurrent)
+    return kind(function.function, config.timeout_s, max_concurrent)
 
 
 class _BuiltinCalls:

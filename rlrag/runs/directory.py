@@ -38,7 +38,7 @@ _PLACEMENT = frozenset(
     {
         *("training.launcher", "training.num_workers", "training.worker_threads"),
         *("training.worker_cpus", "training.worker_gpus", "training.worker_placement"),
-        *("training.max_failures", "training.collective_timeout_s", "training.stall_report_s"),
+        "training.max_failures",
         *("generator.num_actors", "generator.cpus_per_actor", "generator.gpus_per_actor"),
         *("generator.threads_per_actor", "generator.tensor_parallel"),
         *("generator.placement", "generator.request_timeout_s"),

@@ -34,8 +34,6 @@ _BUILT_BY = {
     "selector": (
         "selector.kind",
         "selector.options",
-        "selector.hidden_size",
-        "selector.projection_size",
         "selector.model",
         "selector.adapter_rank",
         "environment.num_selected",
@@ -44,7 +42,6 @@ _BUILT_BY = {
         "generator.model",
         "generator_training.method",
         "generator_training.lora_rank",
-        "generator_training.lora_alpha",
     ),
 }
 """Fields that two runs must share for the weights of a part to mean the same in both."""

@@ -21,6 +21,8 @@ from rlrag.generation.waits import awaited, num_answers
 
 logger = logging.getLogger(__name__)
 
+PERIOD_S = 300.0
+"""Longer than nearly every step; whoever looks into the log of one that hangs finds a report."""
 _CHECKS_A_PERIOD = 10
 _JOIN_TIMEOUT_S = 10.0
 _MOST_WAITS = 5
@@ -36,20 +38,20 @@ class Watchdog:
 
     def __init__(
         self,
-        period_s: float | None,
         what: str,
         sign: Callable[[], object] = num_answers,
         clock: Callable[[], float] = time.monotonic,
+        period_s: float = PERIOD_S,
     ) -> None:
         """Watch nothing yet.
 
         Args:
-            period_s: Longest time without progress; none or 0 never reports.
             what: What is under way at first.
             sign: Changes while things go on; by default whenever an engine has answered.
             clock: Seconds that go forward.
+            period_s: Longest time without progress.
         """
-        self._period_s = period_s or 0.0
+        self._period_s = period_s
         self._sign = sign
         self._clock = clock
         self._phase = (what, clock())
@@ -64,8 +66,7 @@ class Watchdog:
         """Start to watch; `under_way` of this thread comes here."""
         self._token = _current.set(self)
         self._phase = (self._phase[0], self._clock())
-        if self._period_s:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -76,8 +77,7 @@ class Watchdog:
     ) -> None:
         """Stop to watch, whatever ended the block."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(_JOIN_TIMEOUT_S)
+        self._thread.join(_JOIN_TIMEOUT_S)
         if self._token is not None:
             _current.reset(self._token)
 
@@ -108,10 +108,9 @@ class Watchdog:
         waits = awaited()
         more = f" and {len(waits) - _MOST_WAITS} more" if len(waits) > _MOST_WAITS else ""
         logger.warning(
-            "no progress for %.0f s (training.stall_report_s is %g): under way is %s%s; nothing "
-            "was ended, and the log has the stacks of all threads",
+            "no progress for %.0f s: under way is %s%s; nothing was ended, and the log has the "
+            "stacks of all threads",
             idle_s,
-            self._period_s,
             what,
             f", waiting for {'; '.join(waits[:_MOST_WAITS])}{more}" if waits else "",
         )

@@ -67,12 +67,7 @@ def build_policy(
             )
         if config.kind == "features":
             scorer: torch.nn.Module = FeatureScorer(
-                num_scores,
-                vector_size,
-                num_selected,
-                config.hidden_size,
-                config.projection_size,
-                config.prior_scale,
+                num_scores, vector_size, num_selected, config.prior_scale
             )
         else:
             kind = BiEncoderScorer if config.kind == "bi_encoder" else CrossEncoderScorer

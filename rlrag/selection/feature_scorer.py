@@ -11,6 +11,11 @@ from torch import nn
 from rlrag.retrieval.candidates import CandidateBatch
 from rlrag.selection.features import candidate_features, num_features
 
+HIDDEN_SIZE = 64
+"""Units that read the few features of a candidate; more would have nothing more to read."""
+PROJECTION_SIZE = 32
+"""Numbers that embeddings are projected to: few, as few questions are to teach the projection."""
+
 
 def retriever_prior(num_candidates: int, scale: float) -> torch.Tensor:
     """Logits of the retriever's order, shape (N,), for every pick: each rank costs `scale` nats."""
@@ -31,9 +36,9 @@ class FeatureScorer(nn.Module):
         num_scores: int,
         vector_size: int,
         num_selected: int,
-        hidden_size: int,
-        projection_size: int,
         prior_scale: float,
+        hidden_size: int = HIDDEN_SIZE,
+        projection_size: int = PROJECTION_SIZE,
     ) -> None:
         super().__init__()
         self.prior_scale = prior_scale

@@ -21,8 +21,6 @@ class WordPrompts:
         """The bytes of an answer."""
         return tuple(answer.strip().encode())
 
-    encode_scored = encode_answer
-
     def encode_target(self, answer: str) -> tuple[int, ...]:
         """The same with the end of its line."""
         return (*self.encode_answer(answer), *b"\n")

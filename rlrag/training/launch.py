@@ -38,6 +38,8 @@ from rlrag.training.openrag.trainer import OpenRAGTrainer
 from rlrag.training.plugin import PluginTrainer
 from rlrag.training.trainer import Metrics, Trainer, TrainerContext
 
+COLLECTIVE_TIMEOUT_S = 1800
+"""Of a sum over all workers, of which some may wait for engines; Ray sees a lost one sooner."""
 TRAINERS: Mapping[str, Callable[[TrainerContext], Trainer]] = {
     "dro": DROTrainer,
     "sft": DROTrainer,
@@ -148,7 +150,7 @@ def train_on_ray(
         torch_config=TorchConfig(
             # Counts and metrics are summed on the CPU, gradients where the model is.
             backend="cpu:gloo,cuda:nccl" if config.training.worker_gpus else "gloo",
-            timeout_s=int(config.training.collective_timeout_s),
+            timeout_s=COLLECTIVE_TIMEOUT_S,
         ),
         run_config=RayRunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",
@@ -164,7 +166,7 @@ def train_on_ray(
     )
     with ended_between_steps(run_dir) as is_preempted:
         try:
-            with interruptible(), _watched(config, run_dir):
+            with interruptible(), _watched(run_dir):
                 trainer.fit()
         except TrainingFailedError as error:
             cause = _cause(error)
@@ -179,7 +181,7 @@ def train_on_ray(
         save_ray_timeline(run_dir)
 
 
-def _watched(config: RunConfig, run_dir: RunDirectory) -> Watchdog:
+def _watched(run_dir: RunDirectory) -> Watchdog:
     """A watchdog for this process, which sees no more of the workers than what they record."""
 
     def recorded() -> int:
@@ -189,7 +191,6 @@ def _watched(config: RunConfig, run_dir: RunDirectory) -> Watchdog:
             return 0
 
     return Watchdog(
-        config.training.stall_report_s,
         f"a step in the Ray Train workers, which say more in {run_dir.logs}/worker-*.log",
         sign=recorded,
     )

@@ -81,7 +81,7 @@ class TrainingLoop(Generic[AnyTrainer]):
                 that were written stay.
             PreemptedError: when the run was asked to stop.
         """
-        with Watchdog(self._config.stall_report_s, "the beginning of the run"):
+        with Watchdog("the beginning of the run"):
             self._resume()
             try:
                 while not self.progress.finished:

@@ -30,7 +30,7 @@ from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.selection.unread import count_unread, unread_warning
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.dro.batch import RewardedBatch
-from rlrag.training.dro.imitation import imitate, orders_of_run
+from rlrag.training.dro.imitation import LEARNING_RATE, imitate, orders_of_run
 from rlrag.training.learners.generator import (
     BuiltExamples,
     GeneratorLearner,
@@ -111,7 +111,7 @@ class TrainedParts:
                 self._data.train,
                 steps=selector.imitation_steps,
                 batch_size=self._config.training.batch_size,
-                learning_rate=selector.imitation_learning_rate,
+                learning_rate=LEARNING_RATE,
                 seed=self._config.seed,
                 orders=self._orders_to_imitate(),
                 prior_scale=selector.prior_scale,

@@ -18,6 +18,7 @@ from rlrag.evaluation.baselines import Baseline
 from rlrag.evaluation.judge.agreement import Agreement
 from rlrag.evaluation.question_records import EvaluatedQuestion, EvaluatedQuestions
 from rlrag.evaluation.significance import (
+    NUM_RESAMPLES,
     bootstrap_ci,
     paired_randomization_ci,
     paired_randomization_test,
@@ -75,7 +76,7 @@ class JudgeTable:
 
     systems: Mapping[str, Sequence[JudgedAnswer]]
     labels: Labels = field(default_factory=dict)
-    num_resamples: int = 10_000
+    num_resamples: int = NUM_RESAMPLES
     seed: int = 0
     baselines: Sequence[Baseline] = ()
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from rlrag.evaluation.probe.measures import Measured
 from rlrag.evaluation.significance import (
+    NUM_RESAMPLES,
     bootstrap_ci,
     paired_randomization_ci,
     paired_randomization_test,
@@ -31,7 +32,7 @@ class ProbeTable:
     """The measures of each system on the same questions, ours first."""
 
     systems: Mapping[str, Results]
-    num_resamples: int = 10_000
+    num_resamples: int = NUM_RESAMPLES
     seed: int = 0
 
     def to_json(self) -> dict[str, Any]:

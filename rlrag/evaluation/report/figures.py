@@ -29,7 +29,6 @@ SIGNAL: tuple[Panel, ...] = (
     ("loss", "Selector loss"),
     ("grad_norm", "Norm of the selector's gradient"),
     ("staleness", "Staleness (versions behind the newest weights)"),
-    ("num_stale", "Selections drawn again as they were too old"),
     ("num_failed", "Selections whose reward could not be computed"),
     ("validation/changed_share", "Share of validation questions whose selection changed"),
 )

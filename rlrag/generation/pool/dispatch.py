@@ -352,9 +352,8 @@ class Dispatcher:
         name = flight.member.name
         self._started.discard(name)
         gone = GenerationError(
-            f"{name} died on {work.asked(flight)} and was already restarted "
-            f"generator.max_restarts = {work.config.max_restarts} times; look for its last words "
-            f"in Ray's logs (memory is the usual cause): {error}"
+            f"{name} died on {work.asked(flight)} and was restarted too often before; look for its "
+            f"last words in Ray's logs (memory is the usual cause): {error}"
         )
         gone.__cause__ = error
         self._leave_out(work, flight.member, gone)

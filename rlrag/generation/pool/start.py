@@ -21,6 +21,9 @@ from rlrag.json_logs import log_file
 
 logger = logging.getLogger(__name__)
 
+MAX_RESTARTS = 10
+"""Of a dead actor: some for prompts that kill it, few enough that a broken model ends the run."""
+
 
 class GeneratorPool(PoolClient):
     """Makes the actors and owns them: they end with `close` or with this process.
@@ -35,16 +38,18 @@ class GeneratorPool(PoolClient):
         identity: str,
         environment: dict[str, str],
         logs: tuple[Path, str] | None = None,
+        max_restarts: int = MAX_RESTARTS,
     ) -> None:
         """Ask Ray for the actors and return at once; engines load while the caller goes on.
 
         Args:
-            config: Numbers of actors, their resources, waits and restarts.
+            config: Numbers of actors, their resources and waits.
             engine: Makes the generator inside an actor; must be picklable.
             identity: What that generator's `identity` will be.
             environment: Variables set before an actor's process starts, besides the thread count.
             logs: Directory for `generator-NUMBER.log`, and the name of the run that the lines
                 bear; unset leaves what actors say to Ray's own logs.
+            max_restarts: How often a dead actor is restarted; then the others go on without it.
         """
         variables = {
             "OMP_NUM_THREADS": str(config.threads_per_actor),
@@ -55,13 +60,13 @@ class GeneratorPool(PoolClient):
         make = ray.remote(
             num_cpus=config.cpus_per_actor,
             num_gpus=config.gpus_per_actor,
-            max_restarts=config.max_restarts,
+            max_restarts=max_restarts,
             max_task_retries=0,  # the pool sends again itself, and counts
             runtime_env={"env_vars": variables},
         )(EngineActor)
         pool = uuid.uuid4().hex[:6]
         store_name = f"weights-{pool}"
-        make_store = ray.remote(num_cpus=0, max_restarts=config.max_restarts)(WeightStore)
+        make_store = ray.remote(num_cpus=0, max_restarts=max_restarts)(WeightStore)
         store = make_store.options(name=store_name).remote()
         self._group = _placement_group(config)
         members = []

@@ -22,7 +22,8 @@ from rlrag.retrieval.trainable.protocol import Role
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-
+BATCH_SIZE = 64
+"""Texts in one forward pass, which keeps a core or a small GPU busy."""
 _PROMPTS: Mapping[Role, tuple[str, ...]] = {
     "question": ("query",),
     "passage": ("document", "passage", "corpus"),
@@ -92,7 +93,9 @@ class TextEncoder:
         batch_size: Texts in one forward pass.
     """
 
-    def __init__(self, model_dir: Path, dtype: str, max_tokens: int, batch_size: int) -> None:
+    def __init__(
+        self, model_dir: Path, dtype: str, max_tokens: int, batch_size: int = BATCH_SIZE
+    ) -> None:
         self._model_dir = model_dir
         self._batch_size = batch_size
         self._device = resolve_device("auto")

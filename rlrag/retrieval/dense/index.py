@@ -38,6 +38,12 @@ INDEX_FILE = "index.faiss"
 # list of a search (efSearch), which is larger where more rows are proposed.
 HNSW_LINKS = 32
 HNSW_SEARCH_DEPTH = 128
+# Lists of an IVF-PQ index, where there are passages enough for them, and those that a search
+# visits: it looks at an eighth of a large corpus, whose best hits are then scored exactly.
+IVF_LISTS = 256
+IVF_PROBES = 32
+# Bytes of a vector in it, at most: an eighth of the numbers of the usual small encoders.
+PQ_BYTES = 48
 # k-means wants this many vectors a centroid; FAISS warns below it.
 VECTORS_PER_LIST = 39
 # Eight bits a code: each of the product quantiser's parts learns this many centroids.
@@ -58,25 +64,29 @@ def _library() -> Any:
     return faiss
 
 
-def check_index_fits(config: RetrievalConfig, num_passages: int, size: int) -> None:
-    """Refuse an IVF-PQ index that these vectors cannot train.
+def ivfpq_parameters(num_passages: int, size: int) -> dict[str, int]:
+    """Lists of an IVF-PQ index of these vectors, and bytes of each, which divide its length.
+
+    Example:
+        >>> ivfpq_parameters(21_000_000, 384), ivfpq_parameters(2000, 1024)
+        ({'lists': 256, 'bytes': 48}, {'lists': 51, 'bytes': 32})
+    """
+    return {
+        "lists": min(IVF_LISTS, max(1, num_passages // VECTORS_PER_LIST)),
+        "bytes": max(number for number in range(1, PQ_BYTES + 1) if size % number == 0),
+    }
+
+
+def check_index_fits(config: RetrievalConfig, num_passages: int) -> None:
+    """Refuse an IVF-PQ index that so few vectors cannot train.
 
     Raises:
-        ConfigError: naming the numbers that contradict each other.
+        ConfigError: naming both numbers.
     """
-    if config.index != "ivfpq":
-        return
-    if size % config.pq_bytes:
+    if config.index == "ivfpq" and num_passages < _PQ_CENTROIDS:
         raise ConfigError(
-            f"retrieval.pq_bytes {config.pq_bytes} does not divide the vector length {size}; "
-            "choose a divisor"
-        )
-    needed = max(VECTORS_PER_LIST * config.ivf_lists, _PQ_CENTROIDS)
-    if num_passages < needed:
-        raise ConfigError(
-            f"retrieval.ivf_lists {config.ivf_lists} needs at least {needed} vectors "
-            f"({VECTORS_PER_LIST} a list and {_PQ_CENTROIDS} in all), but the corpus has "
-            f"{num_passages}; lower ivf_lists or use retrieval.index flat"
+            f"retrieval.index ivfpq learns from at least {_PQ_CENTROIDS} vectors, but there are "
+            f"{num_passages} in a shard; use fewer retrieval.num_shards or retrieval.index flat"
         )
 
 
@@ -85,16 +95,18 @@ def open_index(
 ) -> Any:
     """Load the FAISS index in `directory`, after building it where there is none.
 
+    An IVF-PQ index has as many lists and bytes as the manifest says.
+
     Raises:
-        ConfigError: when there are too few vectors for the lists of an IVF-PQ index.
+        ConfigError: when there are too few vectors for an IVF-PQ index.
         IndexMismatchError: when the directory belongs to something else or is damaged.
         SetupError: when the disk has no room.
     """
     faiss = _library()
     if not directory.exists():
-        check_index_fits(config, *vectors_PD.shape)
+        check_index_fits(config, len(vectors_PD))
         with staged_directory(directory, manifest) as staging:
-            built = _build(vectors_PD, config)
+            built = _build(vectors_PD, config, manifest)
             try:
                 faiss.write_index(built, str(staging / INDEX_FILE))
             except RuntimeError as error:  # FAISS reports a full disk as its own
@@ -112,7 +124,7 @@ def open_index(
     return index
 
 
-def _build(vectors_PD: np.ndarray, config: RetrievalConfig) -> Any:
+def _build(vectors_PD: np.ndarray, config: RetrievalConfig, manifest: Manifest) -> Any:
     faiss = _library()
     num_passages, size = vectors_PD.shape
     logger.info("building the %s index of %d vectors", config.index, num_passages)
@@ -120,11 +132,12 @@ def _build(vectors_PD: np.ndarray, config: RetrievalConfig) -> Any:
         index = faiss.index_factory(size, f"HNSW{HNSW_LINKS},Flat", faiss.METRIC_INNER_PRODUCT)
     else:
         # "np": no polysemous codes, whose training takes a second a byte and which are not used.
-        factory = f"IVF{config.ivf_lists},PQ{config.pq_bytes}x8np"
+        lists, num_bytes = manifest.parameters["lists"], manifest.parameters["bytes"]
+        factory = f"IVF{lists},PQ{num_bytes}x8np"
         index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
         # The number of vectors is checked above, with a message that names the setting.
         index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
-        num_training = max(_TRAINING_VECTORS_PER_LIST * config.ivf_lists, 2**16)
+        num_training = max(_TRAINING_VECTORS_PER_LIST * lists, 2**16)
         index.train(_sample(vectors_PD, num_training))
     for start in range(0, num_passages, _BLOCK_ROWS):
         index.add(np.ascontiguousarray(vectors_PD[start : start + _BLOCK_ROWS]))
@@ -151,7 +164,7 @@ class VectorIndex:
 
     Args:
         vectors_PD: All vectors, usually a memory map.
-        config: `index`, and how thoroughly an approximate index is searched.
+        config: `index`.
         index: What `open_index` gave; None for `flat`.
     """
 
@@ -200,7 +213,7 @@ class VectorIndex:
             parameters = faiss.SearchParametersHNSW(efSearch=search_depth)
         else:
             depth = min(_IVFPQ_PROPOSALS * k + _SPARE_ROWS, num_passages)
-            parameters = faiss.SearchParametersIVF(nprobe=self._config.ivf_probes)
+            parameters = faiss.SearchParametersIVF(nprobe=IVF_PROBES)
         return self._index.search(vectors_BD, depth, params=parameters)[1]
 
     def vectors(self, rows_N: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class ShardSource:
         vectors_file: The vectors of the whole corpus, shape (P, D).
         first: First row of the part.
         end: The row after its last one.
-        config: `index` and its parameters.
+        config: `index`.
         index_dir: Directory of an approximate index; one of each part, built where it is missing.
         manifest: What that index is made from; None for `flat`.
     """
@@ -58,7 +58,7 @@ class VectorShard:
 
     Raises:
         IndexMismatchError: when its vectors or its index are damaged or belong to something else.
-        ConfigError: when it has too few vectors for the lists of an IVF-PQ index.
+        ConfigError: when it has too few vectors for an IVF-PQ index.
     """
 
     def __init__(self, source: ShardSource) -> None:

@@ -26,13 +26,15 @@ import torch
 from scipy.sparse import csr_array
 
 from rlrag.errors import ConfigError, DataError
-from rlrag.retrieval.dense.encoder import EncoderIdentity
+from rlrag.retrieval.dense.encoder import BATCH_SIZE, EncoderIdentity
 from rlrag.retrieval.role_directories import ROLES, has_encoder_each
 from rlrag.retrieval.trainable.protocol import Embedded, Role
 from rlrag.retrieval.vocabulary.model import VocabularyModel
 from rlrag.retrieval.vocabulary.space import elu1p, kept_entries, max_logits, sparsified
 from rlrag.retrieval.vocabulary.tokens import Vocabulary
 
+TOP_K = 768
+"""Entries of a vector that are kept, as in the papers on VDR and SiDR: as many as BERT's size."""
 _SHARED = "shared"
 
 Head = Literal["masked_lm", "layer_norm"]
@@ -62,10 +64,10 @@ class VocabularyEncoder(torch.nn.Module):
         self,
         model_dir: Path,
         max_tokens: int,
-        top_k: int,
-        head: Head,
+        top_k: int = TOP_K,
+        head: Head = "masked_lm",
         tied: bool = True,
-        batch_size: int = 32,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         super().__init__()
         self.max_tokens = max_tokens

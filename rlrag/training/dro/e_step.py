@@ -95,19 +95,13 @@ class Collection:
             self._drawing_version = self._schedule.estep(step)
             self.publish(self._drawing_version)
             self._drawing = self._policy_to_draw_with()
-        num_stale, stale_tokens = 0, np.zeros(2)
-        if drawn is not None and self._staleness(drawn.batch) > self._max_staleness:
-            # All workers hold the same versions, so that all collect theirs again.
-            num_stale = drawn.batch.rewards_BM.size * self._workers.size
-            stale_tokens, drawn = drawn.num_tokens, None
         if drawn is None:
             drawn = self._draw(step, self._drawing)
         if self._thread and not pauses_after and step + 1 < self._schedule.num_steps:
             self._ahead = self._thread.submit(self._draw, step + 1, self._drawing)
-        tokens = self._workers.sum(torch.from_numpy(drawn.num_tokens + stale_tokens))
+        tokens = self._workers.sum(torch.from_numpy(drawn.num_tokens))
         return drawn.batch, {
             "staleness": float(self._schedule.estep(step) - drawn.batch.policy_version),
-            "num_stale": float(num_stale),
             **_described(tokens),
             **shares_of(self._workers.sum(torch.from_numpy(drawn.prompt_counts)).numpy()),
         }
@@ -137,13 +131,6 @@ class Collection:
         if self._thread:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._collector.close()
-
-    @property
-    def _max_staleness(self) -> int:
-        return self._config.generator_training.max_staleness
-
-    def _staleness(self, batch: RewardedBatch) -> int:
-        return self._published - batch.generator_version
 
     def _policy_to_draw_with(self) -> TrainablePolicy:
         """The policy itself where it does not change before the E-step ends, else a copy."""

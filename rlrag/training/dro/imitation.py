@@ -36,6 +36,8 @@ from rlrag.selection import plackett_luce
 from rlrag.selection.feature_scorer import retriever_prior
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
 
+LEARNING_RATE = 1e-3
+"""Of AdamW. The order of a ranker is simple, and a small adapter learns it at this rate."""
 _MAX_GRAD_NORM = 1.0
 _QUESTIONS_PER_PASS = 8
 _DRAWN_TARGETS = 8
@@ -135,8 +137,8 @@ def imitate(
         norm = nn.utils.clip_grad_norm_(trained, _MAX_GRAD_NORM).item()
         if not math.isfinite(losses[-1] + norm):
             raise NonFiniteLossError(
-                f"imitation step {step + 1} has loss {losses[-1]} and gradient norm {norm}; lower "
-                "selector.imitation_learning_rate"
+                f"imitation step {step + 1} has loss {losses[-1]} and gradient norm {norm}; use "
+                "fewer selector.imitation_steps or another selector.model"
             )
         optimizer.step()
     return losses

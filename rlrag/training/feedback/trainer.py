@@ -82,7 +82,7 @@ class LoggedTrainer(Trainer):
         self.policy: TrainablePolicy = open_policy(config, data.train.candidates)
         self._optimiser = Optimiser(
             dict(self.policy.named_parameters()),
-            config.training,
+            config.training.learning_rate,
             config.training.warmup_steps,
             self.num_steps,
             workers,

@@ -84,13 +84,15 @@ class JSARetrievers:
         }
         self.optimiser = Optimiser(
             parameters,
-            config.jsa,
+            config.jsa.learning_rate,
             config.training.warmup_steps,
             num_steps,
             workers,
             _ADVICE,
             name="the retrievers' gradient",
             fused=True,
+            weight_decay=config.jsa.weight_decay,
+            max_grad_norm=config.jsa.max_grad_norm,
         )
 
     def search(self, questions: Sequence[str], k: int) -> np.ndarray:

@@ -146,7 +146,7 @@ class PosteriorSampler:
         )
 
     def _num_tokens(self, question: Question) -> int:
-        return len(self._prompts.encode_scored(target_answer(question)))
+        return len(self._prompts.encode_answer(target_answer(question)))
 
     def _asked(self, question: Question) -> Question:
         """The question with the answers whose likelihood counts."""

@@ -26,7 +26,7 @@ from rlrag.training.distributed.sharding import local
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.dro.batch import RewardedBatch
 from rlrag.training.learners.generator_model import TrainableGenerator
-from rlrag.training.learners.optimiser import Optimiser
+from rlrag.training.learners.optimiser import MAX_GRAD_NORM, WEIGHT_DECAY, Optimiser
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,8 @@ class GeneratorLearner:
         training: TrainingConfig,
         num_steps: int,
         workers: Workers,
+        weight_decay: float = WEIGHT_DECAY,
+        max_grad_norm: float = MAX_GRAD_NORM,
     ) -> None:
         self._model = model
         self._config = config
@@ -59,7 +61,7 @@ class GeneratorLearner:
         self._sharded = config.sharding == "fsdp2"
         self.optimiser = Optimiser(
             model.trainable_parameters(),
-            config,
+            config.learning_rate,
             training.warmup_steps,
             num_steps,
             workers,
@@ -67,6 +69,8 @@ class GeneratorLearner:
             name="the generator's gradient",
             fused=model.device.type == "cuda",
             sharded=self._sharded,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
         )
 
     def update(

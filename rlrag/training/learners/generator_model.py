@@ -34,6 +34,9 @@ _ADVICE = (
     "name another generator.model: one to be trained must be a causal language model whose layers "
     "all keep keys and values"
 )
+LORA_ALPHA = 32
+"""An adapter's output is scaled by alpha / rank, which is 2 at the default rank. With AdamW another
+alpha does about what another learning rate does, and that is a setting."""
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _ADAPTED = ".base_layer.weight"  # peft's name for a weight with an adapter beside it
 
@@ -53,6 +56,7 @@ class TrainableGenerator:
         device: str,
         seed: int,
         base: Any = None,
+        lora_alpha: float = LORA_ALPHA,
     ) -> None:
         """Load the model; with LoRA add an adapter drawn from `seed`.
 
@@ -63,6 +67,7 @@ class TrainableGenerator:
             seed: Determines the adapter.
             base: What `load_base` made of the same directory, on the same device: the adapter is
                 put around its weights, which others may use too. Only for replicated LoRA.
+            lora_alpha: The adapter's output is scaled by this / rank.
 
         Raises:
             GenerationError: when transformers cannot load the model.
@@ -72,6 +77,7 @@ class TrainableGenerator:
         self.device = torch.device(resolve_device(device))
         self._model_dir = model_dir
         self._config = config
+        self._scale = lora_alpha / config.lora_rank
         bfloat16 = resolve_dtype(config.precision, self.device.type) == "bfloat16"
         self._model = (
             load_causal_lm(model_dir, torch.float32, _ADVICE)
@@ -81,7 +87,7 @@ class TrainableGenerator:
         if config.method == "lora":
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                add_adapter(self._model, config.lora_rank, config.lora_alpha)
+                add_adapter(self._model, config.lora_rank, lora_alpha)
         self._model.eval()
         if config.gradient_checkpointing:
             _recompute_activations(self._model)
@@ -205,10 +211,6 @@ class TrainableGenerator:
                 for published, half in zip(adapter_names(f"{layer}.weight"), halves, strict=True):
                     adapter[published] = half.to("cpu", copy=True)
         return pack_weights(adapter, version, self._scale)
-
-    @property
-    def _scale(self) -> float:
-        return self._config.lora_alpha / self._config.lora_rank
 
     def _adapter(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of a layer, whole."""

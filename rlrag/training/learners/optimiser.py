@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,27 +12,12 @@ from rlrag.errors import CheckpointError, NonFiniteLossError
 from rlrag.training.distributed.sharding import local, sliced_like, whole
 from rlrag.training.distributed.workers import Workers
 
+WEIGHT_DECAY = 0.01
+"""Decoupled weight decay of AdamW: torch's default, and that of the DRO paper."""
+MAX_GRAD_NORM = 1.0
+"""A longer gradient is scaled down to it, as is usual for language models."""
 # Gradients are summed over the workers in pieces of this size, which bounds the copy of each.
 _BUCKET_BYTES = 64 * 2**20
-
-
-class OptimiserSettings(Protocol):
-    """What a configuration says of a part's optimiser."""
-
-    @property
-    def learning_rate(self) -> float:
-        """The highest one."""
-        ...
-
-    @property
-    def weight_decay(self) -> float:
-        """Of AdamW."""
-        ...
-
-    @property
-    def max_grad_norm(self) -> float:
-        """A longer gradient is scaled down to it."""
-        ...
 
 
 class Optimiser:
@@ -41,7 +25,7 @@ class Optimiser:
 
     Args:
         parameters: What is trained; those that require no gradient are left out.
-        settings: Rate, decay and limit.
+        learning_rate: The highest one.
         warmup_steps: Steps in which the learning rate rises.
         num_steps: Steps of the whole run, at whose end the rate is 0.
         workers: Whom a batch is shared with.
@@ -49,12 +33,14 @@ class Optimiser:
         name: Whose gradient it is.
         fused: Whether one kernel changes all parameters, which rounds in its own way.
         sharded: Whether the workers hold slices of the parameters, whose gradients are summed.
+        weight_decay: Decoupled, of AdamW.
+        max_grad_norm: A longer gradient is scaled down to it.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        settings: OptimiserSettings,
+        learning_rate: float,
         warmup_steps: int,
         num_steps: int,
         workers: Workers,
@@ -62,9 +48,12 @@ class Optimiser:
         name: str = "the gradient",
         fused: bool | None = None,
         sharded: bool = False,
+        weight_decay: float = WEIGHT_DECAY,
+        max_grad_norm: float = MAX_GRAD_NORM,
     ) -> None:
         self.parameters = {n: p for n, p in parameters.items() if p.requires_grad}
-        self._settings = settings
+        self._learning_rate = learning_rate
+        self._max_grad_norm = max_grad_norm
         self._warmup_steps = warmup_steps
         self._num_steps = num_steps
         self._workers = workers
@@ -73,8 +62,8 @@ class Optimiser:
         self._sharded = sharded
         self._adamw = torch.optim.AdamW(
             self.parameters.values(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
+            lr=learning_rate,
+            weight_decay=weight_decay,
             fused=fused,
         )
 
@@ -99,12 +88,10 @@ class Optimiser:
         )
         if not math.isfinite(norm):
             raise NonFiniteLossError(f"{self._name} of step {step} is not finite; {self._advice}")
-        max_norm = self._settings.max_grad_norm
-        if norm > max_norm:
+        if norm > self._max_grad_norm:
             for tensor in gradient:
-                tensor.mul_(max_norm / norm)
-        peak = self._settings.learning_rate
-        rate = linear_schedule(step, self._num_steps, self._warmup_steps, peak)
+                tensor.mul_(self._max_grad_norm / norm)
+        rate = linear_schedule(step, self._num_steps, self._warmup_steps, self._learning_rate)
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()

@@ -63,13 +63,15 @@ class RetrieverLearner:
         self._workers = workers
         self.optimiser = Optimiser(
             dict(encoder.named_parameters()),
-            openrag,
+            openrag.learning_rate,
             config.warmup_steps,
             num_steps,
             workers,
             _ADVICE,
             name="the retriever's gradient",
             fused=True,
+            weight_decay=openrag.weight_decay,
+            max_grad_norm=openrag.max_grad_norm,
         )
 
     def update(

@@ -15,7 +15,7 @@ from rlrag.config import DROConfig, TrainingConfig
 from rlrag.selection.build import TrainablePolicy
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.dro.batch import RewardedBatch
-from rlrag.training.learners.optimiser import Optimiser
+from rlrag.training.learners.optimiser import MAX_GRAD_NORM, WEIGHT_DECAY, Optimiser
 
 
 class SelectorLearner:
@@ -28,9 +28,11 @@ class SelectorLearner:
         policy: What is trained.
         initial: The policy before training, which `kl_to_initial` is measured against.
         dro_config: Which loss.
-        config: Batch size, learning rate and limits.
+        config: Batch size and learning rate.
         num_steps: Steps of the whole run, for the learning rate.
         workers: Whom the batch is shared with.
+        weight_decay: See `Optimiser`.
+        max_grad_norm: See `Optimiser`.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class SelectorLearner:
         config: TrainingConfig,
         num_steps: int,
         workers: Workers,
+        weight_decay: float = WEIGHT_DECAY,
+        max_grad_norm: float = MAX_GRAD_NORM,
     ) -> None:
         self._policy = policy
         self._initial = initial
@@ -49,11 +53,13 @@ class SelectorLearner:
         self._workers = workers
         self.optimiser = Optimiser(
             dict(policy.named_parameters()),
-            config,
+            config.learning_rate,
             config.warmup_steps,
             num_steps,
             workers,
             "lower training.learning_rate, or look for infinite rewards in metrics.jsonl",
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
         )
 
     def update(self, batch: RewardedBatch, weights_BM: torch.Tensor, step: int) -> dict[str, float]:

@@ -88,7 +88,7 @@ def run_offline_stage(
             max_failed, told = config.training.max_failed_share, partial(_tell, say)
             limit = offline_token_limit(config)
             order = judging_order(len(candidates), limit, config.seed, lambda: _asked(generator))
-            with Watchdog(config.training.stall_report_s, "the offline stage"):
+            with Watchdog("the offline stage"):
                 pools = judge_candidates(candidates, judge, source, max_failed, known, told, order)
             after = generator.tokens
             spent, saved = after.spent - before.spent, after.saved - before.saved
