@@ -39,7 +39,6 @@ def flags_of(files: Path, directory: Path, **changes: object) -> list[str]:
         "retrieval__encoder_max_tokens": 32,
         "retrieval__num_candidates": 4,
         "environment__num_selected": 1,
-        "selector__hidden_size": 8,
         "generator__model": files / "generator",
         "generator__max_new_tokens": 3,
         "training__launcher": "local",

@@ -69,7 +69,6 @@ def folder(tmp_path_factory) -> Path:
         "generator-training.learning-rate": 0.01,
         "generator-training.precision": "float32",
         "algorithm.num-samples": 2,
-        "evaluation.num-bootstrap": 100,
         "training.launcher": "local",
         "training.batch-size": NUM_QUESTIONS // NUM_STEPS,
         "training.num-epochs": 1,

@@ -51,7 +51,6 @@ def tiny_flags(directory: Path) -> list[str]:
         "training.learning-rate": 2e-3,
         "training.validate-every": 6,
         "training.checkpoint-every": 3,
-        "evaluation.num-bootstrap": 100,
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     return ["--training.loggers", *flags]
