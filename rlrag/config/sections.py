@@ -96,15 +96,15 @@ class DataConfig(Section):
     num_validation_questions: int = Field(default=100, ge=0)
     """Training questions held out to choose the best checkpoint; 0 keeps the last one."""
     passage_words: int = Field(default=100, ge=8, lt=2**31)
-    """Words of a passage that are indexed and shown to the generator."""
+    """Words of a passage that are indexed and shown to the generator; what follows is cut off."""
 
 
 class RetrievalConfig(Section):
     """How candidates are found."""
 
     kind: Annotated[str, known_or_own("retrieval.kind", RETRIEVERS)] = "hybrid"
-    """The order that the untrained selector reproduces: bm25, dense, hybrid, semi_parametric, or
-    `package.module:name` of your own."""
+    """Retriever that finds and ranks the candidates: bm25, dense, hybrid, semi_parametric, or
+    `package.module:name` of your own. The untrained selector keeps its order."""
     options: tuple[str, ...] = ()
     """Options of a retriever of your own, each `name=value`."""
     num_candidates: int = Field(default=10, ge=1)
@@ -113,7 +113,8 @@ class RetrievalConfig(Section):
     """Sentence encoder of `dense` and `hybrid`, whose vectors are also features of the selector: a
     Hugging Face id, a path or the built-in name; may be unset for the other kinds."""
     encoder_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 where the processor supports it natively, else float32."""
+    """Number format of the sentence encoder. `auto`: bfloat16 where the processor supports it
+    natively, else float32."""
     encoder_max_tokens: int = Field(default=160, ge=8)
     """Tokens of a passage or question that the encoder reads."""
     vocabulary_encoder: str = BUILTIN_VOCABULARY_ENCODER
@@ -123,7 +124,8 @@ class RetrievalConfig(Section):
     """Projection of hidden states to the vocabulary: the model's own head, or a new LayerNorm as in
     VDR."""
     index: Literal["flat", "hnsw", "ivfpq"] = "flat"
-    """FAISS index over the passage vectors."""
+    """FAISS index over the passage vectors. `flat` is exact; `hnsw` (a graph) and `ivfpq`
+    (compressed vectors) are faster and may miss passages."""
     num_shards: int = Field(default=1, ge=1)
     """Shards of the passage vectors, each searched by a Ray actor of its own; 1 searches in the
     calling process."""
@@ -186,7 +188,7 @@ class SelectorConfig(Section):
     """File of a trained selector of the same kind to start from (`bundle/selector.safetensors`)."""
     imitation_steps: int = Field(default=0, ge=0)
     """Steps of supervised training before the first E-step, on orders sampled around the
-    retriever's (see `prior_scale`), so that `listwise_lm` starts as a ranker."""
+    retriever's (see `prior_scale`), so that `listwise_lm` starts as a ranker; 0 does none."""
     imitation_run: str | None = None
     """TREC run file, plain or gzip, to imitate instead of the retriever's order, which completes
     rankings that are too short."""
@@ -269,16 +271,17 @@ class GeneratorConfig(Section):
     options: tuple[str, ...] = ()
     """Options of a generator of your own, each `name=value`."""
     url: str | None = None
-    """Address of that server's API, as `http://127.0.0.1:8000/v1`."""
+    """Address of the endpoint's API, such as `http://127.0.0.1:8000/v1`."""
     served_model: str | None = None
-    """Name by which that server knows the model; `generator.model` when unset."""
+    """Name of the model on the endpoint; `generator.model` when unset."""
     key_variable: str = DEFAULT_KEY_VARIABLE
-    """Environment variable with the key that is sent to that server; one that wants none needs
-    none."""
+    """Environment variable that holds the endpoint's API key; not needed where the endpoint asks
+    for none."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: bfloat16 where the device supports it natively, else float32."""
+    """Number format of the model. `auto`: bfloat16 where the device supports it natively, else
+    float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: a GPU if torch finds one."""
+    """Device that the model runs on. `auto`: a GPU if torch finds one, else the CPU."""
     num_actors: int = Field(default=2, ge=1)
     """Ray actors, each with its own engine."""
     cpus_per_actor: float = Field(default=0.5, gt=0)
@@ -307,8 +310,8 @@ class GeneratorConfig(Section):
     stop: tuple[str, ...] = ("\n",)
     """Stop strings; the answer ends before the first of them."""
     request_timeout_s: float = Field(default=300, gt=0)
-    """Longest wait for one batch of one actor, or for one answer of an endpoint with all its
-    repetitions."""
+    """Longest wait for one batch of one actor, or for one answer of an endpoint, retries
+    included."""
     start_timeout_s: float = Field(default=300, gt=0)
     """Longest wait for an actor to load its model."""
     prompt: PromptConfig = PromptConfig()
@@ -365,11 +368,12 @@ class JudgeConfig(Section):
     """The server whose language model the reward `judge` asks whether an answer is correct."""
 
     url: str | None = None
-    """Address of its OpenAI-compatible API, as `http://127.0.0.1:8000/v1`."""
+    """Address of the judge's OpenAI-compatible API, such as `http://127.0.0.1:8000/v1`."""
     model: str | None = None
-    """Name of the model there."""
+    """Name of the judge's model on that server."""
     key_variable: str = DEFAULT_KEY_VARIABLE
-    """Environment variable with the key that is sent there; a server that wants none needs none."""
+    """Environment variable that holds the judge's API key; not needed where the server asks for
+    none."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:

@@ -78,7 +78,7 @@ class TrainingConfig(Section):
     patience: int | None = Field(default=None, ge=1)
     """Stop early after this many validations in a row without improvement; off by default."""
     log_experience: bool = False
-    """Log every selection and reward in the run directory, which training in rounds needs."""
+    """Log every selection and reward in the run directory; training in rounds always does."""
     max_failed_share: float = Field(default=0.05, ge=0, lt=1)
     """End the run if a larger share of a batch's rewards could not be computed."""
     max_generator_tokens: int | None = Field(default=None, ge=1)
