@@ -16,9 +16,9 @@ from rlrag.generation.pool import calls as pool_calls
 from rlrag.generation.pool import dispatch
 from rlrag.generation.pool.actor import Actors, EngineActor, Member, Standing
 from rlrag.generation.pool.client import PoolClient
-from rlrag.generation.pool.weights import WeightsTag
+from rlrag.generation.pool.weight_store import WeightsTag
 from rlrag.generation.protocol import Sampling
-from rlrag.generation.waits import awaited
+from rlrag.generation.waits import current_waits
 from rlrag.records import Generation, Prompt
 
 DIE, RAISE, HANG, REFUSE = 9001, 9002, 9003, 9004
@@ -251,7 +251,7 @@ def test_a_late_chunk_is_asked_for_again_and_the_first_answer_counts(open_pool, 
     (slow_size,) = sizes[2]
     assert sum(map(sum, sizes)) == 30 + slow_size  # the one chunk, twice
     assert seconds < slow_size * 50
-    assert awaited() == []
+    assert current_waits() == []
     _, sizes = pool.ask(prompts(30, first=100))  # it is behind, and not asked
     assert sizes[2] == []
     assert "slow" not in caplog.text

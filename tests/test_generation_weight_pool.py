@@ -21,7 +21,7 @@ from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.identity import pushed_identity
 from rlrag.generation.pool.client import PoolClient
 from rlrag.generation.pool.start import GeneratorPool
-from rlrag.generation.pool.weights import (
+from rlrag.generation.pool.weight_store import (
     StoredWeights,
     WeightsTag,
     WeightStore,

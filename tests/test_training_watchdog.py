@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from loop_runs import start, steps_of
 
-from rlrag.generation.waits import awaited, awaiting, note_answer, num_answers
+from rlrag.generation.waits import current_waits, awaiting, note_answer, num_answers
 from rlrag.runs.directory import RunDirectory
 from rlrag.runs.log_files import worker_log
 from rlrag.runs.watchdog import Watchdog, under_way
@@ -134,8 +134,8 @@ def test_a_report_names_what_is_waited_for(heard):
     with awaiting(lambda: lines):
         clock.now = 100
         assert watchdog.check()
-        assert awaited() == lines
-    assert awaited() == []
+        assert current_waits() == lines
+    assert current_waits() == []
     assert f"under way is step 1, waiting for {lines[0]}; " in reports(heard)[0]
     assert f"{lines[4]} and 2 more; nothing was ended" in reports(heard)[0]
 

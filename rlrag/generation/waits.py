@@ -31,6 +31,6 @@ def num_answers() -> int:
     return _num_answers
 
 
-def awaited() -> list[str]:
+def current_waits() -> list[str]:
     """One line for each thing that some thread of this process waits for now."""
     return [line for describe in list(_waits.values()) for line in describe()]

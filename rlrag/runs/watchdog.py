@@ -17,7 +17,7 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Self
 
-from rlrag.generation.waits import awaited, num_answers
+from rlrag.generation.waits import current_waits, num_answers
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Watchdog:
             self.check()
 
     def _report(self, what: str, idle_s: float) -> None:
-        waits = awaited()
+        waits = current_waits()
         more = f" and {len(waits) - _MOST_WAITS} more" if len(waits) > _MOST_WAITS else ""
         logger.warning(
             "no progress for %.0f s: under way is %s%s; nothing was ended, and the log has the "

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from rlrag.errors import GenerationError
-from rlrag.generation.pool.weights import StoredWeights, WeightsTag, call_store, fetch_tensors
+from rlrag.generation.pool.weight_store import StoredWeights, WeightsTag, call_store, fetch_tensors
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.generation.weights import ChecksWeights
 from rlrag.json_logs import logging_to

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError
 from rlrag.generation.pool.actor import Member, Standing
-from rlrag.generation.pool.weights import WeightsTag
+from rlrag.generation.pool.weight_store import WeightsTag
 from rlrag.records import Prompt
 
 # An engine's time a token differs between a full chunk and a short one, and with the load.

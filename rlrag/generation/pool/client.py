@@ -22,7 +22,7 @@ from rlrag.generation.identity import pushed_identity
 from rlrag.generation.pool.actor import Actors, Member
 from rlrag.generation.pool.calls import Chunk, Work, describe_prompts
 from rlrag.generation.pool.dispatch import Dispatcher
-from rlrag.generation.pool.weights import WeightsTag, store_weights
+from rlrag.generation.pool.weight_store import WeightsTag, store_weights
 from rlrag.generation.protocol import Sampling, TokenCount
 from rlrag.records import Generation, Prompt, Score
 

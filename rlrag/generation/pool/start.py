@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlrag.config import GeneratorConfig
 from rlrag.generation.pool.actor import Engine, EngineActor
 from rlrag.generation.pool.client import Actors, Member, PoolClient
-from rlrag.generation.pool.weights import WeightsTag, WeightStore
+from rlrag.generation.pool.weight_store import WeightsTag, WeightStore
 from rlrag.json_logs import log_file
 
 logger = logging.getLogger(__name__)
