@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 from loop_runs import start, steps_of
 
-from rlrag.generation.waits import current_waits, awaiting, note_answer, num_answers
+from rlrag.generation.waits import awaiting, current_waits, note_answer, num_answers
 from rlrag.runs.directory import RunDirectory
 from rlrag.runs.log_files import worker_log
 from rlrag.runs.watchdog import Watchdog, under_way
