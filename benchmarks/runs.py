@@ -1,4 +1,4 @@
-"""What several benchmarks need: finished runs, and a Ray cluster that ends with the block."""
+"""Finished runs and temporary Ray clusters, shared by several benchmarks."""
 
 from __future__ import annotations
 

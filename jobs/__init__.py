@@ -1,1 +1,1 @@
-"""The programs by module, from the root of a checkout: `python -m jobs.train`."""
+"""Entry points of a checkout: `python -m jobs.train` and the others."""

@@ -1,4 +1,4 @@
-"""Reinforcement learning for the whole of a retrieval-augmented generation pipeline.
+"""Reinforcement learning for retrieval-augmented generation, from the retriever to the answer.
 
     >>> import rlrag
     >>> with rlrag.load_pipeline("runs/quickstart/bundle") as pipeline:  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""A trained pipeline on disk, written and loaded: what evaluation and serving use.
+"""Bundles: a trained pipeline on disk, as evaluation and serving load it.
 
 `rlrag.bundle_files` says which files it holds, and reads them without the policy.
 """

@@ -141,9 +141,10 @@ class BundleFiles:
         for name in code_named_by(self.config)[field]:
             if name not in allow_code:
                 raise ConfigError(
-                    f"bundle {self.directory} names code that is not its own, {field} {name!r}, "
-                    f"which would run here; if you trust it, say so by --allow-code {name} (of a "
-                    "service the setting allow_code, in Python load_bundle's argument allow_code)"
+                    f"bundle {self.directory} uses custom code, {field} {name!r}, which would "
+                    f"run on this machine; if you trust it, allow it with --allow-code {name} "
+                    "(in a service with the setting allow_code, in Python with the allow_code "
+                    "argument of load_bundle)"
                 )
 
     def check_model(self, model: str, what: str, here: str | None, expected: str | None) -> None:
@@ -161,7 +162,7 @@ class BundleFiles:
         if here != expected:
             raise CheckpointError(
                 f"the model {model!r} has {what} {here} here, but bundle {self.directory} was "
-                f"trained with {expected}; provide those"
+                f"trained with {expected}; use the files of that model"
             )
 
     def check_code_to_answer(self, allow_code: Collection[str]) -> None:
@@ -255,7 +256,9 @@ def read_bundle(directory: Path) -> BundleFiles:
     found = parse_bundle(directory, version)
     found = replace(found, config=_with_known_cache(found.config))
     if bundle_version(directory) != version:
-        raise CheckpointError(f"bundle {directory} was replaced while it was read; read it again")
+        raise CheckpointError(
+            f"bundle {directory} was replaced while it was being read; load it again"
+        )
     return found
 
 
@@ -357,7 +360,7 @@ def _parsed(path: Path, kind: type[_Value]) -> _Value:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its content"
         raise CheckpointError(
-            f"{path} does not hold what it should: {place}: {first['msg']}; export the bundle anew"
+            f"{path} is invalid: {place}: {first['msg']}; export the bundle again"
         ) from error
 
 
@@ -365,7 +368,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; export the bundle anew") from error
+        raise CheckpointError(f"{path} is not JSON: {error}; export the bundle again") from error
 
 
 def _read(path: Path) -> str:
@@ -373,8 +376,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}), and a bundle needs it; export the "
-            "bundle anew"
+            f"{path} cannot be read ({type(error).__name__}), but a bundle needs it; export the "
+            "bundle again"
         ) from error
 
 

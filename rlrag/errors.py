@@ -1,4 +1,4 @@
-"""Every error that the package raises on purpose.
+"""Exceptions of the package, all subclasses of `RlragError`.
 
 One root, `RlragError`. Each child is also the standard class it specialises, so that callers may
 catch either. No class has an `__init__` of its own: an exception with one message argument crosses

@@ -1,4 +1,4 @@
-"""Logs as lines of JSON.
+"""Writes logs as JSON lines.
 
 Each line is one object:
 
@@ -101,8 +101,8 @@ def log_file(path: Path, run: str, actor: str, step: int | None = None) -> loggi
         handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
         raise SetupError(
-            f"cannot write the log {path}: {error.strerror or error}; free space, or make the "
-            "place writable"
+            f"cannot write the log {path}: {error.strerror or error}; free disk space, or make "
+            "the directory writable"
         ) from error
     handler.setFormatter(JsonLines(run, actor, step))
     return handler

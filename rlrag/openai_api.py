@@ -1,4 +1,4 @@
-"""Address, key and errors of an OpenAI-compatible API, as the generator and the judge use them."""
+"""URL, key and errors of an OpenAI-compatible API, for the generator and the judge."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ http://127.0.0.1:8000/v1
     except ValueError:
         is_address, has_user = False, "@" in url
     if has_user:
-        raise ConfigError(f"{what} holds a password; give a key by the environment")
+        raise ConfigError(f"{what} contains a password; put the key into an environment variable")
     if "?" in url or "#" in url:
         raise ConfigError(
-            f"{what} goes on after '?' or '#', where keys are often put; end it with the path, as "
-            "in http://127.0.0.1:8000/v1, and give a key by the environment"
+            f"{what} has a query or fragment ('?' or '#'), which often contains a key; end it "
+            "after the path, as in http://127.0.0.1:8000/v1, and put the key into an "
+            "environment variable"
         )
     if not is_address:
-        raise ConfigError(f"{what} {url!r} is no address; give one as http://127.0.0.1:8000/v1")
+        raise ConfigError(f"{what} {url!r} is not a URL; give one such as http://127.0.0.1:8000/v1")
 
 
 def read_key(variable: str, named_by: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The pipeline: its parts opened as a configuration says, and a bundle that answers questions.
+"""Builds the parts of a pipeline from a configuration, and loads bundles to answer questions.
 
 Training, evaluation and serving all assemble their parts here, so that what is served is what was
 evaluated and trained.
@@ -433,7 +433,7 @@ class Pipeline:
         """The candidates of questions, as policies and environments take them."""
         for place, question in enumerate(questions):
             if not question.strip():
-                raise RequestError(f"question {place} is empty; give its text")
+                raise RequestError(f"question {place} is empty; give a question")
         with self._lock:
             return self.library.search(questions, self.config.retrieval.num_candidates)
 

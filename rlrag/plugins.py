@@ -1,4 +1,4 @@
-"""Parts of anybody's own, by the name `package.module:name`.
+"""Loads your own parts by name, `package.module:name`.
 
 A part is a class or a function that makes one. It is called with keyword arguments: those of what
 its kind is offered that it has parameters for, and its own options, which are its other parameters.
@@ -93,7 +93,7 @@ def check(kind: str, name: str, words: Sequence[str]) -> None:
     base = _BASES.get(kind)
     if base and inspect.isclass(factory) and base not in map(_full_name, factory.__mro__):
         raise ConfigError(
-            f"{kind} {name!r} is no {base.rpartition('.')[2]}; let it be a subclass of {base}"
+            f"{kind} {name!r} is not a {base.rpartition('.')[2]}; make it a subclass of {base}"
         )
     for method in sorted(getattr(factory, "__abstractmethods__", ())):
         raise _lacking(kind, name, method)
@@ -130,14 +130,14 @@ def make(kind: str, name: str, words: Sequence[str], **offered: Any) -> Any:
     given = {key: value for key, value in offered.items() if key in wanted}
     for key in OFFERED[kind]:
         if key in wanted and key not in given and wanted[key].default is inspect.Parameter.empty:
-            raise ConfigError(f"{kind} {name!r} needs a {key}, but there is none; name one")
+            raise ConfigError(f"{kind} {name!r} needs a {key}, but the run has none; configure one")
     try:
         part = factory(**given, **options)
     except RlragError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{kind} {name!r}: making it failed with {type(error).__name__}: {error}"
+            f"{kind} {name!r}: creating it failed with {type(error).__name__}: {error}"
         ) from error
     for method in METHODS[kind]:
         if not callable(getattr(part, method, None)):
@@ -163,8 +163,8 @@ def identity(kind: str, name: str, words: Sequence[str]) -> list[str]:
     revision = getattr(found, "revision", "")
     if not isinstance(revision, str):
         raise ConfigError(
-            f"{kind} {name!r} has a revision of type {type(revision).__name__}; give the class or "
-            "function itself a text"
+            f"{kind} {name!r} has a revision of type {type(revision).__name__}; set `revision` "
+            "of the class or function to a str"
         )
     parts = [name, *sorted(words), hashlib.sha256(content).hexdigest()]
     return [*parts, revision] if revision else parts
@@ -194,8 +194,8 @@ def _full_name(found: type) -> str:
 
 def _lacking(kind: str, name: str, method: str, who: str = "") -> ConfigError:
     return ConfigError(
-        f"{kind} {name!r}{who} has no method {method!r}; rlrag.testing.check_{kind} says what a "
-        f"{kind} must do"
+        f"{kind} {name!r}{who} has no method {method!r}; rlrag.testing.check_{kind} checks what "
+        f"a {kind} must do"
     )
 
 
@@ -219,19 +219,19 @@ def _parameters(kind: str, name: str, factory: Any) -> Mapping[str, inspect.Para
     if not callable(factory):
         raise ConfigError(
             f"{kind} {name!r} is a {type(factory).__name__}; name a class, or a function that "
-            f"makes a {kind}"
+            f"returns a {kind}"
         )
     try:
         found = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{kind} {name!r} does not show its parameters ({error}); wrap it in a function"
+            f"{kind} {name!r} has no readable signature ({error}); wrap it in a function"
         ) from error
     for parameter in found.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(
-                f"{kind} {name!r}: parameter {parameter} cannot be given by name; give every "
-                "parameter a name of its own"
+                f"{kind} {name!r}: parameter {parameter} cannot be passed by keyword; use only "
+                "parameters that can, without *args or positional-only ones"
             )
     return found
 

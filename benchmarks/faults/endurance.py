@@ -1,4 +1,4 @@
-"""Growth of memory, threads and open files over a run of many short steps.
+"""Measures growth of memory, threads and open files over many short training steps.
 
 Run `python -m benchmarks.faults.endurance`. Training loop, trainer, selector, environment, reward,
 cache, checkpoints and logs are the real ones, in one process and with a batch that runs ahead. The
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     options = parser.parse_args(arguments)
     if options.steps < 20 * options.every:
-        parser.error("a tenth of --steps must hold two samples; lower --every")
+        parser.error("a tenth of --steps must contain two samples; lower --every")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         config = endurance_config(Path(folder), options.steps)

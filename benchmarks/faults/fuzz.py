@@ -1,4 +1,4 @@
-"""Fuzzes everything that reads a file: each mutant ends in a value or a documented error.
+"""Fuzzes all file readers: each mutated file must give a value or a documented error.
 
 Run `python -m benchmarks.faults.fuzz`. Atheris changes valid files, led by which lines of this
 project the changed ones reach: bytes, pieces, and words that readers trip over (NaN, huge numbers,
@@ -288,10 +288,12 @@ def _instrumented() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fuzz every target and write the table; the exit code is 1 when something was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=100_000, help="of each target")
+    parser.add_argument(
+        "--inputs", type=int, default=100_000, help="number of mutated files for each target"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--targets", nargs="+", help="names; all when left out")
-    parser.add_argument("--keep", type=Path, help="folder for the inputs of findings")
+    parser.add_argument("--targets", nargs="+", help="targets to fuzz; default: all")
+    parser.add_argument("--keep", type=Path, help="save inputs that cause a failure in this folder")
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
@@ -306,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = set(options.targets or ()) - {target.name for target in made}
         if unknown:
             names = ", ".join(target.name for target in made)
-            parser.error(f"--targets has {min(unknown)!r}, which is none; there are: {names}")
+            parser.error(f"--targets has {min(unknown)!r}, which is unknown; choose from: {names}")
         for target in made:
             if options.targets and target.name not in options.targets:
                 continue

@@ -1,4 +1,4 @@
-"""Everything that reads a file which somebody else may have written, with valid content for it."""
+"""The file readers to fuzz, each with valid content to mutate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Injects faults into running programs and measures what was lost and how soon they recover.
+"""Injects faults into running programs; measures what is lost and the time to recover.
 
 Run `python -m benchmarks.faults.injected`. Every fault meets a small run on a Ray cluster of its
 own: in the training of a selector, in the offline stage of a retriever, or in its online stage,
@@ -404,8 +404,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES))
     parser.add_argument("--faults", nargs="+", choices=tuple(FAULTS), default=list(FAULTS))
-    parser.add_argument("--cache-dir", type=Path, help="of models and indexes, if there is one")
-    parser.add_argument("--finished", type=Path, help="outcomes as JSON lines, to go on from")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="existing cache of models and indexes to use"
+    )
+    parser.add_argument(
+        "--finished",
+        type=Path,
+        help="JSON lines file of earlier outcomes; these faults are skipped",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     arguments = parser.parse_args()
     rows = _finished(arguments.finished)

@@ -1,4 +1,4 @@
-"""A cluster of two network namespaces on one machine: nodes that join, die and are cut off.
+"""A Ray cluster of two network namespaces on one machine: nodes join, die and lose the network.
 
 Run `python -m benchmarks.faults.nodes` as root on Linux. Two network namespaces, joined by a bridge
 that leads nowhere else, each hold a Ray node, started by `ray start` as on two machines. On them,
@@ -390,7 +390,9 @@ def main() -> None:
     """Do all of it and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
-    parser.add_argument("--cache-dir", type=Path, help="of models and indexes, if there is one")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="existing cache of models and indexes to use"
+    )
     arguments = parser.parse_args()
     rows: list[Row] = []
 

@@ -1,4 +1,4 @@
-"""Environment variables that make an engine die whenever it meets a given question."""
+"""Environment variables that crash an engine whenever it gets a given question."""
 
 from __future__ import annotations
 

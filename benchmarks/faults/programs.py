@@ -1,4 +1,4 @@
-"""Training programs as subprocesses that can be watched, stopped and killed."""
+"""Starts training programs as subprocesses, and watches, stops and kills them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peers side by side: the same data, prompt and budget of tokens for other libraries' trainers.
+"""Trains other libraries on the same data, prompt and token budget, and compares the results.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.peers nq --runs nq-dro=DIR`. It prepares questions,
 candidates and prompts once, trains each peer in an environment of its own, and measures what they
@@ -142,7 +142,7 @@ def _smaller(recipe: RunConfig) -> RunConfig:
 def _named(run: str) -> tuple[str, Path]:
     name, _, directory = run.partition("=")
     if not name or not directory:
-        raise ConfigError(f"--runs {run!r} names no run; write NAME=DIR")
+        raise ConfigError(f"--runs {run!r} has no run name; write NAME=DIR")
     return name, Path(directory)
 
 

@@ -1,4 +1,4 @@
-"""Python environments for other projects, each made from a pinned `requirements.txt`."""
+"""Python environments for other libraries, each created from a pinned `requirements.txt`."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def _uv() -> str:
     found = str(beside) if beside.is_file() else shutil.which("uv")
     if found is None:
         raise SetupError(
-            "uv, which makes the peers' environments, is not installed; `make setup` installs it, "
-            "or run `pip install uv`"
+            "uv, which creates the environments of other libraries, is not installed; `make "
+            "setup` installs it, or run `pip install uv`"
         )
     return found
 

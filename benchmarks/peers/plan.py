@@ -1,4 +1,4 @@
-"""The work folder that every peer reads: questions, passages and prompts as plain JSON.
+"""The work folder that every compared library reads: questions, passages and prompts as JSON.
 
 The folder holds plain JSON, so that a peer needs nothing of this project to read it:
 
@@ -89,8 +89,8 @@ def _check_same(folder: Path, config: RunConfig, plan: Mapping[str, Any]) -> Non
     same = (folder / "config.json").read_text() == config.to_json()
     if not same or json.loads((folder / "plan.json").read_text()) != plan:
         raise RunDirectoryError(
-            f"{folder} was prepared with another configuration or token budget; give the flags "
-            "that it was made with, or another --folder"
+            f"{folder} was prepared with another configuration or token budget; use the same "
+            "flags as before, or another --folder"
         )
 
 

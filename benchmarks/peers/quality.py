@@ -1,4 +1,4 @@
-"""Measures the answers of peers to the evaluation questions.
+"""Evaluates the models that other libraries trained on the evaluation questions.
 
 Every system is measured in one way: the configuration's prompt, K passages in context, answers of
 the configuration's generator, unless a peer tuned that. Shape letters: Q questions.

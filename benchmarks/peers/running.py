@@ -1,4 +1,4 @@
-"""Runs a peer's script in its own environment and records its output or its failure."""
+"""Runs the training script of another library in its own environment and records the outcome."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def finished_peer(
         code = _run([str(python), str(peer.script), str(work), str(output)], log, timeout_s)
     seconds = time.monotonic() - started
     if code is None:
-        raise SetupError(f"not finished in {timeout_s / 60:.0f} minutes; give more by --minutes")
+        raise SetupError(f"not finished in {timeout_s / 60:.0f} minutes; raise --minutes")
     if code or not (output / "result.json").is_file():
         raise SetupError(f"exit code {code}: {_last_line(output / 'output.log')}")
     before = json.loads((output / "result.json").read_text()).get("seconds_before", 0.0)

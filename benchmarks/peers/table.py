@@ -62,7 +62,7 @@ def own_run(name: str, run_dir: Path, prepared: Prepared) -> OwnRun:
     different = [key for key, value in mine.items() if theirs.get(key) != value]
     if different:
         raise ConfigError(
-            f"--runs {name}={run_dir} differs from this comparison in {', '.join(different)}; "
+            f"--runs {name}={run_dir} differs from this comparison in: {', '.join(different)}; "
             "give a run with the same corpus, evaluation questions and passages in context"
         )
     return OwnRun(name, _own_values(name, path, prepared), _own_cost(run_dir))
@@ -73,7 +73,9 @@ def _own_values(name: str, evaluation: Path, prepared: Prepared) -> Values:
     answered = read_questions(questions_path(evaluation))
     system = next((each for each in _TRAINED if each in answered.systems), None)
     if system is None:
-        raise ConfigError(f"--runs {name}: its evaluation has nothing that was trained")
+        raise ConfigError(
+            f"--runs {name}: its evaluation has no trained system; give a run that trains something"
+        )
     of_id = {question.id: question.systems[system] for question in answered.questions}
     answers = [of_id.get(question.id) for question in prepared.dev.questions]
     if any(answer is None or answer.error is not None for answer in answers):

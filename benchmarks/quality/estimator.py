@@ -1,4 +1,4 @@
-"""DRO's gradient estimate against the number of samples m and the baseline, on enumerated rewards.
+"""DRO's gradient estimate by number of samples m and baseline, on enumerated rewards.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.estimator nq --weights FILE`, where FILE is the
 `bundle/selector.safetensors` of a run of `nq-dro-selector`. All ordered selections of some training
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights",
         type=Path,
-        help="a trained selector to measure too (bundle/selector.safetensors)",
+        help="also measure this trained selector (bundle/selector.safetensors)",
     )
     parser.add_argument("--questions", type=int, default=48)
-    parser.add_argument("--draws", type=int, default=400, help="repeated draws of each m")
+    parser.add_argument("--draws", type=int, default=400, help="number of draws for each m")
     parser.add_argument("--cache-dir", default="~/.cache/rlrag")
     options = parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""All trainer families and peers on several data sets, one table for each set.
+"""Compares all trainers and other libraries on several data sets, one table per data set.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.evidence`. Each set gives the same numbers of
 training, validation and test questions, drawn with a seed from those that have an answer; MuSiQue,
@@ -97,8 +97,8 @@ def draw_questions(name: str, source: Path, folder: Path, seed: int = 0) -> tupl
         train, test = train[:num_train], train[num_train:]
     if len(train) < num_train or not test:
         raise ConfigError(
-            f"{source} has {len(train)} questions of {name} to train on and {len(test)} to test "
-            f"with; {num_train} and at least one are needed"
+            f"{source} has {len(train)} questions of {name} for training and {len(test)} for "
+            f"testing; {num_train} and at least one are needed"
         )
     files = []
     for split, records in (("train", train[:num_train]), ("test", test[:NUM_TEST])):

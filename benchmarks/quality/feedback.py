@@ -1,4 +1,4 @@
-"""What training on the feedback log of an exploring service is worth.
+"""Measures what a policy gains from training on a service's feedback log.
 
 Run `python -m benchmarks.quality.feedback` for the built-in data, ranked by BM25. Another recipe
 and its flags give other data: `RLRAG_DATA_DIR=... python -m benchmarks.quality.feedback --recipe nq
@@ -63,7 +63,8 @@ class Enumeration:
         num_selections = math.perm(candidates.num_candidates, num_selected)
         if num_selections > _MOST_SELECTIONS:
             raise SystemExit(
-                f"{num_selections:,} selections a question are too many to list; select fewer"
+                f"{num_selections:,} possible selections per question are too many to "
+                "enumerate; select fewer passages"
             )
         self.candidates = candidates
         picks = itertools.permutations(range(candidates.num_candidates), num_selected)

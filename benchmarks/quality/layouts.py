@@ -1,4 +1,4 @@
-"""The layout of the prompt: does an untrained reader do better with the best passage first or last?
+"""Prompt layout: compares placing the best passage first and last, for untrained models.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.layouts`. The generator answers the same
 training questions behind the retriever's first K passages, once in each layout of

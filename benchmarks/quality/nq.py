@@ -1,4 +1,4 @@
-"""Natural Questions: what training adds to the retriever's order, over seeds and retrievers.
+"""Natural Questions: gain of training over the retriever's order, across seeds and retrievers.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.nq`. It runs `jobs.train nq` once a seed (a
 finished run in the folder is taken as it is, a stopped one continues), answers the same questions

@@ -1,4 +1,4 @@
-"""What the retriever is trained on: nothing, relevance, what helped the generator; and how.
+"""Compares training signals for the retriever: none, relevance labels, the generator's answers.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.openrag nq`. All runs share questions, prompt
 and the cache of judgements, so that only the first pays for the offline stage. Each bundle is
@@ -125,8 +125,12 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument("--cache-dir", default=None)
-    parser.add_argument("--reader", type=Path, help="finished run whose generator answers")
-    parser.add_argument("--depths", nargs="+", type=int, default=[1, 10], help="passages shown")
+    parser.add_argument(
+        "--reader", type=Path, help="finished run whose generator answers the questions"
+    )
+    parser.add_argument(
+        "--depths", nargs="+", type=int, default=[1, 10], help="numbers of passages in the prompt"
+    )
     arguments, flags = parser.parse_known_args()
     prefix, reader = arguments.name, ""
     if arguments.reader is not None:

@@ -239,10 +239,12 @@ def report(
 def main() -> None:
     """Measure, print the tables and write them down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="whose data, retriever and prompt are used, such as nq")
+    parser.add_argument(
+        "recipe", help="recipe whose data, retriever and prompt are used, such as nq"
+    )
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--questions", type=int, default=120)
-    parser.add_argument("--threads", type=int, default=2, help="of each engine")
+    parser.add_argument("--threads", type=int, default=2, help="compute threads per engine")
     parser.add_argument("--cache-dir", default=None)
     text = measure(parser.parse_args())
     print(text)

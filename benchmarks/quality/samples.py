@@ -1,4 +1,4 @@
-"""The number of samples a question: weights over the iterations, and what is learned.
+"""Number of samples per question: weights during training, and the quality reached.
 
 Run `RLRAG_DATA_DIR=... python -m benchmarks.quality.samples nq`. Runs of one recipe that differ in
 m and in the baseline alone train the selector on the same questions; rewards of the same selection

@@ -1,4 +1,4 @@
-"""Compares served answers with those of the evaluation.
+"""Checks that the service gives the answers of the evaluation.
 
 Run `python -m benchmarks.quality.served_answers --bundle runs/quickstart/bundle`. The bundle's test
 questions are answered first as `jobs.evaluate` answers them, by the same code and back end, then

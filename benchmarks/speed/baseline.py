@@ -1,4 +1,4 @@
-"""Compares the speed of the package's inner loops with that of a pinned revision.
+"""Compares the speed of inner loops with that of a pinned revision.
 
 Run `python -m benchmarks.speed.baseline`. It checks out the revision that `results/baseline.json`
 names beside this tree, and times `benchmarks.speed.kernels` on both in turns, in processes of their
@@ -96,8 +96,10 @@ def _update() -> None:
 def main() -> None:
     """Compare, or set the baseline."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="make this revision the baseline")
-    parser.add_argument("--against", default=None, help="a revision other than the baseline's")
+    parser.add_argument("--update", action="store_true", help="save this revision as the baseline")
+    parser.add_argument(
+        "--against", default=None, help="revision to compare with; default: the baseline"
+    )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tolerance", type=float, default=1.25)
     arguments = parser.parse_args()

@@ -215,9 +215,9 @@ def report(costs: Sequence[Costs]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and save; exit code 1 when the target is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8, help="timed; eight are one pass")
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
-    parser.add_argument("--cache-dir", default=None, help="of models and indexes")
+    parser.add_argument("--steps", type=int, default=8, help="steps to time; eight are one epoch")
+    parser.add_argument("--folder", type=Path, default=None, help="folder on the disk to measure")
+    parser.add_argument("--cache-dir", default=None, help="cache of models and indexes")
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     options = parser.parse_args(arguments)
     costs = []

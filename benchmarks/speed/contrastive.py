@@ -1,4 +1,4 @@
-"""Contrastive training pairs a second, beside another library.
+"""Throughput of contrastive training, compared with sentence-transformers.
 
 Run `python -m benchmarks.speed.contrastive`. The package's learner and a step of
 sentence-transformers train copies of one encoder on the same batches of the built-in corpus, in
@@ -170,7 +170,9 @@ def batches(corpus: Corpus, questions: str, cache_dir: Path, size: int) -> Itera
             if len(chosen) == size:
                 break
         if len(chosen) < size:
-            raise SystemExit(f"only {len(chosen)} questions have passages of their own; lower it")
+            raise SystemExit(
+                f"only {len(chosen)} questions have gold passages; lower the batch size"
+            )
         others = [int(row) for row in rng.permutation(len(corpus)) if row not in chosen]
         yield (
             list(chosen.values()),
@@ -261,18 +263,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=BUILTIN_ENCODER, help="name or directory of the encoder")
-    parser.add_argument("--corpus", default=BUILTIN_CORPUS, help="where passages come from")
-    parser.add_argument("--questions", default=f"{BUILTIN_CORPUS}:train", help="with gold passages")
-    parser.add_argument("--passage-words", type=int, default=100, help="words of a passage")
-    parser.add_argument("--max-tokens", type=int, default=160, help="tokens of a text")
-    parser.add_argument("--batch-size", type=int, default=16, help="questions, embedded at once")
-    parser.add_argument("--cached-batch-size", type=int, default=64, help="questions, in pieces")
-    parser.add_argument("--micro", type=int, default=32, help="texts of a piece")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a side in a turn")
-    parser.add_argument("--turns", type=int, default=7, help="turns of a case")
+    parser.add_argument(
+        "--corpus", default=BUILTIN_CORPUS, help="corpus, in any form that data.corpus takes"
+    )
+    parser.add_argument(
+        "--questions",
+        default=f"{BUILTIN_CORPUS}:train",
+        help="questions that name their gold passages",
+    )
+    parser.add_argument("--passage-words", type=int, default=100, help="words per passage")
+    parser.add_argument(
+        "--max-tokens", type=int, default=160, help="maximum number of tokens per text"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="questions per batch, without gradient caching"
+    )
+    parser.add_argument(
+        "--cached-batch-size",
+        type=int,
+        default=64,
+        help="questions per batch, with gradient caching",
+    )
+    parser.add_argument(
+        "--micro", type=int, default=32, help="texts per forward pass with gradient caching"
+    )
+    parser.add_argument("--steps", type=int, default=2, help="steps per library and repetition")
+    parser.add_argument("--turns", type=int, default=7, help="repetitions of each case")
     parser.add_argument("--threads", type=int, default=2, help="compute threads")
     parser.add_argument("--cache-dir", default="~/.cache/rlrag")
-    parser.add_argument("--output", type=Path, default=RESULTS_FILE, help="where the table goes")
+    parser.add_argument("--output", type=Path, default=RESULTS_FILE, help="file for the table")
     options = parser.parse_args(arguments)
     rows = measure(options)
     text = report(rows, options)

@@ -1,4 +1,4 @@
-"""How busy a server behind an address is kept by 16 requests under way.
+"""Utilisation of an OpenAI-compatible server with 16 concurrent requests.
 
 Run `python -m benchmarks.speed.endpoint`. A server on loopback, in a process of its own, answers
 each completion after a fixed time and works on at most 16 at once. It adds up for how long how many

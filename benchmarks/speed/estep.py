@@ -1,4 +1,4 @@
-"""The E-step's scoring speed beside plain transformers.
+"""Scoring speed of the E-step, compared with plain transformers.
 
 Run `python -m benchmarks.speed.estep`. In each turn a policy draws permutations of fresh questions
 of the built-in corpus; the log-probability of the golden answer after each is computed in four
@@ -101,15 +101,22 @@ class PrefixScorer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and write it down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side, in all")
-    parser.add_argument("--turns", type=int, default=2, help="batches a row of the table")
-    parser.add_argument("--questions", type=int, default=64, help="questions a batch")
     parser.add_argument(
-        "--plain-questions", type=int, default=16, help="of these, scored by plain transformers"
+        "--threads", type=int, default=2, help="compute threads in total, for each of the two"
     )
-    parser.add_argument("--samples", type=int, default=8, help="permutations a question (m)")
-    parser.add_argument("--num-selected", type=int, default=3, help="passages in each (K)")
-    parser.add_argument("--num-candidates", type=int, default=10, help="candidates (n)")
+    parser.add_argument("--turns", type=int, default=2, help="batches per table row")
+    parser.add_argument("--questions", type=int, default=64, help="questions per batch")
+    parser.add_argument(
+        "--plain-questions",
+        type=int,
+        default=16,
+        help="how many of the questions plain transformers scores",
+    )
+    parser.add_argument("--samples", type=int, default=8, help="permutations per question (m)")
+    parser.add_argument("--num-selected", type=int, default=3, help="passages per permutation (K)")
+    parser.add_argument(
+        "--num-candidates", type=int, default=10, help="candidates per question (n)"
+    )
     parser.add_argument("--training-steps", type=int, default=300)
     parser.add_argument("--cache-dir", default="~/.cache/rlrag")
     options = parser.parse_args(arguments)

@@ -401,9 +401,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--small", type=int, default=5_000, help="passages of the small corpus")
     parser.add_argument("--large", type=int, default=50_000, help="passages of the large corpus")
     parser.add_argument("--sizes", nargs="*", type=int, default=[10**4, 10**5, 10**6])
-    parser.add_argument("--folder", default=None, help="where the indexes of --sizes lie meanwhile")
-    parser.add_argument("--candidates", type=int, default=10, help="hits a question")
-    parser.add_argument("--output", type=Path, default=RESULTS_FILE, help="where the table goes")
+    parser.add_argument(
+        "--folder", default=None, help="temporary folder for the indexes of --sizes"
+    )
+    parser.add_argument("--candidates", type=int, default=10, help="results per question")
+    parser.add_argument("--output", type=Path, default=RESULTS_FILE, help="file for the table")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 

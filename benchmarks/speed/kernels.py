@@ -1,4 +1,4 @@
-"""Timings of the package's inner loops on made-up data, in seconds a call, as JSON.
+"""Times inner loops on synthetic data; prints seconds per call as JSON.
 
 Run `python -m benchmarks.speed.kernels`, or let `benchmarks.speed.baseline` run it on two trees in
 turns. Every call does the same work each time, from the same seeds.

@@ -1,4 +1,4 @@
-"""Overhead of a loaded pipeline over its generator, and import time beside torch.
+"""Overhead of a loaded pipeline over its generator, and import time compared with torch.
 
 Run `python -m benchmarks.speed.pipeline --bundle runs/quickstart/bundle`. Questions of the bundle's
 evaluation are answered one by one, in turn by `Pipeline.answer` and by the bare generator, which is
@@ -75,7 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=100)
-    parser.add_argument("--turns", type=int, default=9, help="imports of each package")
+    parser.add_argument(
+        "--turns", type=int, default=9, help="number of times each package is imported"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     arguments = parser.parse_args()
     whole, bare = answers(arguments.bundle, arguments.questions)

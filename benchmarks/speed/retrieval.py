@@ -1,4 +1,4 @@
-"""Cost and quality of retrieval with an encoder in training.
+"""Cost and quality of retrieval while the encoder is trained.
 
 Run `python -m benchmarks.speed.retrieval`. Two comparisons, both on one corpus and its questions:
 
@@ -230,15 +230,27 @@ def report(
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--corpus", default=BUILTIN_CORPUS, help="corpus, as data.corpus names it")
+    parser.add_argument(
+        "--corpus", default=BUILTIN_CORPUS, help="corpus, in any form that data.corpus takes"
+    )
     parser.add_argument("--questions-from", default=f"{BUILTIN_CORPUS}:test", help="question set")
-    parser.add_argument("--questions", type=int, default=1_000, help="questions at most")
-    parser.add_argument("--passages", type=int, help="passages at most; all when unset")
-    parser.add_argument("--encoder", default=BUILTIN_VOCABULARY_ENCODER, help="masked LM")
-    parser.add_argument("--first", type=int, nargs="+", default=[20, 100], help="values of m")
-    parser.add_argument("--batch", type=int, default=128, help="questions of a training step")
+    parser.add_argument("--questions", type=int, default=1_000, help="maximum number of questions")
+    parser.add_argument("--passages", type=int, help="maximum number of passages; default: all")
+    parser.add_argument(
+        "--encoder",
+        default=BUILTIN_VOCABULARY_ENCODER,
+        help="masked language model to use as encoder",
+    )
+    parser.add_argument(
+        "--first",
+        type=int,
+        nargs="+",
+        default=[20, 100],
+        help="numbers of first-stage passages to rerank (m)",
+    )
+    parser.add_argument("--batch", type=int, default=128, help="questions per training step")
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/rlrag").expanduser())
-    parser.add_argument("--output", type=Path, default=RESULTS_FILE, help="where the table goes")
+    parser.add_argument("--output", type=Path, default=RESULTS_FILE, help="file for the table")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""How busy one client keeps many generator actors, and what that costs.
+"""How busy one client keeps many generator actors, and its overhead.
 
 Run `python -m benchmarks.speed.scale`. The pool, its actors and its client are the real ones. The
 engines are stand-ins that sleep, so that 256 of them fit on one machine: as long as the tokens of a
@@ -317,7 +317,7 @@ def _pss_mib(pid: int) -> float:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024 / _MIB
-    raise RuntimeError(f"process {pid} does not tell its memory")
+    raise RuntimeError(f"process {pid} does not report its memory")
 
 
 def report(
@@ -391,18 +391,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--actors", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument(
-        "--straggler-actors", type=int, default=64, help="one of --actors, measured with a slow one"
+        "--straggler-actors",
+        type=int,
+        default=64,
+        help="number of actors, one of --actors, to measure again with one slow actor",
     )
-    parser.add_argument("--turns", type=int, default=3, help="calls of the client a row")
+    parser.add_argument("--turns", type=int, default=3, help="client calls per table row")
     parser.add_argument("--prompts-per-actor", type=int, default=512)
-    parser.add_argument("--tokens-per-s", type=float, default=4096.0, help="of one engine")
-    parser.add_argument("--calls", type=int, default=60, help="of the real engine, if measured")
-    parser.add_argument("--cache-dir", type=Path, default=None, help="of models, if measured")
+    parser.add_argument(
+        "--tokens-per-s",
+        type=float,
+        default=4096.0,
+        help="speed of one engine in tokens per second",
+    )
+    parser.add_argument(
+        "--calls", type=int, default=60, help="calls of the real engine, where it is measured"
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, default=None, help="cache of models for the real engine"
+    )
     parser.add_argument("--latencies", type=Path, default=LATENCIES_FILE)
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     options = parser.parse_args(arguments)
     if options.straggler_actors not in options.actors:
-        parser.error("--straggler-actors must be one of --actors, which it is compared with")
+        parser.error(
+            "--straggler-actors must be one of --actors, since it is compared with that row"
+        )
     if not options.latencies.exists():
         with own_cluster(2):
             measured = measure_latencies(options.calls, options.cache_dir)

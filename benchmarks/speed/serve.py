@@ -1,4 +1,4 @@
-"""The service beside the bare engine: throughput, latency and overload.
+"""Throughput, latency and overload of the service, compared with the bare engine.
 
 Run `python -m benchmarks.speed.serve --bundle runs/quickstart/bundle`. Everything runs on this
 machine and on loopback, each phase for a bounded time:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the report and write it down."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--questions", type=int, default=128, help="questions a turn")
+    parser.add_argument("--questions", type=int, default=128, help="questions per repetition")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args(arguments)
     questions = _questions(options.bundle, options.questions * options.turns)

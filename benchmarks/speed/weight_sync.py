@@ -1,4 +1,4 @@
-"""Time and memory of a push of new weights into a pool of engines that go on running.
+"""Time and memory of pushing new weights to running engines.
 
 Run `python -m benchmarks.speed.weight_sync`. This process plays the learner: it holds two sets of
 weights and pushes them in turn, whole models first and then low-rank adapters. Some pushes are
@@ -140,8 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kinds", nargs="+", choices=["whole", "adapter"], default=["whole", "adapter"]
     )
-    parser.add_argument("--rank", type=int, default=16, help="of the adapter")
-    parser.add_argument("--pushes", type=int, default=5, help="timed, and as many watched")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
+    parser.add_argument(
+        "--pushes", type=int, default=5, help="timed pushes; memory is measured on as many more"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS_FILE)
     options = parser.parse_args(arguments)
     report = measure(options)

@@ -1,4 +1,4 @@
-"""The losses that train a retriever on vectors of questions and passages (OpenRAG).
+"""Contrastive losses for training a retriever (OpenRAG).
 
 f(q, d) is the inner product of a question's and a passage's vector, divided by a temperature. The
 batch B holds N questions, their N positives d+ in the same order, and further passages, which are
@@ -136,7 +136,7 @@ def vdr_loss(
     """
     if questions.bags_BD is None or passages.bags_BD is None:
         raise DataError(
-            "the loss of VDR compares with bags of tokens, which a dense encoder has not; use "
+            "VDR's loss needs bags of tokens, which a dense encoder does not produce; use "
             "openrag_loss"
         )
     whole_ND, whole_PD = questions.vectors_BD, passages.vectors_BD

@@ -1,4 +1,4 @@
-"""Estimates and losses of a policy from selections that another one drew (off-policy).
+"""Off-policy estimates and losses, for selections drawn by another policy.
 
 A service logs a question x, the selection z, the probability mu(z | x) with which it was drawn
 (its propensity) and the reward r of the answer. The value of another policy p on the same

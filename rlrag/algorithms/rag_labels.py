@@ -1,4 +1,4 @@
-"""OpenRAG's labels of passages, and the training pairs made of them.
+"""OpenRAG's passage labels, and the training pairs built from them.
 
 OpenRAG (arXiv 2503.08398, section 3) labels a passage d for a question q by what the generator does
 with d alone in its context. The RAG label is 1 when the generated answer is right; the RAG score is
@@ -134,7 +134,7 @@ def walk_together(
         ConfigError: when `chunk_size` is below 1.
     """
     if chunk_size < 1:
-        raise ConfigError(f"a walk cannot go on by {chunk_size} passages; use at least 1")
+        raise ConfigError(f"chunk_size is {chunk_size}; give at least 1")
     walks = [Walk() for _ in rankings]
     going = list(range(len(rankings)))
     start = 0
@@ -174,8 +174,8 @@ def choose_pair(
     ):
         if not found and not len(pool):
             raise DataError(
-                f"a question has neither found nor pooled {name} passages; drop questions with an "
-                "empty pool before training"
+                f"a question has no retrieved and no pooled {name} passages; drop questions with "
+                "an empty pool before training"
             )
     chosen = int(rng.choice(positives if len(positives) else offline_positives))
     return chosen, int(rng.choice(offline_negatives)) if negative is None else negative

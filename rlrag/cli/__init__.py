@@ -1,4 +1,4 @@
-"""The command `rlrag`: one program for each word that may follow it."""
+"""The `rlrag` command line: one module for each subcommand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: rlrag COMMAND [flags]\n\ncommands:\n{listing}", flush=True)
         if not argv:
-            raise ConfigError(f"no command is named; there are: {', '.join(COMMANDS)}")
+            raise ConfigError(f"no command was given; choose from: {', '.join(COMMANDS)}")
         return
     if argv[0] == "--version":
         from rlrag import __version__

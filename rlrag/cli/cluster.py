@@ -1,4 +1,4 @@
-"""Joins or starts the Ray cluster that a program runs on."""
+"""Connects to a Ray cluster or starts one."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def cluster(launcher: str) -> Iterator[None]:
         yield
     except ray.exceptions.OutOfMemoryError as error:
         raise SetupError(
-            "memory ran out, and Ray ended processes of this program; end other programs, use "
-            "fewer or smaller parts (--generator.num-actors, a smaller model), or a larger "
-            "machine; the same command continues"
+            "the machine ran out of memory, and Ray killed processes of this run; close other "
+            "programs, use fewer actors (--generator.num-actors) or a smaller model, or a "
+            "larger machine, then run the same command to continue"
         ) from error
     finally:
         ray.shutdown()
@@ -121,8 +121,9 @@ def start_twice(start: Callable[[], object], end: Callable[[], object]) -> None:
         if _LONG_PATH in str(first):  # which no second start makes shorter
             end()
             raise SetupError(
-                f"Ray's sockets cannot be made, as their paths get too long: {_one_line(first)}; "
-                "set RAY_TMPDIR to a short path on this machine, such as /tmp, in place of TMPDIR"
+                "Ray cannot create its sockets because their paths are too long: "
+                f"{_one_line(first)}; set RAY_TMPDIR to a short path on this machine, such as "
+                "/tmp, instead of TMPDIR"
             ) from first
         print(
             f"Ray did not start on this machine ({_one_line(first)}); trying once more",
@@ -135,9 +136,9 @@ def start_twice(start: Callable[[], object], end: Callable[[], object]) -> None:
         except Exception as error:
             end()
             raise SetupError(
-                f"cannot start Ray on this machine, tried twice: {_one_line(error)}; wait until "
-                "the machine is less busy, look into /tmp/ray/session_latest/logs for the reason, "
-                "or use --training.launcher local"
+                f"Ray did not start on this machine in two attempts: {_one_line(error)}; wait "
+                "until the machine is less busy, look for the reason in "
+                "/tmp/ray/session_latest/logs, or use --training.launcher local"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Parses command lines, and turns errors into one line and an exit code.
+"""Parses command lines and reports errors as one line with an exit code.
 
 Exit codes: 0 done, 2 usage or configuration, 3 data, 4 environment, 75 preempted and 130
 interrupted by Ctrl-C (the same command continues), 1 anything else. The last line on stderr is then
@@ -212,7 +212,7 @@ def pick_recipe(
             flush=True,
         )
         if not argv:
-            raise ConfigError(f"no recipe is named; there are: {', '.join(recipes)}")
+            raise ConfigError(f"no recipe was given; choose from: {', '.join(recipes)}")
         raise SystemExit(0)
     name, *rest = argv
     if name not in recipes:

@@ -1,4 +1,4 @@
-"""Get the data that recipes train on, from the hub or from files that you have.
+"""Get the data of a recipe from the hub or from your own files.
 
     rlrag data nq --output data
     rlrag data nq --from biencoder-nq-train.json.gz biencoder-nq-dev.json.gz --output data
@@ -44,15 +44,15 @@ class DataArguments:
     output: Path
     """Folder to write to; it may hold other data sets."""
     files: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
-    """Files as their publishers give them, plain or gzip, each with `train` or `dev` in its name; a
-    TSV file has more passages (nq). From the hub when unset."""
+    """Original files of the data set, plain or gzip, each with `train` or `dev` in its name; for nq
+    also a TSV file with more passages. Downloads from the hub when unset."""
     max_questions: int | None = None
-    """Keep a sample of this many questions of each split, always the same, and of the passages that
-    belong to questions those of the sample alone; all when unset."""
+    """Keep a fixed random sample of this many questions of each split, and only the passages that
+    belong to them; all when unset."""
     overwrite: bool = False
     """Replace the files of this data set in the folder."""
     cache_dir: Path = Path(RunConfig().cache_dir)
-    """Folder for what is downloaded."""
+    """Folder for downloads."""
 
 
 def main(argv: Sequence[str], load: Callable[..., tuple[str, PlacedRecords]] = read_hub) -> None:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str], load: Callable[..., tuple[str, PlacedRecords]] = r
     check_outlives_job("--output", folder)
     tables = [path for path in arguments.files if ".tsv" in path.suffixes]
     if tables and name != "nq":
-        raise ConfigError(f"--from {tables[0]}: a TSV file of passages belongs to nq alone")
+        raise ConfigError(f"--from {tables[0]}: only nq takes a TSV file of passages")
     if arguments.files:
         splits = _of_files(name, [path for path in arguments.files if path not in tables])
     else:
@@ -100,14 +100,14 @@ def _of_files(name: str, files: Sequence[Path]) -> Mapping[str, PlacedRecords]:
         named = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
         if len(named) != 1:
             raise ConfigError(
-                f"--from {path}: is it for training or for evaluation? give its name the word "
-                "train or dev"
+                f"--from {path}has neither train nor dev in its name; rename it, so that its "
+                "split is known"
             )
         of_split[named.pop()].append(path)
     for split, paths in of_split.items():
         if not paths:
             raise ConfigError(
-                f"--from has no file of {split} questions, which recipes read too; give "
+                f"--from has no file of {split} questions, which the recipes need; give "
                 f"{PUBLISHED[name].files}"
             )
     return {

@@ -49,8 +49,8 @@ class EvaluateArguments:
     questions: str
     """Questions in any form that `data.eval_questions` takes."""
     output: Path
-    """JSON file to write; beside it, unless it is a pipe or a device, `NAME.questions.jsonl` gets
-    every question with what each system picked and answered."""
+    """JSON file to write. What each system picked and answered for every question is written next
+    to it to `NAME.questions.jsonl`, unless it is a pipe or a device."""
     corpus: str | None = None
     """Corpus in any form that `data.corpus` takes; that of the run when unset."""
     limit: int | None = None
@@ -58,16 +58,17 @@ class EvaluateArguments:
     docs_in_context: int | None = None
     """Passages shown to the generator; as in training when unset."""
     generator: str | None = None
-    """Another model that answers, in any form that `generator.model` takes: what a retriever or
-    selector is worth to a generator that it was not trained with. The bundle's when unset."""
+    """Answer with another model, in any form that `generator.model` takes, to see how retriever or
+    selector transfer to a generator that they were not trained with. The bundle's when unset."""
     launcher: Literal["ray", "local"] | None = None
     """Where the generator runs; as in training when unset."""
     systems: tuple[System, ...] = ()
-    """Systems to compare, also ones that the run did not; those of `evaluation.systems` when
-    unset."""
+    """Systems to compare, including ones that the run did not compare; those of
+    `evaluation.systems` when unset."""
     allow_code: tuple[str, ...] = ()
-    """Code that the bundle names and that may run here, as it names it: a reward, retriever, policy
-    or generator `package.module:name`, an environment `module:namespace/Name-v0`."""
+    """Custom code of the bundle that may run, under the name that the bundle gives it: a reward,
+    retriever, policy or generator `package.module:name`, an environment
+    `module:namespace/Name-v0`."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -223,16 +224,16 @@ def _configured(config: RunConfig, arguments: EvaluateArguments) -> RunConfig:
             raise ConfigError(describe_validation_error(error)) from error
     if not config.systems:
         raise ConfigError(
-            f"--bundle {arguments.bundle} is of a run whose evaluation.systems is empty, so that "
-            "there is nothing to compare; name some by --systems, or use rlrag probe"
+            f"--bundle {arguments.bundle} is from a run whose evaluation.systems is empty, so "
+            "there is nothing to compare; choose some with --systems, or use rlrag probe"
         )
     config = on_other_data(config, arguments.corpus, arguments.questions, arguments.limit)
     if arguments.generator is not None:
         if config.trains_generator:
             raise ConfigError(
-                f"--generator is {arguments.generator!r}, but the bundle has weights that it "
-                f"trained of {config.generator.model!r}; leave the flag out, or give a bundle of "
-                "retriever or selector alone"
+                f"--generator is {arguments.generator!r}, but the bundle contains trained "
+                f"weights of {config.generator.model!r}; leave the flag out, or give a bundle "
+                "without a trained generator"
             )
         config = config.model_copy(
             update={"generator": config.generator.with_model(arguments.generator)}

@@ -46,13 +46,13 @@ class ExportArguments:
     checkpoint: Path | None = None
     """A checkpoint of a run, `RUN_DIR/checkpoints/step-N`."""
     run_dir: Path | None = None
-    """Directory of a run, whose best checkpoint is taken; in place of --checkpoint."""
+    """Directory of a run, to export its best checkpoint; instead of --checkpoint."""
     adapter: Literal["merged", "apart"] = "merged"
-    """The trained generator's LoRA adapter: merged into the model that is served, or besides that
-    also apart, in peft's format under `adapter/`."""
+    """How to export the generator's LoRA adapter. `merged`: merged into the model; `apart`:
+    additionally as a separate adapter in peft's format under `adapter/`."""
     index: bool = False
-    """Add the indexes of the corpus, so that a service need not encode it; the texts stay where
-    they are."""
+    """Add the indexes of the corpus, so that a service does not have to encode it. The texts are
+    not copied."""
     hub: bool = False
     """Add a model card, README.md, so that the directory can be uploaded to a model hub."""
 
@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--output {arguments.output} exists; choose another, or delete it")
     if not run_dir.config.is_file():
         raise ConfigError(
-            f"{run_dir.path} is no run: it has no config.json; give the directory that rlrag train "
-            "wrote to, or a checkpoint in it"
+            f"{run_dir.path} is not a run: it has no config.json; give the directory that rlrag "
+            "train wrote to, or a checkpoint in it"
         )
     config = run_dir.read_config()
     _check_adapter(config, arguments)
@@ -96,7 +96,7 @@ def _place(arguments: ExportArguments) -> tuple[RunDirectory, int | None]:
     named = _STEP.fullmatch(checkpoint.name)
     if named is None or checkpoint.parent.name != "checkpoints":
         raise ConfigError(
-            f"--checkpoint {checkpoint} is no checkpoint of a run; give "
+            f"--checkpoint {checkpoint} is not a checkpoint of a run; give "
             "RUN_DIR/checkpoints/step-N, or --run-dir RUN_DIR for the best"
         )
     return RunDirectory(checkpoint.parent.parent), int(named[1])
@@ -107,14 +107,14 @@ def _check_adapter(config: RunConfig, arguments: ExportArguments) -> None:
         return
     if not config.trains_generator or config.generator_training.method != "lora":
         raise ConfigError(
-            "--adapter apart needs a run that trains an adapter of the generator, but "
+            "--adapter apart needs a run that trains a LoRA adapter for the generator, but "
             f"this one trains {' and '.join(config.algorithm.parts)} by generator_training.method "
             f"{config.generator_training.method!r}; leave the flag out"
         )
     if config.trains_in_turns:
         raise ConfigError(
-            "--adapter apart needs the checkpoint of one turn, as each turn starts from the model "
-            "that the one before it merged; give --run-dir DIR/rounds/N-selection"
+            "--adapter apart needs the checkpoint of a single turn, because each turn starts "
+            "from the merged model of the turn before; give --run-dir DIR/rounds/N-selection"
         )
 
 
@@ -190,8 +190,8 @@ def _export_rounds(config: RunConfig, run_dir: RunDirectory, arguments: ExportAr
     if arguments.checkpoint is not None or not find_whole(run_dir.bundle).is_dir():
         raise CheckpointError(
             f"{run_dir.path} trains {' and '.join(config.algorithm.parts)} in turns and can be "
-            "exported as a whole once it is finished; give a finished run by --run-dir, or one "
-            f"turn of it, such as {run_dir.rounds / '1-retriever'}"
+            "exported only when it is finished; give a finished run with --run-dir, or one of "
+            f"its turns, such as {run_dir.rounds / '1-retriever'}"
         )
     if arguments.hub:
         copy_bundle(run_dir.bundle, arguments.output, write_card)
@@ -206,8 +206,8 @@ def _existing(store: CheckpointStore, step: int) -> int:
     if step not in steps:
         there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
         raise CheckpointError(
-            f"{store.path(step)} does not exist or was never finished; {there}: give one that is "
-            "there, or --run-dir for the best"
+            f"{store.path(step)} does not exist or was never finished; {there}: give an existing "
+            "one, or --run-dir for the best"
         )
     return step
 
@@ -243,8 +243,8 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: R
         match = _LORA_NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(
-                f"the checkpoint's generator holds {name!r}, which is no part of a LoRA adapter; "
-                "export it with --adapter merged"
+                f"the checkpoint's generator holds {name!r}, which does not belong to a LoRA "
+                "adapter; export it with --adapter merged"
             )
         layers.add(match[1])
         named[f"base_model.model.{match[1]}.lora_{match[2]}.weight"] = tensor

@@ -35,36 +35,36 @@ class JudgeArguments:
     evaluation: Path
     """Directory of a finished run, or a JSON file that `rlrag evaluate` wrote."""
     url: str
-    """Address of the judge's API, mostly ending in /v1."""
+    """Base URL of the judge's API, usually ending in /v1."""
     model: str
-    """Name of the model there."""
+    """Model name that the API expects."""
     api_key_env: str = DEFAULT_KEY_VARIABLE
-    """Environment variable that holds the key, which is sent to the address; a server that wants
-    none needs none."""
+    """Environment variable with the API key; leave it out for a server without keys."""
     cache: Path | None = None
-    """SQLite file that keeps the verdicts; `judge.sqlite` beside the evaluation when unset."""
+    """SQLite file that stores the verdicts; `judge.sqlite` next to the evaluation when unset."""
     output: Path | None = None
-    """JSON file to write; `judge.json` beside the evaluation when unset."""
+    """JSON file to write; `judge.json` next to the evaluation when unset."""
     human: Path | None = None
-    """Labels by people, a JSON object a line: `id` of the question, `system`, `correct`."""
+    """File of human labels to compare with, one JSON object per line: `id` of the question,
+    `system`, `correct`."""
     systems: tuple[str, ...] = ()
-    """Systems to judge; all of the evaluation when unset."""
+    """Systems to judge; all evaluated ones when unset."""
     limit: int | None = None
     """Judge a seeded sample of this many questions."""
     concurrency: int = 8
-    """Requests under way at once."""
+    """Maximum number of concurrent requests."""
     timeout_s: float = 60.0
-    """Seconds until a request counts as lost."""
+    """Timeout of a request."""
     retries: int = 4
-    """How often a request is repeated that was lost or refused for now (429, 5xx)."""
+    """Maximum number of retries after a timeout or a temporary error (429, 5xx)."""
     attempts: int = 3
-    """Replies that are asked for until one is a verdict."""
+    """Maximum number of replies to request until one contains a verdict."""
     max_tokens: int = 256
-    """Longest reply."""
+    """Maximum number of tokens in a reply."""
     max_failed_share: float = 0.05
-    """Share of the answers that may stay without a reply; more of them end the run."""
+    """Stop with an error if a larger share of the answers gets no reply."""
     seed: int = 0
-    """Draws the sample and the resamples of the intervals."""
+    """Random seed of the sample and of the bootstrap intervals."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -117,7 +117,9 @@ def _judge(arguments: JudgeArguments, path: Path, output: Path) -> None:
         rows = random.Random(arguments.seed).sample(range(len(questions)), arguments.limit)
         questions = tuple(questions[row] for row in sorted(rows))
     if not questions:
-        raise ConfigError(f"{path} has no question that all of {', '.join(systems)} answered")
+        raise ConfigError(
+            f"{path} has no question that was answered by all of {', '.join(systems)} answered"
+        )
     judged = judge_answers(
         [case_of(question, name) for question in questions for name in systems],
         settings,
@@ -151,7 +153,7 @@ def _questions(evaluation: Path) -> Path:
     path = questions_path(path / "evaluation.json" if path.is_dir() else path)
     if not path.is_file():
         raise ConfigError(
-            f"--evaluation {evaluation} has no answers to judge: there is no {path}; give the "
+            f"--evaluation {evaluation} has no answers to judge: {path} does not exist; give the "
             "directory of a finished run, or evaluate its bundle again with rlrag evaluate"
         )
     return path
@@ -161,7 +163,7 @@ def _systems(asked: Sequence[str], found: EvaluatedQuestions) -> list[str]:
     for name in asked:
         if name not in found.systems:
             raise ConfigError(
-                f"--systems has {name!r}, which was not evaluated; there are: "
+                f"--systems has {name!r}, which was not evaluated; choose from: "
                 f"{', '.join(found.systems)}"
             )
     return list(dict.fromkeys(asked)) or found.systems

@@ -1,4 +1,4 @@
-"""Open a bundle's parts for a program that answers questions with it.
+"""Loads a bundle for a program that answers questions with it.
 
 Used by `rlrag evaluate`, `rlrag probe` and, where results are written, the end of `rlrag train`.
 """
@@ -140,6 +140,6 @@ def write_output(path: Path, text: str) -> None:
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"cannot write {path}: {error.strerror or error}; free space or make the place writable, "
-        "then run the same command again"
+        f"cannot write {path}: {error.strerror or error}; free disk space or make the directory "
+        "writable, then run the same command again"
     )

@@ -1,4 +1,4 @@
-"""Probe how robust a bundle is: other passages in the context, and where answers come from.
+"""Probe how robust a bundle's answers are to changes of the context, and where they come from.
 
     rlrag probe --bundle runs/nq/bundle --output probe.json
     rlrag probe --bundle runs/nq/bundle --measures mirage,order --baseline \
@@ -50,9 +50,9 @@ class ProbeArguments:
     output: Path
     """JSON file to write."""
     measures: tuple[str, ...] = ()
-    """What to measure, of mirage, order, position, distractors, duplicates, contradictions,
-    attribution, abstention, calibration and cost, with spaces or commas between; all that the
-    questions and the bundle allow when unset."""
+    """Measures, separated by spaces or commas: mirage, order, position, distractors, duplicates,
+    contradictions, attribution, abstention, calibration, cost. All that fit the questions and the
+    bundle when unset."""
     corpus: str | None = None
     """Corpus in any form that `data.corpus` takes; that of the run when unset."""
     questions: str | None = None
@@ -61,22 +61,26 @@ class ProbeArguments:
     """Ask a seeded sample of this many questions; when unset all of `questions`, or the sample that
     the run was evaluated on."""
     baseline: bool = False
-    """Measure the retriever's order with the untrained generator too, and compare."""
+    """Also measure the retriever's order with the untrained generator, and compare."""
     num_distractors: int = 4
-    """Distractors around the gold passages in mirage, position, duplicates and contradictions."""
+    """Number of distractors added to the gold passages in mirage, position, duplicates and
+    contradictions."""
     distractor_counts: tuple[int, ...] = (0, 1, 2, 4)
-    """Numbers of distractors that `distractors` tries, rising."""
+    """Numbers of distractors that `distractors` tries, in ascending order."""
     copies: tuple[int, ...] = (1, 2, 3)
-    """How many times `duplicates` shows the gold passages, rising."""
+    """Numbers of copies of the gold passages that `duplicates` tries, in ascending order."""
     contradictions: tuple[int, ...] = (0, 1, 2)
-    """How many copies of the gold passages with another answer `contradictions` adds, rising."""
+    """Numbers of contradicting copies of the gold passages that `contradictions` tries, in
+    ascending order."""
     max_orders: int = 24
-    """Most orders that `order` tries; where a question has more, it tries a sample of this size."""
+    """Maximum number of orders that `order` tries for a question; it samples them where there are
+    more."""
     launcher: Literal["ray", "local"] | None = None
     """Where the generator runs; as in training when unset."""
     allow_code: tuple[str, ...] = ()
-    """Code that the bundle names and that may run here, as it names it: an environment
-    `module:namespace/Name-v0`, a retriever, policy or generator `package.module:name`."""
+    """Custom code of the bundle that may run, under the name that the bundle gives it: an
+    environment `module:namespace/Name-v0`, a retriever, policy or generator
+    `package.module:name`."""
 
 
 @dataclass(frozen=True)

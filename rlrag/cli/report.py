@@ -38,11 +38,11 @@ class ReportArguments:
     """Flags of `rlrag report`."""
 
     run_dir: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
-    """Directory of a run; give the flag again for each run to compare."""
+    """Directory of a run; repeat the flag to compare several runs."""
     output: Path
     """HTML file to write."""
     json: Path | None = None
-    """JSON file for the same numbers."""
+    """Also write the numbers to this JSON file."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,7 +56,9 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json is not None:
         _check_place("--json", arguments.json)
         if arguments.json.resolve() == arguments.output.resolve():
-            raise ConfigError(f"--output and --json both name {arguments.json}; give each a file")
+            raise ConfigError(
+                f"--output and --json are both {arguments.json}; give two different files"
+            )
     names = _names(arguments.run_dir)
     runs = [
         _read(RunDirectory(path), name) for path, name in zip(arguments.run_dir, names, strict=True)
@@ -110,8 +112,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read(run_dir: RunDirectory, name: str) -> RunRecord:
     if not run_dir.config.is_file():
         raise ConfigError(
-            f"--run-dir {run_dir.path} is no run, it {_describe(run_dir.path)}; give the directory "
-            f"that rlrag train wrote, as in {_EXAMPLE}"
+            f"--run-dir {run_dir.path} is not a run, it {_describe(run_dir.path)}; give the "
+            f"directory that rlrag train wrote, as in {_EXAMPLE}"
         )
     config = run_dir.read_config()
     metrics = run_dir.read_metrics()

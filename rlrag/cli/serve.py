@@ -1,4 +1,4 @@
-"""Answer questions over HTTP with a bundle, by Ray Serve.
+"""Serve a bundle over HTTP with Ray Serve.
 
     rlrag serve runs/quickstart/bundle
     rlrag serve runs/quickstart/bundle port=8001 limits.timeout_s=5 generator.num_replicas=2
@@ -27,11 +27,11 @@ def main(argv: Sequence[str]) -> None:
         print(f"{__doc__}\n{_USAGE}", flush=True)
         return
     if not argv or "=" in argv[0]:
-        raise ConfigError(f"no bundle is named; {_USAGE}")
+        raise ConfigError(f"no bundle was given; {_USAGE}")
     bundle, *settings = argv
     for word in settings:
         if "=" not in word:
-            raise ConfigError(f"{word!r} is no setting; {_USAGE}")
+            raise ConfigError(f"{word!r} is not a setting; {_USAGE}")
     try:
         from ray.serve.scripts import cli
     except ImportError as error:

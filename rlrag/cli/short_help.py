@@ -1,4 +1,4 @@
-"""The short help of a recipe: the flags that people change first."""
+"""The short help of a recipe, with the most used flags."""
 
 from __future__ import annotations
 

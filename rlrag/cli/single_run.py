@@ -1,4 +1,4 @@
-"""Runs one training: open everything, train, write the bundle, compare with baselines."""
+"""Runs one training: build the parts, train, write the bundle, compare with baselines."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def best_step(store: CheckpointStore) -> int:
     steps = store.steps()
     if not steps:
         raise CheckpointError(
-            f"{store.directory} holds no checkpoint yet; train first, or give another run"
+            f"{store.directory} has no checkpoint yet; train first, or give another run"
         )
     return Progress(**store.load(steps[-1])[1]).best_step
 

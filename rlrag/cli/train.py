@@ -41,9 +41,9 @@ class TrainArguments:
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path
-    """Where configuration, metrics, checkpoints, bundle and result go."""
+    """Directory for configuration, metrics, checkpoints, bundle and result."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """A checkpoint of another run whose weights this one starts from; short for
+    """Start from the weights of this checkpoint of another run; short for
     `--training.start-from`."""
     dry_run: bool = False
     """Only print the plan: steps, generator tokens, memory and placement."""

@@ -1,1 +1,1 @@
-"""Readers and built-in texts: from files to passages and questions, checked and hashed."""
+"""Reads corpora and question sets from files, validates and hashes them."""

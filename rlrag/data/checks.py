@@ -1,4 +1,4 @@
-"""Counts what readers find odd in a file, for a short report."""
+"""Counts irregular records in input files, for a short report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A corpus: passages by row, with a hash of their content, held in memory or read from disk."""
+"""A corpus: passages by row with a content hash, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def encode_passage(passage: Passage) -> bytes:
         return (json.dumps(parts, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"passage {passage.id!r} holds the lone surrogate {error.object[error.start]!r}, which "
-            "is not Unicode text; repair the source"
+            f"passage {passage.id!r} contains the lone surrogate {error.object[error.start]!r}, "
+            "which is not Unicode text; repair the source"
         ) from error
 
 
@@ -105,8 +105,8 @@ class MemoryCorpus:
             first = self._rows.setdefault(passage.id, row)
             if first != row:
                 raise DataError(
-                    f"passage id {passage.id!r} stands at rows {first} and {row}; give each "
-                    "passage an id of its own"
+                    f"passage id {passage.id!r} is used in rows {first} and {row}; give each "
+                    "passage a unique id"
                 )
             digest.update(encode_passage(passage))
         self._content_hash = digest.hexdigest()
@@ -248,8 +248,8 @@ class DiskCorpus:
             ) from error
         except OSError as error:  # which does not say that anything is wrong with the corpus
             raise SetupError(
-                f"{path} cannot be read: {error.strerror}; let this user read it, or choose "
-                "another cache_dir"
+                f"{path} cannot be read: {error.strerror}; give this user permission to read it, "
+                "or choose another cache_dir"
             ) from error
         if not isinstance(meta, dict) or meta.get("format") != DISK_FORMAT:
             raise DataError(

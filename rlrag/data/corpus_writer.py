@@ -162,8 +162,8 @@ def _mark_duplicates(folder: Path, num_passages: int, *, refuse: bool) -> bool:
             if refuse:
                 passage_id = _read_row(data, offsets, row).id
                 raise DataError(
-                    f"passage id {passage_id!r} stands at rows {first} and {row}; give each "
-                    "passage an id of its own"
+                    f"passage id {passage_id!r} is used in rows {first} and {row}; give each "
+                    "passage a unique id"
                 )
             if dropped is None:
                 dropped = np.memmap(

@@ -1,4 +1,4 @@
-"""The store of served selections and the feedback on their answers.
+"""SQLite store of served selections and the feedback on their answers.
 
 One SQLite file, to which several processes may append at once. A selection is one row of
 `selections`, every word about its answer one row of `feedback`; no row is ever changed. Old rows
@@ -330,7 +330,7 @@ def _check_event(event: SelectionEvent) -> None:
     if not event.actions or not inside or len(set(picks)) < len(picks):
         raise DataError(
             f"{place} has actions {event.actions} among {num_candidates} candidates; give "
-            f"different positions that the candidates have, and {num_candidates} last for a stop"
+            f"distinct candidate positions from 0, and {num_candidates} at the end for a stop"
         )
     if not math.isfinite(event.propensity_logp) or event.propensity_logp > _ROUNDING:
         raise DataError(
@@ -359,7 +359,7 @@ def _check_feedback(
     if thumbs is not None and thumbs not in _THUMBS_REWARD:
         raise DataError(f"thumbs is {thumbs!r}; give 'up' or 'down'")
     if isinstance(golden_answers, str):
-        raise DataError(f"golden_answers is the text {golden_answers!r}; give a list of texts")
+        raise DataError(f"golden_answers is the text {golden_answers!r}; give a list of strings")
     for answer in golden_answers or ():
         checked_text(answer, "a golden answer")
 
@@ -387,7 +387,7 @@ def _logged(row: tuple, path: Path) -> LoggedSelection:
     except (ValueError, TypeError, AttributeError) as error:  # DataError is a ValueError
         raise DataError(
             f"{path}: the record of request {request_id!r} is damaged ({error}); delete it, or "
-            "begin a new file"
+            "start a new file"
         ) from error
     return LoggedSelection(event, _THUMBS_REWARD[thumbs] if thumbs else reward, golden_answers)
 
@@ -395,5 +395,5 @@ def _logged(row: tuple, path: Path) -> LoggedSelection:
 def _list_of(kind: Callable[..., Value], text: str) -> tuple[Value, ...]:
     values = json.loads(text)
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
-        raise ValueError(f"{text[:40]!r} is no list of {getattr(kind, '__name__', kind)}")
+        raise ValueError(f"{text[:40]!r} is not a list of {getattr(kind, '__name__', kind)}")
     return tuple(values)

@@ -124,8 +124,8 @@ def _warn_of_missing_log(path: Path) -> None:
     # A log without a byte is what an earlier reader leaves where there was none.
     if needs_log and not (log.is_file() and log.stat().st_size):
         logger.warning(
-            "%s was in use, and %s, which has the newest rows then, is not beside it: selections "
-            "may be missing; copy both files, or make the copy with: sqlite3 %s '.backup COPY'",
+            "%s was copied while in use without %s, which contains the newest rows: selections "
+            "may be missing; copy both files, or create the copy with: sqlite3 %s '.backup COPY'",
             path,
             log.name,
             path.name,
@@ -151,13 +151,11 @@ def _check_format(connection: sqlite3.Connection, path: Path, may_be_empty: bool
     if may_be_empty and not num_tables and not application:
         return
     if application != _APPLICATION:
-        raise DataError(
-            f"{path} is a SQLite file of something else, not a log of feedback; give another file"
-        )
+        raise DataError(f"{path} is a SQLite file but not a feedback log; give another file")
     if version != _FORMAT:
         raise DataError(
-            f"{path} is a log of feedback of format {version}, and this version reads {_FORMAT}; "
-            "use the version that wrote it, or begin a new file"
+            f"{path} is a feedback log of format {version}, and this version reads {_FORMAT}; "
+            "use the version that wrote it, or start a new file"
         )
 
 
@@ -175,7 +173,7 @@ def _way_out(message: str) -> str:
     if any(sign in message for sign in ("full", "No space", "disk I/O")):
         return "free space on its disk: what is stored stays"
     if "locked" in message:
-        return f"another process held it for more than {_BUSY_TIMEOUT_S:.0f} s; try again"
+        return f"another process locked it for more than {_BUSY_TIMEOUT_S:.0f} s; try again"
     if "not a database" in message or "malformed" in message:
         return "it is damaged or no SQLite file; move it away, and a new one is begun"
     return "check that its folder exists and can be written"

@@ -1,4 +1,4 @@
-"""The folder of data sets that RLRAG_DATA_DIR names: where its files lie, and how to get them."""
+"""The data folder that RLRAG_DATA_DIR names: its layout, and how to fill it."""
 
 from __future__ import annotations
 

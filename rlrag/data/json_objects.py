@@ -1,4 +1,4 @@
-"""Streams JSON objects from files of any size: one a line, or one array."""
+"""Streams JSON objects from files of any size, one per line or in one array."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ class _Objects:
     def _malformed(self, at: int, what: str) -> DataError:
         line = self._line + self._text.count("\n", self._start, at)
         return DataError(
-            f"{self._path}:{line}: {what}; expected JSON objects, one a line or in an array"
+            f"{self._path}:{line}: {what}; expected JSON objects, one per line or in an array"
         )

@@ -119,7 +119,7 @@ def damaged(place: str, error: Exception) -> DataError:
     """What is said of a file that cannot be read to its end."""
     return DataError(
         f"{place}: the file is damaged or truncated ({error}); expected a complete gzip or text "
-        "file, fetch it again"
+        "file; download it again"
     )
 
 
@@ -130,7 +130,7 @@ def _next_line(file: io.BufferedIOBase, place: str) -> bytes:
         raise damaged(place, error) from error
     if len(line) > MAX_LINE_BYTES:
         raise DataError(
-            f"{place}: the line is longer than {MAX_LINE_BYTES} bytes; expected one record a line"
+            f"{place}: the line is longer than {MAX_LINE_BYTES} bytes; expected one record per line"
         )
     return line
 
@@ -150,11 +150,11 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             value = json.loads(text, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{place}: not JSON ({error}); expected one JSON object a line"
+                f"{place}: not JSON ({error}); expected one JSON object per line"
             ) from error
         if not isinstance(value, dict):
             raise DataError(
-                f"{place}: {shown(value)} is not an object; expected one JSON object a line"
+                f"{place}: {shown(value)} is not an object; expected one JSON object per line"
             )
         yield place, value
 
@@ -174,12 +174,12 @@ def _refuse_other_layouts(path: Path, line: str) -> None:
         advice = advice.replace("{path}", str(path)) + ", with a list of strings in golden_answers"
     else:
         return
-    raise DataError(f"{path} is {found}; expected one JSON object a line: {advice}")
+    raise DataError(f"{path} is {found}; expected one JSON object per line: {advice}")
 
 
 def refuse_constant(name: str) -> NoReturn:
     """Refuse NaN and infinities, which Python reads as JSON."""
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def take_text(record: dict[str, Any], keys: tuple[str, ...], place: str) -> str:
@@ -267,7 +267,7 @@ def checked_text(text: str, place: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place} holds the lone surrogate {text[error.start]!r}; expected Unicode text"
+            f"{place} contains the lone surrogate {text[error.start]!r}; expected Unicode text"
         ) from error
     return text
 

@@ -188,7 +188,7 @@ def _open_cached(directory: Path, wanted: dict[str, Any]) -> DiskCorpus | None:
         reason = "it was made from another source"
     except DataError as error:
         reason = str(error)
-    _logger.warning("making the corpus in %s again: %s", directory, reason)
+    _logger.warning("rebuilding the corpus in %s: %s", directory, reason)
     # It loses its name first, as other processes may find the same damage now.
     doomed = hidden_beside(directory)
     try:
@@ -263,7 +263,8 @@ def _hub_parts(spec: str) -> tuple[str, str | None, str | None]:
     parts = spec.removeprefix(_HUB_PREFIX).split(":")
     if not parts[0] or len(parts) > 3:
         raise DataError(
-            f"{spec!r} names no data set; write hub:ID, hub:ID:SUBSET or hub:ID:SUBSET:SPLIT"
+            f"{spec!r} is not the name of a data set; write hub:ID, hub:ID:SUBSET or "
+            "hub:ID:SUBSET:SPLIT"
         )
     named = [part or None for part in parts] + [None, None]
     return parts[0], named[1], named[2]

@@ -1,4 +1,4 @@
-"""Converters from public data sets to the data folder of the recipes.
+"""Converts public data sets to the format of the recipes' data folder.
 
 A converter turns a record into questions, each with the passages that its publishers gave with it.
 The records are those of the published files, or the rows of the same set on the hub, which has some

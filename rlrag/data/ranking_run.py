@@ -49,24 +49,24 @@ def read_ranking_run(
             continue
         if passage_id in ranked:
             raise DataError(
-                f"{place}: passage {passage_id!r} is ranked a second time for question "
-                f"{question_id!r}; expected each passage of a question once"
+                f"{place}: passage {passage_id!r} is ranked twice for question {question_id!r}; "
+                "expected each passage once per question"
             )
         ranked[passage_id] = place_in_order
     if first_question is None:
         raise DataError(f"{path} has no lines; {_EXPECTED}")
     if not found:
         raise DataError(
-            f"{path} ranks passages of other questions: its first is {first_question!r}, and the "
-            f"first of {len(wanted)} that are wanted is {next(iter(wanted), None)!r}; give a run "
-            "over the same questions"
+            f"{path} ranks passages for other questions: its first question is "
+            f"{first_question!r}, but the first of the {len(wanted)} questions of this run is "
+            f"{next(iter(wanted), None)!r}; give a ranking for the same questions"
         )
     if strange_passage and not any(found.values()):
         question_id, passage_id = strange_passage
         raise DataError(
             f"{path} ranks none of the wanted passages: for question {question_id!r} it names "
             f"{passage_id!r}, where {next(iter(wanted[question_id]), None)!r} is wanted; give a "
-            "run over the same corpus"
+            "ranking over the same corpus"
         )
     return {
         question_id: tuple(sorted(ranked, key=ranked.__getitem__))

@@ -65,16 +65,16 @@ def _unanswerable(config: RunConfig, num_questions: int) -> DataError:
     spec = config.data.train_questions
     if config.algorithm.name == "sft" or config.trains_by_openrag:
         return DataError(
-            f"none of the {num_questions} questions of {spec} has golden_answers, which the run "
-            "learns from; give golden answers"
+            f"none of the {num_questions} questions of {spec} has golden_answers, but the run "
+            "learns from them; give golden answers"
             + (", or use algorithm.labels gold" if config.trains_by_openrag else "")
         )
     # Exact match and its like would be 1 for an empty answer, and teach silence.
     return DataError(
         f"none of the {num_questions} questions of {spec} has golden_answers, but "
         f"reward.functions {', '.join(config.reward.functions)} compare with them; give golden "
-        "answers, or a reward that needs none: selection_recall where metadata names gold_ids, or "
-        "a function of your own"
+        "answers, or a reward without them: selection_recall where metadata has gold_ids, or "
+        "your own function"
     )
 
 

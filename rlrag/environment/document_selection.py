@@ -1,4 +1,4 @@
-"""The scalar selection environment: one question an episode, one pick a step."""
+"""The scalar selection environment: one question per episode, one pick per step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of episodes of any registered environment, scalar or vector alike.
+"""Batches of episodes of any registered environment, scalar or vectorised.
 
 `environment.id` may name any environment that Gymnasium knows and that keeps this contract:
 
@@ -42,7 +42,7 @@ from rlrag.rewards.protocol import SelectionReward
 MAX_ACTIONS = 1_000
 """Actions after which an episode counts as one that never ends."""
 
-_ADVICE = "mend the environment, or name another one in environment.id"
+_ADVICE = "fix the environment, or choose another one in environment.id"
 
 StepResult = tuple[Columns, np.ndarray, np.ndarray, Columns]
 """Observations, rewards (E,), which episodes are over (E,), and infos."""
@@ -121,8 +121,8 @@ def registered(name: str) -> EnvSpec:
     except (gymnasium.error.Error, ImportError) as error:
         ours = ", ".join(known for known in gymnasium.registry if known.startswith("rlrag/"))
         raise ConfigError(
-            f"environment.id {name!r} names no environment that is registered ({error}); use "
-            f"{ours}, or for your own 'module:namespace/Name-v0', where the module registers it"
+            f"environment.id {name!r} is not a registered environment ({error}); use {ours}, or "
+            "'module:namespace/Name-v0' for your own, where the module registers it"
         ) from error
 
 
@@ -180,7 +180,9 @@ class _Guard:
             raise self.error("the observation has no 'action_mask'")
         stuck_E = ~np.asarray(mask_EA).astype(bool).any(axis=1) & ~over_E
         if stuck_E.any():
-            raise self.error("no action is allowed, but the episode goes on", int(stuck_E.argmax()))
+            raise self.error(
+                "no action is allowed, but the episode has not ended", int(stuck_E.argmax())
+            )
         if self._trusted:
             return
         for name, part in space.spaces.items():
@@ -196,7 +198,9 @@ class _Guard:
         try:
             return float(reward)
         except (TypeError, ValueError):
-            raise self.error(f"the reward is {reprlib.repr(reward)}, which is no number") from None
+            raise self.error(
+                f"the reward is {reprlib.repr(reward)}, which is not a number"
+            ) from None
 
 
 class _VectorEpisodes:

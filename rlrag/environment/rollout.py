@@ -1,4 +1,4 @@
-"""Rollouts: a policy and an environment, stepped together to the end of every episode.
+"""Rollouts: steps a policy and an environment to the end of every episode.
 
 Training, validation, evaluation and serving all play episodes here. Shape letters: B questions,
 M episodes of one question, E episodes, T actions of the longest one, A actions.
@@ -202,8 +202,8 @@ class _Told:
             evidence = _entry(infos, "evidence", e)
             if not isinstance(evidence, tuple | list):
                 raise EpisodeError(
-                    f"environment.id {name!r}: the last info of an episode has no 'evidence', the "
-                    "passages that it ended with; add it"
+                    f"environment.id {name!r}: the last info of an episode must contain "
+                    "'evidence', its selected passages; add it"
                 )
             self.evidence[e] = tuple(evidence)
             self.answers[e] = _entry(infos, "answer", e)

@@ -1,4 +1,4 @@
-"""The built-in task: a small candidate table for trials and tests.
+"""A small built-in selection task for examples and tests.
 
 No model is involved: candidates are ranked by the words that they share with the question, and a
 vector counts words in hashed buckets. Everything is deterministic and takes milliseconds.

@@ -1,4 +1,4 @@
-"""Spaces, observations and outcomes of selection episodes.
+"""Observation spaces, observations and final results of selection episodes.
 
 What the scalar and the vector environment share. Shape letters: B episodes, N candidates,
 K selected, C retriever scores, D vector length.
@@ -177,7 +177,7 @@ class SelectionTask:
         if len(results) != len(asked):
             raise RewardError(
                 f"the reward {self.reward!r} gave {len(results)} results for {len(asked)} "
-                "questions; it must return one for each, in their order"
+                "questions; it must return one result per question, in the same order"
             )
         result_of = dict(zip(asked, results, strict=True))
         outcomes = []

@@ -1,4 +1,4 @@
-"""The rules of the selection environment: what an action does to an episode.
+"""Transition rules of the selection environment: how an action changes an episode.
 
 Everything works on B episodes at once; the scalar environment is the case B = 1. The functions
 change no argument. Shape letters: B episodes, N candidates, A = N + 1 actions, K selected.

@@ -1,4 +1,4 @@
-"""The vector selection environment: many episodes at once, one reward call a step.
+"""The vector selection environment: many episodes in parallel, one reward call per step.
 
 Shape letters: B sub-environments, N candidates, K selected.
 """
@@ -307,7 +307,8 @@ class DocumentSelectionVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np
         where_B = np.asarray(mask)
         if where_B.shape != (self.num_envs,) or where_B.dtype != np.bool_ or not where_B.any():
             raise ConfigError(
-                f"options['reset_mask'] is {mask!r}; give {self.num_envs} booleans with a True"
+                f"options['reset_mask'] is {mask!r}; give {self.num_envs} booleans, at least "
+                "one of them True"
             )
         if not self._texts and not where_B.all():
             raise ResetNeeded(

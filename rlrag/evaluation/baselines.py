@@ -1,4 +1,4 @@
-"""Baselines without training, and the strongest of them on validation questions.
+"""Baselines without training, and which of them is best on validation questions.
 
 Nobody needs to train for a fixed choice: the retriever's order, its reverse, its first passage
 alone. So `trained` is tested against the best of those that a table has, and where a generator was
@@ -123,5 +123,6 @@ def baselines_from_json(evaluation: Mapping[str, Any]) -> tuple[Baseline, ...]:
         return tuple(Baseline(**found) for found in evaluation.get("baselines", ()))
     except TypeError as error:
         raise DataError(
-            f"the evaluation's baselines are damaged ({error}); run the command again that wrote it"
+            f"the baselines in the evaluation file are damaged ({error}); run the command "
+            "that wrote it again"
         ) from error

@@ -1,4 +1,4 @@
-"""Which of the retriever's positions a policy picks.
+"""Statistics of the retriever ranks that a policy picks.
 
 A policy can gain by choosing other passages than the retriever's first K, by showing the same ones
 in another order, or by both. One that does nearly the same with every question has learned an
@@ -136,8 +136,8 @@ class Choices:
             return cls(**values)
         except TypeError as error:
             raise DataError(
-                f"the evaluation's choices are damaged ({error}); run the command again that wrote "
-                "it"
+                f"the choices in the evaluation file are damaged ({error}); run the command that "
+                "wrote it again"
             ) from error
 
     def _is_nearly_all(self, count: int) -> bool:

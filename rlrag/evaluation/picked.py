@@ -1,4 +1,4 @@
-"""What a system shows the generator for each question, how surely and how fast.
+"""The passages that a system shows the generator, with their probability and latency.
 
 Shape letters: Q questions, T actions of the longest episode.
 """

@@ -1,4 +1,4 @@
-"""Writes every system's picks and answers to one file, a question a line.
+"""Writes and reads the file of an evaluation with every system's picks and answers.
 
 `evaluation.questions.jsonl` lies beside `evaluation.json`. Each line is one JSON object.
 
@@ -236,23 +236,23 @@ def read_questions(path: Path) -> EvaluatedQuestions:
                 elif kind == "question":
                     questions.append(_question(record))
                 else:
-                    raise ValueError(f"there is no kind {kind!r}")
+                    raise ValueError(f"there is no record of kind {kind!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}, line {number} is damaged ({reason}); {_WAY_OUT}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if facts is None or not questions:
-        raise DataError(f"{path} holds no question; {_WAY_OUT}")
+        raise DataError(f"{path} contains no question; {_WAY_OUT}")
     for question in questions:
         answers = question.systems.values()
         lists = [*question.retrieved.values(), *(answer.picked for answer in answers)]
         unknown = {passage_id for ids in lists for passage_id in ids} - passages.keys()
         if unknown:
-            raise DataError(f"{path} lacks the passage {min(unknown)!r}; {_WAY_OUT}")
+            raise DataError(f"{path} does not contain the passage {min(unknown)!r}; {_WAY_OUT}")
     names = list(questions[0].systems)
     if any(list(question.systems) != names for question in questions):
-        raise DataError(f"{path}: its questions differ in their systems; {_WAY_OUT}")
+        raise DataError(f"{path}: its questions do not all have the same systems; {_WAY_OUT}")
     return EvaluatedQuestions(facts, passages, tuple(questions))
 
 
@@ -261,7 +261,7 @@ _WAY_OUT = "delete it, and run the command that wrote it again"
 
 def _header(record: Mapping[str, Any]) -> dict[str, Any]:
     if record["kind"] != "header" or record["format"] != FORMAT:
-        raise ValueError(f"it is no header of format {FORMAT}")
+        raise ValueError(f"it is not a header of format {FORMAT}")
     return {name: value for name, value in record.items() if name not in ("kind", "format")}
 
 
@@ -294,17 +294,17 @@ def _answer(record: Mapping[str, Any]) -> SystemAnswer:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not a string")
     return value
 
 
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list):
-        raise TypeError(f"{values!r} is no list")
+        raise TypeError(f"{values!r} is not a list")
     return tuple(map(_text, values))
 
 
 def _share(value: Any) -> float:
     if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{value!r} is no number from 0 to 1")
+        raise ValueError(f"{value!r} is not a number from 0 to 1")
     return float(value)

@@ -52,7 +52,7 @@ def ndcg_at_k(ranked_ids: Sequence[str], gold_ids: Collection[str], k: int) -> f
 
 def _hits(ranked_ids: Sequence[str], gold_ids: Collection[str], k: int) -> list[bool]:
     if k < 1:
-        raise DataError(f"k is {k}; a ranking is measured at a depth of at least 1")
+        raise DataError(f"k is {k}; give at least 1")
     if len(set(ranked_ids)) < len(ranked_ids):
         twice = next(id_ for id_ in ranked_ids if ranked_ids.count(id_) > 1)
         raise DataError(f"passage {twice!r} is ranked more than once; give each passage one rank")

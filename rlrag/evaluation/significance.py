@@ -1,4 +1,4 @@
-"""Bootstrap intervals of means, and the paired randomisation test with the interval that fits it.
+"""Bootstrap confidence intervals, and the paired randomisation test with a matching interval.
 
 Questions are the sampling unit. Shape letters: Q questions, B resamples, P sign patterns.
 """
@@ -210,7 +210,9 @@ def holm_correction(p_values: ArrayLike) -> np.ndarray:
     """
     values_T = _checked(p_values, "p_values")
     if values_T.min() < 0 or values_T.max() > 1:
-        raise DataError(f"p_values reach from {values_T.min()} to {values_T.max()}; give 0 to 1")
+        raise DataError(
+            f"p_values range from {values_T.min()} to {values_T.max()}; give values from 0 to 1"
+        )
     rising_T = np.argsort(values_T, kind="stable")
     factors_T = np.arange(len(values_T), 0, -1)
     corrected_T = np.empty_like(values_T)
@@ -248,7 +250,7 @@ def _check_confidence(confidence: float) -> None:
 
 def _check_resamples(num_resamples: int) -> None:
     if num_resamples < 1:
-        raise ConfigError(f"num_resamples is {num_resamples}; draw at least 1")
+        raise ConfigError(f"num_resamples is {num_resamples}; give at least 1")
 
 
 def _chunks(num_rows: int, row_length: int) -> Iterator[int]:

@@ -121,8 +121,8 @@ def evaluate(
     missing = [name for name in asked if name in _RETRIEVERS and name not in retrievers]
     if missing:
         raise ConfigError(
-            f"evaluation.systems asks for {', '.join(missing)}, but this run trained no retriever "
-            "or has no such index; leave it out"
+            f"evaluation.systems asks for {', '.join(missing)}, but this run trained no "
+            "retriever or has no index for it; leave it out"
         )
     tuned = [name for name in asked if name in _BY_TUNED_GENERATOR]
     rivals = contenders(asked) if held_back is not None else frozenset()

@@ -265,9 +265,9 @@ def _summarize(name: str, metrics: SystemMetrics, num_resamples: int, seed: int)
                 f"{shape[0]} questions; give one value for each question"
             )
     if shape == (0,):
-        raise DataError(f"system {name!r}: its metrics have shape (0,); give some questions")
+        raise DataError(f"system {name!r}: its metrics have shape (0,); give at least one question")
     if metrics.accuracy is not None and not np.isfinite(metrics.accuracy).all():
-        raise DataError(f"system {name!r}: accuracy holds a value that is not finite")
+        raise DataError(f"system {name!r}: accuracy contains a value that is not finite")
 
     def interval(values_Q: np.ndarray | None) -> Interval | None:
         return None if values_Q is None else bootstrap_ci(values_Q, num_resamples, seed)

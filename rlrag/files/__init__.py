@@ -1,1 +1,1 @@
-"""Files and directories on disk and in remote storage: written whole, locked, checked."""
+"""Atomic writes, locks and checksums of files and directories, local and remote."""

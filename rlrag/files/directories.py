@@ -1,4 +1,4 @@
-"""Directories that are whole or absent, and tensors in safetensors files.
+"""Writes directories atomically and verifies them; reads tensors from safetensors files.
 
 Checkpoints and bundles are directories with a `manifest.json` that holds the SHA-256 of every other
 file. They are built beside their place and renamed into it. Nothing is pickled.
@@ -180,13 +180,13 @@ def check_whole(directory: Path) -> None:
         path = found.get(name)
         if path is None and leads_outside(name):
             raise CheckpointError(
-                f"{directory / MANIFEST} names {name!r}, which lies outside of {directory}; do not "
-                "use it, and fetch it anew from where it was written"
+                f"{directory / MANIFEST} lists {name!r}, which is outside {directory}; do not "
+                "use this directory, and fetch it again from its source"
             )
         if path is None or _read_sha256(path) != expected:
             raise CheckpointError(
-                f"{directory / name} is missing, truncated or altered since it was written; delete "
-                f"{directory} to go on from an older one"
+                f"{directory / name} is missing, truncated or altered since it was written; "
+                f"delete {directory} to continue from an older one"
             )
 
 
@@ -248,8 +248,8 @@ def _files_below(directory: Path) -> dict[str, Path]:
                 fail(error)
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise CheckpointError(
-                    f"{path} is a symbolic link or another special file, which leads outside of "
-                    f"{directory}; copy what it stands for to its place"
+                    f"{path} is a symbolic link or another special file, which leads outside "
+                    f"{directory}; replace it with a copy of its target"
                 )
             if stat.S_ISREG(mode) and path != directory / MANIFEST:
                 files[path.relative_to(directory).as_posix()] = path
@@ -326,8 +326,8 @@ def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{source} holds numbers that are NaN or infinite, first in {name!r}; use weights "
-                "of an earlier step, or train again with a lower learning rate"
+                f"{source} contains NaN or infinite values, first in {name!r}; use weights of an "
+                "earlier step, or train again with a lower learning rate"
             )
 
 

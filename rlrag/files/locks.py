@@ -1,4 +1,4 @@
-"""Locks that let one process at a time write to a place, on network storage too.
+"""Locks that let only one process at a time write to a directory, also on network storage.
 
 A lock is a directory with one file, which names the process that holds it. The directory is made
 elsewhere and renamed to its place, which fails where another lies there with a file in it: that
@@ -149,7 +149,7 @@ def _take(lock: Path, place: str, say: Callable[[str], None], silence_s: float) 
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         _make_room(lock, place, here, say, silence_s)
-    raise InUseError(f"{place} is wanted by many processes at once; start one of them")
+    raise InUseError(f"{place} is being locked by many processes at once; start only one of them")
 
 
 def _make_room(
@@ -173,7 +173,7 @@ def _make_room(
         if alive:
             raise InUseError(
                 f"{place} is in use by {who}; wait until it has ended, end it, or choose another "
-                f"place. If it is no more, delete {lock}"
+                f"place. If that process no longer exists, delete {lock}"
             )
         entry.unlink()
         say(f"taking over {place} from {who}, {reason}")

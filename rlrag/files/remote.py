@@ -118,7 +118,7 @@ class RemoteDirectory:
                 source = self._filesystem.open_input_file(self._place(name))
             except FileNotFoundError as error:
                 raise CheckpointError(
-                    f"{self.uri}/{name} is missing; upload its directory anew"
+                    f"{self.uri}/{name} is missing; upload its directory again"
                 ) from error
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -150,8 +150,8 @@ class RemoteDirectory:
         for file, expected in listed.items():
             if self.upload(f"{name}/{file}", source / file) != expected:
                 raise CheckpointError(
-                    f"{source / file} is truncated or altered since it was written; it stays out "
-                    f"of {self.uri}"
+                    f"{source / file} is truncated or altered since it was written; it is not "
+                    f"uploaded to {self.uri}"
                 )
         self.write(f"{name}/{MANIFEST}", (source / MANIFEST).read_bytes())
 
@@ -166,8 +166,8 @@ class RemoteDirectory:
             for file, expected in listed.items():
                 if self.download(f"{name}/{file}", staging / file) != expected:
                     raise CheckpointError(
-                        f"{self.uri}/{name}/{file} is truncated or altered since it was uploaded; "
-                        "upload the directory anew"
+                        f"{self.uri}/{name}/{file} is truncated or altered since it was "
+                        "uploaded; upload the directory again"
                     )
 
     def delete_whole(self, name: str) -> None:
@@ -181,12 +181,14 @@ class RemoteDirectory:
         place = f"{self.uri}/{name}/{MANIFEST}"
         content = self.read(f"{name}/{MANIFEST}")
         if content is None:
-            raise CheckpointError(f"{place} is missing; the directory was not uploaded to its end")
+            raise CheckpointError(
+                f"{place} is missing; the upload of the directory was not completed"
+            )
         listed = parse_manifest(content, place)
         for file in listed:
             if leads_outside(file) or file.startswith(".") or file == MANIFEST:
                 raise CheckpointError(
-                    f"{place} names {file!r}, which is no file of that directory; do not use it"
+                    f"{place} lists {file!r}, which is not a file of that directory; do not use it"
                 )
         return listed
 
@@ -220,7 +222,7 @@ class RemoteDirectory:
 
     def _check_time(self, name: str) -> None:
         if self._deadline is not None and time.monotonic() > self._deadline:
-            raise TimeoutError(f"the time for transfers was over before {name} was copied")
+            raise TimeoutError(f"the time limit for transfers ended before {name} was copied")
 
     @contextmanager
     def _complaints(self, asked: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Atomic writing of text files."""
+"""Writes text files atomically."""
 
 from __future__ import annotations
 

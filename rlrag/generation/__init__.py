@@ -1,1 +1,1 @@
-"""Prompts, generators and the actor pool: from a question and ordered passages to an answer."""
+"""Prompts, generators and the pool of engine actors: from question and passages to an answer."""

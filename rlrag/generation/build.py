@@ -1,4 +1,4 @@
-"""Opens the generator and prompt builder that a configuration describes."""
+"""Builds the generator and prompt builder that a configuration describes."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def open_prompts(config: GeneratorConfig, model_dir: Path) -> PromptBuilder:
     if lacks_first_token(model_dir, prompts.prefix_ids):
         logger.warning(
             "prompts for the model in %s lack the beginning-of-text token that it was trained "
-            "with, without which it answers badly; give its tokenizer bos_token and a template "
-            "that adds it, or take the files that the model was published with",
+            "with, so its answers will be bad; set its tokenizer's bos_token and a chat "
+            "template that adds it, or use the original tokenizer files",
             model_dir,
         )
     return prompts
@@ -136,8 +136,9 @@ def resolve_config(config: GeneratorConfig, launcher: str) -> GeneratorConfig:
         device = "cuda" if config.gpus_per_actor else "cpu"
     elif device == "cuda" and not config.gpus_per_actor:
         raise ConfigError(
-            "generator.device is 'cuda' but generator.gpus_per_actor is 0, so that Ray would hide "
-            "the GPU from the actors; set gpus_per_actor to 1, or less for actors that share one"
+            "generator.device is 'cuda' but generator.gpus_per_actor is 0, so Ray would hide "
+            "the GPU from the actors; set gpus_per_actor to 1, or to a fraction for actors that "
+            "share a GPU"
         )
     backend = config.backend
     if backend == "auto":
@@ -149,7 +150,7 @@ def resolve_config(config: GeneratorConfig, launcher: str) -> GeneratorConfig:
         )
     if parallel > 1 and device == "cuda" and config.gpus_per_actor != parallel:
         raise ConfigError(
-            f"generator.tensor_parallel {parallel} needs as many GPUs an actor, not "
+            f"generator.tensor_parallel {parallel} needs as many GPUs per actor, not "
             f"{config.gpus_per_actor:g}; set generator.gpus_per_actor to {parallel}"
         )
     return config.model_copy(
@@ -214,7 +215,7 @@ def measure_speed(generator: Generator, prompts: Sequence[Prompt]) -> float:
     num_tokens, seconds = generator.tokens.spent - before, time.perf_counter() - start
     if not num_tokens:
         refused = (answer for answer in answers if isinstance(answer, GenerationError))
-        raise next(refused, GenerationError("no prompt was answered, so that no speed is known"))
+        raise next(refused, GenerationError("no prompt was answered, so the speed is unknown"))
     return num_tokens / seconds
 
 

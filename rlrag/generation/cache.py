@@ -1,4 +1,4 @@
-"""A cache of generation results on disk.
+"""An on-disk cache of generation results.
 
 One SQLite file holds the results of all runs that share a cache folder. A result's key hashes all
 that decides it: the generator's identity (weights, number format, device, back end), the prompt's
@@ -143,7 +143,7 @@ class CachedGenerator:
         """
         if not isinstance(self._inner, FollowsWeights):
             raise GenerationError(
-                f"{type(self._inner).__name__} shares its engine with nobody, so nobody else can "
+                f"{type(self._inner).__name__} does not share its engine, so no other client can "
                 "push weights to it; call load_weights"
             )
         with self._lock.change():
@@ -240,13 +240,14 @@ def _key(identity: str, request: Request) -> bytes:
 def _row(result: Generation | Score, version: int) -> Row:
     if result.version != version:
         raise GenerationError(
-            f"the generator returned a result of version {result.version} where version {version} "
-            "was asked; its weights changed during the call, or it does not tag its results"
+            f"the generator returned a result of version {result.version} but version {version} "
+            "was requested; its weights changed during the call, or it does not tag its results "
+            "with the version"
         )
     if result.logp is not None and math.isnan(result.logp):
         raise GenerationError(
-            f"the generator returned NaN as log-probability of {result.num_tokens} tokens; its "
-            "weights or number format are broken (try generator.dtype float32)"
+            f"the generator returned NaN as the log-probability of {result.num_tokens} tokens; "
+            "its weights or number format are broken (try generator.dtype float32)"
         )
     text = result.text if isinstance(result, Generation) else ""
     logp = _NO_LOGP if result.logp is None else result.logp
@@ -272,7 +273,7 @@ def _way_out(message: str) -> str:
     if any(sign in message for sign in ("full", "No space", "disk I/O", "File too large")):
         return "free space on its disk, then run the same command again: what is stored stays"
     if "locked" in message:
-        return f"another process held it for more than {BUSY_TIMEOUT_S:.0f} s; try again"
+        return f"another process locked it for more than {BUSY_TIMEOUT_S:.0f} s; try again"
     if "not a database" in message or "malformed" in message:
         return "the file is damaged; delete it and it will be filled anew"
     return "check that its folder exists and can be written"

@@ -1,4 +1,4 @@
-"""Orders calls and weight changes, so that no call sees two sets of weights."""
+"""A lock that keeps calls and weight updates apart, so that a call sees one set of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks requests before an engine sees them."""
+"""Validates requests before they are sent to an engine."""
 
 from __future__ import annotations
 

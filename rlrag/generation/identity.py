@@ -1,4 +1,4 @@
-"""The identity of a generator, under which its results are cached."""
+"""The identity of a generator, the key of its cached results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A generator of anybody's own, which answers prompts and, if it can, scores given answers.
+"""Adapts a generator of your own (`package.module:name`) to the generator protocol.
 
 It is a class or function `package.module:name` with `model_dir`, if it wants that, and options of
 its own, and has a method
@@ -109,7 +109,7 @@ class PluginGenerator(KeepsItsWeights):
         if not callable(getattr(self._part, "score", None)):
             raise ConfigError(
                 f"{self._who} has no method 'score', which answer_logp and labels of passages "
-                "need; add it, or use reward.functions that read the answer alone, such as "
+                "need; add it, or use reward.functions that need only the answer, such as "
                 "exact_match or token_f1"
             )
         return self._answer(
@@ -184,7 +184,7 @@ class PluginGenerator(KeepsItsWeights):
                 failed.__cause__ = error
                 return [failed]
             logger.warning(
-                "%s: %s of %d prompts %s; they are asked one by one",
+                "%s: %s of %d prompts %s; sending them one by one",
                 self._who,
                 method,
                 len(places),
@@ -205,7 +205,7 @@ class PluginGenerator(KeepsItsWeights):
 
     def _failed(self, method: str, prompt: Prompt, why: str) -> GenerationError:
         return GenerationError(
-            f"{self._who}: {method} {why} (the prompt ends with {prompt.text[-60:]!r}); mend it, "
+            f"{self._who}: {method} {why} (the prompt ends with {prompt.text[-60:]!r}); fix it, "
             "then run the same command again"
         )
 
@@ -215,10 +215,11 @@ class PluginGenerator(KeepsItsWeights):
             found = Generation(found, None, num_tokens, len(prompt.token_ids))
         if not isinstance(found, Generation):
             raise _UselessError(
-                f"gave {_shown(found)} as an answer; give a text, a Generation or a GenerationError"
+                f"gave {_shown(found)} as an answer; return a str, a Generation or a "
+                "GenerationError"
             )
         if not isinstance(found.text, str):
-            raise _UselessError(f"gave {_shown(found.text)} as the text of an answer; give a str")
+            raise _UselessError(f"gave {_shown(found.text)} as the text of an answer; return a str")
         return Generation(
             text=cut_at_stop(found.text, sampling.stop)[0].strip(),
             logp=None if found.logp is None else _logp(found.logp),
@@ -233,11 +234,12 @@ class _UselessError(GenerationError):
 
 def _as_list(found: Any, number: int) -> list[Any]:
     if isinstance(found, str | bytes) or not isinstance(found, Iterable):
-        raise _UselessError(f"gave {_shown(found)}, not a list with one result a prompt")
+        raise _UselessError(f"gave {_shown(found)}, not a list with one result per prompt")
     results = list(found)
     if len(results) != number:
         raise _UselessError(
-            f"gave {len(results)} results for {number} prompts; give one each, in their order"
+            f"gave {len(results)} results for {number} prompts; return one result per "
+            "prompt, in the same order"
         )
     return results
 
@@ -250,14 +252,17 @@ def _score(prompt: Prompt, answer: tuple[int, ...], found: Any) -> Score:
 def _logp(found: Any) -> float:
     if not isinstance(found, Real) or not -math.inf < float(found) <= _ROUNDING:
         raise _UselessError(
-            f"gave {_shown(found)} as a log-probability; give a finite number of nats, 0 at most"
+            f"gave {_shown(found)} as a log-probability; return a finite number of at most "
+            "0, in nats"
         )
     return float(found)
 
 
 def _count(found: Any) -> int:
     if not isinstance(found, Integral) or found < 0:
-        raise _UselessError(f"gave {_shown(found)} as a number of tokens; give a count")
+        raise _UselessError(
+            f"gave {_shown(found)} as a number of tokens; return a non-negative integer"
+        )
     return int(found)
 
 

@@ -54,7 +54,7 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"{model_dir} holds no tokenizer that transformers can load ({error}); copy the "
+            f"{model_dir} has no tokenizer that transformers can load ({error}); copy the "
             "model's tokenizer files there"
         ) from error
 
@@ -195,9 +195,9 @@ class PromptBuilder:
             return tuple(encoded["input_ids"][: sum(start < min(ends) for start in starts)])
         if last_id is None:
             raise ConfigError(
-                f"nothing ends an answer: generator.stop {list(self._stop)} holds nothing that "
-                f"follows one, and the tokenizer of {self._tokenizer.name_or_path!r} has no "
-                "end-of-text token; add a line break to generator.stop"
+                f"answers would never end: generator.stop {list(self._stop)} has no string that "
+                f"follows an answer, and the tokenizer of {self._tokenizer.name_or_path!r} has "
+                "no end-of-text token; add a line break to generator.stop"
             )
         return (*self._encode(text + after if chat else text), last_id)
 
@@ -274,7 +274,7 @@ class PromptBuilder:
             )
         except (ValueError, TemplateError) as error:
             raise ConfigError(
-                f"the tokenizer of {self._tokenizer.name_or_path!r} cannot write this chat "
+                f"the tokenizer of {self._tokenizer.name_or_path!r} cannot render this chat "
                 f"({error}); use prompt.style plain"
             ) from error
         parts = str(text).split(slot)
@@ -389,7 +389,9 @@ def _check_question_template(template: str) -> None:
             "is {question}"
         ) from error
     if probe not in filled:
-        raise ConfigError(f"prompt.question_template {template!r} lacks the field {{question}}")
+        raise ConfigError(
+            f"prompt.question_template {template!r} must contain the field {{question}}"
+        )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The generator protocol: answers, and log-probabilities of given answers."""
+"""The generator protocol: generate answers, and score given answers."""
 
 from __future__ import annotations
 

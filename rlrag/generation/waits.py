@@ -1,4 +1,4 @@
-"""Registers what this process waits for, so that a watchdog can report it."""
+"""Registers pending waits of this process for the watchdog to report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbered sets of generator weights: who takes them, and whether they fit a model."""
+"""Versioned generator weights, checks that they fit a model, and the protocols to push them."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ class KeepsItsWeights:
             GenerationError: always.
         """
         raise GenerationError(
-            f"{self._who} keeps its own weights; to train the generator use generator.backend vllm "
-            "or transformers"
+            f"the weights of {self._who} cannot be replaced; to train the generator use "
+            "generator.backend vllm or transformers"
         )
 
 
@@ -208,8 +208,8 @@ def check_adapter(weights: Mapping[str, Sequence[int]], given: Mapping[str, Sequ
             "of another shape": misshapen,
         },
         "the adapter does not fit the model",
-        "push A and B of each adapted weight, as `adapter_names` names them, for the model that "
-        "the engines were opened with",
+        "push A and B of each adapted weight under the names of `adapter_names`, for the model "
+        "that the engines were started with",
     )
 
 

@@ -1,1 +1,1 @@
-"""Model directories: where they lie, how they are opened, their adapters and licences."""
+"""Finds and loads model directories; adapters, licences."""

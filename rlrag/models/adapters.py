@@ -37,8 +37,8 @@ def add_adapter(model: Any, rank: int, alpha: float) -> None:
     ]
     if not layers:
         raise ConfigError(
-            f"an adapter is put on linear layers and {type(model).__name__} has none; train all "
-            "its weights"
+            f"a LoRA adapter needs linear layers, but {type(model).__name__} has none; train all "
+            "its weights instead"
         )
     number: Any = alpha  # peft declares an integer and computes with any number
     inject_adapter_in_model(

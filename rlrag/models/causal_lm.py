@@ -1,4 +1,4 @@
-"""Opens causal language models that can read a prompt in parts, and refuses those that cannot.
+"""Loads causal language models and refuses those that cannot read a prompt in parts.
 
 Selector, generator and learner read what many prompts begin with once and keep its keys and values.
 A model that keeps something else, or that sees what follows a token, would give other numbers
@@ -93,12 +93,13 @@ def check_causal(config: Any, model_dir: Path, advice: str) -> None:
     is_encoder = reads_both_ways and not getattr(config, "is_decoder", False)
     if is_encoder or not known.intersection(config.architectures or ()):
         raise ConfigError(
-            f"{model_dir} holds {config.architectures}, which is no causal language model; {advice}"
+            f"{model_dir} holds {config.architectures}, which is not a causal language "
+            f"model; {advice}"
         )
     if keeps_states(config):
         raise ConfigError(
-            f"the model in {model_dir} has layers with a state in place of keys and values, which "
-            f"padding would enter and prompts cannot share; {advice}"
+            f"the model in {model_dir} has recurrent layers instead of a key-value cache, which "
+            f"padding would corrupt and prompts cannot share; {advice}"
         )
 
 

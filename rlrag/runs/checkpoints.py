@@ -198,7 +198,7 @@ def _state(directory: Path) -> dict[str, Any]:
             raise TypeError(f"its best_step is {state['best_step']!r}")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not the state of a run ({error}); delete {directory} to go on from an "
+            f"{path} is not the state of a run ({error}); delete {directory} to continue from an "
             "older one"
         ) from error
     return state

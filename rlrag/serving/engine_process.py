@@ -232,7 +232,7 @@ def open_engine_process(
     except ACTOR_ENDED as error:
         raise GenerationError(
             f"the process of {name} ended while it loaded (memory is the usual cause); look for "
-            f"its last words in Ray's logs: {error}"
+            f"its last messages in Ray's logs: {error}"
         ) from error
     return EngineClient(actor, name, config.request_timeout_s)
 

@@ -1,4 +1,4 @@
-"""Checks of GPUs: whether torch can use those that a run needs."""
+"""GPU checks: whether torch can use the GPUs that a run needs."""
 
 from __future__ import annotations
 

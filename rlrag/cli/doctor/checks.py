@@ -1,4 +1,4 @@
-"""What a check is: a function with a time limit that says ok, warning or failed."""
+"""A check: a function with a time limit that returns ok, warning or failed."""
 
 from __future__ import annotations
 

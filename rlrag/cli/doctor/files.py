@@ -103,7 +103,7 @@ def check_split(config: RunConfig) -> Answer:
     counted = f"{len(found.train):,} of {found.num_found:,} questions are trained on"
     said = remarks(config, found, evaluation)
     if said:
-        return warning("; ".join([counted, *said]), "see that this is what you want")
+        return warning("; ".join([counted, *said]), "check that this is intended")
     return ok(counted)
 
 
@@ -285,7 +285,7 @@ def _exercise(staging: Path) -> None:
         os.fsync(stream.fileno())
     new.replace(old)
     if old.read_text() != "new":
-        raise OSError("a file that was renamed over another one did not take its place")
+        raise OSError("renaming a file over another one did not replace it")
     (staging / "building").mkdir()
     (staging / "building").rename(staging / "whole")
     with closing(sqlite3.connect(staging / "cache.sqlite", timeout=_LOCK_TIMEOUT_S)) as database:

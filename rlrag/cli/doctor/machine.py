@@ -85,8 +85,8 @@ def check_shared_memory(
     if free >= _SHARED_BYTES:
         return ok(f"{_gib(free)} free in {_SHARED_MEMORY}")
     return warning(
-        f"only {_gib(free)} free in {_SHARED_MEMORY}, so that Ray's objects go to disk and GPUs "
-        "may fail to share data",
+        f"only {_gib(free)} free in {_SHARED_MEMORY}; Ray will spill objects to disk and GPUs "
+        "may fail to exchange data",
         f"give {_gib(_SHARED_BYTES)} or more (docker run --shm-size=2g; an emptyDir of medium "
         "Memory on Kubernetes)",
     )
@@ -104,7 +104,7 @@ def check_open_files(config: RunConfig) -> Answer:
             f"only {limit} files may be open at once, and a run needs {_MIN_FILES[launcher]}",
             advice,
         )
-    return warning(f"{limit} files may be open at once, which many actors exceed", advice)
+    return warning(f"{limit} files may be open at once, too few for many actors", advice)
 
 
 def check_memory(needs: Needs, read: Callable[[], Memory] | None = None) -> Answer:
@@ -228,7 +228,7 @@ def check_ports(asked: Sequence[int]) -> Answer:
     if asked:
         return failed(said, "end what listens there, or give another port")
     return warning(
-        said, "training does without; for a cluster or the service give another port there"
+        said, "training does not need it; for a cluster or the service choose another port"
     )
 
 

@@ -1,4 +1,4 @@
-"""Check, before a run, that it can work: machine, packages, data, models, directories.
+"""Check that a run can work before you start it: machine, packages, data, models, directories.
 
     rlrag doctor
     rlrag doctor nq --run-dir runs/nq --seed 1 --algorithm.num-samples 8
@@ -43,11 +43,11 @@ class DoctorArguments(TrainArguments):
     """Flags of `rlrag doctor`: those of the run to check, and its own."""
 
     json: Path | None = None
-    """JSON file for the same findings."""
+    """Also write the findings to this JSON file."""
     ports: tuple[int, ...] = ()
-    """Ports that must be free; when unset, those of Ray and of the service are looked at."""
+    """Ports that must be free; those of Ray and the service when unset."""
     check_timeout_s: float = 120.0
-    """Longest time that one check may take."""
+    """Time limit of one check."""
 
 
 def main(argv: Sequence[str]) -> None:

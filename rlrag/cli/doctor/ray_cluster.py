@@ -1,4 +1,4 @@
-"""Checks of the Ray cluster that RAY_ADDRESS names, or of this machine in its place.
+"""Checks of the Ray cluster at RAY_ADDRESS, or of this machine when it is unset.
 
 The cluster is asked by a process of its own, which is ended when it does not come back: a client
 of Ray that finds no answer waits for minutes and may end its process.
@@ -99,7 +99,7 @@ def _ask(timeout_s: float, address: str, variables: Mapping[str, str]) -> Mappin
         )
     except subprocess.TimeoutExpired as error:
         raise SetupError(
-            f"something at {address} takes connections but did not answer as a Ray cluster within "
+            f"{address} accepts connections but did not answer as a Ray cluster within "
             f"{timeout_s:g} s; correct RAY_ADDRESS, or unset it to run on this machine"
         ) from error
     if done.returncode:

@@ -1,1 +1,1 @@
-"""What a language model judged: agreement and the table of its verdicts."""
+"""Verdicts of a language model as judge: their agreement with other labels, and a table."""

@@ -1,4 +1,4 @@
-"""Agreement of two judgements of the same answers, also beyond chance (Cohen's kappa)."""
+"""Agreement between two sets of labels of the same answers, with Cohen's kappa."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of a judge's verdicts: shares of correct answers and agreement."""
+"""The table of a judge's verdicts: shares of correct answers, and agreement."""
 
 from __future__ import annotations
 
@@ -213,13 +213,13 @@ def read_labels(path: Path, found: EvaluatedQuestions) -> dict[tuple[str, str], 
             is_label = False
         if not is_label:
             raise DataError(
-                f"--human {path}, line {number} is no label; write it as "
-                '{"id": "q1", "system": "trained", "correct": true}'
+                f'--human {path}, line {number} is not a label; write it as {{"id": "q1", '
+                '"system": "trained", "correct": true}'
             )
         if key[0] not in known or key[1] not in found.systems:
             raise DataError(
-                f"--human {path}, line {number}: there is no answer of {key[1]!r} to {key[0]!r} in "
-                "the evaluation; leave it out"
+                f"--human {path}, line {number}: there is no answer of {key[1]!r} to {key[0]!r} "
+                "in the evaluation; remove the line"
             )
         if labels.setdefault(key, label) != label:
             raise DataError(
@@ -227,7 +227,7 @@ def read_labels(path: Path, found: EvaluatedQuestions) -> dict[tuple[str, str], 
                 f"{key[0]!r}; keep one of them"
             )
     if not labels:
-        raise DataError(f"--human {path} holds no label; leave the flag out")
+        raise DataError(f"--human {path} contains no label; leave the flag out")
     return labels
 
 

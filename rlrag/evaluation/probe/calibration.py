@@ -104,15 +104,15 @@ def _checked(probabilities: ArrayLike, outcomes: ArrayLike) -> tuple[np.ndarray,
     outcomes_Q = np.asarray(outcomes, dtype=float)
     if probabilities_Q.shape != outcomes_Q.shape or probabilities_Q.ndim != 1:
         raise DataError(
-            f"probabilities have shape {probabilities_Q.shape}, outcomes {outcomes_Q.shape}; give "
-            "one of each for every question"
+            f"probabilities have shape {probabilities_Q.shape}, outcomes {outcomes_Q.shape}; "
+            "give one probability and one outcome per question"
         )
     if not len(probabilities_Q):
         raise DataError("there are no probabilities; give at least one question")
     strange = probabilities_Q[~((probabilities_Q >= 0) & (probabilities_Q <= 1))]
     if len(strange):
-        raise DataError(f"a probability is {strange[0]}; it lies between 0 and 1")
+        raise DataError(f"a probability is {strange[0]}; it must be between 0 and 1")
     strange = outcomes_Q[(outcomes_Q != 0) & (outcomes_Q != 1)]
     if len(strange):
-        raise DataError(f"an outcome is {strange[0]}; it came true (1) or not (0)")
+        raise DataError(f"an outcome is {strange[0]}; it must be 1 (true) or 0 (false)")
     return probabilities_Q, outcomes_Q

@@ -1,4 +1,4 @@
-"""Copies of gold passages that state another answer.
+"""Builds copies of gold passages that state a different answer.
 
 Every golden answer that stands in the text as it is written, by whole words and in either case, is
 replaced by a golden answer of another question. That one looks alike: it has digits too, or none,

@@ -1,4 +1,4 @@
-"""Measures how a system's answers hold up when its passages are changed.
+"""Measures how a system's answers change when its passages are changed.
 
 The measures, by name: `mirage`, `position`, `distractors`, `duplicates` and `contradictions` change
 what stands around a question's gold passages; `order` shuffles the picked passages; `attribution`,
@@ -70,7 +70,7 @@ class ProbeSettings:
         ):
             if not numbers or min(numbers) < least or list(numbers) != sorted(set(numbers)):
                 raise ConfigError(
-                    f"{name} is {list(numbers)}; give rising numbers of at least {least}"
+                    f"{name} is {list(numbers)}; give ascending numbers of at least {least}"
                 )
 
     @property
@@ -370,17 +370,19 @@ def impossible(
         found = {name: DataError(f"{name}: {reason}") for name in _AROUND_GOLD}
     elif not contradictions(questions, gold):
         found["contradictions"] = DataError(
-            "contradictions: no gold passage holds a golden answer as it is written, or no other "
-            "question has an answer to put there; give more questions, or leave it out"
+            "contradictions: no gold passage contains a golden answer literally, or no other "
+            "question has an answer to replace it with; give more questions, or leave this "
+            "measure out"
         )
     if num_selected < 2:
         found["order"] = ConfigError(
-            f"order: the pipeline picks {num_selected} passage, which has one order; leave it out"
+            f"order: the pipeline picks {num_selected} passage, which has only one order; "
+            "leave this measure out"
         )
     if not any(is_unanswerable(question.golden_answers) for question in questions):
         found["abstention"] = DataError(
-            f"abstention: all {len(questions)} questions have golden answers; give some whose "
-            "golden_answers are empty, or leave it out"
+            f"abstention: all {len(questions)} questions have golden answers; add questions "
+            "whose golden_answers are empty, or leave this measure out"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""MIRAGE: how a system answers without, among and with nothing but gold passages.
+"""MIRAGE: how a system answers without context, with mixed context and with gold passages only.
 
 MIRAGE (Park et al., NAACL 2025 Findings, arXiv 2504.17137) asks every question three times: with no
 passage (base, b), with gold passages among distractors (mixed, m) and with gold passages alone
@@ -87,5 +87,5 @@ def _labels(*given: ArrayLike) -> list[np.ndarray]:
     for labels in arrays:
         strange = labels[(labels != 0) & (labels != 1)]
         if len(strange):
-            raise DataError(f"a label is {strange[0]}; an answer is right (1) or wrong (0)")
+            raise DataError(f"a label is {strange[0]}; it must be 1 (right) or 0 (wrong)")
     return [labels.astype(bool) for labels in arrays]

@@ -1,4 +1,4 @@
-"""Changed contexts, such as added distractors, and the effect of the changes.
+"""Modified contexts, such as added distractors, and their effect on answers.
 
 A distractor is a candidate of the retriever that is no gold passage and holds no golden answer.
 Where gold passages and distractors are mixed, their order is a fixed shuffle of the question: one
@@ -178,8 +178,8 @@ def order_sensitivity(right: np.ndarray, f1: np.ndarray) -> dict[str, np.ndarray
     """
     if right.shape != f1.shape or right.ndim != 2 or right.shape[1] < 2:
         raise DataError(
-            f"right has shape {right.shape} and f1 {f1.shape}; give both for each question and at "
-            "least two orders"
+            f"right has shape {right.shape} and f1 {f1.shape}; give both the same shape, with at "
+            "least two orders per question"
         )
     share_Q = right.mean(axis=1)
     return {
@@ -213,7 +213,7 @@ def by_setting(settings: Sequence[int], right: np.ndarray, f1: np.ndarray) -> di
     if right.shape != f1.shape or right.ndim != 2 or not 0 < len(settings) == right.shape[1]:
         raise DataError(
             f"right has shape {right.shape} and f1 {f1.shape} for the settings {list(settings)}; "
-            "give one column of each for every setting"
+            "give each one column per setting"
         )
     found = {}
     for name, values_QS in (("accuracy", right), ("f1", f1)):

@@ -1,4 +1,4 @@
-"""The figures of a report.
+"""The charts of a report.
 
 The DRO paper (arXiv 2505.03075) studies stability (section 5 and figure 4), convergence (table 3)
 and the number of samples m (figure 6). Runs are overlaid, each in its own colour.

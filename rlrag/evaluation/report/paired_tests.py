@@ -1,4 +1,4 @@
-"""The paired significance tests of a report, corrected for their number."""
+"""The paired significance tests of a report, corrected for multiple comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The question browser of a report.
+"""The table of questions and answers in a report, with search and filters.
 
 The page's script (question_browser.js) draws the list. What it reads is JSON, packed by gzip and
 written in base 64, so that no text of a run can be taken for markup; the script puts texts into the

@@ -1,4 +1,4 @@
-"""Reads what a run left behind, for reports."""
+"""Reads the files of a finished or running run for a report."""
 
 from __future__ import annotations
 

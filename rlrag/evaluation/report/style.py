@@ -1,4 +1,4 @@
-"""The report's style sheet: colours for light and dark pages, tables, figures and their lines."""
+"""The style sheet of the report, for light and dark mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A generator behind the address of an OpenAI-compatible server, by `/completions`.
+"""A generator on an OpenAI-compatible server, through `/completions`.
 
 Servers differ in what they take and give, so the first call tries it with requests of a token:
 
@@ -84,8 +84,9 @@ class EndpointGenerator(KeepsItsWeights):
         key = read_key(config.key_variable, "generator.key_variable")
         if needs_key and key is None:
             raise ConfigError(
-                f"the environment variable {config.key_variable} holds a key where the run was "
-                "started, but not here; set it on every node before Ray is started there"
+                f"the environment variable {config.key_variable} with the API key is set where "
+                "the run was started, but not on this node; set it on every node before you "
+                "start Ray there"
             )
         self._who = f"the server at {config.url}"
         self._config = config
@@ -240,8 +241,8 @@ class EndpointGenerator(KeepsItsWeights):
                 if not isinstance(found, GenerationError):
                     if abilities.prompts == "text":
                         logger.warning(
-                            "the server at %s takes prompts as text alone and splits them into "
-                            "tokens itself, and may begin them with a token of its own",
+                            "the server at %s takes prompts only as text; it tokenizes them "
+                            "itself and may add its own beginning-of-text token",
                             self._config.url,
                         )
                     self._abilities = abilities
@@ -250,7 +251,8 @@ class EndpointGenerator(KeepsItsWeights):
                     raise found
                 why = why or found
             raise ConfigError(
-                f"the server takes prompts of /completions neither as token ids nor as text: {why}"
+                "the server accepts prompts for /completions neither as token ids nor as "
+                f"text: {why}"
             )
 
     def _learn_scores(self, prompt: Prompt, answer: Sequence[int]) -> str:
@@ -276,10 +278,10 @@ class EndpointGenerator(KeepsItsWeights):
                     raise found
                 reasons.append(f"by {form}: {found}")
             raise ConfigError(
-                f"the server at {self._config.url} gives no log-probabilities of a prompt's tokens "
-                f"({'; '.join(reasons)}), which answer_logp and labels of passages need; use "
-                "reward.functions that read the answer alone, such as exact_match or token_f1, or "
-                "a server that gives them, such as vLLM's"
+                f"the server at {self._config.url} does not return log-probabilities of prompt "
+                f"tokens ({'; '.join(reasons)}), which answer_logp and labels of passages need; "
+                "use reward.functions that need only the answer, such as exact_match or "
+                "token_f1, or a server that returns them, such as vLLM's"
             )
 
     def _used(
@@ -296,7 +298,7 @@ class EndpointGenerator(KeepsItsWeights):
         try:
             return read(reply)
         except _UselessError as error:
-            return _UselessError(f"the reply of {self._config.url} is of no use: {error}")
+            return _UselessError(f"the reply of {self._config.url} is invalid: {error}")
 
 
 class _UselessError(GenerationError):
@@ -310,7 +312,7 @@ def _generation(reply: Reply, sampling: Sampling) -> Generation:
         raise _UselessError(f"its text is {text!r}")
     num_prompt_tokens, num_tokens = _counts(reply)
     if not num_prompt_tokens:
-        raise _UselessError(f"it counts no prompt tokens: usage is {reply.get('usage')!r}")
+        raise _UselessError(f"it does not count the prompt tokens: usage is {reply.get('usage')!r}")
     logprobs = choice.get("logprobs")
     found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     logp = _sum(found) if isinstance(found, list) else None
@@ -352,7 +354,7 @@ def _sum(logps: Sequence[object]) -> float:
     numbers = [logp for logp in logps if isinstance(logp, int | float) and math.isfinite(logp)]
     if len(numbers) < len(logps):
         wrong = next(logp for logp in logps if logp not in numbers)
-        raise _UselessError(f"a log-probability in it is {wrong!r}")
+        raise _UselessError(f"one of its log-probabilities is {wrong!r}")
     return math.fsum(numbers)
 
 

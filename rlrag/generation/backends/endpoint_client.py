@@ -1,4 +1,4 @@
-"""Requests for completions to an OpenAI-compatible server: several at once, repeated with patience.
+"""Sends concurrent requests to an OpenAI-compatible server, with retries.
 
 A request that is refused for now (408, 409, 429, 5xx) or lost with its connection is sent again,
 after pauses that double or as long as `Retry-After` says. What stays without a reply is an error in
@@ -161,8 +161,8 @@ class EndpointClient:
                 why = self._told(error)
             except (openai.OpenAIError, ValueError) as error:
                 raise GenerationError(
-                    f"the reply of {self._config.url} cannot be read ({self._told(error)}); is it "
-                    "the address of an API, mostly ending in /v1?"
+                    f"the reply of {self._config.url} cannot be read ({self._told(error)}); "
+                    "check that the address is that of an API, usually ending in /v1"
                 ) from None
             if attempt == _NUM_ATTEMPTS or time.monotonic() + pause_s > end:
                 break
@@ -170,9 +170,9 @@ class EndpointClient:
             await asyncio.sleep(pause_s)
         wanted = f", and it wants a pause of {pause_s:.0f} s" if attempt < _NUM_ATTEMPTS else ""
         raise GenerationError(
-            f"{self._config.url} gave no answer in {attempt} attempt(s), the last because: {why}"
-            f"{wanted}; see whether the server works, lower generator.batch_size where it is busy, "
-            "or raise generator.request_timeout_s"
+            f"{self._config.url} gave no answer in {attempt} attempt(s); the last failed "
+            f"because: {why}{wanted}; check that the server works, lower generator.batch_size if "
+            "it is overloaded, or raise generator.request_timeout_s"
         )
 
     def _give_up_on(self, error: Any) -> None:
@@ -183,7 +183,7 @@ class EndpointClient:
         if status == 402 or _NO_QUOTA in (error.code, error.type):
             raise SetupError(
                 f"{said}: the account has no quota left; add some, then run the same command "
-                "again, which asks nothing twice"
+                "again: answers so far are cached"
             ) from None
         ways = {
             401: f"set the right key in the environment variable {config.key_variable}",
@@ -208,7 +208,7 @@ class EndpointClient:
 
 def _read(reply: object) -> Reply:
     if not isinstance(reply, dict):
-        raise ValueError(f"it is no JSON object but {str(reply)[:80]!r}")
+        raise ValueError(f"it is not a JSON object but {str(reply)[:80]!r}")
     return reply
 
 

@@ -1,4 +1,4 @@
-"""Steps an engine in a thread while prompts arrive, and streams the answers.
+"""Runs an engine in a thread: accepts prompts at any time and streams the answers.
 
 One thread steps the engine while a request is unfinished and sleeps otherwise. Requests join and
 leave between two steps, which is what lets an engine with a scheduler batch them as they come.
@@ -222,4 +222,4 @@ def _put(news: Iterable[tuple[_Request, Update | GenerationError]]) -> None:
 
 
 def _unanswered(why: str) -> GenerationError:
-    return GenerationError(f"the engine answers no more requests ({why}); open a new one")
+    return GenerationError(f"the engine no longer answers requests ({why}); create a new one")

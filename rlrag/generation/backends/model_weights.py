@@ -70,9 +70,9 @@ class ModelWeights:
         other = [name for name, shape in required.items() if shapes.get(name) != tuple(shape)]
         if other:
             raise GenerationError(
-                f"transformers renames or reshapes {len(other)} weights of {self._model_dir} when "
-                f"it loads them, first {other[0]!r}, so that no adapter can be merged into the "
-                "files; train and push whole weights (generator_training.method full)"
+                f"transformers renames or reshapes {len(other)} weights of {self._model_dir} "
+                f"when it loads them, first {other[0]!r}, so an adapter cannot be merged into "
+                "the files; train and push whole weights (generator_training.method full)"
             )
 
     def _copy(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

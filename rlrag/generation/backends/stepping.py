@@ -1,4 +1,4 @@
-"""The protocol of engines that an `EngineLoop` steps: prompts added any time, text in pieces."""
+"""The protocol of engines that an `EngineLoop` runs: add prompts at any time, get text in parts."""
 
 from __future__ import annotations
 

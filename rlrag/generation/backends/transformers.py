@@ -1,4 +1,4 @@
-"""The generator on transformers: answers and log-probabilities of given answers.
+"""The transformers generator: generates answers and scores given answers.
 
 The model lives in this process. Shapes: B rows of a batch, P prefix tokens, T tokens after the
 prefix, A answer tokens, V vocabulary.
@@ -144,8 +144,8 @@ class TransformersGenerator:
         except (OSError, SafetensorError) as error:
             self.close()
             raise GenerationError(
-                "the model's own weights could not be read again to merge an adapter into them, "
-                f"and the generator was closed: {error}"
+                "the generator was closed because the model's original weights could not be "
+                f"read again to merge an adapter into them: {error}"
             ) from error
         self._prefix_past = None  # its keys and values are those of the old weights
         self._identity = pushed_identity(self._first_identity, weights.digest)
@@ -244,7 +244,7 @@ class TransformersGenerator:
                 )
             except ConfigError as error:
                 self._prefix, self._prefix_past = (), None
-                logger.warning("every prompt is read whole, which takes longer, since %s", error)
+                logger.warning("no prefix is shared between prompts, which is slower: %s", error)
 
     def _score_one(self, prompts: list[tuple[int, ...]], answer: tuple[int, ...]) -> float:
         """Log p of an answer to the first prompt of a batch."""
@@ -253,7 +253,7 @@ class TransformersGenerator:
 
     def _opened(self) -> Any:
         if self._model is None:
-            raise GenerationError("this generator was closed; open a new one")
+            raise GenerationError("this generator is closed; create a new one")
         return self._model
 
     def _refused(

@@ -1,4 +1,4 @@
-"""The generator on a vLLM engine: answers and log-probabilities of given answers.
+"""The vLLM generator: generates answers and scores given answers.
 
 The engine lives in this process, normally a Ray actor whose environment `vllm_environment` gives:
 the variables are read when vLLM is imported, so they cannot be set later.
@@ -138,8 +138,8 @@ class VllmGenerator:
         if self._device == "cpu" and self._layout.has_experts:
             # Even the very same weights, loaded again, then give other log-probabilities.
             raise GenerationError(
-                "vLLM (0.32) packs the experts of a mixture on a CPU only when it first loads "
-                "them, and would answer wrongly with weights that are pushed; use "
+                "vLLM (0.32) on a CPU packs the weights of a mixture of experts only when it "
+                "first loads them, so pushed weights would give wrong answers; use "
                 "generator.backend transformers with generator_training.method full"
             )
         self._layout.check(shapes, adapter)
@@ -172,14 +172,14 @@ class VllmGenerator:
         except Exception as error:
             self.close()
             raise GenerationError(
-                f"vLLM failed while it took over weights of version {weights.version} and was "
-                f"closed: {type(error).__name__}: {error}"
+                f"vLLM failed while loading weights of version {weights.version} and was closed: "
+                f"{type(error).__name__}: {error}"
             ) from error
         if not emptied:
             self.close()
             raise GenerationError(
-                "vLLM could not empty its prefix cache, which holds keys and values of the old "
-                "weights, and was closed; push when no request is running"
+                "vLLM could not reset its prefix cache, which still has keys and values of the "
+                "old weights, and was closed; push weights when no request is running"
             )
         self._identity = pushed_identity(self._first_identity, weights.digest)
         self._version = weights.version
@@ -294,7 +294,7 @@ class VllmGenerator:
             self._engine.llm_engine.add_request(request_id, tokens, params)
         except Exception as error:
             raise GenerationError(
-                f"vLLM refused a prompt of {len(prompt.token_ids)} tokens: "
+                f"vLLM rejected a prompt of {len(prompt.token_ids)} tokens: "
                 f"{type(error).__name__}: {error}"
             ) from error
         self._num_decoded[request_id] = 0

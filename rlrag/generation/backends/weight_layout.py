@@ -1,4 +1,4 @@
-"""The tensor names and shapes that an engine expects of published weights.
+"""Tensor names and shapes that an engine expects of pushed weights.
 
 No engine is needed.
 """
@@ -58,8 +58,8 @@ class WeightLayout:
         if len(found) != 1:
             raise GenerationError(
                 f"the model in {model_dir} ties its output layer to its embedding, but "
-                f"{len(found)} tensors are named like one ({', '.join(_EMBEDDINGS)}); save it with "
-                f"an own {OUTPUT_LAYER} and tie_word_embeddings false"
+                f"{len(found)} tensors have the name of an embedding ({', '.join(_EMBEDDINGS)}); "
+                f"save it with a separate {OUTPUT_LAYER} and tie_word_embeddings false"
             )
         return cls(shapes, files, found[0])
 
@@ -149,6 +149,6 @@ def check_tied(tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> 
     for second, first in tied.items():
         if second in tensors and not torch.equal(tensors[second], tensors[first]):
             raise GenerationError(
-                f"the model ties {second!r} to {first!r}, but the weights differ between them; "
-                "push one of them alone"
+                f"the model ties {second!r} to {first!r}, but the pushed weights of the two "
+                "differ; push only one of them"
             )

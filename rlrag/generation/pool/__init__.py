@@ -1,1 +1,1 @@
-"""Engines as Ray actors, and the client that sends them prompts and weights."""
+"""A pool of engines as Ray actors, and the client that sends them prompts and weights."""

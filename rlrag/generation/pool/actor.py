@@ -129,8 +129,8 @@ class EngineActor:
         generator = self._open()
         if not isinstance(generator, ChecksWeights):
             raise GenerationError(
-                f"{type(generator).__name__} has no check_weights; in a pool an engine must tell "
-                "whether weights fit before the old ones are given up"
+                f"{type(generator).__name__} has no check_weights; an engine in a pool must "
+                "check whether new weights fit before the old ones are dropped"
             )
         generator.check_weights(shapes, adapter)
 
@@ -182,14 +182,14 @@ class EngineActor:
             generator.close()
             raise
         self._generator, self._held = generator, tag
-        logger.info("holds version %d of the weights", tag.version)
+        logger.info("loaded weights of version %d", tag.version)
 
     def _store(self) -> Any:
         try:
             return ray.get_actor(self._store_name)
         except ValueError as error:
             raise GenerationError(
-                f"the pool's weight store {self._store_name} is gone; open a new pool"
+                f"the pool's weight store {self._store_name} is gone; create a new pool"
             ) from error
 
     def _answer(

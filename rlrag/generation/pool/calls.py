@@ -1,4 +1,4 @@
-"""Calls of a pool's client that are on their way: chunks, their pace, and what was lost.
+"""Calls of a pool's client in progress: chunks of prompts, their timing and what failed.
 
 A lost chunk is sent again, split, or given up:
 
@@ -271,8 +271,8 @@ class Losses:
         """Why a prompt is not asked any more."""
         if prompt.question and self._of_question[prompt.question] >= _MAX_PROMPTS:
             return self._given_up.get(prompt.token_ids) or GenerationError(
-                f"not asked, since {_MAX_PROMPTS} other prompts of the question "
-                f"{prompt.question[:80]!r} were lost with every actor that was asked for them"
+                f"not sent, since {_MAX_PROMPTS} other prompts of the question "
+                f"{prompt.question[:80]!r} failed on every actor they were sent to"
             )
         return self._given_up.get(prompt.token_ids)
 
@@ -306,12 +306,12 @@ class Losses:
         if self._in_a_row >= _MAX_IN_A_ROW * num_actors:
             self._fail(error)
         if chunk.losses < _MAX_LOSSES:
-            logger.warning("%s; its chunk is sent again", error)
+            logger.warning("%s; sending its prompts again", error)
             return [chunk]
         if len(prompts) > 1:
-            logger.warning("%s; its prompts are sent one by one", error)
+            logger.warning("%s; sending its prompts one by one", error)
             return [Chunk([place]) for place in chunk.places]
-        logger.warning("%s; this prompt is not asked again", error)
+        logger.warning("%s; this prompt will not be sent again", error)
         self._given_up[prompts[0].token_ids] = error
         self._of_question[prompts[0].question] += 1
         return []

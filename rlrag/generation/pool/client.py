@@ -1,4 +1,4 @@
-"""The client of a generator pool: batches of prompts to results.
+"""The client of a generator pool: sends batches of prompts and new weights to the actors.
 
 A call is cut into chunks (`plan_chunks`), which `dispatch` gives to the actors. A prompt that no
 engine survives gets an error in the place of its result. Every wait has a bound and its error names
@@ -206,7 +206,7 @@ class PoolClient:
 
     def _members(self) -> tuple[Member, ...]:
         if not self._actors.members:
-            raise GenerationError("this generator pool was closed; open a new one")
+            raise GenerationError("this generator pool is closed; create a new one")
         return self._actors.members
 
 

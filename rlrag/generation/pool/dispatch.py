@@ -168,7 +168,11 @@ class Dispatcher:
                 del work.flights[ref]
                 self._time_out(work, flight)
             elif flight.chunk is not None:
-                logger.info("%s is late with %s", flight.member.name, work.asked(flight))
+                logger.info(
+                    "%s is slow with %s; asking another actor too",
+                    flight.member.name,
+                    work.asked(flight),
+                )
                 flight.chunk.is_doubled = True
                 work.waiting.appendleft(flight.chunk)
 
@@ -232,15 +236,16 @@ class Dispatcher:
     def _note_speed(self, name: str, is_slow: bool | None, num_tokens: int, seconds: float) -> None:
         if is_slow and name not in self._slow:
             logger.warning(
-                "%s is slow: %d tokens took it %.1f s, more than three times as long as the "
-                "others; until it is as fast again it gets the smallest chunk of each call",
+                "%s is slow: %d tokens took it %.1f s, more than three times as long as on "
+                "other actors; it gets the smallest chunk of each call until it is as fast as "
+                "they are",
                 name,
                 num_tokens,
                 seconds,
             )
             self._slow.add(name)
         elif is_slow is False and name in self._slow:
-            logger.info("%s is as fast as the others again", name)
+            logger.info("%s is as fast as the other actors again", name)
             self._slow.discard(name)
 
     def _ready_or_waiting(self, work: Work, flight: Flight, standing: Standing) -> None:
@@ -249,8 +254,8 @@ class Dispatcher:
         if standing.identity != self._identity:
             raise GenerationError(
                 f"{name} loaded generator {standing.identity} where {self._identity} was "
-                "expected; its node has other files of the model, or another module of your own "
-                "generator, than this one"
+                "expected; the model files, or the module of your own generator, on its node "
+                "differ from those on this one"
             )
         if standing.process in self._ended:  # Ray ends a process some time after it is told to
             self._ask_again(work, flight)
@@ -264,8 +269,8 @@ class Dispatcher:
             return
         if newest is not None and newest.version > wanted.version:
             raise GenerationError(
-                f"the pool went on to weights of {newest} while this client expects {wanted}; "
-                "call expect_weights with what was pushed last"
+                f"the pool already has weights of {newest}, but this client expects {wanted}; "
+                "call expect_weights with the version and digest that were pushed last"
             )
         flight.waiting = standing
         self._ask_again(work, flight)
@@ -316,10 +321,10 @@ class Dispatcher:
         name, config = flight.member.name, work.config
         if flight.waiting is not None:
             raise GeneratorTimeoutError(
-                f"{name} holds weights of {flight.waiting.tag} where {work.wanted} is expected, "
-                "which nobody pushed within generator.start_timeout_s = "
+                f"{name} holds weights of {flight.waiting.tag} but {work.wanted} is expected, "
+                "which was not pushed within generator.start_timeout_s = "
                 f"{config.start_timeout_s:g} s (the weight store has "
-                f"{flight.waiting.newest or 'no complete set'}); push it, again if it was"
+                f"{flight.waiting.newest or 'no complete set'}); push it, or push it again"
             )
         # Without this, every later call would queue behind the one that hangs.
         self._restart(flight.member)
@@ -353,7 +358,7 @@ class Dispatcher:
         self._started.discard(name)
         gone = GenerationError(
             f"{name} died on {work.asked(flight)} and was restarted too often before; look for its "
-            f"last words in Ray's logs (memory is the usual cause): {error}"
+            f"last messages in Ray's logs (memory is the usual cause): {error}"
         )
         gone.__cause__ = error
         self._leave_out(work, flight.member, gone)
@@ -365,7 +370,7 @@ class Dispatcher:
         chunk = flight.chunk
         assert chunk is not None
         if work.is_settled(chunk):
-            logger.warning("%s; another actor was asked too", error)
+            logger.warning("%s; another actor has the same prompts", error)
             return
         prompts = [work.prompts[place] for place in chunk.places]
         chunk.is_doubled = False
@@ -382,7 +387,7 @@ class Dispatcher:
             return
         if member.name not in self._seen_ready or not self._started:
             raise error
-        logger.warning("%s; the other actors go on without it", error)
+        logger.warning("%s; continuing with the other actors", error)
         self._lost.add(member.name)
         work.left_out.add(member.name)
 
@@ -406,8 +411,8 @@ def _check_versions(work: Work, flight: Flight, answer: Answer) -> None:
     if strange:
         raise GenerationError(
             f"{flight.member.name} answered {work.asked(flight)} with results of version "
-            f"{sorted(strange)} where {work.wanted} was asked for; its engine does not "
-            "tag results with the version that made them"
+            f"{sorted(strange)} but {work.wanted} was requested; its engine does not tag results "
+            "with the version that made them"
         )
 
 

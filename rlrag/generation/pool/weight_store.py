@@ -107,9 +107,9 @@ class WeightStore:
     def _check(self, tag: WeightsTag) -> None:
         if tag != self._tag:
             raise GenerationError(
-                f"the weight store was asked about weights of {tag} but has begun on "
-                f"{self._tag or 'none'}: two processes push to one pool, or the store was "
-                "restarted; let one process push, and push again"
+                f"the weight store was asked about weights of {tag} but has "
+                f"{self._tag or 'none'}: two processes push to the same pool, or the store was "
+                "restarted; push from only one process, and push again"
             )
 
 
@@ -164,7 +164,9 @@ def fetch_tensors(store: Any, stored: StoredWeights, timeout_s: float) -> dict[s
     try:
         packed = ray.get(list(stored.refs), timeout=timeout_s)
     except ObjectLostError:
-        logger.info("the process that pushed %s has ended; its weight store helps", stored.tag)
+        logger.info(
+            "the process that pushed %s has ended; copying from the weight store", stored.tag
+        )
         packed = [
             call_store(store.copy.remote(stored.tag, number), "copy a tensor")
             for number in range(len(stored.refs))
