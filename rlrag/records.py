@@ -1,4 +1,4 @@
-"""The values that flow through the pipeline, in the order in which they arise.
+"""Data classes that pass between the parts of the pipeline, in the order of their use.
 
 Question -> Prompt -> Generation | Score -> RewardResult -> Trajectories. All are frozen. Numbers
 are in the units that their names give; log-probabilities are sums in nats.

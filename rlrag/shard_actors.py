@@ -1,4 +1,4 @@
-"""Ray actors that search parts of the passage vectors in parallel.
+"""Ray actors that search shards of the passage vectors in parallel.
 
 The vectors lie in one file that every node can read. An actor maps its part of it, so that its
 pages fill the memory of the node that searches them and of no other.
@@ -74,8 +74,8 @@ class ShardActors:
             names = ", ".join(self._name(answers.index(answer)) for answer in late)
             raise RetrievalError(
                 f"{names} did not answer within {self._timeout_s:g} s; each asks for "
-                f"{self._cpus:g} CPUs of the cluster and may first build its index: free them, or "
-                "use more retrieval.num_shards, whose indexes are smaller"
+                f"{self._cpus:g} CPUs of the cluster and may have to build its index first; free "
+                "CPUs, or use more retrieval.num_shards, whose indexes are smaller"
             )
         return [self._result(number, answer) for number, answer in enumerate(answers)]
 
@@ -98,9 +98,8 @@ class ShardActors:
             raise RetrievalError(f"{self._name(number)} failed: {error.cause!r}") from error
         except ACTOR_ENDED as error:
             raise RetrievalError(
-                f"{self._name(number)} has ended {MAX_RESTARTS + 1} times (memory "
-                f"is the usual cause); use more retrieval.num_shards, or look into Ray's logs: "
-                f"{error}"
+                f"{self._name(number)} has ended {MAX_RESTARTS + 1} times (memory is the usual "
+                f"cause); use more retrieval.num_shards, or look in Ray's logs: {error}"
             ) from error
         return hits
 

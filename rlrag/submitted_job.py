@@ -1,4 +1,4 @@
-"""Where a job that was submitted to a cluster looks for its files.
+"""Resolves and checks file paths in a job submitted with `ray job submit`.
 
 `ray job submit --working-dir .` uploads that directory without what its .gitignore and .rayignore
 name. The program starts in a copy of it, without the variables of the submitting shell.
@@ -39,8 +39,8 @@ def check_outlives_job(flag: str, path: Path | str) -> None:
     """
     if is_below_upload(path):
         raise ConfigError(
-            f"{flag} {path} lies in the copy of the working directory that was uploaded with the "
-            "job, which Ray deletes after it; give an absolute path that every node sees"
+            f"{flag} {path} is inside the uploaded copy of the working directory, which Ray "
+            "deletes after the job; give an absolute path that every node sees"
         )
 
 

@@ -1,1 +1,1 @@
-"""The service, from the root of a checkout: `serve run serve.app:build bundle=DIR`."""
+"""Entry point of a checkout for Ray Serve: `serve run serve.app:build bundle=DIR`."""

@@ -54,7 +54,7 @@ class JudgeArguments:
     concurrency: int = 8
     """Maximum number of concurrent requests."""
     timeout_s: float = 60.0
-    """Timeout of a request."""
+    """Timeout of a request in seconds."""
     retries: int = 4
     """Maximum number of retries after a timeout or a temporary error (429, 5xx)."""
     attempts: int = 3

@@ -1,1 +1,1 @@
-"""Retrievers and indexes: from a question to its candidates in the retriever's order."""
+"""Retrievers and indexes: find ranked candidates for a question."""

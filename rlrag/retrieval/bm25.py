@@ -1,4 +1,4 @@
-"""BM25: an index on disk and its search.
+"""BM25: builds an on-disk index and searches it.
 
 The score is BM25 in the form that the bm25s library calls "lucene" (Kamphuis et al. 2020, "Which
 BM25 Do You Mean?", row "Lucene (accurate)"), summed over the words w of the question, repeated
@@ -84,8 +84,8 @@ def _build(corpus: Corpus, k1: float, b: float, directory: Path) -> None:
         counted = _count_words(corpus, spill)
         if not counted.vocabulary:
             raise DataError(
-                f"none of the {len(corpus)} passages holds a word that BM25 can index; check that "
-                "the corpus has texts, or use retrieval.kind dense"
+                f"none of the {len(corpus)} passages contains a word that BM25 can index; check "
+                "that the corpus has texts, or use retrieval.kind dense"
             )
         scores = counted.scores(k1, b)
     index = _library().BM25(k1=k1, b=b, method="lucene")

@@ -1,4 +1,4 @@
-"""Opens the retrievers that a configuration describes, and builds their indexes.
+"""Builds the retrievers that a configuration describes, and their indexes.
 
 What is missing under `cache_dir/indexes` is built, what is there is loaded, and what does not
 belong is refused. Each part lies in a directory of its own (`bm25-*`, `vectors-*`, `hnsw-*`,
@@ -212,7 +212,7 @@ def _dense(
         if open_shards is None:
             raise ConfigError(
                 f"retrieval.num_shards is {config.num_shards}, but shards are searched by Ray "
-                "actors, which this program does not start; set it to 1"
+                "actors, which this program does not use; set it to 1"
             )
         shards = open_shards(sources)
         return ShardedDenseRetriever(encoder, vectors_PD, config, shards), vectors_PD, manifests

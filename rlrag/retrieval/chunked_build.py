@@ -1,4 +1,4 @@
-"""Builds an index directory in chunks, so that an interrupted build resumes.
+"""Builds an index directory in chunks, so that an interrupted build can resume.
 
 Beside what is written stands `progress.json` with the number of passages that are safe on disk, and
 once they all are, with the files' checksums.

@@ -1,4 +1,4 @@
-"""Measures how much of a corpus is cut off at the longest text that a model reads."""
+"""Measures how much of a corpus is truncated at a model's maximum text length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hybrid retrieval: reciprocal rank fusion of two rankings.
+"""Hybrid retrieval: combines two rankings by reciprocal rank fusion.
 
     score(q, d) = sum over rankings of 1 / (k + rank of d),  ranks from 1
 

@@ -1,4 +1,4 @@
-"""The manifest of an index: what it was built from, checked before it is used.
+"""The manifest of an index: records what it was built from, and is checked before use.
 
 An index directory holds `manifest.json`. A directory appears under its name only when it is
 complete (`staged_directory`), except those with vectors, which say themselves how far they are.
@@ -119,7 +119,7 @@ def check_manifest(directory: Path, expected: Manifest) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IndexMismatchError(
             f"{path} is missing or unreadable ({type(error).__name__}: {error}); delete "
-            f"{directory} and run again, the index is then built anew"
+            f"{directory} and run again to rebuild the index"
         ) from error
     wanted = expected.compared
     differences = [
@@ -131,7 +131,7 @@ def check_manifest(directory: Path, expected: Manifest) -> None:
         raise IndexMismatchError(
             f"the index {directory} does not belong here: {'; '.join(differences)}. Use the "
             "corpus, encoder and parameters that it was built from, or delete the directory and "
-            "run again, the index is then built anew"
+            "run again to rebuild the index"
         )
     check_files(directory, files, path)
 
@@ -160,8 +160,7 @@ def check_files(directory: Path, files: Mapping[str, Any], listing: Path) -> Non
 def damaged(file: Path, reason: object) -> IndexMismatchError:
     """The error for a file of an index that is truncated or unreadable."""
     return IndexMismatchError(
-        f"{file} is damaged: {reason}; delete {file.parent} and run again, the index is then "
-        "built anew"
+        f"{file} is damaged: {reason}; delete {file.parent} and run again to rebuild the index"
     )
 
 
@@ -207,5 +206,5 @@ def cannot_write(path: Path, error: OSError) -> SetupError:
     """The error for a full disk or a missing permission."""
     return SetupError(
         f"cannot write {path}: {error.strerror or error}; free space or choose another cache "
-        "directory, then run the same command again: finished work is kept"
+        "directory, then run the same command again: completed work is kept"
     )

@@ -1,4 +1,4 @@
-"""A retriever of anybody's own, which names the passages that it finds or brings their texts.
+"""Adapts a retriever of your own, which returns passage ids or passages with their texts.
 
 It is a class or function `package.module:name` with whichever it wants of `corpus` and options of
 its own, and has a method
@@ -79,8 +79,8 @@ class PluginRetriever:
         """
         if not callable(getattr(self._part, "scores", None)):
             raise ConfigError(
-                f"retriever {self._kind!r} has no method 'scores', which filters that name ids "
-                "need; add it"
+                f"retriever {self._kind!r} has no method 'scores', which filters with ids need; "
+                "add it"
             )
         ids = [[self._corpus[int(row)].id for row in rows_N] for rows_N in rows_BN]
         found = self._ask("scores", questions, ids)
@@ -117,7 +117,7 @@ class PluginRetriever:
             pairs = [(passage, float(score)) for passage, score in hits]
         except (TypeError, ValueError) as error:
             raise RetrievalError(
-                f"{who}: a result is no list of pairs (passage, score): {error}"
+                f"{who}: a result is not a list of pairs (passage, score): {error}"
             ) from error
         if len(pairs) != k:
             kind = FewFoundError if len(pairs) < k else RetrievalError
@@ -132,19 +132,21 @@ class PluginRetriever:
                 row = self._row_brought(who, passage, row, brought)
             elif row is None:
                 raise RetrievalError(
-                    f"{who}: the corpus has no passage {passage_id!r}; name one that it has, or "
-                    "bring it with its text as a rlrag.records.Passage"
+                    f"{who}: the corpus has no passage {passage_id!r}; return an id of the "
+                    "corpus, or the passage with its text as a rlrag.records.Passage"
                 )
             if not math.isfinite(score) or (scores and score > scores[-1]):
                 raise RetrievalError(
-                    f"{who}: the score {score} of passage {passage_id!r} is not finite, or above "
-                    "that of the passage before it; sort by falling scores"
+                    f"{who}: the score {score} of passage {passage_id!r} is not finite, or "
+                    "higher than that of the passage before; sort by descending score"
                 )
             ids.add(passage_id)
             rows.append(row)
             scores.append(score)
         if len(ids) < k:
-            raise RetrievalError(f"{who}: a passage was found twice")
+            raise RetrievalError(
+                f"{who}: a result has the same passage twice; return each passage once"
+            )
         return rows, scores
 
     def _row_brought(
@@ -153,11 +155,9 @@ class PluginRetriever:
         """The row of a passage that came with its text: in the corpus, or else behind it."""
         texts = (passage.id, passage.title, passage.text)
         if not all(isinstance(text, str) for text in texts) or not passage.id:
-            raise RetrievalError(
-                f"{who}: {passage!r} needs an id, a title and a text, all of them str"
-            )
+            raise RetrievalError(f"{who}: {passage!r} needs an id, a title and a text, each a str")
         if not passage.text.strip():
-            raise RetrievalError(f"{who}: passage {passage.id!r} was brought with an empty text")
+            raise RetrievalError(f"{who}: passage {passage.id!r} has an empty text; give it one")
         try:
             encode_passage(passage)
         except DataError as error:
@@ -166,7 +166,7 @@ class PluginRetriever:
             return brought.setdefault(passage, len(self._corpus) + len(brought))
         if self._corpus[row] != passage:
             raise RetrievalError(
-                f"{who}: passage {passage.id!r} was brought with another title or text than the "
-                "corpus has; bring the id alone, or give the passage an id of its own"
+                f"{who}: passage {passage.id!r} has another title or text than in the corpus; "
+                "return only the id, or give the passage an id that the corpus does not use"
             )
         return row

@@ -1,4 +1,4 @@
-"""The retriever protocol: the best rows of a corpus for each question, with scores.
+"""The retriever protocol: the best corpus rows for each question, with scores.
 
 Shape letters: B questions, P passages of the corpus, K hits, N given rows.
 """
@@ -53,7 +53,7 @@ def check_num_hits(k: int, num_passages: int) -> None:
     """
     if not 1 <= k <= num_passages:
         raise ConfigError(
-            f"{k} candidates were asked of a corpus of {num_passages} passages; set "
+            f"{k} candidates were requested from a corpus of {num_passages} passages; set "
             f"retrieval.num_candidates to a number from 1 to {num_passages}"
         )
 

@@ -1,4 +1,4 @@
-"""The directory layout of an encoder with separate question and passage models.
+"""Directory layout of an encoder with separate question and passage models.
 
 An encoder that reads questions and passages alike lies in its directory itself, one for each in
 `question/` and `passage/` beneath.

@@ -1,4 +1,4 @@
-"""Candidate tables of question sets: computed once and cached on disk.
+"""Candidate tables of question sets, computed once and cached on disk.
 
 The file is `cache_dir/candidates/<key>.npz` with rows, scores and question vectors, and with the
 passages that the retriever brought, which are in no corpus. Its key covers the questions, the
@@ -160,8 +160,8 @@ def _scores(
         return component.scores(questions, hits.rows_BK)
     if not isinstance(component, DenseRetriever):
         raise ConfigError(
-            f"retriever {retrievers.primary.name!r} brought passage {hits.brought[0].id!r}, which "
-            f"the corpus lacks, and {name} has no scores of such; set retrieval.bm25_scores False"
+            f"retriever {retrievers.primary.name!r} returned passage {hits.brought[0].id!r}, "
+            f"which is not in the corpus and has no {name} score; set retrieval.bm25_scores False"
         )
     vectors_BND = vectors_at(hits.rows_BK, retrievers.passage_vectors, brought_XD)
     return component.scores_of(questions, vectors_BND)
@@ -177,9 +177,9 @@ def warn_of_unmatched(scores_NC: Iterable[np.ndarray], retriever: str) -> None:
     matched = [bool(scores[:, 0].any()) for scores in scores_NC]
     if not all(matched):
         logger.warning(
-            "%d of %d questions match no passage: %s scores all 0, so their candidates are merely "
-            "the first of the corpus; check that questions and corpus are of one language, or use "
-            "retrieval.kind dense or hybrid",
+            "%d of %d questions match no passage: %s scores all passages 0, so their candidates "
+            "are just the first of the corpus; check that questions and corpus have the same "
+            "language, or use retrieval.kind dense or hybrid",
             matched.count(False),
             len(matched),
             retriever,
@@ -210,9 +210,9 @@ def _check_ids(brought: Sequence[Passage], retriever: str) -> None:
         other = texts.setdefault(passage.id, passage)
         if other != passage:
             raise RetrievalError(
-                f"retriever {retriever!r} brought passage {passage.id!r} with one text for one "
-                f"question and with another for another ({other.contents[:40]!r} and "
-                f"{passage.contents[:40]!r}); give each text an id of its own"
+                f"retriever {retriever!r} returned passage {passage.id!r} with different texts "
+                f"for two questions ({other.contents[:40]!r} and {passage.contents[:40]!r}); "
+                "give each text a unique id"
             )
 
 
@@ -284,6 +284,6 @@ def _load(path: Path) -> FoundRows:
             )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise IndexMismatchError(
-            f"{path} is damaged ({type(error).__name__}: {error}); delete it and run again, the "
-            "candidates are then retrieved anew"
+            f"{path} is damaged ({type(error).__name__}: {error}); delete it and run again to "
+            "retrieve the candidates again"
         ) from error

@@ -1,4 +1,4 @@
-"""The retrieval configuration with a trained encoder in place of the original."""
+"""Replaces the encoder of a retrieval configuration with a trained one."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Rewards: from a generation and its golden answers to a number."""
+"""Reward functions: score a generated answer."""

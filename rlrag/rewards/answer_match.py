@@ -1,4 +1,4 @@
-"""How well answers agree with golden answers, in [0, 1]: exact match, F1, containment, ROUGE-L.
+"""Compares answers with golden answers, scores in [0, 1]: exact match, F1, containment, ROUGE-L.
 
 Normalisation and the first two measures follow the official SQuAD 2.0 evaluation: golden answers
 that normalise to nothing are dropped. A question whose golden answers are all blank is

@@ -1,4 +1,4 @@
-"""Rewards of selections, from the answers that a language model gives to them."""
+"""Rewards selections: generates or scores an answer for each and calls the reward functions."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def _about(question: Question, error: GenerationError) -> GenerationError:
 
 def _unscorable(question: Question) -> RewardError:
     return RewardError(
-        f"answer_logp for question {question.id!r}: it has no golden answer that could be scored; "
-        "leave such questions out, or choose reward.functions that need none, such as "
-        "selection_recall where metadata names gold_ids, or a function of your own"
+        f"answer_logp for question {question.id!r}: it has no golden answer to score; leave such "
+        "questions out, or choose reward.functions that need none, such as selection_recall "
+        "where metadata has gold_ids, or your own function"
     )

@@ -1,4 +1,4 @@
-"""Calls of custom functions, several at once and each in bounded time.
+"""Calls custom functions concurrently, each with a time limit.
 
 A Python thread cannot be killed, so that a call that runs past its time keeps its thread. All
 threads are daemons: a hung one does not keep the process from ending. A call that holds the

@@ -77,7 +77,8 @@ def selection_recall(*, selection: tuple[str, ...], metadata: Mapping[str, Any])
     gold_ids = set(metadata.get("gold_ids", ()))
     if not gold_ids:
         raise RewardError(
-            "the question's metadata has no gold_ids; give them or drop selection_recall"
+            "the question's metadata has no gold_ids; add them or remove selection_recall "
+            "from reward.functions"
         )
     return len(gold_ids.intersection(selection)) / len(gold_ids)
 

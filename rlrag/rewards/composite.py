@@ -1,4 +1,4 @@
-"""The weighted sum of reward functions, with every term apart."""
+"""The weighted sum of reward functions, with each term recorded."""
 
 from __future__ import annotations
 
@@ -93,16 +93,17 @@ class RewardModel:
         repeated = sorted({name for name in config.functions if config.functions.count(name) > 1})
         if repeated:
             raise ConfigError(
-                f"reward.functions names {', '.join(repeated)} more than once; "
-                "name it once and add up the weights"
+                f"reward.functions names {', '.join(repeated)} more than once; name it once, "
+                "with the sum of the weights"
             )
         self.functions = tuple(load_reward(name) for name in config.functions)
         self.weights = config.weights
         self.counts_all_answers = config.golden_answers == "all"
         if self.counts_all_answers and not self.needs_score:
             raise ConfigError(
-                f"reward.golden_answers is 'all', but none of reward.functions {config.functions} "
-                "asks for answer_logp; add it, with weight 0 if it is not to count"
+                "reward.golden_answers is 'all', but none of reward.functions "
+                f"{config.functions} uses answer_logp; add it, with weight 0 if it should not "
+                "count"
             )
         self._callers = tuple(
             _caller(function, config, cache_dir, max_concurrent) for function in self.functions

@@ -1,4 +1,4 @@
-"""The reward `judge`: whether a language model behind an address calls an answer correct.
+"""The reward `judge`: a language model decides whether an answer is correct.
 
 It is asked for a batch at a time, as `rlrag judge` asks it, and its verdicts are kept as there.
 """

@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible address as judge of answers.
+"""Asks a language model on an OpenAI-compatible server whether answers are correct.
 
 Exact match calls "the river Rhine" wrong where "Rhine" is accepted, and a contained answer calls
 "not Paris" right. A judge reads question, accepted answers and answer, and says one word. A reply
@@ -302,15 +302,17 @@ class _Asking:
             self._fail(case, f"no reply within {self._settings.timeout_s:g} s")
         except openai.APIConnectionError as error:
             raise GenerationError(
-                f"no judge can be reached at {self._settings.url} "
+                f"cannot reach the judge at {self._settings.url} "
                 f"({self._told(error.__cause__ or error)}); start it, then run the same command "
-                "again: what was judged is kept"
+                "again: verdicts so far are kept"
             ) from None
         except (openai.APIError, ValueError) as error:
             self._has_replied |= getattr(error, "status_code", None) in _REFUSALS
             self._fail(case, self._told(error))
         except (AttributeError, IndexError, TypeError):
-            self._fail(case, "the reply is no chat completion; is this the address of an API?")
+            self._fail(
+                case, "the reply is not a chat completion; check that this is the address of an API"
+            )
         return None
 
     @property
@@ -328,8 +330,8 @@ class _Asking:
         else:
             return
         raise GenerationError(
-            f"{failed} got no reply from {self._settings.url}, the last because: {reason}. Mend "
-            "the judge, then run the same command again: what was judged is kept"
+            f"{failed} got no reply from {self._settings.url}; the last failed because: "
+            f"{reason}. Fix the judge, then run the same command again: verdicts so far are kept"
         )
 
     def _refused(self, error: Any) -> str:

@@ -90,8 +90,8 @@ def _function(name: str) -> Callable[..., Any]:
     found: Callable[..., Any] = plugins.load("reward", name)
     if not callable(found) or inspect.isclass(found):
         raise ConfigError(
-            f"reward {name!r} is a {type(found).__name__}, not a function; "
-            "name a function or an object that can be called"
+            f"reward {name!r} is a {type(found).__name__}, not a function; name a function or a "
+            "callable object"
         )
     return found
 

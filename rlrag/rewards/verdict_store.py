@@ -1,4 +1,4 @@
-"""Keeps a judge's verdicts on disk, so that none is asked for twice.
+"""Stores a judge's verdicts on disk, so that none is requested twice.
 
 One SQLite file. A verdict's key hashes all that decides it: the judge's address and model, the
 prompt, the question, its golden answers and the judged answer. Every verdict is a transaction of

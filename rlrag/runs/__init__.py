@@ -1,1 +1,1 @@
-"""A run on disk and what keeps it alive: directory, checkpoints, mirror, logs, alarms."""
+"""The run directory and what works on it: metrics, checkpoints, mirror, logs, alarms."""

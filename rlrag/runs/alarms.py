@@ -1,4 +1,4 @@
-"""Warnings when the metrics of a run show that training goes wrong.
+"""Warns when the metrics of a run show that training goes wrong.
 
 An alarm never changes a run. It names what was seen and what to try. Alarms depend on the metrics
 alone, so that feeding the records of a stopped run again raises the same ones. What is remembered

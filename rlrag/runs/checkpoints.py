@@ -1,4 +1,4 @@
-"""Saves and loads checkpoints of a training run.
+"""Writes, verifies, loads and deletes the checkpoints of a training run.
 
 A checkpoint is a directory `step-000120` with `state.json`, `policy.safetensors`,
 `optimizer.safetensors` and, where a generator is trained, `generator.safetensors` and
@@ -117,7 +117,9 @@ class CheckpointStore:
                 damaged.append(f"checkpoint {step} was set aside as {place.name}: {error}")
             else:
                 return Newest(step, files, state, tuple(damaged))
-        raise CheckpointError(f"no checkpoint in {self.directory} is whole; train again")
+        raise CheckpointError(
+            f"no checkpoint in {self.directory} is complete and undamaged; train again"
+        )
 
     def newest_usable(self) -> int | None:
         """The step that `load_newest` would take; nothing is loaded or renamed."""
@@ -147,7 +149,7 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(
                 f"{self.path(step)} is damaged and cannot be renamed: {error.strerror or error}; "
-                "move it away by hand"
+                "move it away yourself"
             ) from error
 
     def _check_first(self) -> None:
@@ -155,9 +157,9 @@ class CheckpointStore:
             check_whole(find_whole(self.path(0)))
         except CheckpointError as error:
             raise CheckpointError(
-                f"the first checkpoint in {self.directory} is not whole ({error}), and no other "
-                "can be continued from without it; put a copy back, or start again in another "
-                "--run-dir"
+                f"the first checkpoint in {self.directory} is damaged or incomplete ({error}), "
+                "and a run cannot continue without it; restore it from a copy, or start again "
+                "in another --run-dir"
             ) from error
 
     def _check_best(self, step: int, state: Mapping[str, Any]) -> None:
@@ -168,7 +170,9 @@ class CheckpointStore:
         try:
             check_whole(find_whole(self.path(best)))
         except CheckpointError as error:
-            raise CheckpointError(f"its best checkpoint so far is not whole: {error}") from error
+            raise CheckpointError(
+                f"its best checkpoint so far is damaged or incomplete: {error}"
+            ) from error
 
     def keep(self, num_newest: int, best: int | None, every: int | None = None) -> None:
         """Delete all checkpoints but those that `kept_steps` names."""
@@ -193,7 +197,7 @@ def _state(directory: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(state, dict):
-            raise TypeError(f"it holds {type(state).__name__}")
+            raise TypeError(f"it contains a {type(state).__name__}")
         if not isinstance(state.get("best_step"), int | None):
             raise TypeError(f"its best_step is {state['best_step']!r}")
     except (OSError, ValueError, TypeError, RecursionError) as error:

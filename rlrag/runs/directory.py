@@ -1,4 +1,4 @@
-"""The files of one run: its configuration, its metrics, its checkpoints, its bundle, its result.
+"""The run directory: paths of configuration, metrics, checkpoints, bundle and results.
 
 DIR/config.json       the resolved configuration; the same command continues the run
 DIR/metrics.jsonl     one object a finished step
@@ -89,8 +89,8 @@ class RunDirectory:
             str(self.path.absolute()).encode()
         except UnicodeEncodeError as error:  # bundles and records are written with it
             raise RunDirectoryError(
-                f"--run-dir {os.fsencode(self.path.absolute())!r} is not named in UTF-8; rename "
-                "the folder, or choose another --run-dir"
+                f"--run-dir {os.fsencode(self.path.absolute())!r} is not valid UTF-8; rename the "
+                "folder, or choose another --run-dir"
             ) from error
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file; choose another --run-dir")
@@ -182,15 +182,15 @@ class RunDirectory:
                 before = dict(json.loads(self.sources.read_bytes()))
             except (OSError, ValueError, TypeError, RecursionError) as error:
                 raise DataError(
-                    f"{self.sources} is damaged ({error}); delete it if the corpus and the "
-                    "questions are those that the run began with"
+                    f"{self.sources} is damaged ({error}); delete it if corpus and questions "
+                    "have not changed since the start of the run"
                 ) from error
             changed = [name for name in hashes if before.get(name) != hashes[name]]
             if changed:
                 raise RunDirectoryError(
-                    f"{self.path} was trained on another content of {' and '.join(changed)} than "
-                    "is there now; restore it, or choose another --run-dir (--from starts it with "
-                    "the weights of this one)"
+                    f"{self.path} was trained on a different version of {' and '.join(changed)}; "
+                    "restore that version, or choose another --run-dir (--from starts there "
+                    "with the weights of this run)"
                 )
             return
         try:
@@ -208,8 +208,8 @@ class RunDirectory:
         lacking = next((number for number in range(step + 1) if number not in found), None)
         if lacking is not None:
             raise DataError(
-                f"{self.metrics} lacks step {lacking}, which the checkpoint of step {step} "
-                "contains; restore the file, or choose another --run-dir"
+                f"{self.metrics} has no record of step {lacking}, which the checkpoint of step "
+                f"{step} includes; restore the file, or choose another --run-dir"
             )
 
     def _unwritable(self, error: OSError) -> RunDirectoryError:
@@ -302,8 +302,8 @@ class RunDirectory:
                     raise TypeError
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(
-                    f"{self.metrics}:{number} is damaged: it is no record of a step; restore the "
-                    "file, or choose another --run-dir"
+                    f"{self.metrics}:{number} is damaged: it is not a record of a step; restore "
+                    "the file, or choose another --run-dir"
                 ) from error
             records.append(record)
         return records
@@ -319,11 +319,11 @@ class RunDirectory:
         try:
             found: Any = json.loads(self.evaluation.read_text())
             if not isinstance(found, dict) or not {"systems", "num_questions"} <= found.keys():
-                raise ValueError("it holds no comparison of systems")
+                raise ValueError("it contains no comparison of systems")
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{self.evaluation} is damaged: {error}; delete it and run rlrag train again, "
-                "which only evaluates"
+                "which then only evaluates"
             ) from error
         return found
 

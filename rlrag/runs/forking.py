@@ -61,7 +61,10 @@ def check_start(config: RunConfig, run_dir: RunDirectory) -> None:
     source = RunDirectory(place.parent.parent)
     if not source.config.is_file():
         raise ConfigError(
-            f"training.start_from {place} is no checkpoint of a run: {source.config} is missing; "
+            (
+                f"training.start_from {place} is not a checkpoint of a run: {source.config} is "
+                "missing; "
+            )
             + where_to_look(place, "give RUN_DIR/checkpoints/step-N")
         )
     before = source.read_config()
@@ -99,8 +102,8 @@ def starting_weights(config: RunConfig) -> dict[str, dict[str, torch.Tensor]]:
     lacking = [part for part in config.algorithm.parts if WEIGHTS[part] not in weights]
     if lacking:
         raise ConfigError(
-            f"training.start_from {place} has no weights of the {' and the '.join(lacking)}; give "
-            "a checkpoint of a run that trained the same parts"
+            f"training.start_from {place} has no weights for the {' and the '.join(lacking)}; "
+            "give a checkpoint of a run that trained the same parts"
         )
     return weights
 
@@ -116,7 +119,7 @@ def _checkpoint_of(config: RunConfig) -> Path:
     named = _STEP.fullmatch(place.name)
     if named is None or int(named[1]) not in CheckpointStore(place.parent).steps():
         raise ConfigError(
-            f"training.start_from {place} is no checkpoint; "
+            f"training.start_from {place} is not a checkpoint; "
             + where_to_look(place, "give RUN_DIR/checkpoints/step-N of a run of the same parts")
         )
     return place

@@ -1,4 +1,4 @@
-"""Copies a run directory to remote storage while training goes on.
+"""Copies a run directory to remote storage during training.
 
 One thread of the process that launched the run looks for what training has finished and uploads it,
 so that a step waits for its own files on disk and for nothing else. What goes there:
@@ -167,7 +167,7 @@ class Mirror:
             try:
                 self._round(ending)
             except Exception:
-                logger.exception("the mirror failed unexpectedly and tries again")
+                logger.exception("the mirror failed unexpectedly; trying again")
             if ending:
                 return
             self._ending.wait(_POLL_S)
@@ -319,7 +319,8 @@ class Mirror:
                 return True
         if self._works:
             logger.warning(
-                "%s is not mirrored: %s; training goes on, and the next checkpoint tries again",
+                "%s was not mirrored: %s; training continues, and the next checkpoint is "
+                "tried again",
                 name,
                 self._reasons.get(name),
             )

@@ -1,4 +1,4 @@
-"""Fetches from remote storage what a run needs to continue.
+"""Downloads from remote storage the files that a run needs to continue.
 
 Fetched is what lies there beyond the newest checkpoint that is usable here: all of it where the
 directory here is empty, nothing where the run here is as far.
@@ -129,7 +129,7 @@ class _Fetch:
         """
         last = max((int(line["step"]) for line in self._run_dir.read_metrics()), default=-1)
         if last < step:
-            raise CheckpointError(f"metrics.jsonl ends at step {last}; it was cut short")
+            raise CheckpointError(f"metrics.jsonl ends at step {last}; it was truncated")
         for needed in dict.fromkeys((0, self._best_of(step), step)):
             place = self._store.path(needed)
             if needed in self._store.steps():
@@ -143,7 +143,7 @@ class _Fetch:
         try:
             return int(json.loads(self._remote.read(name) or "")["best_step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{name} is missing or unreadable; upload it anew") from error
+            raise CheckpointError(f"{name} is missing or unreadable; upload it again") from error
 
     def _is_whole(self, place: Path) -> bool:
         try:

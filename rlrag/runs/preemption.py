@@ -1,4 +1,4 @@
-"""Ends a run between two steps on SIGTERM, so that it can be resumed.
+"""Ends a run between two steps on SIGTERM, so that it can resume later.
 
 Whoever takes a machine away says so first, by SIGTERM, and gives some seconds. While a loop runs,
 the signal becomes a sign in the run directory: rank 0 looks at it before each step, wherever it
@@ -47,7 +47,7 @@ def ended_by_sigterm() -> Iterator[Callable[[], None]]:
         if not asked.is_set():
             raise
         raise PreemptedError(
-            "preempted outside of the training steps; run the same command to continue"
+            "preempted outside the training steps; run the same command to continue"
         ) from None
     finally:
         _handle(before)

@@ -1,4 +1,4 @@
-"""Profiles chosen training steps with PyTorch's profiler.
+"""Profiles selected training steps with PyTorch's profiler.
 
     profile/step-000010.json.gz   what PyTorch computed in a step, on rank 0
     profile/ray-timeline.json     which task ran when on which Ray worker, of the whole run

@@ -1,4 +1,4 @@
-"""Serves a run's newest metrics to Prometheus.
+"""Exports a run's newest metrics to Prometheus.
 
 A metric is called `rlrag_` and its name in `metrics.jsonl`, `validation/em` for example
 `rlrag_validation_em`, and has the labels `run` and `recipe`. It keeps its last value while steps
@@ -69,8 +69,8 @@ class PrometheusLog:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
             raise SetupError(
-                f"cannot serve metrics on {host}:{port}: {error.strerror or error}; choose another "
-                "training.metrics_port, where 0 takes any free one, or another "
+                f"cannot serve metrics on {host}:{port}: {error.strerror or error}; choose "
+                "another training.metrics_port(0 uses any free one), or another "
                 "training.metrics_host"
             ) from error
         self.port = self._server.server_port
@@ -92,7 +92,9 @@ class PrometheusLog:
             name = "rlrag_" + re.sub(r"\W", "_", metric, flags=re.ASCII)
             known, _ = newest.get(name, (metric, value))
             if known != metric:
-                raise ValueError(f"the metrics {known} and {metric} are both called {name}")
+                raise ValueError(
+                    f"the metrics {known} and {metric} would both be exported as {name}; rename one"
+                )
             newest[name] = metric, value
         self._metrics, self._alarms = newest, alarms  # a reader gets a whole step or none of it
 

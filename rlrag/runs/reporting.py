@@ -313,7 +313,7 @@ def private_library_chatter(program: str) -> Iterator[None]:
     except OSError as error:
         raise SetupError(
             f"cannot make a temporary directory for the log: {error.strerror or error}; free "
-            "space, or name another place by the environment variable TMPDIR"
+            "space, or choose another directory with the environment variable TMPDIR"
         ) from error
     path = folder / f"{program}.log"
     try:

@@ -1,4 +1,4 @@
-"""Reports a run that makes no progress, and what it waits for.
+"""Warns when a run makes no progress, and says what it waits for.
 
 A report is a warning, which says what is under way, for how long, and whom it waits for, and a line
 of the log with the stacks of all threads. Nothing is ended: every wait has a bound of its own, and
@@ -108,8 +108,8 @@ class Watchdog:
         waits = current_waits()
         more = f" and {len(waits) - _MOST_WAITS} more" if len(waits) > _MOST_WAITS else ""
         logger.warning(
-            "no progress for %.0f s: under way is %s%s; nothing was ended, and the log has the "
-            "stacks of all threads",
+            "no progress for %.0f s during %s%s; the run was not stopped, and the log has the stacks "
+            "of all threads",
             idle_s,
             what,
             f", waiting for {'; '.join(waits[:_MOST_WAITS])}{more}" if waits else "",

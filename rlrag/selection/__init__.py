@@ -1,1 +1,1 @@
-"""Selection policies: from candidates to a distribution over ordered selections."""
+"""Selection policies: distributions over ordered selections of candidates."""

@@ -1,4 +1,4 @@
-"""Logits of many continuations of one prompt, with the prompt read once.
+"""Logits of many continuations of a prompt, which is processed only once.
 
 A causal language model reads a prompt once and keeps its keys and values. All continuations of the
 prompt then stand behind it in one sequence, and a mask lets each token see the prompt and its own

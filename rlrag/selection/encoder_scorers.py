@@ -1,4 +1,4 @@
-"""Scorers that read texts: a bi-encoder and a cross-encoder.
+"""Candidate scorers that read texts: a bi-encoder and a cross-encoder.
 
 Shape letters: B questions, K picks, N candidates, L tokens, D hidden.
 """

@@ -1,4 +1,4 @@
-"""Features that describe each candidate relative to the question's others.
+"""Features of each candidate relative to the question's other candidates.
 
 Every feature is relative to the question's other candidates or bounded, so that one network serves
 any corpus and retriever.

@@ -1,4 +1,4 @@
-"""Gumbel top-k: distinct ordered selections with their inclusion probabilities.
+"""Gumbel top-k: draws distinct ordered selections and their inclusion probabilities.
 
 Adding independent Gumbel(0, 1) noise to the log-probability of every selection and keeping the m
 largest draws m selections without replacement (Gumbel top-k; Vieira, 2014). Stochastic beam search
@@ -80,8 +80,8 @@ def sample_distinct(
         logp_P, perturbed_P = logp_PN[rows, picks], perturbed_PN[rows, picks]
         if not len(best):
             raise ConfigError(
-                f"no selection of {num_selected} different candidates has a positive probability; "
-                "select fewer passages, or look for infinite logits"
+                f"no selection of {num_selected} different candidates has a positive "
+                "probability; select fewer passages, or check the logits for infinite values"
             )
     threshold = perturbed_P[num_samples] if len(perturbed_P) > num_samples else -np.inf
     num_distinct = min(num_samples, len(logp_P))

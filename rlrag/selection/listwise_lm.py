@@ -119,9 +119,9 @@ class ListwiseLMPolicy(nn.Module):
         seen, (positions_EK, logp_EK, log_ratios_E) = turn.notes["written"]
         if turn.step >= self.num_selected or not seen.still_shown(observations, infos):
             raise EpisodeError(
-                "selector.kind 'listwise_lm' ranks the candidates that it is shown first, but the "
-                f"environment changes them or goes on after {self.num_selected} actions; use "
-                "selector.kind features there"
+                "selector.kind 'listwise_lm' ranks the candidates once at the start, but the "
+                f"environment changes them or continues after {self.num_selected} actions; use "
+                "selector.kind features for it"
             )
         first = turn.step == 0
         return Actions(
@@ -351,7 +351,7 @@ def _check_branches(model: Any, model_dir: Path) -> None:
         alone_V = read_prompts(model, [[*prompt, a, b, c]]).last_BV[0]
     except Exception as error:  # what model code raises is anything
         raise ConfigError(
-            f"the model in {model_dir} cannot read continuations side by side "
+            f"the model in {model_dir} cannot process several continuations in parallel "
             f"({type(error).__name__}: {error}); {_ADVICE}"
         ) from error
     behind_V = both_BCV[0, columns[0][a, b, c]]
@@ -359,8 +359,8 @@ def _check_branches(model: Any, model_dir: Path) -> None:
     if differ(found, expected, 1, model.dtype):
         raise ConfigError(
             f"the model in {model_dir} gives a token log-probability {found:.4f} where "
-            f"continuations are read side by side, and {expected:.4f} where one is read alone; "
-            f"{_ADVICE}"
+            f"continuations are processed in parallel, but {expected:.4f} where one is processed "
+            f"alone; {_ADVICE}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The ranking prompt of the listwise policy and the rankings that may follow it.
+"""The ranking prompt of the listwise policy, and the rankings it may generate.
 
 The prompt numbers the n passages from 1 and asks for the K most useful ones. What the model writes
 is `[i] > [j] > ...` with K distinct numbers. Prompt and ranking are tokenised in pieces that are
@@ -158,8 +158,8 @@ class RankingPrompt:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"selector.model: {model_dir} holds no tokenizer that transformers can load "
-                f"({error}); name a causal language model with its tokenizer"
+                f"selector.model: {model_dir} has no tokenizer that transformers can load "
+                f"({error}); choose a causal language model with its tokenizer"
             ) from error
         self._max_tokens, self._num_selected = max_tokens, num_selected
         if self._tokenizer.chat_template:
@@ -213,8 +213,9 @@ class RankingPrompt:
             for one, two in pairwise(ordered):
                 if two[: len(one)] == one:
                     raise ConfigError(
-                        f"the tokenizer of {self._tokenizer.name_or_path!r} writes two of the "
-                        f"numbers [1] to [{num_candidates}] alike; name another selector.model"
+                        f"the tokenizer of {self._tokenizer.name_or_path!r} encodes two of the "
+                        f"numbers [1] to [{num_candidates}] in the same way; choose another "
+                        "selector.model"
                     )
         return Rankings(first, later, num_picks)
 
@@ -241,14 +242,14 @@ class RankingPrompt:
             )
         except (ValueError, TemplateError) as error:
             raise ConfigError(
-                f"the chat template of {self._tokenizer.name_or_path!r} cannot write the ranking "
-                f"prompt ({error}); name another selector.model"
+                f"the chat template of {self._tokenizer.name_or_path!r} cannot render the "
+                f"ranking prompt ({error}); choose another selector.model"
             ) from error
         parts = str(text).split(_SLOT)
         if len(parts) != 2:
             raise ConfigError(
                 f"the chat template of {self._tokenizer.name_or_path!r} shows the user's message "
-                f"{len(parts) - 1} times instead of once; name another selector.model"
+                f"{len(parts) - 1} times instead of once; choose another selector.model"
             )
         return parts[0], parts[1]
 

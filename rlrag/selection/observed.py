@@ -1,4 +1,4 @@
-"""Turns observations of the environment into the batches that scorers read.
+"""Converts observations of the environment into batches for scorers.
 
 Shape letters: E episodes, U different questions, N candidates, C retriever scores, D vector length.
 """
@@ -47,8 +47,8 @@ def observed(observations: Columns, infos: Columns) -> Observed:
     missing += [name for name in ("retriever_scores",) if name not in observations]
     if missing:
         raise EpisodeError(
-            f"the environment does not show {', '.join(missing)}, which this policy reads; add "
-            "them to its observations and infos, or bring a policy of your own"
+            f"the environment does not show {', '.join(missing)}, which this policy needs; add "
+            "them to the observations and infos of the environment, or use a policy of your own"
         )
     scores_ENC = observations["retriever_scores"]
     places: dict[tuple[object, ...], int] = {}

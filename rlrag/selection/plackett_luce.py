@@ -243,8 +243,8 @@ class PlackettLucePolicy(nn.Module):
         num_candidates = num_actions - self.may_stop
         if mask_EA.shape[1] != num_candidates + 1:
             raise EpisodeError(
-                f"the environment has {mask_EA.shape[1]} actions; this policy knows one for each "
-                f"of {num_candidates} candidates and a stop"
+                f"the environment has {mask_EA.shape[1]} actions, but this policy has one for "
+                f"each of the {num_candidates} candidates and one to stop"
             )
         allowed_EA = mask_EA[:, :num_actions].copy()
         only_stop_E = np.logical_not(allowed_EA.any(axis=1))
@@ -288,7 +288,7 @@ class PlackettLucePolicy(nn.Module):
         if turn.notes["scored"] is not sight or turn.step >= self.num_selected:
             raise ConfigError(
                 "algorithm.replacement False draws whole selections before the first pick, but the "
-                "environment changes its candidates or goes on after them; set it to True"
+                "environment changes its candidates or continues after them; set it to True"
             )
         ratios_E = turn.notes["ratios"]
         return turn.notes["plan"][:, turn.step], ratios_E if turn.step == 0 else np.zeros(

@@ -1,4 +1,4 @@
-"""The policy protocol: actions in episodes, and their log-probabilities.
+"""The policy protocol: chooses actions and computes their log-probabilities.
 
 Shape letters: B questions, M episodes of one question, E = B * M episodes, T actions of the longest
 one, A actions of the environment.

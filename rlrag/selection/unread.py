@@ -1,4 +1,4 @@
-"""Counts the text that policies with limited input leave unread."""
+"""Counts the text that a policy truncates because its input is limited."""
 
 from __future__ import annotations
 

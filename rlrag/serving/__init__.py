@@ -1,4 +1,4 @@
-"""The HTTP service on Ray Serve: answers with a bundle as it was evaluated.
+"""The HTTP service on Ray Serve: serves a bundle exactly as it was evaluated.
 
 `rlrag serve runs/quickstart/bundle` starts it with Ray Serve.
 """

@@ -1,4 +1,4 @@
-"""Answers a question through retrieval, selection and generation of one bundle version.
+"""Answers a question with one bundle version: retrieval, selection, generation.
 
 The order of one answer: room, version, caches, retrieve, select, generate; then the record of its
 selection and the shadow's turn. All routes answer through here.
@@ -105,7 +105,8 @@ class Answering:
         missing = self._desk.missing()
         if missing:
             raise OverloadedError(
-                f"no {' and no '.join(missing)} holds version {version} yet; try again in a moment"
+                f"no {' and no '.join(missing)} has loaded version {version} yet; try again "
+                "in a moment"
             )
 
     def check_room(self, batch: bool = False) -> None:
@@ -351,4 +352,4 @@ async def _until(deadline: float) -> AsyncIterator[None]:
     except TimeoutError as error:
         if not bound.expired():
             raise
-        raise DeadlineError("the answer was not ready in time; allow a longer timeout_s") from error
+        raise DeadlineError("the answer was not ready in time; use a longer timeout_s") from error

@@ -126,7 +126,7 @@ def _located(settings: ServeSettings) -> ServeSettings:
     found = {name: _absolute(path) for name in files if (path := getattr(access, name))}
     for path in found.values():
         if not os.access(path, os.R_OK):
-            raise ConfigError(f"the key file {path} cannot be read; give one key a line")
+            raise ConfigError(f"the key file {path} cannot be read; expected one key per line")
     changes["access"] = access.model_copy(update=found)
     if settings.feedback.path:
         path = _absolute(settings.feedback.path)

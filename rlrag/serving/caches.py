@@ -1,4 +1,4 @@
-"""A cache of computed values that also shares computations under way."""
+"""A cache that also shares computations in progress between requests."""
 
 from __future__ import annotations
 

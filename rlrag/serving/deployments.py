@@ -1,4 +1,4 @@
-"""The parts of a service as Ray Serve deployments.
+"""Ray Serve deployments of the service's parts.
 
 Ingress (HTTP) -> Retriever -> Selector -> Generator, each with its own replicas; and one Registry,
 which says to all of them which bundle versions to hold. Replicas find the registry by its name, so
@@ -186,7 +186,7 @@ class RegistryReplica:
             routing = await self._director.load(path, "active", 0.0)
             logger.info("version %s from %s is active", routing.active, path)
         except RlragError as error:
-            logger.error("the configured bundle does not serve: %s", error)
+            logger.error("the configured bundle cannot be served: %s", error)
 
     async def hear(self, report: Report) -> Wanted:
         """See `Director.hear`."""

@@ -1,4 +1,4 @@
-"""An engine of the service whose answers come from an OpenAI-compatible server."""
+"""A service engine that answers through an OpenAI-compatible server."""
 
 from __future__ import annotations
 

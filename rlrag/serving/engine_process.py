@@ -1,4 +1,4 @@
-"""A generation engine in a process of its own, and the client that streams from it.
+"""A generation engine in its own process, and a client that streams its answers.
 
 vLLM keeps global state, so that two engines in one process could not be closed one by one. Each set
 of weights therefore gets a Ray actor, which runs the engine exactly as training does.

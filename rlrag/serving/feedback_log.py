@@ -1,4 +1,4 @@
-"""Writes selections and feedback to the feedback store without blocking the event loop."""
+"""Writes selections and feedback to the feedback store in the background."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class FeedbackLog:
             OverloadedError: when too much waits to be written.
         """
         if self._num_pending >= _MAX_PENDING:
-            raise OverloadedError("too much feedback waits to be written; try again in a moment")
+            raise OverloadedError(
+                "too much feedback is waiting to be written; try again in a moment"
+            )
         self._num_pending += 1
         written: Future[bool] = self._writer.submit(
             self._store.record_feedback,

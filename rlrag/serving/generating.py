@@ -1,4 +1,4 @@
-"""Generation in the service: the engines of all loaded bundle versions.
+"""Generation in the service: one engine per set of weights of the loaded bundle versions.
 
 Versions whose generators have the same weights share one engine.
 """
@@ -197,7 +197,7 @@ class GeneratorPart:
         """
         loaded = self._loaded.get(version)
         if loaded is None or loaded.engine.failure() is not None:
-            raise OverloadedError(f"version {version} is being loaded here; try again")
+            raise OverloadedError(f"version {version} is still being loaded; try again")
         prompt = loaded.prompts.build(Question("asked", question, ()), passages)
         num_prompt_tokens = len(prompt.token_ids)
         sampling = decoded_so(loaded.sampling, decoding, loaded.max_len - num_prompt_tokens)

@@ -1,4 +1,4 @@
-"""Calls to the retriever, selector, generator and registry through Ray Serve handles.
+"""Calls retriever, selector, generator and registry through Ray Serve handles.
 
 What goes wrong between replicas becomes an error of this project: a replica that died, is missing
 or is full is an `OverloadedError`. A call that failed because its replica died is made once more,

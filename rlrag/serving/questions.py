@@ -1,4 +1,4 @@
-"""Checks a request, and resolves the settings that decide its answer."""
+"""Validates a request and resolves the settings for its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that pass between the parts of the service.
+"""Data classes that pass between the parts of the service.
 
 Routing -> Retrieved -> Picked -> AnswerPiece. All are frozen.
 

@@ -1,4 +1,4 @@
-"""Retrieval in the service: corpora and indexes of all loaded bundle versions.
+"""Retrieval in the service: corpora and indexes of the loaded bundle versions.
 
 What two versions have in common, corpus, indexes and encoder, is opened once. Whether they have it
 in common is decided by content, since a path may hold something else by the time of the second.

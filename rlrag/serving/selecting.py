@@ -1,4 +1,4 @@
-"""Selection in the service: each version's policy on a question's candidates.
+"""Selection in the service: applies a version's policy to a question's candidates.
 
 Exploration. With probability e (`feedback.explore_share`) the selection z is drawn from the policy
 p, else it is the policy's most probable one, g. Whatever coin fell, its propensity is
@@ -154,8 +154,8 @@ def _positions(choice: Choice, evidence: Sequence[Passage]) -> tuple[int, ...]:
     unknown = [passage.id for passage in evidence if passage.id not in places]
     if unknown:
         raise EpisodeError(
-            f"the environment ended with passages {unknown[:3]}, which are no candidates of the "
-            "question; a service answers from candidates"
+            f"the environment selected passages {unknown[:3]}, which are not candidates of the "
+            "question; a service can only answer from candidates"
         )
     return tuple(places[passage.id] for passage in evidence)
 

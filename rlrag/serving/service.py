@@ -1,4 +1,4 @@
-"""State and work that the routes of one application share."""
+"""State and functions that the HTTP routes of an application share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of one answer: selection, pieces of text, the whole answer.
+"""Events of a streamed answer: the selection, parts of the text, the complete answer.
 
 Every stage is timed, and each runs only when its consumer asks for what comes next.
 """
@@ -111,7 +111,7 @@ async def answer_in_stages(
                 text += words
                 yield words
     if last is None or not last.finished:
-        raise GenerationError(f"the generator of version {version} ended within an answer")
+        raise GenerationError(f"the generator of version {version} ended during an answer")
     end_stage("generate", began)
     computed = Computed(
         chosen,
@@ -134,7 +134,7 @@ async def last_of(steps: AsyncGenerator[Chosen | str | Computed, None]) -> Compu
         async for step in steps:
             if isinstance(step, Computed):
                 return step
-    raise GenerationError("an answer ended without its last stage")
+    raise GenerationError("an answer ended before it was complete")
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Contract tests for parts of one's own.
+"""Contract tests for your own parts.
 
 Each raises `AssertionError` with what of the contract is broken. The built-in parts pass them.
 

@@ -1,4 +1,4 @@
-"""A generator without a language model, for tests."""
+"""A test generator without a language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers in threads of one process, for tests of distributed training."""
+"""Training workers as threads of one process, for tests of distributed training."""
 
 from __future__ import annotations
 

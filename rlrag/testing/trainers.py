@@ -1,4 +1,4 @@
-"""The contract tests of trainers, and a small run for them."""
+"""Contract tests for your own trainers, and a small run to test them with."""
 
 from __future__ import annotations
 

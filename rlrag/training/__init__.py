@@ -1,1 +1,1 @@
-"""Training: loop, launch, learners and the algorithms."""
+"""Training: loop, launchers, learners and algorithms."""

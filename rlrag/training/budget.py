@@ -1,4 +1,4 @@
-"""Estimates how many generator tokens a run will need."""
+"""Estimates how many generator tokens a run will use."""
 
 from __future__ import annotations
 

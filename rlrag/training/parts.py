@@ -1,4 +1,4 @@
-"""The selector and the generator that a run trains, with their learners.
+"""Builds the selector and the generator that a run trains, with their learners.
 
 The selector is a policy over selections, the generator a causal language model. Each has its own
 learner and optimiser; a part that is not trained has none. Both M-steps use the weights of one
@@ -127,8 +127,9 @@ class TrainedParts:
         found = orders_of_run(Path(path).expanduser(), self._data.train, num_selected)
         if (found.num_short or found.num_missing) and self._workers.rank == 0:
             logger.warning(
-                "selector.imitation_run %s lacks %d of %d questions and ranks fewer than %d "
-                "candidates of %d others; they are filled up in the retriever's order",
+                "selector.imitation_run %s has no ranking for %d of %d questions and fewer than "
+                "%d candidates for %d others; their rankings are completed in the retriever's "
+                "order",
                 path,
                 found.num_missing,
                 len(self._data.train),

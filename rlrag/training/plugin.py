@@ -1,4 +1,4 @@
-"""A trainer of anybody's own, held to what `Trainer` promises.
+"""Adapts a trainer of your own and checks that it keeps the contract of `Trainer`.
 
 It is a class or function `package.module:name` with whichever it wants of `context`, a
 `TrainerContext`, and options of its own, and is or makes a `rlrag.training.trainer.Trainer`.
@@ -48,11 +48,13 @@ class PluginTrainer(Trainer):
             part = plugins.make("trainer", algorithm.name, algorithm.options, context=context)
         if not isinstance(part, Trainer):
             raise ConfigError(
-                f"{self._who} made a {type(part).__name__}, which is no Trainer; let it be a "
-                "subclass of rlrag.training.trainer.Trainer"
+                f"{self._who} returned a {type(part).__name__}, which is not a Trainer; make it "
+                "a subclass of rlrag.training.trainer.Trainer"
             )
         if not isinstance(getattr(part, "num_steps", None), int):
-            raise ConfigError(f"{self._who} has no number num_steps, the steps of the whole run")
+            raise ConfigError(
+                f"{self._who} has no integer num_steps, the number of steps of the run; set it"
+            )
         self.part = part
         self.num_steps, self.before, self.generator = part.num_steps, part.before, part.generator
 
@@ -171,6 +173,7 @@ class PluginTrainer(Trainer):
 
     def _broken(self, method: str, what: str) -> TrainerError:
         return TrainerError(
-            f"{self._who}: {method} {what}; mend it and run the same command, which continues from "
-            "the last checkpoint (rlrag.testing.check_trainer says what a trainer must do)"
+            f"{self._who}: {method} {what}; fix it and run the same command, which continues "
+            "from the last checkpoint (rlrag.testing.check_trainer checks what a trainer must "
+            "do)"
         )

@@ -1,4 +1,4 @@
-"""Which questions and random seeds each training step uses.
+"""Chooses the questions and random seeds of each training step.
 
 Nothing here has a state: what a step sees depends on the seed and its number alone, so a resumed
 run sees what an undisturbed one would have, and any number of workers share the same batch.

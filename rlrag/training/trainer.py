@@ -1,4 +1,4 @@
-"""Trainers: what the loop asks of whatever changes weights, and what one is built from.
+"""The `Trainer` base class, which the training loop calls, and the context it is built from.
 
 A trainer is a subclass of `Trainer` that is built from a `TrainerContext`, once on every worker. It
 has `num_steps`, `step`, `tensors` and `load`; the other methods have what most trainers do. What a

@@ -1,4 +1,4 @@
-"""Validation on held-back questions: of a policy by its best episodes, of a retriever."""
+"""Validates a policy or a retriever on held-out questions."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def validate_retriever(
     if not table.has_golden_answers and not any(q.gold_ids for q in table.questions):
         raise DataError(
             f"none of the {len(table)} validation questions has golden_answers or "
-            "metadata.gold_ids, so that nothing can choose a checkpoint; give one of them, or set "
-            "data.num_validation_questions to 0"
+            "metadata.gold_ids, so the best checkpoint cannot be chosen; add one of them, or "
+            "set data.num_validation_questions to 0"
         )
     mine = range(workers.rank, len(table), workers.size)
     questions = [table.questions[row] for row in mine]
@@ -158,6 +158,6 @@ def validate_retriever(
 def _unanswered(answers: Iterable[Generation | RlragError]) -> RlragError:
     """Why no question was answered on any worker; this one may have had none."""
     elsewhere = GenerationError(
-        "no held-back question could be answered; see the logs of the other workers"
+        "no held-back question could be answered; check the logs of the other workers"
     )
     return next((a for a in answers if isinstance(a, RlragError)), elsewhere)

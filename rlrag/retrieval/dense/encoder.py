@@ -122,7 +122,7 @@ class TextEncoder:
         size = self._for_passages.get_embedding_dimension()
         if size is None:
             raise ConfigError(
-                f"the encoder {self._model_dir} does not say how long its vectors are; use a "
+                f"the encoder {self._model_dir} does not declare its vector size; use a "
                 "sentence-transformers model with a pooling module"
             )
         return size
@@ -196,7 +196,7 @@ class TextEncoder:
         if len(unusable):
             first = int(unusable[0])
             raise DataError(
-                f"the encoder {self._model_dir} made a vector of length "
+                f"the encoder {self._model_dir} returned a vector of norm "
                 f"{float(lengths_B[first, 0])} from {texts[first][:80]!r}; set "
                 "retrieval.encoder_dtype to float32 or use another encoder"
             )

@@ -1,4 +1,4 @@
-"""Dense retrieval: the passages with the nearest vectors.
+"""Dense retrieval: finds the passages with the nearest vectors.
 
 Shape letters: B questions, P passages, D vector length, K hits, N given rows or vectors.
 """

@@ -1,4 +1,4 @@
-"""Merges searches over parts of the passage vectors.
+"""Searches shards of the passage vectors and merges the results.
 
 A part proposes its own best k rows with exact scores, so the best k of all proposals are those of
 one search over everything, ties included: among equal scores the lower row comes first in either.

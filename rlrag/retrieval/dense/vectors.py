@@ -1,4 +1,4 @@
-"""The vectors of a corpus as a memory-mapped file, encoded in resumable chunks.
+"""Passage vectors of a corpus in a memory-mapped file, encoded in resumable chunks.
 
 The directory holds `vectors.npy` (float32, one row a passage, at its full size from the start) and
 `progress.json` with the number of rows that are safe on disk. Rows are written with ordinary file
@@ -93,7 +93,7 @@ def _encode_chunk(corpus: Corpus, encoder: Encoder, start: int, end: int) -> np.
     vectors_BD = np.ascontiguousarray(encoder.encode(texts), dtype="<f4")
     if vectors_BD.shape != (end - start, encoder.size) or not np.isfinite(vectors_BD).all():
         raise DataError(
-            f"the encoder made an array of shape {vectors_BD.shape} from passages {start} to "
+            f"the encoder returned an array of shape {vectors_BD.shape} from passages {start} to "
             f"{end}; expected finite numbers of shape {(end - start, encoder.size)}"
         )
     return vectors_BD

@@ -1,1 +1,1 @@
-"""Encoders in training, and retrieval with them."""
+"""Trainable encoders, and retrieval with them during training."""

@@ -1,4 +1,4 @@
-"""Late-parametric retrieval: an encoder in training reranks a fixed first stage.
+"""Late-parametric retrieval: the encoder in training reranks results of a fixed first stage.
 
 Late-parametric retrieval (OpenRAG, arXiv 2503.08398, section 3.3): a first stage whose index never
 changes proposes m passages for the questions' present vectors. Only those are embedded with the

@@ -1,4 +1,4 @@
-"""Opens the encoder to be trained and the fixed first stage of its retrieval."""
+"""Builds the encoder to train and the fixed first stage of its retrieval."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def open_trainable_encoder(
         model_dir = resolve_model(retrieval.encoder, cache_dir)
         if has_encoder_each(model_dir):
             raise ConfigError(
-                f"{model_dir} has an encoder for questions and another for passages, but OpenRAG "
-                "trains a dense one for both; use algorithm.name jsa, or another encoder"
+                f"{model_dir} has separate encoders for questions and passages, but OpenRAG "
+                "trains one dense encoder for both; use algorithm.name jsa, or another "
+                "encoder"
             )
         return TrainableTextEncoder(model_dir, retrieval.encoder_max_tokens)
     raise ConfigError(

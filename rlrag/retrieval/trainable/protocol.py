@@ -1,4 +1,4 @@
-"""The protocol of encoders in training: vectors with gradients, saved to a directory.
+"""The protocol of trainable encoders: vectors with gradients, saved to a directory.
 
 Shape letters: B texts, D vector length (the vocabulary's, for an encoder into vocabulary space).
 """

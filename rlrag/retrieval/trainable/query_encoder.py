@@ -1,4 +1,4 @@
-"""A question encoder that is trained against a fixed passage index.
+"""A trainable question encoder over a fixed passage index.
 
 Training changes the questions' vectors alone: the passages keep their encoder and their index. What
 is saved has an encoder for each, `question/` and `passage/`.

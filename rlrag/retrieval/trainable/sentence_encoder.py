@@ -1,4 +1,4 @@
-"""A sentence-transformers encoder whose vectors carry gradients.
+"""A trainable sentence-transformers encoder: its vectors have gradients.
 
 Shape letters: B texts, D vector length.
 """

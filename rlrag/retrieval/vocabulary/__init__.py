@@ -1,1 +1,1 @@
-"""Retrieval with sparse vectors over a vocabulary (semi-parametric)."""
+"""Sparse retrieval with vectors over a vocabulary (semi-parametric)."""

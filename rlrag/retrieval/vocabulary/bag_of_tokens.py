@@ -1,4 +1,4 @@
-"""Bag-of-tokens index of a corpus, which training does not change.
+"""Bag-of-tokens index of a corpus; training does not change it.
 
 A bag has a 1 for every ordinary token that a passage holds, as often as it may occur. It depends on
 the tokenizer alone and on no weights, so that an encoder in training can search it with its present
@@ -77,6 +77,6 @@ def _build(corpus: Corpus, tokens: Bags, directory: Path) -> None:
         num_entries += bags.nnz
     if not num_entries:
         raise DataError(
-            f"none of the {len(corpus)} passages holds a token of the vocabulary; check that the "
-            "corpus has texts, and that the encoder is one for their language"
+            f"none of the {len(corpus)} passages contains a token of the vocabulary; check that "
+            "the corpus has texts, and that the encoder is made for their language"
         )

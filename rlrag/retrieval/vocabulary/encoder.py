@@ -1,4 +1,4 @@
-"""Encodes texts as sparse vectors over a vocabulary with a trainable masked language model.
+"""A trainable masked language model that encodes texts as sparse vectors over its vocabulary.
 
 The encoder of the semi-parametric retriever (VDR, SiDR; OpenRAG, arXiv 2503.08398, section 3 and
 appendix E). An entry stands for a word piece, so that a vector can be compared with another text's
@@ -76,8 +76,8 @@ class VocabularyEncoder(torch.nn.Module):
         self._batch_size = batch_size
         if tied and has_encoder_each(model_dir):
             raise ConfigError(
-                f"{model_dir} was saved with an encoder for questions and another for passages; "
-                "load it with tied False"
+                f"{model_dir} was saved with separate encoders for questions and passages; load "
+                "it with tied False"
             )
         names = (_SHARED,) if tied else ROLES
         places = {name: model_dir / name for name in names}
@@ -154,8 +154,8 @@ class VocabularyEncoder(torch.nn.Module):
             for text, (columns, values) in zip(batch, entries, strict=True):
                 if not np.isfinite(values).all():
                     raise DataError(
-                        f"the vector of {texts[text][:80]!r} is not finite; its weights were "
-                        "trained beyond float32, use those of an earlier step"
+                        f"the vector of {texts[text][:80]!r} is not finite because training made "
+                        "the weights overflow float32; use the weights of an earlier step"
                     )
                 found[text] = columns, values
         starts = np.cumsum([0, *(len(columns) for columns, _ in found)])

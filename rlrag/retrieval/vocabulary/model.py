@@ -127,15 +127,15 @@ def _load(model_dir: Path) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"{model_dir} holds no masked language model that transformers reads ({error}); name "
-            "another in retrieval.vocabulary_encoder"
+            f"{model_dir} has no masked language model that transformers can load ({error}); set "
+            "retrieval.vocabulary_encoder to another model"
         ) from error
     # transformers draws what it does not find at random.
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
-            f"{model_dir} lacks the weights {', '.join(missing[:5])}; a masked language model with "
-            "its prediction head is needed in retrieval.vocabulary_encoder"
+            f"{model_dir} lacks the weights {', '.join(missing[:5])}; set "
+            "retrieval.vocabulary_encoder to a masked language model with its prediction head"
         )
     return model
 
@@ -165,7 +165,7 @@ def _load_norm(masked_lm: Any, model_dir: Path) -> torch.nn.LayerNorm:
             norm.load_state_dict(tensors)
         except RuntimeError as error:
             raise ConfigError(
-                f"{model_dir / NORM_FILE} does not fit its model: {error}; save the encoder anew"
+                f"{model_dir / NORM_FILE} does not fit its model: {error}; save the encoder again"
             ) from error
     return norm
 

@@ -1,4 +1,4 @@
-"""Semi-parametric retrieval: sparse vectors over a vocabulary, on disk, and their search.
+"""Semi-parametric retrieval: an on-disk index of sparse vocabulary vectors, and its search.
 
 The whole search of the semi-parametric retriever (SiDR; OpenRAG, arXiv 2503.08398): the inner
 product of sparsified question and passage vectors. While the encoder is in training, its passages'

@@ -1,4 +1,4 @@
-"""Pools hidden states to one vector over the vocabulary for each text.
+"""Pools hidden states into one vector over the vocabulary per text.
 
     v(x)_w = max over the positions t of x of elu1p(h_t . e_w + b_w),   elu1p(a) = ELU(a) + 1
 

@@ -1,4 +1,4 @@
-"""Tokenizer of a vocabulary encoder, and bags of tokens of texts.
+"""Tokenizer of a vocabulary encoder, and bags of tokens.
 
 The columns of vocabulary space are the ordinary tokens in the order of their ids: special tokens
 and `[unusedN]` have none. For `bert-base-uncased` these are the ids 999 to 30521.
@@ -45,8 +45,8 @@ class Vocabulary:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{model_dir} has no tokenizer that transformers reads ({error}); name a masked "
-                "language model in retrieval.vocabulary_encoder"
+                f"{model_dir} has no tokenizer that transformers can load ({error}); set "
+                "retrieval.vocabulary_encoder to a masked language model"
             ) from error
         check_max_tokens(max_tokens, tokenizer.model_max_length, model_dir)
         self._tokenizer = tokenizer

@@ -1,1 +1,1 @@
-"""The HTTP side of the service: routes, schemas, limits."""
+"""The HTTP interface of the service: routes, schemas, limits."""

@@ -1,4 +1,4 @@
-"""`/admin` routes: add, promote and remove bundle versions; admin keys only."""
+"""`/admin` routes: add, promote and remove bundle versions; they need an admin key."""
 
 from __future__ import annotations
 

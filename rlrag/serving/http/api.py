@@ -1,4 +1,4 @@
-"""The ASGI application: its routes, middleware and OpenAPI document.
+"""The ASGI application: routes, middleware and OpenAPI document.
 
 Nothing in here knows Ray: `ServedPipeline` and `VersionDesk` stand for whatever does the work.
 """

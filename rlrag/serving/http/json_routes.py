@@ -1,4 +1,4 @@
-"""Routes with JSON bodies: parsing, refusals and their OpenAPI description.
+"""JSON routes: request parsing, error responses and their OpenAPI description.
 
 `JsonRoute` is the route class of everything under the API.
 """

@@ -1,4 +1,4 @@
-"""Limits of the HTTP side: room for questions, names of the service, keys."""
+"""Limits of the HTTP interface: concurrent and waiting requests, host names, API keys."""
 
 from __future__ import annotations
 
@@ -69,9 +69,11 @@ class Admission:
         """
         num_waiting = len(self._queues[0])
         if self._num_free == 0 and num_waiting >= self._max_waiting:
-            self._refuse(f"{self._max_in_flight} questions are under way and {num_waiting} wait")
+            self._refuse(
+                f"{self._max_in_flight} questions are in progress and {num_waiting} are waiting"
+            )
         if batch and len(self._queues[1]) > self._max_waiting:
-            self._refuse(f"{len(self._queues[1])} questions of other batches wait")
+            self._refuse(f"{len(self._queues[1])} questions of other batches are waiting")
 
     def _refuse(self, why: str) -> NoReturn:
         self._metrics.rejected()
@@ -191,7 +193,7 @@ class KeyFile:
             self._seen = state
             try:
                 self._keys = read_keys(self._file, self._variable) or Keys([])
-                _LOG.info("the keys in %s were read again", self._file)
+                _LOG.info("reloaded the keys in %s", self._file)
             except ConfigError as error:
                 self._keys = Keys([])
                 _LOG.error("no key is valid any more: %s", error)
@@ -239,10 +241,12 @@ def read_keys(file: str | None, variable: str | None) -> Keys | None:
         found += [key for line in lines if (key := line.strip()) and not key.startswith("#")]
     if variable is not None:
         if variable not in os.environ:
-            raise ConfigError(f"the environment has no variable {variable} to take keys from")
+            raise ConfigError(
+                f"the environment variable {variable}, which should contain the keys, is not set"
+            )
         found += os.environ[variable].split()
     if not found:
-        raise ConfigError(f"there is no key in {file or variable}; give one a line")
+        raise ConfigError(f"{file or variable} contains no key; give one per line")
     return Keys(found)
 
 

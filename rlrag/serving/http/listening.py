@@ -1,4 +1,4 @@
-"""The address that the service listens on, and the line that says it is ready.
+"""The address that the service listens on, and the message that it is ready.
 
 `serve run` would start Ray Serve itself, at its default address. This does it first, so that an
 address can be chosen, one that is taken is named, and the terminal hears when the service is ready.
@@ -78,9 +78,9 @@ def url_of_running(running: HTTPOptions, host: str | None, port: int | None) -> 
     if host not in (None, running.host) or port not in (None, running.port):
         asked = f"{host or running.host}:{port or running.port}"
         raise SetupError(
-            f"Ray Serve runs on this cluster already and listens on {running.host}:{running.port}, "
-            f"not on {asked}; leave host and port out to add the service there, or end what runs "
-            "by `serve shutdown`"
+            "Ray Serve already runs on this cluster and listens on "
+            f"{running.host}:{running.port}, not on {asked}; leave out host and port to add the "
+            "service there, or stop the running one with `serve shutdown`"
         )
     return _url(running)
 
@@ -157,6 +157,6 @@ def refuse_address(host: str | None, port: int | None) -> None:
     given = [f"{name}={value}" for name, value in (("host", host), ("port", port)) if value]
     if given:
         raise ConfigError(
-            f"{' '.join(given)} is for `rlrag serve` and `serve run` alone; a file for `serve "
-            "deploy` names host and port under http_options, Python gives them to serve.start"
+            f"{' '.join(given)} works only with `rlrag serve` and `serve run`; for `serve "
+            "deploy` set host and port under http_options, in Python pass them to serve.start"
         )

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the HTTP side.
+"""Prometheus metrics of the HTTP interface.
 
 Each application has a registry of its own, so that several can live in one process.
 """

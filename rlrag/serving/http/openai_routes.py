@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` and `/v1/models`, which the `openai` client uses unchanged.
+"""OpenAI-compatible `/v1/chat/completions` and `/v1/models`.
 
 Citations, and what of them the prompt had no room for, stand in `choices[0].message`, and in a
 stream in the `delta` of the chunk that ends the answer.

@@ -1,4 +1,4 @@
-"""Requests and answers of `/v1/chat/completions` and `/v1/models` as pydantic models."""
+"""Requests and responses of `/v1/chat/completions` and `/v1/models` as pydantic models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problem documents (RFC 9457): HTTP responses for errors, without internals."""
+"""Error responses as problem documents (RFC 9457), without internal details."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns errors of Ray Serve's HTTP proxy into problem documents.
+"""Converts errors of Ray Serve's HTTP proxy into problem documents.
 
 The proxy stands before the HTTP replicas. Where the replica that works on a request dies, it sends
 nothing, which its server turns into a bare 500; where it refuses or gives up a request itself, it

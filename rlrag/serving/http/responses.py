@@ -1,4 +1,4 @@
-"""HTTP responses of the pipeline: whole, or as a stream of server-sent events."""
+"""Answers as HTTP responses: complete, or as a stream of server-sent events."""
 
 from __future__ import annotations
 

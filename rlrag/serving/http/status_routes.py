@@ -1,4 +1,4 @@
-"""Health, metrics, versions, recent requests, feedback, and the page."""
+"""Routes for health, metrics, versions, recent requests, feedback, and the web page."""
 
 from __future__ import annotations
 

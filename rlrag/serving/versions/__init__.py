@@ -1,1 +1,1 @@
-"""Versions of a bundle in the service: loaded, checked, compared, given roles."""
+"""Bundle versions in the service: loading, checks, comparison and roles."""

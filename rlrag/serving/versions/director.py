@@ -1,4 +1,4 @@
-"""Loads a new bundle on all replicas, checks it and gives it its role.
+"""Loads a new bundle on all replicas, checks it and assigns its role.
 
 The check asks the bundle's own golden questions, through the same parts as any request, and
 compares answers and picks with those that the run's evaluation recorded. Other software or hardware
@@ -97,9 +97,13 @@ class Director:
                 if is_own_corpus:
                     await self._check_golden(version, files.golden)
                 else:
-                    logger.warning("version %s is not checked on the service's corpus", version)
+                    logger.warning(
+                        "the golden questions of version %s are not checked, because the "
+                        "service uses another corpus than the bundle",
+                        version,
+                    )
             except _GoldenError as error:
-                logger.error("the service does not start: %s", error)
+                logger.error("the service cannot start: %s", error)
                 return
             except RlragError as error:
                 logger.error("the first bundle cannot be checked, trying again: %s", error)
@@ -118,7 +122,7 @@ class Director:
         """
         _check_role(role, share)
         if self._changing.locked():
-            raise RequestError("another bundle is being loaded; wait until it has its role")
+            raise RequestError("another bundle is being loaded; wait until it is finished")
         async with self._changing:
             place = await asyncio.to_thread(_place_of, path)
             files = await asyncio.to_thread(read_bundle, place)
@@ -153,8 +157,8 @@ class Director:
                 raise CheckpointError(f"bundle {path} could not be loaded by {problem}")
             if self._clock() > end:
                 raise CheckpointError(
-                    f"bundle {path} was not loaded within {self._bounds.start_timeout_s:.0f} s by "
-                    f"{', '.join(missing)}; raise start_timeout_s or look at their logs"
+                    f"bundle {path} was not loaded within {self._bounds.start_timeout_s:.0f} s "
+                    f"by {', '.join(missing)}; raise start_timeout_s or check their logs"
                 )
             await asyncio.sleep(_POLL_S)
 
@@ -168,7 +172,7 @@ class Director:
         except TimeoutError as error:
             raise GeneratorTimeoutError(
                 f"version {version} did not answer its golden questions within "
-                f"{self._bounds.golden_timeout_s:.0f} s; what served before goes on"
+                f"{self._bounds.golden_timeout_s:.0f} s; the previous version stays active"
             ) from error
         num_right = sum(found)
         if num_right < self._bounds.golden_share * len(golden):
@@ -210,4 +214,4 @@ def _check_role(role: str, share: float) -> None:
     if role not in ROLES:
         raise RequestError(f"role {role!r} is unknown; it must be one of {', '.join(ROLES)}")
     if role == "canary" and not 0 < share <= 1:
-        raise RequestError(f"share is {share}; a canary answers more than 0 and at most 1")
+        raise RequestError(f"share is {share}; give a canary a share above 0 and at most 1")

@@ -1,4 +1,4 @@
-"""Decides which bundles replicas must hold and which version answers.
+"""Decides which bundle versions replicas must load and which one answers a request.
 
 A bundle enters as a candidate: all replicas load it beside what serves. Once all have, and its
 golden questions are answered as recorded, it takes a role, and requests that begin from then on
@@ -119,7 +119,7 @@ class VersionRegistry:
         """
         if self._candidate is not None:
             raise RequestError(
-                f"version {self._candidate} is being loaded; wait until it has its role"
+                f"version {self._candidate} is being loaded; wait until it is finished"
             )
         self._candidate, self._proposal = version, secrets.token_hex(8)
         self._bundles = {**self._bundles, version: path}
@@ -225,9 +225,9 @@ class VersionRegistry:
             write_whole(self._state, text)
         except OSError as error:
             raise CheckpointError(
-                f"{self._state} cannot be written ({error.strerror or error}), so that a restart "
-                "would forget the change, and it is not made; free space, let the service write "
-                "there, or give it another state_dir"
+                f"{self._state} cannot be written ({error.strerror or error}), so the change was "
+                "not made, because a restart would lose it; free disk space, make the file "
+                "writable, or set another state_dir"
             ) from error
 
     def _restore(self) -> None:
@@ -237,19 +237,19 @@ class VersionRegistry:
             return
         except OSError as error:
             raise CheckpointError(
-                f"{self._state}, which says which bundles serve, cannot be read "
-                f"({error.strerror or error}); let the service read it, or give it another "
-                "state_dir to start with the configured bundle"
+                f"{self._state}, the list of served bundles, cannot be read "
+                f"({error.strerror or error}); make it readable, or set another state_dir to "
+                "start with the configured bundle"
             ) from error
         try:
             known = json.loads(content)
             routing, bundles = Routing(**known["routing"]), dict(known["bundles"])
             if set(bundles) != routing.versions:
-                raise ValueError("its roles and bundles differ")
+                raise ValueError("its roles name other versions than its bundles")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
-                f"{self._state} does not say which bundles serve ({error}); delete it to start "
-                "with the configured bundle"
+                f"{self._state} is not a valid list of served bundles ({error}); delete it to "
+                "start with the configured bundle"
             ) from error
         self._routing, self._bundles = routing, bundles
 
@@ -262,7 +262,7 @@ def check_version(version: str, found: str, directory: Path) -> None:
     """
     if found != version:
         raise CheckpointError(
-            f"{directory} now holds version {found}, not {version}; put {version} back there, or "
-            f"have the service load {directory} anew, and keep each version in a directory of its "
-            "own"
+            f"{directory} now contains version {found}, not {version}; restore {version} there, "
+            f"or load {directory} into the service again, and keep each version in its own "
+            "directory"
         )

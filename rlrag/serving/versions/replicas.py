@@ -1,4 +1,4 @@
-"""Reports what a replica holds to the registry, and loads what it is told to.
+"""Reports a replica's loaded versions to the registry, and loads what the registry asks for.
 
 Both kinds of reporters ask the registry of versions every half second. A replica goes on with what
 it has while the registry does not answer, which is logged once.

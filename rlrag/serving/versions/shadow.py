@@ -1,4 +1,4 @@
-"""Compares a shadow version's answers with those of the active version."""
+"""Compares the answers of a shadow version with those of the active version."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Workers of a training run: collectives, sharding, weights on their way to engines."""
+"""Distributed training: worker collectives, sharding, weights for the engines."""

@@ -1,4 +1,4 @@
-"""Engines of a generator in training: new weights for them, and a check before training.
+"""Pushes new weights to the engines, and checks before training that their scores match.
 
 Families of models differ in what their weights are called, tied to and packed into, and an engine
 may take a set without a word and answer with another. So the learner's weights are moved a little,
@@ -97,9 +97,10 @@ def check_engines(
                 raise score
             if differ(score.logp, logp, len(answer), engine_dtype, getattr(torch, precision)):
                 raise ConfigError(
-                    f"before the first step: with the same weights the engines give an answer of "
+                    "check before training: with the same weights the engines give an answer of "
                     f"{len(answer)} tokens log-probability {score.logp:.4f} and the learner "
-                    f"{logp:.4f}, which is more than {number_format} rounds; {_ADVICE}"
+                    f"{logp:.4f}, which is more than the rounding error of {number_format}; "
+                    f"{_ADVICE}"
                 )
     untrained = model.published_weights(0, engine_dtype)
     hand_over(replace(untrained, digest=None), engines, workers)

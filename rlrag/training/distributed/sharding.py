@@ -1,4 +1,4 @@
-"""Sharding of a model over the workers with FSDP2.
+"""Shards a model over the workers with FSDP2.
 
 A sharded tensor is a DTensor: every worker holds a slice of it. Functions that make it whole, or
 slice it, are called by all workers at once.
@@ -30,8 +30,8 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: str, bfloat16: 
 
     if not torch.distributed.is_initialized():
         raise ConfigError(
-            "generator_training.sharding 'fsdp2' spreads the generator over the processes of a "
-            "torch.distributed group and this process is in none; use training.launcher 'ray', or "
+            "generator_training.sharding 'fsdp2' shards the generator over a torch.distributed "
+            "process group, but this process is in none; use training.launcher 'ray', or "
             "sharding 'replicated'"
         )
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))

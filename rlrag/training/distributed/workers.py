@@ -1,4 +1,4 @@
-"""The workers of a run as each of them sees it: rank, size, sums and barriers."""
+"""A worker's view of the group: rank, size, sums and barriers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The DRO trainer: selector and generator trained by the answers. Open `trainer.py` first."""
+"""The DRO trainer: trains selector and generator. Open `trainer.py` first."""

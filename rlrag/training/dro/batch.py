@@ -1,4 +1,4 @@
-"""A batch of rewarded episodes: its importance weights, and statistics of both.
+"""A batch of rewarded episodes, its importance weights, and their statistics.
 
 Selector and generator share the weights: both M-steps use the same.
 

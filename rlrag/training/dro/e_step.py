@@ -1,4 +1,4 @@
-"""The E-step: draws and rewards the episodes that a step trains on.
+"""The E-step: samples selections and computes their rewards.
 
     begin of an E-step   the drawing policy is renewed; the trained generator's weights go to the
                          engines

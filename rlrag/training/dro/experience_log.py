@@ -1,4 +1,4 @@
-"""A log of rewarded episodes, and each passage's contribution to the rewards.
+"""Logs rewarded episodes, and estimates each passage's contribution to the rewards.
 
 Rewards of selections cost generator tokens. Kept, they tell a retriever what they told the
 selector: a passage whose presence raises the reward helps, and need not be judged again by itself.
@@ -64,7 +64,7 @@ class ExperienceLog:
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self._path}: {error.strerror or error}; free space, then run the "
-                "same command again: it continues from the last checkpoint"
+                "same command againto continue from the last checkpoint"
             ) from error
 
     def truncate(self, num_steps: int) -> None:

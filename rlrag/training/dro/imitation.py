@@ -1,4 +1,4 @@
-"""Supervised training of a selection policy on given orders, before the first E-step.
+"""Supervised pretraining of a selection policy on given rankings.
 
 An untrained language model ranks by habit, not by use. Supervised steps on the order of a ranker
 give it a start from which rewards can teach it, as the warm-up of the DRO paper's code does (arXiv
@@ -183,12 +183,12 @@ def _check_orders(orders: np.ndarray, candidates: CandidateTable, num_selected: 
     shape, n = (len(candidates), num_selected), candidates.num_candidates
     if orders.shape != shape:
         raise DataError(
-            f"the orders to imitate have shape {orders.shape}, but {shape} is needed: a row for "
-            "each question, with environment.num_selected positions"
+            f"the orders to imitate have shape {orders.shape}, but {shape} is needed: one row "
+            "per question, with environment.num_selected positions"
         )
     for row, order in enumerate(orders.tolist()):
         if len(set(order)) < num_selected or not all(0 <= place < n for place in order):
             raise DataError(
                 f"the order to imitate for question {candidates.questions[row].id!r} is {order}; "
-                f"give different positions from 0 to {n - 1}"
+                f"give distinct positions from 0 to {n - 1}"
             )

@@ -1,4 +1,4 @@
-"""The DRO trainer: selector and generator.
+"""The DRO trainer: trains selector and generator.
 
     E-step    policy draws m selections a question; the environment plays and rewards them
     M-step    importance weights; loss, shared gradient and one optimiser step of each part

@@ -1,1 +1,1 @@
-"""Off-policy training of the selector on a service's feedback. Open `trainer.py` first."""
+"""The off-policy trainer: trains the selector on feedback of a service. Open `trainer.py` first."""

@@ -1,4 +1,4 @@
-"""Logged selections of a service, as episodes that a policy can be trained on.
+"""Reads a service's logged selections as training episodes.
 
 A policy is judged on the candidates that the one which served had, in their order. The log names
 them by id; their scores and vectors are computed anew by the configured retriever.
@@ -111,14 +111,14 @@ def open_logged_data(config: RunConfig, library: Library, path: Path) -> LoggedD
     records = read_feedback(path)
     if not records:
         raise DataError(
-            f"{path} has {count_selections(path):,} selections, but nothing was said about any of "
-            "their answers; collect feedback first"
+            f"{path} has {count_selections(path):,} selections, but no feedback on any of them; "
+            "collect feedback first"
         )
     drawn = [record for record in records if record.event.propensity_logp < 0]
     if not drawn:
         raise DataError(
-            f"all {len(records):,} selections of {path} have propensity 1: nothing was left to "
-            "chance, so that they say nothing about other selections; serve with "
+            f"all {len(records):,} selections of {path} have propensity 1: they were not "
+            "sampled, so they contain no information about other selections; serve with "
             "feedback.explore_share above 0"
         )
     shape = (config.retrieval.num_candidates, config.environment.num_selected)
@@ -157,8 +157,8 @@ def _num_outside(
     if num_outside > _MAX_CLIPPED_SHARE * len(records):
         raise DataError(
             f"{num_outside:,} of the {len(records):,} rewards of {path} are outside "
-            f"algorithm.reward_range {low:g} to {high:g}, and lie between {rewards_Q.min():g} and "
-            f"{rewards_Q.max():g}; set it to the scale of the feedback"
+            f"algorithm.reward_range {low:g} to {high:g}, and range from {rewards_Q.min():g} "
+            f"to {rewards_Q.max():g}; set it to the scale of the feedback"
         )
     return num_outside
 

@@ -1,4 +1,4 @@
-"""Training of the selector on what a service logged (off-policy).
+"""Off-policy trainer of the selector on a service's log.
 
     step      logged selections -> importance ratios -> one step on the gradient of IPS
     validate  the off-policy estimate of the policy's value on held-back questions
@@ -186,9 +186,9 @@ class LoggedTrainer(Trainer):
         if not self._warned and self._workers.rank == 0:
             logger.warning(
                 "after step %d the effective sample size of the held-back selections is %.1f, "
-                "below %g: the policy left what the log knows, and such "
-                "checkpoints are not chosen; lower training.learning_rate or "
-                "algorithm.num_epochs, or log more",
+                "below %g: the policy is too far from the logged one, and this checkpoint "
+                "cannot become the best; lower training.learning_rate or algorithm.num_epochs, "
+                "or log more selections",
                 step,
                 ess,
                 self._min_ess,

@@ -1,1 +1,1 @@
-"""The JSA trainer: retriever and generator. Open `trainer.py` first."""
+"""The JSA trainer: trains retriever and generator. Open `trainer.py` first."""

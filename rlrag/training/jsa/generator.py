@@ -1,4 +1,4 @@
-"""JSA's update of the generator, and of the engines' weights.
+"""JSA's generator update, including the weights of the engines.
 
 L_G = - sum_h f(h) log p(y | x, h) (JSA-RAG, arXiv 2508.18168), one passage in context. Where the
 target's likelihood is the mean over an answer's tokens, so is the loss, as in the released code.

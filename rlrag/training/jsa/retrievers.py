@@ -1,4 +1,4 @@
-"""JSA's prior and posterior retrievers and their updates.
+"""JSA's prior and posterior retrievers, and their updates.
 
 The prior retriever reads the question, the posterior one 'question [SEP] answer'; each has its own
 encoder of questions, and both start as the retriever came. Passages keep the vectors of the index.

@@ -1,4 +1,4 @@
-"""The E-step of JSA: passages that the posterior retriever proposes, scored and weighed.
+"""JSA's E-step: proposes passages from the posterior retriever, scores and weights them.
 
 All proposals are drawn at once from the posterior retriever, and the generator scores each
 different one, a single passage in context. The weights are the posterior on what was scored, or how

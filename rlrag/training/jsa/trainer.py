@@ -1,4 +1,4 @@
-"""The JSA trainer: retriever and generator.
+"""The JSA trainer: trains retriever and generator jointly.
 
     domain     both retrievers search the index with their present encoders of questions
     sample     the posterior retriever proposes passages, the generator scores them, and each gets

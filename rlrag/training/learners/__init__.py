@@ -1,1 +1,1 @@
-"""Optimiser steps of selector, generator and retriever, shared by the trainers."""
+"""Optimiser steps of selector, generator and retriever, used by the trainers."""

@@ -1,4 +1,4 @@
-"""The generator's M-step: weighted supervised updates.
+"""The generator's M-step: weighted supervised fine-tuning.
 
 L_G = - sum_i w_i log p(y | x, d_{z_i}; theta_g), w constant (DRO, arXiv 2505.03075, Eq. 11): the
 generator is trained on the golden answer after the passages of each selection, most where it finds

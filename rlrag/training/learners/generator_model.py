@@ -1,4 +1,4 @@
-"""The causal language model that is trained, in full or by LoRA.
+"""The trainable causal language model, with all weights or a LoRA adapter.
 
 The weights are float32. With LoRA (Hu et al., 2021, arXiv 2106.09685) each linear layer W of
 attention and feed-forward becomes W + (alpha / rank) B A, where W stays as it is and A and B are
@@ -260,12 +260,12 @@ class TrainableGenerator:
             total = len(prompt) + len(answer)
             if not prompt or not answer:
                 raise GenerationError(
-                    f"sequence {number} to train on has {len(prompt)} prompt and {len(answer)} "
+                    f"training sequence {number} has {len(prompt)} prompt and {len(answer)} "
                     "answer tokens; both need at least one"
                 )
             if limit is not None and total > limit:
                 raise GenerationError(
-                    f"sequence {number} to train on takes {total} tokens but the model reads at "
+                    f"training sequence {number} takes {total} tokens but the model reads at "
                     f"most {limit}; lower prompt.max_prompt_tokens"
                 )
 

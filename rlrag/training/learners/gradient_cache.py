@@ -1,4 +1,4 @@
-"""Gradient caching: contrastive losses over large batches in bounded memory.
+"""Gradient caching: contrastive losses over large batches with bounded memory.
 
 Gradient caching (Gao et al., 2021, arXiv 2101.06983) for losses that compare all texts of a batch:
 only a few texts have a graph at a time, and the weights' gradient is that of all of them at once.

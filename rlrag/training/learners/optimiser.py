@@ -1,4 +1,4 @@
-"""One optimiser step of all workers: AdamW, its schedule, the shared gradient, its state."""
+"""AdamW with a schedule: one step over the gradients of all workers, and its saved state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contrastive updates of the retriever's encoder.
+"""The retriever's optimiser step on contrastive and distillation losses.
 
 The loss of a batch compares every question with every passage of the batch, so that neither the
 batch's texts nor its workers can be treated one by one. Vectors are computed in pieces that fit
@@ -173,9 +173,9 @@ class RetrieverLearner:
         shape = (len(questions), max(counts, default=answer_logp_BN.shape[-1]))
         if len(counts) != len(questions) or 0 in counts or answer_logp_BN.shape != shape:
             raise DataError(
-                f"{len(questions)} questions have passages in numbers of {counts} and likelihoods "
-                f"of shape {tuple(answer_logp_BN.shape)}; give each question passages, and each "
-                "passage a likelihood"
+                f"{len(questions)} questions have {counts} passages and likelihoods of shape "
+                f"{tuple(answer_logp_BN.shape)}; give each question at least one passage, and "
+                "each passage a likelihood"
             )
         texts = CachedTexts(
             self._encoder,
@@ -225,7 +225,9 @@ class RetrieverLearner:
         found_W3[self._workers.rank] = torch.tensor([num, texts.vector_size, texts.has_bags])
         counts, sizes, bags = self._workers.sum(found_W3).T.tolist()
         if not sum(counts):
-            raise DataError("a batch has no questions; drop it, or look why all were dropped")
+            raise DataError(
+                "a batch has no questions; skip it, or check why all questions were dropped"
+            )
         start = sum(counts[: self._workers.rank])
         return _Share(start, start + num, sum(counts), max(sizes), any(bags))
 
@@ -278,8 +280,8 @@ class _WholeVectors:
     def of(cls, encoder: TrainableEncoder) -> _WholeVectors:
         if not isinstance(encoder, VocabularyEncoder):
             raise ConfigError(
-                "algorithm.vectors 'one_whole' is for retrieval.kind 'semi_parametric'; vectors of "
-                "a dense encoder are whole"
+                "algorithm.vectors 'one_whole' is for retrieval.kind 'semi_parametric'; a dense "
+                "encoder always uses whole vectors"
             )
         return cls(encoder)
 

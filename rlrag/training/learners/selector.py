@@ -1,4 +1,4 @@
-"""One optimiser step of the selection policy on a rewarded batch (M-step).
+"""The selector's M-step: one optimiser step on a rewarded batch.
 
 Shape letters: B questions, M samples, E = B * M episodes.
 """

@@ -1,1 +1,1 @@
-"""The OpenRAG trainer: the retriever. Open `trainer.py` first."""
+"""The OpenRAG trainer: trains the retriever. Open `trainer.py` first."""

@@ -1,4 +1,4 @@
-"""Rebuilds the passage index beside training, some steps behind the encoder.
+"""Rebuilds the passage index during training with the current encoder.
 
     step 40    the encoder is saved, and all passages are encoded with it beside training
     step 53    the new index is whole: from this step on every search uses it, and none the old one
@@ -136,8 +136,8 @@ class RefreshedIndex:
             if future is not None and time.monotonic() > deadline:
                 raise SetupError(
                     "the passages were not encoded within algorithm.refresh_timeout_s "
-                    f"{self._config.openrag.refresh_timeout_s:g}; raise it, refresh more seldom, "
-                    "or let training go on with refresh_waits False"
+                    f"{self._config.algorithm.refresh_timeout_s:g}; raise it, refresh less often, "
+                    "or let training continue meanwhile with refresh_waits False"
                 )
         if future is not None:
             self._check(future)
@@ -182,8 +182,8 @@ class RefreshedIndex:
             self._under_way = under_way, self._start(place)
         elif self._workers.rank == 0:
             logger.warning(
-                "the refresh of step %d cannot go on, as %s is gone; the index stays as old as it "
-                "is until the next refresh",
+                "the index refresh of step %d was stopped because %s is gone; the old index is "
+                "used until the next refresh",
                 under_way,
                 place / "encoder",
             )
@@ -218,8 +218,8 @@ class RefreshedIndex:
             future.result(0.0)
         except BrokenProcessPool as error:
             raise SetupError(
-                "the process that encoded the passages died, perhaps for lack of memory; the same "
-                "command goes on from the last checkpoint"
+                "the process that encodes the passages died, possibly because memory ran out; "
+                "run the same command to continue from the last checkpoint"
             ) from error
 
     def _take(self, step: int) -> None:
@@ -227,8 +227,8 @@ class RefreshedIndex:
         place = self._place(step)
         if not (place / "done.json").is_file():
             raise CheckpointError(
-                f"the index {place} that the checkpoint was trained with is gone or unfinished; "
-                "start again in another --run-dir"
+                f"the index {place} that the checkpoint was trained with is missing or "
+                "incomplete; start again in another --run-dir"
             )
         self._current = IndexVersion(step, open_version(self._config, self._corpus, place))
 

@@ -1,4 +1,4 @@
-"""OpenRAG's offline stage: labels the training questions' candidates once.
+"""OpenRAG's offline stage: labels candidates of the training questions before training.
 
 It runs once, before the loop and in the process that launches it. Every judgement goes through the
 generator's cache, so a stage that was stopped continues without asking for one twice.
@@ -167,13 +167,13 @@ def _report(pools: Pools, config: RunConfig, say: Callable[[str], None]) -> None
         raise DataError(
             f"only {num_usable} of {num_judged} questions have both a passage that helps the "
             "generator and one that does not, too few to train on; use more questions, a larger "
-            "algorithm.num_offline, a generator or prompt that answers more, or, if it is set, a "
-            "larger training.max_generator_tokens"
+            "algorithm.num_offline, a generator or prompt that answers more questions correctly, "
+            "or, if it is set, a larger training.max_generator_tokens"
         )
     if batch_size < config.training.batch_size:
         logger.warning(
             "only %d of %d questions have both a passage that helps the generator and one that "
-            "does not: a step trains on %d questions and not on training.batch_size %d",
+            "does not: steps use %d questions instead of training.batch_size %d",
             num_usable,
             num_judged,
             batch_size,
@@ -188,9 +188,9 @@ def _report(pools: Pools, config: RunConfig, say: Callable[[str], None]) -> None
     )
     if auc < MIN_AUC:
         logger.warning(
-            "the generator's score hardly predicts whether it is right: AUC %.3f is below %.2f, so "
-            "that labels of the online stage will be poor; try another prompt or generator, or "
-            "algorithm.online_epochs 0",
+            "the generator's score is a poor predictor of correct answers (AUC %.3f, below "
+            "%.2f), so labels of the online stage will be unreliable; try another prompt or "
+            "generator, or algorithm.online_epochs 0",
             auc,
             MIN_AUC,
         )

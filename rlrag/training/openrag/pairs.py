@@ -1,4 +1,4 @@
-"""Draws a helpful and an unhelpful passage for each question of a step.
+"""Draws one helpful and one unhelpful passage for each question of a step.
 
 Offline, both are drawn at random from the pools. Online (OpenRAG, arXiv 2503.08398, section 3.3)
 they come from what the retriever in training finds: its list is walked from the top, passages are

@@ -1,4 +1,4 @@
-"""OpenRAG's score and label of a single passage: how the generator answers with it.
+"""OpenRAG's label of a passage: how well the generator answers with that passage alone.
 
 The RAG score and the RAG label of OpenRAG (arXiv 2503.08398, section 3.1). With one passage d in
 context the score is the log-probability of the golden answer, log P(y | q, d), summed over its
@@ -132,8 +132,8 @@ class PassageJudge:
         tokens = [ids[0] for ids in encoded]
         if len(set(tokens)) < len(tokens):
             raise DataError(
-                f"question {question.id!r}: choices {choices} do not differ in their first token, "
-                "by which the generator chooses; name them by letters"
+                f"question {question.id!r}: choices {choices} do not differ in their first "
+                "token, which decides the generator's choice; name them by letters"
             )
         if not set(choices) & set(question.golden_answers):
             raise DataError(

@@ -148,8 +148,8 @@ class Pools:
         facts = json.loads((directory / "source.json").read_text())
         if facts.keys() != {"source", "num_tokens", "seconds", "failures", "prompts"}:
             raise CheckpointError(
-                f"{directory} was written by another version of rlrag; delete it, and the same "
-                "command makes it again, from the cache where judgements are there"
+                f"{directory} was written by another version of rlrag; delete it and run the "
+                "same command, which rebuilds it and reuses cached judgements"
             )
         if facts["source"] != source:
             raise CheckpointError(
@@ -173,7 +173,7 @@ def load_pools(
     pools = Pools.load(directory, pools_source(config, candidates, generator_identity))
     if pools is None:
         raise CheckpointError(
-            f"{directory} does not exist; the offline stage comes before the loop"
+            f"{directory} does not exist; run the offline stage before the training loop"
         )
     return pools
 
@@ -319,8 +319,8 @@ def gold_pools(candidates: CandidateTable, source: str) -> Pools:
     gold = [set(question.gold_ids) for question in candidates.questions]
     if not any(gold):
         raise DataError(
-            "algorithm.labels 'gold' and 'generator_else_gold' need questions that name their gold "
-            "passages (metadata.gold_ids), and none does; use algorithm.labels generator"
+            "algorithm.labels 'gold' and 'generator_else_gold' need questions with gold passages "
+            "(metadata.gold_ids), but none has any; use algorithm.labels generator"
         )
     rows_QN = candidates.rows_QN.copy()
     labels_QN = np.zeros(rows_QN.shape, dtype=np.int8)

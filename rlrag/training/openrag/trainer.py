@@ -1,4 +1,4 @@
-"""The OpenRAG trainer: the retriever.
+"""The OpenRAG trainer: trains the retriever.
 
     offline stage   pairs at random from the pools of the first retrieval
     online stage    pairs from what the retriever in training finds and the generator makes of it
