@@ -152,7 +152,7 @@ def test_questions_that_walk_together_find_what_each_finds_alone():
 
 
 def test_a_walk_needs_a_step():
-    with pytest.raises(ConfigError, match="go on by 0 passages"):
+    with pytest.raises(ConfigError, match="chunk_size is 0; give at least 1"):
         walk([1], lambda chunk: [1], chunk_size=0)
 
 
@@ -177,7 +177,7 @@ def test_what_the_walk_did_not_find_comes_from_the_pools():
     ("positives", "negative", "name"), [([], 3, "positive"), ([3], None, "negative")]
 )
 def test_an_empty_pool_that_is_needed_is_an_error(positives, negative, name):
-    with pytest.raises(DataError, match=f"neither found nor pooled {name}"):
+    with pytest.raises(DataError, match=f"no retrieved and no pooled {name}"):
         choose_pair(positives, negative, [], [], np.random.default_rng(0))
 
 

@@ -53,7 +53,7 @@ def test_questions_are_drawn_once_and_apart(name, num_test, sources, tmp_path):
 
 
 def test_too_few_questions_are_named(sources, tmp_path):
-    with pytest.raises(ConfigError, match="180 questions of few to train on and 0 to test with"):
+    with pytest.raises(ConfigError, match="180 questions of few for training and 0 for testing"):
         drawn("few", sources, tmp_path / "a")
 
 

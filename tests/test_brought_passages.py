@@ -133,7 +133,7 @@ def test_an_id_has_one_text_in_a_run_and_in_an_answer_that_of_its_question(modul
     config = own(f"{module}:Excerpts", options=("prefix=no",))
     with pytest.raises(
         RetrievalError,
-        match=f"retriever '{module}:Excerpts' brought passage '#0' with one text.*id of its own",
+        match=f"retriever '{module}:Excerpts' returned .* with different texts.*unique id",
     ):
         table(config, NO_CORPUS, tmp_path)
     asked = Library(NO_CORPUS, opened(config, NO_CORPUS, tmp_path)).search(["who", "where"], 2)
@@ -164,20 +164,23 @@ def test_more_may_be_found_than_a_small_corpus_has(module, tmp_path):
 
 
 def test_scores_of_words_are_not_there_for_what_no_corpus_has(module, tmp_path):
-    with pytest.raises(ConfigError, match=r"brought passage 'new0'.*set retrieval.bm25_scores Fa"):
+    with pytest.raises(ConfigError, match=r"returned passage 'new0'.*set retrieval.bm25_scores Fa"):
         table(own(f"{module}:Mixed", bm25_scores=True), CORPUS, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("passage", "error"),
     [
-        ("a", "the corpus has no passage 'a'; name one that it has, or bring it with its text"),
-        (Passage("a", "title", " \n"), "passage 'a' was brought with an empty text"),
+        (
+            "a",
+            "the corpus has no passage 'a'; return an id of the corpus, or the passage with",
+        ),
+        (Passage("a", "title", " \n"), "passage 'a' has an empty text"),
         (Passage("", "", "text"), "needs an id, a title and a text"),
         (Passage("a", None, "text"), "needs an id, a title and a text"),
-        (Passage("a", "", "\ud800"), "holds the lone surrogate"),
-        (Passage("b", "", "another text"), "a passage was found twice"),
-        (Passage("p3", "", "mine"), "passage 'p3' was brought with another title or text than the"),
+        (Passage("a", "", "\ud800"), "contains the lone surrogate"),
+        (Passage("b", "", "another text"), "a result has the same passage twice"),
+        (Passage("p3", "", "mine"), "passage 'p3' has another title or text than in the"),
     ],
 )
 def test_what_cannot_be_shown_is_one_error(module, passage, error):
@@ -190,7 +193,9 @@ def test_what_cannot_be_shown_is_one_error(module, passage, error):
 
 
 def test_a_retriever_that_needs_a_corpus_says_so_where_there_is_none(module):
-    with pytest.raises(ConfigError, match="Mixed' needs a corpus, but there is none; name one"):
+    with pytest.raises(
+        ConfigError, match="Mixed' needs a corpus, but the run has none; configure one"
+    ):
         PluginRetriever(NO_CORPUS, own(f"{module}:Mixed"))
 
 
@@ -358,7 +363,7 @@ def test_a_run_without_a_corpus_is_trained_bundled_evaluated_and_served(
     before = corpus.read_text()
     try:
         corpus.write_text(before.replace("the", "teh"))
-        with pytest.raises(RunDirectoryError, match="another content of corpus"):
+        with pytest.raises(RunDirectoryError, match="a different version of corpus"):
             train.main(words)
     finally:
         corpus.write_text(before)

@@ -321,7 +321,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(config, saved,
     policy = trained_policy(config)
     with torch.no_grad():
         next(policy.parameters()).view(-1)[0] = value
-    message = r"selector\.safetensors holds numbers that are NaN or infinite, first in '"
+    message = r"selector\.safetensors contains NaN or infinite values, first in '"
     with pytest.raises(CheckpointError, match=message):
         save_bundle(saved, config, policy, make_table(4), HASHES, 12)
     assert (saved / "manifest.json").read_bytes() == before
@@ -337,7 +337,7 @@ def test_a_generator_that_is_not_finite_is_neither_written_nor_read(with_generat
     path = with_generator / "generator" / "model.safetensors"
     with torch.no_grad():
         next(iter(trained.trainable_parameters().values())).fill_(float("nan"))
-    message = "generator holds numbers that are NaN or infinite"
+    message = "generator contains NaN or infinite values"
     with pytest.raises(CheckpointError, match=message):
         trained.save_pretrained(with_generator.parent / "generator")
     bundle = load_bundle(with_generator)

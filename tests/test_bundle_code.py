@@ -134,7 +134,7 @@ def test_an_environment_runs_only_where_it_is_named(naming, plain, tmp_path):
     ):
         with pytest.raises(ConfigError, match=rf"environment\.id .*--allow-code {ENVIRONMENT}"):
             use()
-    with pytest.raises(NotServableError, match="of a service the setting allow_code"):
+    with pytest.raises(NotServableError, match="in a service with the setting allow_code"):
         build({"bundle": str(bundle)})
     SelectorPart(allow_code=(ENVIRONMENT,)).load(version, bundle)
     assert MODULE not in sys.modules, "to load is not to play"

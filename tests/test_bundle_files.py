@@ -229,7 +229,7 @@ def test_names_that_lead_outside_are_refused(bundle, name):
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["files"][name] = hashlib.sha256(b"{}").hexdigest()
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=f"names '{name}', which lies outside"):
+    with pytest.raises(CheckpointError, match=f"lists '{name}', which is outside"):
         read_bundle(bundle)
 
 
@@ -263,11 +263,11 @@ def test_a_file_that_every_bundle_has_is_missed(bundle, name):
         (
             "golden.json",
             "{}",
-            "golden.json does not hold what it should: its content: Input should",
+            "golden.json is invalid: its content: Input should",
         ),
-        ("golden.json", "\x00", "golden.json does not hold what it should: its content: Invalid J"),
+        ("golden.json", "\x00", "golden.json is invalid: its content: Invalid J"),
         ("bundle.json", "[1]", "has format None, this version reads 4"),
-        ("bundle.json", '{"format": 4, "step": "1"}', "bundle.json does not hold"),
+        ("bundle.json", '{"format": 4, "step": "1"}', "bundle.json is invalid"),
         ("config.json", "[" * 100_000, "config.json is not JSON: maximum recursion"),
         ("config.json", "5", "config.json: the configuration = 5: Input should be"),
         ("config.json", '{"seed": NaN}', "config.json: seed = nan"),

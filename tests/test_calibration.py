@@ -64,9 +64,9 @@ def test_one_bin_has_the_gap_between_the_means():
     ("probabilities", "outcomes", "message"),
     [
         ([], [], "there are no probabilities"),
-        ([0.5], [1, 0], "one of each for every question"),
-        ([[0.5]], [[1]], "one of each for every question"),
-        ([1.5], [1], r"a probability is 1\.5; it lies between 0 and 1"),
+        ([0.5], [1, 0], "one probability and one outcome per question"),
+        ([[0.5]], [[1]], "one probability and one outcome per question"),
+        ([1.5], [1], r"a probability is 1\.5; it must be between 0 and 1"),
         ([-0.1], [1], "a probability is -0.1"),
         ([np.nan], [1], "a probability is nan"),
         ([0.5], [0.5], "an outcome is 0.5"),

@@ -138,7 +138,9 @@ def test_what_goes_by_columns_shares_no_prefix_and_scores_right(make, is_logged,
         generator = opened(directory)
     assert scores(generator) == pytest.approx(plain_logps(directory), abs=TOLERANCE)
     assert generator._prefix == ()
-    logged = "every prompt is read whole" in caplog.text and "plain forward pass" in caplog.text
+    logged = (
+        "no prefix is shared between prompts" in caplog.text and "plain forward pass" in caplog.text
+    )
     assert logged == is_logged  # GPT-Neo's windows are known from its configuration
     assert has_windows(generator._model.config) != is_logged
 
@@ -206,8 +208,8 @@ def xlnet() -> Any:
     )
 
 
-STATES = "layers with a state in place of keys and values"
-NO_LM = "which is no causal language model"
+STATES = "recurrent layers instead of a key-value cache"
+NO_LM = "which is not a causal language model"
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "bert": (bert, NO_LM),
     "masked bert": (lambda: bert(transformers.BertForMaskedLM), NO_LM),

@@ -71,7 +71,7 @@ def test_one_whose_best_is_damaged_or_gone_is_passed_over(tmp_path):
     newest = store.load_newest()
     assert newest is not None
     assert newest.step == 0
-    assert "its best checkpoint so far is not whole" in newest.damaged[0]
+    assert "its best checkpoint so far is damaged or incomplete" in newest.damaged[0]
     assert store.steps() == [0]
 
 
@@ -94,7 +94,9 @@ def test_without_a_whole_first_one_nothing_is_renamed_and_the_error_says_what_to
     store = store_with(tmp_path, at0=0, at2=0)
     damage(store.path(0), kind)
     assert store.newest_usable() is None
-    with pytest.raises(CheckpointError, match=r"the first checkpoint .* put a copy back, or start"):
+    with pytest.raises(
+        CheckpointError, match=r"the first checkpoint .* restore it from a copy, or start"
+    ):
         store.load_newest()
     assert store.steps() == [0, 2]
 

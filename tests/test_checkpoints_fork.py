@@ -134,7 +134,7 @@ def test_a_checkpoint_without_the_weights_of_a_part_is_named(small_config, tmp_p
     store = CheckpointStore(source.parent)
     files, state = store.load(4)
     store.save(4, {"optimizer": files["optimizer"]}, state)
-    with pytest.raises(ConfigError, match=rf"{source} has no weights of the selector; give a"):
+    with pytest.raises(ConfigError, match=rf"{source} has no weights for the selector; give a"):
         starting_weights(forked(small_config, source))
 
 
@@ -153,7 +153,7 @@ def test_what_only_the_weights_tell_is_refused_as_well(
 def test_what_is_no_checkpoint_is_named(small_config, training_data, tmp_path, source):
     run_dir = RunDirectory(tmp_path / "fork")
     for place in (source.parent, source.with_name("step-000099"), tmp_path / "none"):
-        with pytest.raises(ConfigError, match=f"{place} is no checkpoint; give"):
+        with pytest.raises(ConfigError, match=f"{place} is not a checkpoint; give"):
             check_start(forked(small_config, place), run_dir)
     (source / "policy.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"policy\.safetensors is missing, truncated"):

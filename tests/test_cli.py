@@ -59,12 +59,12 @@ def test_it_lists_its_commands(capsys):
 @pytest.mark.parametrize(
     ("argv", "error"),
     [
-        ([], "no command is named; there are: train, "),
+        ([], "no command was given; choose from: train, "),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["xyz"], "unknown command 'xyz'; there are: train, "),
-        (["serve"], "no bundle is named; usage: rlrag serve BUNDLE"),
-        (["serve", "bundle=runs/b"], "no bundle is named; usage: rlrag serve BUNDLE"),
-        (["serve", "runs/b", "--port"], "'--port' is no setting; usage: rlrag serve BUNDLE"),
+        (["serve"], "no bundle was given; usage: rlrag serve BUNDLE"),
+        (["serve", "bundle=runs/b"], "no bundle was given; usage: rlrag serve BUNDLE"),
+        (["serve", "runs/b", "--port"], "'--port' is not a setting; usage: rlrag serve BUNDLE"),
     ],
 )
 def test_a_wrong_word_is_one_error(argv, error, capsys):

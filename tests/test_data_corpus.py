@@ -100,9 +100,9 @@ def test_ids_that_share_a_hash_are_told_apart(tmp_path: Path, monkeypatch: pytes
 
 def test_duplicates_are_refused_without_a_tally(tmp_path: Path):
     passages = [*PASSAGES, Passage("p1", "", "Another text.")]
-    with pytest.raises(DataError, match="'p1' stands at rows 0 and 4"):
+    with pytest.raises(DataError, match="'p1' is used in rows 0 and 4"):
         MemoryCorpus(passages)
-    with pytest.raises(DataError, match="'p1' stands at rows 0 and 4"):
+    with pytest.raises(DataError, match="'p1' is used in rows 0 and 4"):
         write_disk_corpus(passages, tmp_path / "corpus")
     assert not list(tmp_path.iterdir())
 
@@ -132,7 +132,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path):
 
 
 def test_text_that_no_file_can_store_is_refused():
-    with pytest.raises(DataError, match="'p1' holds the lone surrogate"):
+    with pytest.raises(DataError, match="'p1' contains the lone surrogate"):
         MemoryCorpus([Passage("p1", "", "\ud800")])
 
 
@@ -328,7 +328,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, caplog: pytest.LogCapture
     (first.directory / "ids.bin").write_bytes(b"")
     again = load_corpus(str(path), tmp_path, 100)
     assert len(again) == 3
-    assert "making the corpus" in caplog.text
+    assert "rebuilding the corpus" in caplog.text
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path):

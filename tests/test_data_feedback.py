@@ -98,11 +98,11 @@ def test_an_unknown_request_and_one_that_is_taken_store_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"actions": ()}, "different positions"),
+        ({"actions": ()}, "distinct candidate positions"),
         ({"actions": (4,)}, "3 candidates"),
-        ({"actions": (3, 1)}, "3 last for a stop"),
+        ({"actions": (3, 1)}, "3 at the end for a stop"),
         ({"actions": (-1,)}, "positions"),
-        ({"actions": (1, 1)}, "different positions"),
+        ({"actions": (1, 1)}, "distinct candidate positions"),
         ({"propensity_logp": 0.1}, "probability"),
         ({"propensity_logp": float("-inf")}, "probability"),
         ({"propensity_logp": float("nan")}, "probability"),
@@ -281,7 +281,7 @@ def test_a_file_that_another_process_holds_is_waited_for_and_then_named(tmp_path
     store = FeedbackStore(path)
     with closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(DataError, match="locked; another process held it"):
+        with pytest.raises(DataError, match="locked; another process locked it"):
             store.record_selection(event())
         other.rollback()
     assert store.record_selection(event())
@@ -316,9 +316,9 @@ def test_a_file_copied_without_its_log_is_warned_of(tmp_path, caplog, with_log):
         assert caplog.text == ""
     for _ in range(0 if with_log else 2):  # the first reader leaves an empty log
         caplog.clear()
-        with pytest.raises(DataError, match="not a log of feedback"):  # not even its tables
+        with pytest.raises(DataError, match="not a feedback log"):  # not even its tables
             read_feedback(copy)
-        assert "copy.sqlite-wal, which has the newest rows then, is not beside it" in caplog.text
+        assert "copy.sqlite-wal, which contains the newest rows" in caplog.text
         assert "'.backup COPY'" in caplog.text
     caplog.clear()
     store.close()

@@ -377,11 +377,11 @@ def test_a_malformed_record_is_named_by_its_line(name, change, message, tmp_path
     [
         ("hotpotqaa", [], "unknown data set 'hotpotqaa'; did you mean 'hotpotqa'?"),
         ("zzz", [], "unknown data set 'zzz'; there are: nq, hotpotqa, "),
-        ("nq", ["file.json"], "file.json: is it for training or for evaluation"),
-        ("nq", ["train-or-dev.json"], "train-or-dev.json: is it for training or for evaluation"),
+        ("nq", ["file.json"], "file.json has neither train nor dev in its name"),
+        ("nq", ["train-or-dev.json"], "train-or-dev.json has neither train nor dev in its name"),
         ("nq", ["constrained-dev.json"], "--from has no file of train questions"),
         ("nq", ["train.json"], "no file of dev questions, .* give biencoder-nq-train.json"),
-        ("hotpotqa", ["psgs.tsv.gz"], "psgs.tsv.gz: a TSV file of passages belongs to nq alone"),
+        ("hotpotqa", ["psgs.tsv.gz"], "psgs.tsv.gz: only nq takes a TSV file of passages"),
     ],
 )
 def test_wrong_words_are_one_line(name, files, message, tmp_path):

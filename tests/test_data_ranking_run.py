@@ -87,7 +87,7 @@ def test_a_question_without_wanted_passages_has_an_empty_order(tmp_path):
         ("q1 Q0 a 1 high tag", "score 'high'"),
         ("q9 Q0 a 1 nan tag", "score 'nan'"),
         ("q1 Q0 a 1 -inf tag", "score '-inf'"),
-        ("q1 Q0 b 7 0.1 tag", "passage 'b' is ranked a second time for question 'q1'"),
+        ("q1 Q0 b 7 0.1 tag", "passage 'b' is ranked twice for question 'q1'"),
     ],
 )
 def test_a_bad_line_is_named_and_refused(tmp_path, line, words):
@@ -104,12 +104,12 @@ def test_a_bad_line_is_named_and_refused(tmp_path, line, words):
         ((), "has no lines; expected six columns"),
         (
             ("17 Q0 a 1 1 t",),
-            "its first is '17', and the first of 2 that are wanted is 'q1'; give a run over the "
-            "same questions",
+            "its first question is '17', but the first of the 2 questions of this run is 'q1'; "
+            "give a ranking for the same questions",
         ),
         (
             ("q2 Q0 doc7 1 1 t", "q2 Q0 doc8 2 0 t"),
-            "for question 'q2' it names 'doc7', where 'd' is wanted; give a run over the same",
+            "for question 'q2' it names 'doc7', where 'd' is wanted; give a ranking over the same",
         ),
     ],
 )

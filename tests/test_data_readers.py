@@ -373,7 +373,7 @@ def test_hub_data_sets_take_the_same_columns(tmp_path: Path, monkeypatch: pytest
         load_questions(f"hub:{tmp_path / 'questions'}:default:dev", tmp_path)
     with pytest.raises(DataError, match="cannot be loaded"):
         load_questions(f"hub:{tmp_path / 'nothing'}", tmp_path)
-    with pytest.raises(DataError, match="names no data set"):
+    with pytest.raises(DataError, match="is not the name of a data set"):
         load_questions("hub:", tmp_path)
     for content, reason in (("", "StopIteration"), ('{"id": "a"}\n{broken', "ArrowInvalid")):
         (tmp_path / "questions" / "train.jsonl").write_text(content)

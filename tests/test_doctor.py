@@ -126,7 +126,7 @@ def test_a_run_that_can_work_has_nothing_to_complain_of(examine, tmp_path):
     found = {name: finding["found"] for name, finding in seen.findings.items()}
     assert found["corpus"] == f"{tmp_path / 'corpus.jsonl'}: the first 5 passages are well-formed"
     assert found["train questions"].endswith("all 5 questions are well-formed")
-    assert found["split"] == "3 of 5 questions are trained on"
+    assert found["split"] == "3 of 5 questions are used for training"
     assert found["run directory"] == f"{tmp_path / 'run'}: free for a run"
     assert found["compiler"] == "not needed: no vLLM engine on a CPU"
     assert {"python", "packages", "memory", "disk", "gpu", "generator model"} <= found.keys()
@@ -180,7 +180,7 @@ def test_a_python_that_is_too_old():
     assert check_python("3.12.1").status == "ok"
     answer = check_python("3.9.2")
     assert answer.status == "failed"
-    assert answer.found.startswith("this is Python 3.9.2, and the project runs on ")
+    assert answer.found.startswith("this is Python 3.9.2, but the project needs ")
     assert ">=3.11" in answer.found
 
 
@@ -204,7 +204,7 @@ def test_a_cluster_that_nobody_runs(examine, unused_port, monkeypatch):
         f"cannot reach a Ray cluster at 127.0.0.1:{unused_port}: [Errno 111] Connection refused"
     )
     assert "correct RAY_ADDRESS" in seen.findings["ray"]["advice"]
-    assert seen.findings["memory"]["found"].startswith("not looked at: the run goes to the cluster")
+    assert seen.findings["memory"]["found"].startswith("not checked: the run uses the cluster")
 
 
 def test_something_mute_where_a_cluster_should_be(examine, monkeypatch):
@@ -217,7 +217,7 @@ def test_something_mute_where_a_cluster_should_be(examine, monkeypatch):
             training__launcher="ray", generator__backend="transformers", check_timeout_s=6
         )
     assert seen.findings["ray"]["found"] == (
-        f"something at {address} takes connections but did not answer as a Ray cluster within 3 s"
+        f"{address} accepts connections but did not answer as a Ray cluster within 3 s"
     )
 
 
@@ -322,7 +322,7 @@ def test_more_nodes_than_one_machine_is(examine):
         generator__backend="transformers",
     )
     assert "ray" in seen.failed()
-    assert seen.findings["ray"]["found"] == "the run asks for 2 nodes, and this machine has 1"
+    assert seen.findings["ray"]["found"] == "the run needs 2 nodes, but this machine has 1"
     assert "--training.worker-placement" in seen.findings["ray"]["advice"]
 
 
@@ -370,7 +370,7 @@ def test_a_file_that_is_not_there(examine, tmp_path):
     seen = examine(selector__weights=missing)
     assert seen.code == 3
     assert seen.findings["other files"]["found"] == (
-        f"selector.weights is {str(missing)!r}, which is no file"
+        f"selector.weights is {str(missing)!r}, which is not a file"
     )
 
 

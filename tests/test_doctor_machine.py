@@ -74,7 +74,7 @@ def few_files() -> Iterator[None]:
 def test_a_limit_on_open_files(few_files):
     answer = machine.check_open_files(RunConfig())
     assert answer.status == "failed"
-    assert answer.found == "only 200 files may be open at once, and a run needs 1024"
+    assert answer.found == "only 200 files may be open at once, but a run needs 1024"
     assert answer.advice.startswith("raise it with `ulimit -n ")
 
 
@@ -124,14 +124,19 @@ def facts(built_for: Any, driver: Any, num_gpus: int = 0) -> GpuFacts:
 @pytest.mark.parametrize(
     ("gpus", "seen", "status", "found"),
     [
-        (0, facts(None, None), "ok", "none, and none is asked for"),
-        (1.5, facts((12, 8), None), "failed", "asks for 2 GPU(s), and there is no NVIDIA driver"),
-        (1, facts(None, (12, 8)), "failed", "torch 2.9 is built for CPUs alone"),
-        (0, facts(None, (12, 8)), "ok", "torch 2.9 is built for CPUs alone"),
+        (0, facts(None, None), "ok", "none, and the configuration needs none"),
+        (1.5, facts((12, 8), None), "failed", "needs 2 GPU(s), but there is no NVIDIA driver"),
+        (1, facts(None, (12, 8)), "failed", "torch 2.9 is a CPU-only build"),
+        (0, facts(None, (12, 8)), "ok", "torch 2.9 is a CPU-only build"),
         (1, facts((13, 0), (12, 8)), "failed", "driver for CUDA 12.8, torch built for 13.0"),
         (0, facts((13, 0), (12, 8)), "warning", "the driver is too old"),
-        (2, facts((12, 4), (12, 8), 1), "failed", "asks for 2 GPU(s), and torch sees 1"),
-        (1, facts((12, 8), (12, 4), 1), "failed", "need about 20.0 GiB of one GPU, and the small"),
+        (2, facts((12, 4), (12, 8), 1), "failed", "needs 2 GPU(s), and torch sees 1"),
+        (
+            1,
+            facts((12, 8), (12, 4), 1),
+            "failed",
+            "need about 20.0 GiB of GPU memory, but the small",
+        ),
     ],
 )
 def test_gpus(gpus, seen, status, found):

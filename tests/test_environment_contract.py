@@ -184,9 +184,9 @@ def test_an_episode_is_told_up_to_its_own_end_while_others_go_on(vectorised):
         ("outside", "action 1 of question 'q1' and others: the observation 'level' is"),
         ("nothing allowed", "action 1 of question 'q1': no action is allowed"),
         ("mask forgotten", "the observation has no 'action_mask'|KeyError|'action_mask'"),
-        ("a word", "action 2 of question 'q1': the reward is 'good', which is no number"),
-        ("nothing", "the reward is None, which is no number"),
-        ("no evidence", "the last info of an episode has no 'evidence'"),
+        ("a word", "action 2 of question 'q1': the reward is 'good', which is not a number"),
+        ("nothing", "the reward is None, which is not a number"),
+        ("no evidence", "the last info of an episode must contain 'evidence'"),
     ],
 )
 def test_a_broken_contract_is_named_with_its_place(fault, said):
@@ -234,7 +234,7 @@ def test_an_environment_that_cannot_be_made_is_named():
 
 @pytest.mark.parametrize("name", ["nobody/Knows-v1", "no_such_module:a/B-v1", "rlrag/Document-v1"])
 def test_an_environment_that_is_missing_is_named(name):
-    with pytest.raises(ConfigError, match="names no environment") as caught:
+    with pytest.raises(ConfigError, match="is not a registered environment") as caught:
         open_episodes(EnvironmentConfig(id=name), 1, make_table(1), Unrewarded())
     assert "rlrag/DocumentSelection-v1" in str(caught.value)
 

@@ -85,7 +85,7 @@ def test_the_choice_is_kept_for_later_evaluations() -> None:
     kept = json.loads(json.dumps({"baselines": baselines_to_json(chosen)}))
     assert baselines_from_json(kept) == chosen
     assert baselines_from_json({}) == ()
-    with pytest.raises(DataError, match="baselines are damaged"):
+    with pytest.raises(DataError, match="baselines in the evaluation file are damaged"):
         baselines_from_json({"baselines": [{"name": "x"}]})
 
 

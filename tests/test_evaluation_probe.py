@@ -231,7 +231,7 @@ def test_what_cannot_be_measured_is_said_with_its_reason():
     around = ["mirage", "position", "distractors", "duplicates", "contradictions"]
     assert list(unknown) == [*around, "order"]
     assert "position: no gold passages are known: of 4 questions none" in unknown["position"]
-    assert "picks 1 passage, which has one order" in unknown["order"]
+    assert "picks 1 passage, which has only one order" in unknown["order"]
     assert "lacks the gold passages of all 3" in reasons({"gold_not_in_corpus": 3})["mirage"]
     few = reasons({"too_few_distractors": 2, "gold_not_in_corpus": 1})["mirage"]
     assert "none of the 2 questions with gold passages has 4 distractors" in few
@@ -246,10 +246,10 @@ def test_what_cannot_be_measured_is_said_with_its_reason():
     ("settings", "message"),
     [
         ({"num_distractors": 0}, "num_distractors is 0; give at least 1"),
-        ({"distractor_counts": ()}, r"distractor_counts is \[\]; give rising numbers"),
+        ({"distractor_counts": ()}, r"distractor_counts is \[\]; give ascending numbers"),
         ({"distractor_counts": (0, 2, 1)}, r"distractor_counts is \[0, 2, 1\]"),
         ({"distractor_counts": (-1,)}, "of at least 0"),
-        ({"copies": (0, 1)}, r"copies is \[0, 1\]; give rising numbers of at least 1"),
+        ({"copies": (0, 1)}, r"copies is \[0, 1\]; give ascending numbers of at least 1"),
         ({"copies": (1, 1)}, r"copies is \[1, 1\]"),
         ({"max_orders": 1}, "max_orders is 1; give at least 2"),
     ],

@@ -137,9 +137,13 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
         (0, '{"kind": "header", "format": 2}', "line 1 is damaged .*no header of format 1"),
         (1, '{"kind": "passage", "id": 3, "title": "", "text": ""}', "line 2 .*3 is no text"),
         (3, '{"kind": "pass', "line 4 is damaged"),
-        (3, '{"kind": "joke"}', "there is no kind 'joke'"),
+        (3, '{"kind": "joke"}', "there is no record of kind 'joke'"),
         (3, "[]", "line 4 is damaged"),
-        (1, '{"kind": "passage", "id": "x", "title": "", "text": ""}', "lacks the passage 'p0'"),
+        (
+            1,
+            '{"kind": "passage", "id": "x", "title": "", "text": ""}',
+            "does not contain the passage 'p0'",
+        ),
     ],
 )
 def test_a_damaged_file_is_named_with_its_line(tmp_path, at, line, complaint):
@@ -155,15 +159,15 @@ def test_an_answer_is_measured_from_0_to_1_and_systems_agree(tmp_path):
     recorded().write(tmp_path / "f", FACTS)
     text = (tmp_path / "f").read_text()
     for old, new, complaint in (
-        ('"em":0.0', '"em":7', "7 is no number from 0 to 1"),
+        ('"em":0.0', '"em":7', "7 is not a number from 0 to 1"),
         ('"em":0.0', '"em":NaN', "nan is no number"),
-        ('"no_retrieval"', '"other"', "differ in their systems"),
+        ('"no_retrieval"', '"other"', "do not all have the same systems"),
     ):
         (tmp_path / "f").write_text(text.replace(old, new, 1))
         with pytest.raises(DataError, match=complaint):
             read_questions(tmp_path / "f")
     (tmp_path / "f").write_text(text.splitlines()[0] + "\n")
-    with pytest.raises(DataError, match="holds no question"):
+    with pytest.raises(DataError, match="contains no question"):
         read_questions(tmp_path / "f")
 
 

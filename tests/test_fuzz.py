@@ -42,7 +42,7 @@ def fuzzer(*words: str) -> subprocess.CompletedProcess[str]:
 def test_a_name_that_is_no_target_is_refused():
     done = fuzzer("--targets", "questions", "no such")
     assert done.returncode == 2
-    assert "--targets has 'no such', which is none; there are: " in done.stderr
+    assert "--targets has 'no such', which is unknown; choose from: " in done.stderr
 
 
 def test_no_reader_is_surprised(tmp_path):

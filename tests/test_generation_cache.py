@@ -217,7 +217,7 @@ def test_only_a_client_of_shared_engines_follows_weights(tmp_path):
     cached = CachedGenerator(Client(), tmp_path)
     cached.expect_weights(5, "a")
     assert cached.score([prompt(1)], [(2,)])[0].version == 5
-    with pytest.raises(GenerationError, match="Arithmetic shares its engine with nobody"):
+    with pytest.raises(GenerationError, match="Arithmetic does not share its engine"):
         CachedGenerator(Arithmetic(), tmp_path).expect_weights(5, "a")
 
 

@@ -160,7 +160,7 @@ def test_a_server_of_texts_alone_answers_and_does_not_score(server, open_it, tmp
     answers = generator.generate(PROMPTS, SAMPLING)
     texts = {prompt.text for prompt in PROMPTS}
     assert {body["prompt"] for body in asked(server)} == texts
-    assert "takes prompts as text alone" in caplog.text
+    assert "takes prompts only as text" in caplog.text
     assert {answer.logp for answer in answers} == {None}
     num_asked = len(server.bodies)
     assert generator.generate(PROMPTS, SAMPLING) == answers
@@ -171,7 +171,7 @@ def test_a_server_of_texts_alone_answers_and_does_not_score(server, open_it, tmp
 
 def test_a_server_without_scores_is_found_by_a_request_of_two_tokens(server, open_it):
     server.can = frozenset({"token_ids", "logprobs"})
-    with pytest.raises(ConfigError, match="no log-probabilities of a prompt's tokens"):
+    with pytest.raises(ConfigError, match="not return log-probabilities of prompt tokens"):
         check_scores(open_it(), PROMPTS[0])
     assert asked(server) == []
 
@@ -288,16 +288,16 @@ USAGE = {"prompt_tokens": 5, "completion_tokens": 2}
         ({"object": "list"}, "no choices"),
         ({"choices": [], "usage": USAGE}, "no choices"),
         ({"choices": [{"text": None}], "usage": USAGE}, "its text is None"),
-        ({"choices": [{"text": "a"}]}, "counts no prompt tokens"),
+        ({"choices": [{"text": "a"}]}, "does not count the prompt tokens"),
         (
             {
                 "choices": [{"text": "a", "logprobs": {"token_logprobs": [-1.0, float("nan")]}}],
                 "usage": USAGE,
             },
-            "a log-probability in it is nan",
+            "one of its log-probabilities is nan",
         ),
-        ([1, 2], "no JSON object"),
-        ("<html>welcome</html>", "no JSON object"),
+        ([1, 2], "not a JSON object"),
+        ("<html>welcome</html>", "not a JSON object"),
     ],
 )
 def test_a_useless_answer_is_counted(server, open_it, reply, message):
@@ -357,7 +357,7 @@ def test_a_copy_knows_the_server_and_takes_the_key_from_its_own_environment(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     packed = pickle.dumps(open_it())
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ConfigError, match="but not here; set it on every node"):
+    with pytest.raises(ConfigError, match="but not on this node; set it on every node"):
         pickle.loads(packed)
 
 
@@ -391,7 +391,7 @@ def test_a_generator_that_is_closed_leaves_nobody_waiting(server, open_it):
 
 
 def test_weights_are_not_taken(open_it):
-    with pytest.raises(GenerationError, match=r"keeps its own weights; .* vllm or transformers"):
+    with pytest.raises(GenerationError, match=r"cannot be replaced; .* vllm or transformers"):
         open_it().load_weights(None)
 
 
@@ -427,7 +427,7 @@ def test_both_launchers_ask_from_this_process(server, model_dir, tmp_path, launc
         ({"backend": "auto"}, "generator.url names what a server has, but generator.backend is"),
         ({"backend": "vllm", "url": None, "served_model": "a"}, "generator.served_model names"),
         ({"url": "localhost:8000"}, "is no address"),
-        ({"url": "http://me:secret@host/v1"}, "holds a password"),
+        ({"url": "http://me:secret@host/v1"}, "contains a password"),
         ({"url": "http://host/v1?key=secret"}, "goes on after"),
         ({"key_variable": "sk-secret"}, "is no name of an environment variable"),
     ],
@@ -553,6 +553,6 @@ def test_a_selector_is_trained_and_evaluated_with_a_server(server, tmp_path, mon
 @pytest.mark.slow
 def test_a_reward_of_scores_is_refused_before_the_first_step(server, tmp_path):
     server.can = frozenset({"token_ids", "logprobs"})
-    with pytest.raises(ConfigError, match="no log-probabilities of a prompt's tokens"):
+    with pytest.raises(ConfigError, match="not return log-probabilities of prompt tokens"):
         train.main(endpoint_flags(server, tmp_path))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

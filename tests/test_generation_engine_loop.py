@@ -268,7 +268,7 @@ def test_after_a_failed_step_everybody_is_told(opened):
             with pytest.raises(GenerationError, match="ValueError: a broken letter"):
                 raise found
         assert "a broken letter" in loop.failure()
-        with pytest.raises(GenerationError, match="answers no more requests"):
+        with pytest.raises(GenerationError, match="no longer answers requests"):
             await read(loop, spell("ab"))
         assert loop.num_unfinished() == 0
 

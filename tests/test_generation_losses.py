@@ -67,7 +67,7 @@ def test_a_question_of_which_two_prompts_are_given_up_is_refused_whole():
         assert losses.lost(Chunk([0]), HUNG, died(), [prompt]) == []
     refused = losses.refusal(third)
     assert refused is not None
-    assert "2 other prompts of the question 'why?' were lost" in str(refused)
+    assert "2 other prompts of the question 'why?' failed on every actor" in str(refused)
     assert str(losses.refusal(first)) == "a died"
     assert losses.refusal(other) is None
     assert losses.refusal(prompts(6)[0]) is None

@@ -218,7 +218,7 @@ def test_an_answer_that_nothing_ends_is_refused(tokenizer):
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
     builder = PromptBuilder(config(), endless, stop=("Question:",))
-    with pytest.raises(ConfigError, match=r"nothing ends an answer.*Question:.*line break"):
+    with pytest.raises(ConfigError, match=r"answers would never end.*Question:.*line break"):
         builder.encode_target("Lima")
 
 

@@ -180,7 +180,10 @@ def test_a_family_takes_weights_or_is_refused_before_the_engine_is_touched(tmp_p
         with torch.no_grad():
             expected = learner.answer_logp([p.token_ids for p in asked], answers).tolist()
         assert [score.logp for score in before] == pytest.approx(expected, abs=TOLERANCE)
-        with pytest.raises(GenerationError, match=r"packs the experts .*backend transformers"):
+        with pytest.raises(
+            GenerationError,
+            match=r"packs the weights of a mixture of experts .*backend transformers",
+        ):
             opened.inner.load_weights(learner.published_weights(1, torch.float32))
         assert opened.inner.score(asked, answers) == before
     finally:

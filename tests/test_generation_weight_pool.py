@@ -201,7 +201,7 @@ def test_a_client_never_gets_results_of_another_set_than_it_expects(open_pool):
     early.join(60)
     assert found == [{(2, "2")}]
     with pytest.raises(
-        GenerationError, match=r"went on to weights of version 2 .*expects version 1"
+        GenerationError, match=r"already has weights of version 2 .*expects version 1"
     ):
         results(behind)
     behind.expect_weights(2, weights(2).digest)

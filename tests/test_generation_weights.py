@@ -394,7 +394,7 @@ def test_a_tied_model_without_a_known_embedding_is_refused(tmp_path):
 
     save_file({"first.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(GenerationError, match="0 tensors are named like one"):
+    with pytest.raises(GenerationError, match="0 tensors have the name of an embedding"):
         WeightLayout.of(tmp_path)
 
 

@@ -68,7 +68,9 @@ def test_a_cluster_that_fails_once_is_cleared_away_and_started_again(capsys):
 
 def test_a_cluster_that_fails_twice_is_an_error_that_says_what_to_do(capsys):
     found = LateCluster(2)
-    with pytest.raises(SetupError, match=r"tried twice: Exception: The .* startup\.; wait until"):
+    with pytest.raises(
+        SetupError, match=r"in two attempts: Exception: The .* startup\.; wait until"
+    ):
         start_twice(found.start, found.end)
     assert found.calls == ["start", "end", "start", "end"]
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -85,7 +87,7 @@ def test_a_path_too_long_for_sockets_is_not_tried_twice(capsys):
         validate_socket_filepath("/long" * 30 + "/sockets/plasma_store")
 
     calls: list[str] = []
-    with pytest.raises(SetupError, match=r"paths get too long.*; set RAY_TMPDIR to a short path"):
+    with pytest.raises(SetupError, match=r"paths are too long.*; set RAY_TMPDIR to a short path"):
         start_twice(start, lambda: calls.append("end"))
     assert calls == ["start", "end"]
     assert "trying once more" not in capsys.readouterr().err
@@ -95,7 +97,10 @@ def test_memory_that_runs_out_is_one_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.setattr(cluster, "connect", lambda address: None)
     error = OutOfMemoryError("7 worker(s) were killed")
-    with pytest.raises(SetupError, match="memory ran out, and Ray ended"), cluster.cluster("ray"):
+    with (
+        pytest.raises(SetupError, match="ran out of memory, and Ray killed"),
+        cluster.cluster("ray"),
+    ):
         raise error
 
 

@@ -121,7 +121,7 @@ def test_a_malformed_corpus_line_is_named_with_file_and_line(files):
     assert ended.code == 3
     last = ended.err.splitlines()[-1]
     assert last.startswith(f"error: {files.corpus}:3: not JSON")
-    assert "expected one JSON object a line" in last
+    assert "expected one JSON object per line" in last
     assert "Traceback" not in ended.err
 
 
@@ -204,7 +204,7 @@ def test_help_lists_the_recipes(words, code, capsys):
         run_program(lambda argv: train.main(words))
     assert caught.value.code == code
     said, complaint = capsys.readouterr()
-    assert complaint.startswith("error: no recipe is named; there are: quickstart") == bool(code)
+    assert complaint.startswith("error: no recipe was given; choose from: quickstart") == bool(code)
     assert said.startswith("usage: python -m jobs.train RECIPE [--run-dir DIR] [flags]")
     for name, make in RECIPES.items():
         assert f"  {name:22} {make.__doc__.splitlines()[0]}" in said
@@ -472,13 +472,13 @@ MISTAKES: dict[str, tuple[Program, list[str], int, str]] = {
         export.main,
         ["--run-dir", NOWHERE, "--output", "out"],
         2,
-        f"{NOWHERE} is no run",
+        f"{NOWHERE} is not a run",
     ),
     "report, no run": (
         report.main,
         ["--run-dir", NOWHERE, "--output", "out.html"],
         2,
-        f"--run-dir {NOWHERE} is no run, it does not exist; give the directory that",
+        f"--run-dir {NOWHERE} is not a run, it does not exist; give the directory that",
     ),
     "report, nothing named": (
         report.main,

@@ -264,12 +264,14 @@ def test_one_place_is_given(tmp_path, flags):
 
 @pytest.mark.parametrize("name", ["run/checkpoints/latest", "run/bundle", "step-000001"])
 def test_what_is_no_checkpoint_is_named(tmp_path, name):
-    with pytest.raises(ConfigError, match=f"{name} is no checkpoint of a run; give RUN_DIR/"):
+    with pytest.raises(ConfigError, match=f"{name} is not a checkpoint of a run; give RUN_DIR/"):
         export.main(export_words(tmp_path / "out", checkpoint=tmp_path / name))
 
 
 def test_a_missing_checkpoint_is_named_with_those_that_are_there(run, tmp_path):
-    message = r"step-000003 does not exist or was never finished; there are 0, 2, 4: give one"
+    message = (
+        r"step-000003 does not exist or was never finished; there are 0, 2, 4: give an existing one"
+    )
     with pytest.raises(CheckpointError, match=message):
         export.main(export_words(tmp_path / "out", checkpoint=run.checkpoints / "step-000003"))
     assert not (tmp_path / "out").exists()
@@ -282,7 +284,7 @@ def test_an_unfinished_checkpoint_is_refused(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"step-000002/manifest\.json is missing"):
         export.main(export_words(tmp_path / "out", checkpoint=copy.checkpoints / "step-000002"))
     shutil.rmtree(copy.checkpoints)
-    with pytest.raises(CheckpointError, match="holds no checkpoint yet; train first"):
+    with pytest.raises(CheckpointError, match="has no checkpoint yet; train first"):
         export.main(export_words(tmp_path / "out", run_dir=copy.path))
     assert not (tmp_path / "out").exists()
 
@@ -315,13 +317,13 @@ def test_an_output_that_exists_is_kept(run, tmp_path):
 
 
 def test_a_directory_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nothing is no run: it has no config\.json"):
+    with pytest.raises(ConfigError, match=r"nothing is not a run: it has no config\.json"):
         export.main(export_words(tmp_path / "out", run_dir=tmp_path / "nothing"))
 
 
 def test_an_adapter_that_was_not_trained_is_refused(tmp_path, small_config):
     RunDirectory(tmp_path / "run").claim(small_config)
-    with pytest.raises(ConfigError, match="--adapter apart needs a run that trains an adapter"):
+    with pytest.raises(ConfigError, match="--adapter apart needs a run that trains a LoRA adapter"):
         export.main(export_words(tmp_path / "out", run_dir=tmp_path / "run", adapter="apart"))
 
 
@@ -337,13 +339,13 @@ def test_a_run_in_turns_is_exported_when_it_is_finished(tmp_path, folder):
     run = RunDirectory(tmp_path / "run")
     run.claim(config)
     words = export_words(tmp_path / "out", run_dir=run.path, hub=True)
-    with pytest.raises(CheckpointError, match="in turns and can be exported as a whole once it is"):
+    with pytest.raises(CheckpointError, match="in turns and can be exported only when it is"):
         export.main(words)
     table = make_table(4)
     save_bundle(run.bundle, config, open_policy(config, table), table, {}, 3)
-    with pytest.raises(CheckpointError, match=r"one turn of it, such as .*rounds/1-retriever"):
+    with pytest.raises(CheckpointError, match=r"one of its turns, such as .*rounds/1-retriever"):
         export.main(export_words(tmp_path / "out", checkpoint=run.checkpoints / "step-000002"))
-    with pytest.raises(ConfigError, match="--adapter apart needs the checkpoint of one turn"):
+    with pytest.raises(ConfigError, match="--adapter apart needs the checkpoint of a single turn"):
         export.main([*words, "--adapter", "apart"])
     export.main(words)
     assert load_bundle(tmp_path / "out").config == config

@@ -162,7 +162,7 @@ def test_what_is_no_completion_counts_as_no_reply(server, tmp_path, value):
     patient = settings(server, max_failed_share=1.0, retries=0)
     judged = judge_answers(CASES[:1], patient, None, store(tmp_path))
     assert judged.verdicts == {}
-    assert "no chat completion" in judged.failed[CASES[0]]
+    assert "not a chat completion" in judged.failed[CASES[0]]
 
 
 def test_a_bad_key_ends_all_with_one_error_that_does_not_tell_it(server, tmp_path):
@@ -184,7 +184,7 @@ def test_a_wrong_address_is_named(server, tmp_path):
     with pytest.raises(ConfigError, match=r"404.*mostly in /v1"):
         judge_answers(CASES[:1], elsewhere, None, store(tmp_path))
     nobody = settings(server, url="http://127.0.0.1:9/v1", retries=0)
-    with pytest.raises(GenerationError, match=r"no judge can be reached at http://127\.0\.0\.1:9"):
+    with pytest.raises(GenerationError, match=r"cannot reach the judge at http://127\.0\.0\.1:9"):
         judge_answers(CASES[:1], nobody, None, store(tmp_path))
 
 
@@ -220,7 +220,7 @@ def test_a_verdict_belongs_to_all_that_decides_it(server, monkeypatch):
     ("changes", "complaint"),
     [
         ({"url": "127.0.0.1:8000"}, "is no address"),
-        ({"url": "http://me:secret@host/v1"}, "holds a password"),
+        ({"url": "http://me:secret@host/v1"}, "contains a password"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"retries": -1}, "retries is -1"),
         ({"timeout_s": 0.0}, "timeout_s is 0"),
@@ -345,8 +345,8 @@ def test_unparsable_verdicts_count_for_nothing_but_themselves(server, run_dir, c
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{", "line 1 is no label"),
-        ('{"id": "q0", "system": "trained", "correct": 1}', "line 1 is no label"),
+        ("{", "line 1 is not a label"),
+        ('{"id": "q0", "system": "trained", "correct": 1}', "line 1 is not a label"),
         ('{"id": "q9", "system": "trained", "correct": true}', "no answer of 'trained' to 'q9'"),
         ('{"id": "q0", "system": "x", "correct": true}', "no answer of 'x' to 'q0'"),
         (
@@ -354,7 +354,7 @@ def test_unparsable_verdicts_count_for_nothing_but_themselves(server, run_dir, c
             '{"id": "q0", "system": "trained", "correct": false}',
             "line 2 contradicts",
         ),
-        ("", "holds no label"),
+        ("", "contains no label"),
     ],
 )
 def test_labels_that_fit_nothing_are_refused(server, run_dir, line, complaint):
@@ -367,14 +367,17 @@ def test_labels_that_fit_nothing_are_refused(server, run_dir, line, complaint):
 def test_what_cannot_be_judged_is_refused_before_anything_is_asked(server, run_dir, tmp_path):
     (tmp_path / "old").mkdir()
     for more, complaint in (
-        (["--systems", "oracle"], "'oracle', which was not evaluated; there are: retriever_order"),
+        (
+            ["--systems", "oracle"],
+            "'oracle', which was not evaluated; choose from: retriever_order",
+        ),
         (["--limit", "0"], "--limit is 0"),
         (["--api-key-env", "NOT_SET"], "names NOT_SET, which is not set"),
         (["--output", str(tmp_path / "no" / "o")], "in a directory that exists"),
     ):
         with pytest.raises(ConfigError, match=complaint):
             judge.main(words(server, run_dir, *more))
-    with pytest.raises(ConfigError, match=r"old has no answers to judge: there is no .*questions"):
+    with pytest.raises(ConfigError, match=r"old has no answers to judge: .*questions"):
         judge.main(words(server, tmp_path / "old"))
     assert server.bodies == []
 

@@ -74,7 +74,7 @@ def flags(tmp_path) -> list[str]:
             "environment.id",
             "mine/Reeding-v0",
             ConfigError,
-            "environment.id 'mine/Reeding-v0' names no",
+            "environment.id 'mine/Reeding-v0' is not",
         ),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_typo_costs_nothing(flags, tmp_path, flag, value, kind, said):
     [
         ("tests/NoRoom-v0", ConfigError, "cannot be made: MemoryError: no room"),
         ("tests/NoMask-v0", EpisodeError, "it needs Discrete actions from 0 on"),
-        ("mine/Reeding-v0", ConfigError, "names no environment that is registered"),
+        ("mine/Reeding-v0", ConfigError, "is not a registered environment"),
     ],
 )
 def test_an_environment_that_breaks_its_contract_is_named_first_and_by_a_dry_run(

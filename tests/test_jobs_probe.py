@@ -166,7 +166,7 @@ def test_what_the_questions_do_not_allow_is_left_out_unless_it_is_asked_for(bund
         (["--measures", "cost,mirag"], "unknown name 'mirag'; did you mean 'mirage'?"),
         (["--measures", "zzz"], "unknown name 'zzz'; there are: mirage, order, position"),
         (["--limit", "0"], "--limit is 0; give at least 1"),
-        (["--copies", "2", "1"], "copies is [2, 1]; give rising numbers"),
+        (["--copies", "2", "1"], "copies is [2, 1]; give ascending numbers"),
         (["--output", "/no/such/folder/out.json"], "directory /no/such/folder does not exist"),
         (["--output", "/"], "--output / is a directory; give the name of a file in it"),
     ],

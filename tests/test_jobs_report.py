@@ -86,7 +86,7 @@ def test_what_is_no_run_is_refused_with_what_was_found(tmp_path, monkeypatch):
         ("files/f0", "it is empty; give"),
         ("runs", "it holds the runs run-0, run-1, run-2, run-3, run-4 and 1 more; give"),
     ):
-        with pytest.raises(ConfigError, match=rf"{name} is no run, {said}"):
+        with pytest.raises(ConfigError, match=rf"{name} is not a run, {said}"):
             report.main(words(RunDirectory(tmp_path / name), output=output))
     trained = make_run(tmp_path / "trained")
     trained.bundle.mkdir()
@@ -116,7 +116,7 @@ def test_places_that_cannot_be_written_are_refused_before_anything_is_read(tmp_p
         report.main(words(nothing, output=tmp_path))
     with pytest.raises(ConfigError, match=r"--json .* does not exist"):
         report.main([*words(nothing, output=tmp_path / "r"), "--json", str(tmp_path / "x" / "y")])
-    with pytest.raises(ConfigError, match=r"--output and --json both name"):
+    with pytest.raises(ConfigError, match=r"--output and --json are both"):
         report.main([*words(nothing, output=tmp_path / "r"), "--json", str(tmp_path / "r")])
 
 

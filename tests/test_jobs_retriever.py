@@ -108,7 +108,7 @@ def test_a_trained_generator_is_not_replaced(openrag_files, tmp_path):
     both = DROConfig(parts=("selector", "generator"))
     bundle = untrained_bundle(openrag_files, tmp_path, algorithm=both)
     words = evaluate_words(openrag_files, bundle, tmp_path / "out.json", "--generator", "other")
-    with pytest.raises(ConfigError, match=r"--generator is 'other', but .* weights that it"):
+    with pytest.raises(ConfigError, match=r"--generator is 'other', but .* trained weights of"):
         evaluate.main(words)
 
 

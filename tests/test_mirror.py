@@ -412,7 +412,7 @@ def test_storage_that_fails_is_tried_a_few_times_then_said_once_and_counted(tmp_
     assert "checkpoints/step-000004 (" in left
     assert "config.json (no route to host)" in left
     assert "run the same command to try again" in left
-    assert len([r for r in caplog.records if "is not mirrored" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "was not mirrored" in r.getMessage()]) == 1
     mended = Mirror(run.config, run.dir, refusing)
     refusing.is_broken = False
     mended.start()

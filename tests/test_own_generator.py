@@ -142,12 +142,12 @@ def test_what_is_known_of_an_answer_is_kept_and_its_end_cut(open_it):
 
 FAULTS = {
     "raise": "generate failed with KeyError: 'gone'",
-    "few": "generate gave 1 results for 2 prompts; give one each, in their order",
-    "text": "generate gave 'xx' of type str, not a list with one result a prompt",
-    "none": "generate gave None of type NoneType, not a list with one result a prompt",
-    "type": "generate gave 7j of type complex as an answer; give a text, a Generation or",
+    "few": "generate gave 1 results for 2 prompts; return one result per prompt, in the same order",
+    "text": "generate gave 'xx' of type str, not a list with one result per prompt",
+    "none": "generate gave None of type NoneType, not a list with one result per prompt",
+    "type": "generate gave 7j of type complex as an answer; return a str, a Generation or",
     "none in a place": "generate gave None of type NoneType as an answer",
-    "nan": "generate gave nan of type float as a log-probability; give a finite number of nats",
+    "nan": "generate gave nan of type float as a log-probability; return a finite number",
     "above": "generate gave 0.7 of type float as a log-probability",
     "count": "generate gave None of type NoneType as a number of tokens",
     "lines": "generate gave 3 of type int as the text of an answer",
@@ -170,7 +170,7 @@ def test_a_prompt_that_it_fails_on_has_one_error_and_the_others_their_answers(
     assert said.startswith(f"generator '{module}:Parrot': {FAULTS[fault]}")
     if fault != "says":
         assert said.endswith(
-            "(the prompt ends with 'Question 3'); mend it, then run the same command again"
+            "(the prompt ends with 'Question 3'); fix it, then run the same command again"
         )
 
 
@@ -199,7 +199,7 @@ def test_one_that_cannot_score_or_be_trained_says_so(open_it, module):
     refusal = rf"generator '{module}:Silent' has no method 'score', which .*exact_match or token_f1"
     with pytest.raises(ConfigError, match=refusal):
         check_scores(own, PROMPTS[0])
-    with pytest.raises(GenerationError, match=r"keeps its own weights; .* vllm or transformers"):
+    with pytest.raises(GenerationError, match=r"cannot be replaced; .* vllm or transformers"):
         own.load_weights(None)
     values = {"generator": {"backend": f"{module}:Silent"}, "algorithm": {"parts": ["generator"]}}
     with pytest.raises(ConfigError, match="is a generator of your own, whose weights cannot be"):
@@ -224,8 +224,8 @@ def test_configurations_name_what_is_wrong(generator, message):
     [
         ("Parot", (), "has no 'Parot'; did you mean 'Parrot'"),
         ("Parrot", ("wrod=a",), "has no option 'wrod'; did you mean 'word'"),
-        ("mute", (), "no method 'generate'; rlrag.testing.check_generator says what a generator"),
-        ("Renewed", (), "has a revision of type property; give the class or function itself a te"),
+        ("mute", (), "no method 'generate'; rlrag.testing.check_generator checks what a generator"),
+        ("Renewed", (), "has a revision of type property; set `revision` of the class or function"),
     ],
 )
 def test_one_that_cannot_be_made_is_one_error(open_it, module, name, options, message):

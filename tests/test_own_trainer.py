@@ -240,10 +240,10 @@ def test_the_contract_can_be_broken(what, error, module, tmp_path):
     ("name", "error"),
     [
         ("Lacks", "made a Lacks, which has no method 'tensors'; rlrag.testing.check_trainer"),
-        ("Alone", "made a Alone, which is no Trainer; let it be a subclass"),
-        ("Endless", "has no number num_steps"),
-        ("raises", "making it failed with OSError: no such server"),
-        ("alone", "made a Alone, which is no Trainer; let it be a subclass"),
+        ("Alone", "returned a Alone, which is not a Trainer; make it a subclass"),
+        ("Endless", "has no integer num_steps"),
+        ("raises", "creating it failed with OSError: no such server"),
+        ("alone", "returned a Alone, which is not a Trainer; make it a subclass"),
     ],
 )
 def test_what_is_no_trainer_is_one_error(name, error, module, tmp_path):
@@ -293,7 +293,7 @@ def test_a_class_that_is_no_trainer_is_refused_before_anything_is_opened(
     with pytest.raises(SystemExit) as ended:
         run_program(train.main, ["quickstart", *words])
     assert ended.value.code == 2
-    assert f"trainer '{module}:{name}' is no Trainer; let it be a subclass of rlrag.training" in (
+    assert f"trainer '{module}:{name}' is not a Trainer; make it a subclass of rlrag.training" in (
         capsys.readouterr().err
     )
     assert not opened
@@ -336,7 +336,7 @@ def test_an_encoder_that_it_trains_searches_in_the_bundle(module, openrag_files,
 @pytest.mark.parametrize(
     ("what", "error", "kept"),
     [
-        ("raises", "step 4 failed with KeyError: 'gone'; mend it and run the same", [0, 2]),
+        ("raises", "step 4 failed with KeyError: 'gone'; fix it and run the same", [0, 2]),
         ("tensor", r"step 1 gave 'loss' as a Tensor, no number; use float", [0]),
         ("nan", "step 1 gave 'loss' as nan, which is not finite", [0]),
         ("list", "step 1 gave a list, no dict of numbers", [0]),

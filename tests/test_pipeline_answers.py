@@ -113,7 +113,7 @@ def test_what_cannot_be_answered_says_why_and_keeps_the_others(bundle):
         with pytest.raises(PromptTooLongError, match="max_prompt_tokens"):
             pipeline.answer(long)
         for ask in (pipeline.answer, pipeline.retrieve, pipeline.select):
-            with pytest.raises(RequestError, match="question 0 is empty; give its text"):
+            with pytest.raises(RequestError, match="question 0 is empty; give a question"):
                 ask("  ")
 
 

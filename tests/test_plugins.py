@@ -102,10 +102,10 @@ def test_options_have_the_types_of_their_parameters(module):
             "option weight of retriever .* is 'x': Input should be",
         ),
         ("Retreiver", [], "has no 'Retreiver'; did you mean 'Retriever'?"),
-        ("broken", [], "making it failed with OSError: no such server"),
+        ("broken", [], "creating it failed with OSError: no such server"),
         ("nothing", [], "made a int, which has no method 'search'; rlrag.testing.check_retriever"),
-        ("star", [], "cannot be given by name"),
-        ("constant", [], "is a int; name a class, or a function that makes a retriever"),
+        ("star", [], "cannot be passed by keyword"),
+        ("constant", [], "is a int; name a class, or a function that returns a retriever"),
         ("a b", [], "is not of the form 'package.module:name'"),
     ],
 )
@@ -124,11 +124,11 @@ def test_a_module_that_is_missing_is_one_error():
     ("what", "error"),
     [
         ("few", "2 passages were found, but 3 were asked for"),
-        ("rising", "score 9.0 of passage .* above that of the passage before"),
+        ("rising", "score 9.0 of passage .* higher than that of the passage before"),
         ("unknown", "the corpus has no passage 'nowhere'"),
-        ("twice", "a passage was found twice"),
+        ("twice", "a result has the same passage twice"),
         ("nan", "score nan of passage .* is not finite"),
-        ("shape", "a result is no list of pairs"),
+        ("shape", "a result is not a list of pairs"),
         ("rows", "gave 1 results for 2 questions"),
         ("raise", "search failed with KeyError: 'gone'"),
     ],
@@ -302,7 +302,7 @@ def test_parts_are_trained_bundled_evaluated_and_asked(openrag_files, tmp_path):
     assert (config.retrieval.kind, config.selector.kind) == (TITLES, AGREEMENT)
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["systems"]["trained"]
     for allowed, missing in (((), AGREEMENT), ((AGREEMENT,), TITLES)):
-        with pytest.raises(ConfigError, match=f"names code that is not its own.*{missing}"):
+        with pytest.raises(ConfigError, match=f"uses custom code.*{missing}"):
             rlrag.load_pipeline(bundle, allow_code=allowed)
     with rlrag.load_pipeline(bundle, allow_code=(AGREEMENT, TITLES)) as pipeline:
         answer = pipeline.answer(QUESTIONS[0])

@@ -212,7 +212,7 @@ def test_outside_of_the_steps_the_program_ends_at_once():
             time.sleep(60)
 
     before = signal.getsignal(signal.SIGTERM)  # Ray leaves a handler of its own in the process
-    with pytest.raises(PreemptedError, match="outside of the training steps") as caught:
+    with pytest.raises(PreemptedError, match="outside the training steps") as caught:
         work()
     assert exit_code(caught.value) == 75
     assert signal.getsignal(signal.SIGTERM) == before
@@ -351,7 +351,7 @@ def test_a_corrected_command_may_use_the_directory_of_a_run_without_records(tmp_
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    with pytest.raises(PreemptedError, match="outside of the training steps"):
+    with pytest.raises(PreemptedError, match="outside the training steps"):
         train.main(words)
     assert not (run / "config.json").exists()
     RunDirectory(run).check(RunConfig())

@@ -247,7 +247,9 @@ def test_an_index_of_another_corpus_in_its_place_is_refused(tmp_path: Path, part
     ours, theirs = directories(tmp_path / "ours")[part], directories(tmp_path / "theirs")[part]
     shutil.rmtree(ours)
     shutil.copytree(theirs, ours)
-    with pytest.raises(IndexMismatchError, match=f"index {ours} does not belong.*corpus_hash is"):
+    with pytest.raises(
+        IndexMismatchError, match=f"index {ours} was built from something else.*corpus_hash is"
+    ):
         opened(tmp_path / "ours", kind="hybrid", index="ivfpq")
 
 

@@ -160,7 +160,9 @@ def test_a_truncated_file_is_refused(model_dir: Path, tmp_path: Path) -> None:
 def test_an_index_of_other_weights_is_refused(model_dir: Path, tmp_path: Path) -> None:
     encoder = encoder_of(model_dir)
     encoded(encoder, tmp_path / "index")
-    with pytest.raises(IndexMismatchError, match="does not belong here: encoder_weights_hash is"):
+    with pytest.raises(
+        IndexMismatchError, match="was built from something else: encoder_weights_hash is"
+    ):
         encoded(step(encoder), tmp_path / "index")
 
 

@@ -92,7 +92,7 @@ def test_scores_do_not_depend_on_the_parts(vectors_file: Path) -> None:
 
 def test_more_hits_than_passages_are_refused(vectors_file: Path) -> None:
     parts = both(vectors_file, num_shards=3)[1]
-    with pytest.raises(ConfigError, match="204 candidates were asked of a corpus of 203"):
+    with pytest.raises(ConfigError, match="204 candidates were requested from a corpus of 203"):
         parts.search_vectors(vectors(1, 1), NUM_PASSAGES + 1)
 
 
@@ -167,7 +167,7 @@ def test_impossible_configurations_are_refused(tmp_path: Path) -> None:
         RunConfig.model_validate(
             {"retrieval": {"num_shards": 2}, "training": {"launcher": "local"}}
         )
-    with pytest.raises(ConfigError, match="which this program does not start"):
+    with pytest.raises(ConfigError, match="which this program does not use"):
         open_retrievers(corpus, config_of(num_shards=2, num_candidates=1), tmp_path, FewVectors())
 
 

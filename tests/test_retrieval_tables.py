@@ -112,7 +112,7 @@ def test_questions_that_match_no_passage_are_counted(
         caplog.clear()
         table(tmp_path, kind="bm25", encoder=None, questions=strange)
         (warning,) = caplog.messages
-        assert warning.startswith("2 of 3 questions match no passage: bm25 scores all 0")
+        assert warning.startswith("2 of 3 questions match no passage: bm25 scores all passages 0")
     caplog.clear()
     table(tmp_path, kind="hybrid", questions=strange[:1])
     table(tmp_path, kind="bm25", encoder=None)

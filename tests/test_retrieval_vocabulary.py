@@ -353,14 +353,14 @@ def nothing(directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (headless, r"lacks the weights cls\.predictions.*prediction head is needed"),
-        (no_masked_lm, "holds no masked language model that transformers reads"),
+        (headless, r"lacks the weights cls\.predictions.*with its prediction head"),
+        (no_masked_lm, "has no masked language model that transformers can load"),
         (
             other_tokenizer,
             r"has 200 tokens, but the model has \d+ word embeddings; use the tokenizer",
         ),
         (no_tokenizer, r"has 5 tokens, but the model has \d+ word embeddings"),
-        (nothing, "has no tokenizer that transformers reads"),
+        (nothing, "has no tokenizer that transformers can load"),
     ],
 )
 def test_what_is_no_masked_language_model_is_refused(

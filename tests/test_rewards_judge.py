@@ -152,7 +152,7 @@ def test_a_judge_that_cannot_be_reached_fails_all_rollouts(monkeypatch):
         held.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{held.getsockname()[1]}/v1"
         found = totals(RewardModel(config(url), max_concurrent=1)(rollouts("a", "b")))
-    assert all(f"no judge can be reached at {url}" in each for each in found)
+    assert all(f"cannot reach the judge at {url}" in each for each in found)
 
 
 def test_a_refused_key_ends_the_run_and_is_told_nowhere(server, tmp_path, monkeypatch, caplog):

@@ -208,5 +208,5 @@ def test_settings_have_columns_and_a_change_and_keep_what_was_not_asked():
 
 @pytest.mark.parametrize("settings", [[], [1], [1, 2, 3]])
 def test_every_setting_needs_its_column(settings):
-    with pytest.raises(DataError, match="one column of each for every setting"):
+    with pytest.raises(DataError, match="each one column per setting"):
         by_setting(settings, np.ones((4, 2)), np.ones((4, 2)))

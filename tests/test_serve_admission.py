@@ -25,7 +25,7 @@ def test_room_is_given_in_the_order_of_arrival_and_one_too_many_is_refused() -> 
             tasks.append(asyncio.ensure_future(hold(room, release, order, name)))
             await asyncio.sleep(0)
         assert order == [0, 1]
-        with pytest.raises(OverloadedError, match="2 questions are under way and 2 wait"):
+        with pytest.raises(OverloadedError, match="2 questions are in progress and 2 are waiting"):
             async with room.slot():
                 pass
         release.set()
@@ -85,7 +85,7 @@ def test_a_batch_and_single_questions_take_turns() -> None:
         await asyncio.sleep(0)
         single = [asyncio.ensure_future(work(f"s{n}", False)) for n in range(2)]
         await asyncio.sleep(0)
-        with pytest.raises(OverloadedError, match="1 questions are under way and 2 wait"):
+        with pytest.raises(OverloadedError, match="1 questions are in progress and 2 are waiting"):
             room.check()
         batch[0].cancel()
         await asyncio.sleep(0)

@@ -130,7 +130,9 @@ def test_ray_serve_that_listens_elsewhere_is_named():
 
 
 def test_an_address_is_for_a_service_that_is_started_by_hand(bundle):
-    with pytest.raises(NotServableError, match=r"host=::1 port=8001 is for `rlrag serve` "):
+    with pytest.raises(
+        NotServableError, match=r"host=::1 port=8001 works only with `rlrag serve` "
+    ):
         build({"bundle": str(bundle), "host": "::1", "port": "8001"})
     with pytest.raises(NotServableError, match="service setting 'port'"):
         build({"bundle": str(bundle), "port": "80000"})

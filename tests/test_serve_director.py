@@ -93,7 +93,7 @@ def test_a_bundle_that_is_loaded_everywhere_becomes_active(bundles, tmp_path):
 def test_a_canary_needs_a_share_and_another_version(bundles, tmp_path):
     found = director(bundles, tmp_path)
     for share in (0.0, -0.1, 1.1):
-        with pytest.raises(RequestError, match="more than 0 and at most 1"):
+        with pytest.raises(RequestError, match="above 0 and at most 1"):
             run(found, bundles[1], "canary", share)
     with pytest.raises(RequestError, match="active already"):
         run(found, bundles[0], "canary", 0.5)
@@ -201,7 +201,7 @@ def test_the_first_bundle_must_answer_as_recorded_too(recorded, tmp_path, caplog
     wrong = EchoPipeline(picks=(0, 1))
     found = director(recorded, tmp_path, wrong)
     assert not first_checked(found)
-    assert "the service does not start: version" in caplog.text
+    assert "the service cannot start: version" in caplog.text
     assert "only 0 of 10 golden answers" in caplog.text
     assert run(found, recorded[1]).active == read_bundle(recorded[1]).version
     assert found.hear(Report("i1", "ingress", epoch=0)).checked  # another bundle repairs it
@@ -209,7 +209,7 @@ def test_the_first_bundle_must_answer_as_recorded_too(recorded, tmp_path, caplog
 
 def test_on_a_corpus_of_the_service_the_first_bundle_is_not_compared(recorded, tmp_path, caplog):
     assert first_checked(director(recorded, tmp_path, EchoPipeline(picks=(0, 1))), False)
-    assert "is not checked on the service's corpus" in caplog.text
+    assert "are not checked, because the service uses another corpus" in caplog.text
 
 
 def test_one_change_at_a_time(bundles, tmp_path):

@@ -215,7 +215,9 @@ def test_a_path_that_holds_another_version_by_now_is_refused(
     place = make_bundle(tmp_path / "current", openrag_files, cache_dir, seed=1)
     named = bundle_version(place)
     make_bundle(place, openrag_files, cache_dir, seed=2)
-    message = f"current now holds version {bundle_version(place)}, not {named}; put {named} back"
+    message = (
+        f"current now contains version {bundle_version(place)}, not {named}; restore {named} back"
+    )
     with pytest.raises(CheckpointError, match=message):
         part.load(named, place)
     assert part.loaded() == ()

@@ -80,7 +80,7 @@ def test_an_upload_that_stops_half_way_leaves_nothing_that_is_taken_for_whole(tm
     for _ in range(2):
         with pytest.raises(SetupError, match="the cable is out"):
             Unplugged(there(tmp_path)).upload_whole("step-1", source)
-        with pytest.raises(CheckpointError, match="was not uploaded to its end"):
+        with pytest.raises(CheckpointError, match="was not completed"):
             remote.download_whole("step-1", tmp_path / "back")
         assert not (tmp_path / "back").exists()
         remote.upload_whole("step-1", source)
@@ -115,7 +115,7 @@ def test_what_is_damaged_here_does_not_become_whole_there(tmp_path, remote):
 )
 def test_a_manifest_from_elsewhere_writes_nothing_outside_its_directory(tmp_path, remote, name):
     remote.write("step-1/manifest.json", json.dumps({"files": {name: "0" * 64}}).encode())
-    with pytest.raises(CheckpointError, match="which is no file of that directory"):
+    with pytest.raises(CheckpointError, match="which is not a file of that directory"):
         remote.download_whole("step-1", tmp_path / "back")
 
 
@@ -138,7 +138,7 @@ def test_transfers_end_when_their_time_is_over(tmp_path, remote):
     remote.upload_whole("step-1", write(tmp_path / "here"))
     with remote.until(1e-6):
         time.sleep(1e-3)
-        with pytest.raises(SetupError, match="the time for transfers was over"):
+        with pytest.raises(SetupError, match="the time limit for transfers ended"):
             remote.download_whole("step-1", tmp_path / "back")
     remote.download_whole("step-1", tmp_path / "back")
 

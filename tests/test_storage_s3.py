@@ -57,7 +57,7 @@ def test_a_directory_comes_back_is_replaced_and_deleted(tmp_path):
     with pytest.raises(CheckpointError, match=r"runs/one/step-1/a\.txt is truncated or altered"):
         remote.download_whole("step-1", tmp_path / "back")
     remote.delete("step-1/manifest.json")
-    with pytest.raises(CheckpointError, match="was not uploaded to its end"):
+    with pytest.raises(CheckpointError, match="was not completed"):
         remote.download_whole("step-1", tmp_path / "back")
     remote.delete_whole("step-1")
     remote.delete_whole("step-1")

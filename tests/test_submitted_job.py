@@ -80,7 +80,7 @@ def test_doctor_explains_it_too(uploaded):
 def test_nothing_is_written_where_it_would_be_deleted(uploaded, main, words, flag):
     if not uploaded:
         return
-    with pytest.raises(ConfigError, match=f"^{flag} lies in the copy .* absolute path"):
+    with pytest.raises(ConfigError, match=f"^{flag} is inside the uploaded copy .* absolute path"):
         main(words)
 
 

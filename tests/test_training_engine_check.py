@@ -93,7 +93,7 @@ def test_right_engines_pass_and_stand_where_they_stood(case, family, method, tmp
 
 @pytest.mark.parametrize(("method", "engine"), [("lora", Stale), ("full", Stale), ("lora", Half)])
 def test_engines_that_answer_with_other_weights_are_refused(case, method, engine):
-    with pytest.raises(ConfigError, match=r"before the first step.* the engines give .*learner"):
+    with pytest.raises(ConfigError, match=r"check before training.* the engines give .*learner"):
         case("llama", method, engine)
 
 

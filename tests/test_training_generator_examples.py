@@ -222,7 +222,7 @@ def test_the_likelihoods_of_a_set_come_from_the_rewards_through_the_environment(
 
 
 def test_a_set_of_answers_is_refused_where_nothing_scores_it():
-    with pytest.raises(ConfigError, match="asks for answer_logp"):
+    with pytest.raises(ConfigError, match="uses answer_logp"):
         RewardModel(RewardConfig(functions=("exact_match",), golden_answers="all"))
     with pytest.raises(ValueError, match="tokens of one"):
         RewardConfig(functions=("answer_logp_mean",), golden_answers="all")

@@ -291,7 +291,7 @@ def test_micro_batches_are_of_like_length_and_within_the_limit(model_dir):
 
 @pytest.mark.parametrize(("prompt", "answer"), [((), (1,)), ((1,), ())])
 def test_an_empty_prompt_or_answer_is_refused(model_dir, prompt, answer):
-    with pytest.raises(GenerationError, match=r"sequence 1 to train on has .* at least one"):
+    with pytest.raises(GenerationError, match=r"training sequence 1 has .* at least one"):
         make(model_dir).answer_logp([(1,), prompt], [(1,), answer])
 
 

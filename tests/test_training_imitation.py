@@ -155,7 +155,7 @@ def test_what_cannot_work_is_refused(model_dir, table):
     with pytest.raises(DataError, match="shape"):
         imitate(policy, table, 1, 2, 1e-3, 0, orders=np.zeros((NUM_QUESTIONS, 3), dtype=int))
     for wrong in ([1, 1], [0, NUM_CANDIDATES], [-1, 0]):
-        with pytest.raises(DataError, match="give different positions"):
+        with pytest.raises(DataError, match="give distinct positions"):
             imitate(policy, table, 1, 2, 1e-3, 0, orders=np.tile(wrong, (NUM_QUESTIONS, 1)))
     with torch.no_grad():
         policy.get_parameter("model.lm_head.weight").fill_(float("nan"))
@@ -194,7 +194,9 @@ def test_a_run_gives_positions_and_the_retriever_the_rest(tmp_path, table):
 
 
 def test_a_run_of_other_questions_or_passages_is_refused(tmp_path, table):
-    with pytest.raises(DataError, match=r"its first is 'q70', and the first of 6 .* is 'q0'"):
+    with pytest.raises(
+        DataError, match=r"its first question is 'q70', but the first of the 6 .* is 'q0'"
+    ):
         orders_of_run(save_run(tmp_path / "run", {70: [0]}), table, 2)
     with pytest.raises(DataError, match="it names 'p3-9', where 'p3-0' is wanted"):
         orders_of_run(save_run(tmp_path / "run", {3: [9]}), table, 2)

@@ -229,7 +229,7 @@ def test_a_wait_has_a_bound(config, task, tmp_path):
 
 def test_a_process_that_dies_is_named(config, task, tmp_path):
     index = make(config, task, tmp_path, Dying())
-    with pytest.raises(SetupError, match=r"process that encoded the passages died.*same command"):
+    with pytest.raises(SetupError, match=r"process that encodes the passages died.*same command"):
         index.before_step(2, moved_encoder(config))
 
 
@@ -313,14 +313,14 @@ def test_a_checkpoint_names_the_refresh_under_way_which_goes_on(config, task, tm
     with caplog.at_level(logging.WARNING):
         again.resume(2, under_way=8)
     assert again.under_way == 0
-    assert "the refresh of step 8 cannot go on" in caplog.text
+    assert "the index refresh of step 8 was stopped" in caplog.text
 
 
 def test_a_version_that_was_never_finished_is_not_searched(config, task, tmp_path):
     patient = changed(config, algorithm={"refresh_waits": False})
     index = make(patient, task, tmp_path, Elsewhere())
     index.before_step(2, moved_encoder(config))
-    with pytest.raises(CheckpointError, match=r"step-000002 .* is gone or unfinished"):
+    with pytest.raises(CheckpointError, match=r"step-000002 .* is missing or incomplete"):
         make(patient, task, tmp_path, Elsewhere()).resume(2)
 
 

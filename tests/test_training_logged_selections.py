@@ -160,7 +160,7 @@ def test_a_log_without_exploration_is_refused(config, tmp_path):
 def test_a_log_without_feedback_is_refused(config, tmp_path):
     table = make_table(3)
     FeedbackStore(tmp_path / "log.sqlite").record_selection(event(table, 0, 0))
-    with pytest.raises(DataError, match="1 selections, but nothing was said"):
+    with pytest.raises(DataError, match="1 selections, but no feedback"):
         open_logged_data(config, library_of(table), tmp_path / "log.sqlite")
 
 

@@ -81,7 +81,7 @@ def test_the_stage_judges_saves_and_loads_what_it_saved(config, tmp_path):
 
 
 def test_pools_that_are_not_there_are_named(config, tmp_path):
-    with pytest.raises(CheckpointError, match=r"none does not exist; the offline stage comes"):
+    with pytest.raises(CheckpointError, match=r"none does not exist; run the offline stage"):
         load_pools(config, make_table(6), "g", tmp_path / "none")
 
 
@@ -288,7 +288,7 @@ def test_fewer_usable_questions_than_a_batch_make_smaller_steps_and_say_so(
     with caplog.at_level(logging.WARNING):
         pools = run_stage(config, with_answers_to(3), ReadingGenerator(), tmp_path / "pools")
     assert "only 3 of 6 questions have both" in caplog.text
-    assert "a step trains on 3 questions and not on training.batch_size 4" in caplog.text
+    assert "steps use 3 questions instead of training.batch_size 4" in caplog.text
     assert len(openrag_schedule(config, len(pools.usable)).rows(0)) == 3
 
 

@@ -222,7 +222,9 @@ def test_batches_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match="a batch has no questions"):
         learner.update([], [], [], step=0)
     for passages, shape in (([["a"]], (1, 2)), ([["a"], []], (2, 1)), ([["a"]], (2, 1))):
-        with pytest.raises(DataError, match="give each question passages, and each passage a"):
+        with pytest.raises(
+            DataError, match="give each question at least one passage, and each passage a"
+        ):
             learner.update_kl(["q"] * shape[0], passages, np.zeros(shape), step=0)
 
 

@@ -174,11 +174,11 @@ def test_data_that_changed_between_a_stop_and_its_continuation_is_refused(tmp_pa
     run_dir.check_sources({"corpus": "c2", "train_questions": "q2"})  # nothing was trained yet
     run_dir.append_metrics({"step": 0})
     run_dir.check_sources({"corpus": "c2", "train_questions": "q2"})
-    with pytest.raises(RunDirectoryError, match=r"another content of train_questions than"):
+    with pytest.raises(RunDirectoryError, match=r"a different version of train_questions"):
         run_dir.check_sources({"corpus": "c2", "train_questions": "q3"})
-    with pytest.raises(RunDirectoryError, match=r"of corpus and train_questions than is there"):
+    with pytest.raises(RunDirectoryError, match=r"of corpus and train_questions is there"):
         run_dir.check_sources({"corpus": "c3", "train_questions": "q3"})
-    with pytest.raises(RunDirectoryError, match=r"another content of feedback than"):
+    with pytest.raises(RunDirectoryError, match=r"a different version of feedback"):
         run_dir.check_sources({"corpus": "c2", "train_questions": "q2", "feedback": "f1"})
     for text in ("", "[1]", "{"):
         run_dir.sources.write_text(text)
@@ -203,7 +203,9 @@ def test_records_that_a_checkpoint_contains_must_be_there(tmp_path):
     for step in (0, 1, 3):
         run_dir.append_metrics({"step": step})
     run_dir.check_records(1)
-    with pytest.raises(DataError, match=r"lacks step 2, which the checkpoint of step 3 contains"):
+    with pytest.raises(
+        DataError, match=r"has no record of step 2, which the checkpoint of step 3 includes"
+    ):
         run_dir.check_records(3)
 
 
@@ -291,11 +293,11 @@ def test_a_full_disk_loses_no_record_and_no_configuration(tmp_path):
 
 def test_a_folder_named_in_latin_1_is_refused_at_the_start(tmp_path, monkeypatch):
     folder = tmp_path / os.fsdecode("réseau".encode("latin-1"))
-    with pytest.raises(RunDirectoryError, match=r"seau' is not named in UTF-8; rename"):
+    with pytest.raises(RunDirectoryError, match=r"seau' is not valid UTF-8; rename"):
         RunDirectory(folder).check(RunConfig())
     folder.mkdir()
     monkeypatch.chdir(folder)
-    with pytest.raises(RunDirectoryError, match="is not named in UTF-8"):
+    with pytest.raises(RunDirectoryError, match="is not valid UTF-8"):
         RunDirectory(Path("run")).check(RunConfig())
     RunDirectory(tmp_path / "réseau").check(RunConfig())
     with pytest.raises(ValidationError, match="unicode string"):

@@ -68,7 +68,7 @@ def test_a_stall_is_reported_with_its_phase_and_the_stuck_function(heard):
     assert "thread MainThread:" in text
     assert "in stand_still_in_here" in text
     assert "thread watchdog" not in text
-    assert "under way is step 7; nothing was ended" in reports(heard)[0]
+    assert "during step 7; the run was not stopped" in reports(heard)[0]
 
 
 def test_each_stall_is_reported_once_a_period_and_progress_begins_anew(heard):
@@ -85,10 +85,10 @@ def test_each_stall_is_reported_once_a_period_and_progress_begins_anew(heard):
         clock.now = now
         assert watchdog.check() is reported
     assert [message.split(";")[0] for message in reports(heard)] == [
-        "no progress for 100 s: under way is the beginning",
-        "no progress for 200 s: under way is the beginning",
-        "no progress for 450 s: under way is the beginning",
-        "no progress for 100 s: under way is step 1",
+        "no progress for 100 s during the beginning",
+        "no progress for 200 s during the beginning",
+        "no progress for 450 s during the beginning",
+        "no progress for 100 s during step 1",
     ]
 
 
@@ -136,8 +136,8 @@ def test_a_report_names_what_is_waited_for(heard):
         assert watchdog.check()
         assert current_waits() == lines
     assert current_waits() == []
-    assert f"under way is step 1, waiting for {lines[0]}; " in reports(heard)[0]
-    assert f"{lines[4]} and 2 more; nothing was ended" in reports(heard)[0]
+    assert f"during step 1, waiting for {lines[0]}; " in reports(heard)[0]
+    assert f"{lines[4]} and 2 more; the run was not stopped" in reports(heard)[0]
 
 
 def test_it_stops_with_its_block_even_when_that_raises():
@@ -161,14 +161,14 @@ def test_phases_go_to_the_innermost_watchdog_of_the_thread(heard):
         under_way("step 1")
         clock.now = LONG_S
         assert outer.check()
-    assert "under way is outer" in reports(heard)[0]
+    assert "during outer" in reports(heard)[0]
     with Watchdog("outer", clock=clock, period_s=LONG_S) as outer:
         with Watchdog("inner", clock=clock, period_s=LONG_S):
             pass
         under_way("step 2")
         clock.now += LONG_S
         assert outer.check()
-    assert "under way is step 2" in reports(heard)[1]
+    assert "during step 2" in reports(heard)[1]
 
 
 def test_a_worker_keeps_the_report_in_its_log(tmp_path):
@@ -179,7 +179,7 @@ def test_a_worker_keeps_the_report_in_its_log(tmp_path):
         watchdog.check()
     found = [json.loads(line) for line in (run_dir.logs / "worker-2.log").open()]
     assert [line["level"] for line in found] == ["WARNING", "INFO"]
-    assert "under way is step 4" in found[0]["message"]
+    assert "during step 4" in found[0]["message"]
     assert found[1]["message"].startswith("no progress; stacks of all threads:\n")
 
 

@@ -153,7 +153,7 @@ def test_a_reward_that_silence_would_win_is_refused(question_file) -> None:
         with pytest.raises(DataError, match=f"golden_answers, but .* {functions[0]} compare"):
             training_questions(over(spec, reward={"functions": functions}))
     for changes, said in (
-        ({"algorithm": {"name": "sft"}}, "learns from; give golden"),
+        ({"algorithm": {"name": "sft"}}, "learns from them; give golden"),
         ({"algorithm": {"name": "openrag"}}, "learns from.*, or use algorithm.labels gold"),
     ):
         with pytest.raises(DataError, match=said):

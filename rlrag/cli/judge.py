@@ -39,7 +39,7 @@ class JudgeArguments:
     model: str
     """Model name that the API expects."""
     api_key_env: str = DEFAULT_KEY_VARIABLE
-    """Environment variable with the API key; leave it out for a server without keys."""
+    """Environment variable with the API key; it may be unset if the server needs no key."""
     cache: Path | None = None
     """SQLite file that stores the verdicts; `judge.sqlite` next to the evaluation when unset."""
     output: Path | None = None

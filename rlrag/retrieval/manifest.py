@@ -129,9 +129,9 @@ def check_manifest(directory: Path, expected: Manifest) -> None:
     ]
     if differences:
         raise IndexMismatchError(
-            f"the index {directory} does not belong here: {'; '.join(differences)}. Use the "
-            "corpus, encoder and parameters that it was built from, or delete the directory and "
-            "run again to rebuild the index"
+            f"the index {directory} was built from something else: {'; '.join(differences)}. Use "
+            "the corpus, encoder and parameters that it was built from, or delete the directory "
+            "and run again to rebuild the index"
         )
     check_files(directory, files, path)
 

@@ -49,31 +49,31 @@ def check_gpus(needs: Needs, facts: GpuFacts) -> Answer:
     """Whether the GPUs that are asked for can be used."""
     wanted = math.ceil(needs.gpus)
     if not wanted and facts.driver is None:
-        return ok("none, and none is asked for")
-    asks = f"the configuration asks for {wanted} GPU(s)"
+        return ok("none, and the configuration needs none")
+    asks = f"the configuration needs {wanted} GPU(s)"
     if facts.driver is None:
-        return failed(f"{asks}, and there is no NVIDIA driver", _WITHOUT)
+        return failed(f"{asks}, but there is no NVIDIA driver", _WITHOUT)
     if facts.built_for is None:
-        said = f"there is a GPU driver, but torch {facts.torch} is built for CPUs alone"
-        advice = "install a torch that is built for CUDA (the extra 'vllm' brings one)"
+        said = f"there is a GPU driver, but torch {facts.torch} is a CPU-only build"
+        advice = "install a CUDA build of torch (the extra 'vllm' includes one)"
         return failed(f"{asks}; {said}", advice) if wanted else ok(said)
     versions = f"driver for CUDA {_text(facts.driver)}, torch built for {_text(facts.built_for)}"
     if facts.driver[0] < facts.built_for[0]:
         advice = (
-            f"update the driver to one for CUDA {facts.built_for[0]}, or install a torch that is "
-            f"built for CUDA {facts.driver[0]}"
+            f"update the driver to one for CUDA {facts.built_for[0]}, or install a torch build "
+            f"for CUDA {facts.driver[0]}"
         )
         said = f"the driver is too old: {versions}"
         return failed(said, advice) if wanted else warning(said, advice)
     if len(facts.names) < wanted:
         return failed(
-            f"{asks}, and torch sees {len(facts.names)} ({versions})",
+            f"{asks}, but torch sees {len(facts.names)} ({versions})",
             f"look at nvidia-smi and CUDA_VISIBLE_DEVICES, or {_WITHOUT}",
         )
     if wanted and needs.gpu_bytes > min(facts.memory_bytes):
         return failed(
-            f"weights and optimiser need about {needs.gpu_bytes / GIB:.1f} GiB of one GPU, and the "
-            f"smallest has {min(facts.memory_bytes) / GIB:.1f} GiB",
+            f"weights and optimiser need about {needs.gpu_bytes / GIB:.1f} GiB of GPU memory, "
+            f"but the smallest GPU has {min(facts.memory_bytes) / GIB:.1f} GiB",
             "use a smaller model, --generator-training.method lora, or sharding fsdp2",
         )
     return ok(f"{len(facts.names)} of {', '.join(sorted(set(facts.names))) or 'none'}; {versions}")

@@ -70,7 +70,7 @@ def run_check(name: str, check: Callable[[], Answer], timeout_s: float) -> Findi
         if answers
         else failed(
             f"no answer within {timeout_s:g} s",
-            "look whether storage or network that it uses hangs, or raise --check-timeout-s",
+            "check whether its storage or network hangs, or raise --check-timeout-s",
         )
     )
     return Finding(name, answer.status, answer.found, answer.advice, answer.kind)
@@ -85,4 +85,4 @@ def _answer(check: Callable[[], Answer]) -> Answer:
         return failed(found, advice, kind) if found else failed(advice, "", kind)
     except Exception as error:  # noqa: BLE001 - whatever keeps a check from its answer is an answer
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return failed(f"could not be checked: {reason}", "look into what the error names")
+        return failed(f"could not be checked: {reason}", "fix the cause that the error names")

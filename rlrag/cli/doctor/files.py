@@ -39,7 +39,7 @@ def check_corpus(spec: str | None, passage_words: int) -> Answer:
         SetupError: when the package of the built-in corpus is missing.
     """
     if spec is None:
-        return ok("none; the retriever brings the passages")
+        return ok("none; the retriever returns the passages with their texts")
     if spec.startswith(_HUB_PREFIX):
         return _hub_data(spec)
     from rlrag.data.checks import Tally
@@ -90,7 +90,7 @@ def check_split(config: RunConfig) -> Answer:
     if config.feedback is not None:
         return ok("not needed: the run learns from a log")
     if not are_here(data.train_questions):
-        return ok(f"not looked at: {data.train_questions} is not here")
+        return ok(f"not checked: {data.train_questions} is not on this machine")
     evaluation = None
     try:
         load_questions(data.train_questions, config.cache_path)
@@ -98,9 +98,9 @@ def check_split(config: RunConfig) -> Answer:
             evaluation = load_questions(data.eval_questions, config.cache_path)
             evaluation = evaluation.sample(data.max_eval_questions, seed=0)
     except RlragError:  # the checks of these files say why
-        return ok("not looked at: not all questions can be read")
+        return ok("not checked: not all questions can be read")
     found = training_questions(config)
-    counted = f"{len(found.train):,} of {found.num_found:,} questions are trained on"
+    counted = f"{len(found.train):,} of {found.num_found:,} questions are used for training"
     said = remarks(config, found, evaluation)
     if said:
         return warning("; ".join([counted, *said]), "check that this is intended")
@@ -110,7 +110,7 @@ def check_split(config: RunConfig) -> Answer:
 def _hub_data(spec: str) -> Answer:
     if importlib.util.find_spec("datasets") is None:
         return failed(f"{spec} needs the package 'datasets'", "install the extra 'hub'")
-    return ok(f"{spec}: is fetched when the run starts, and not looked at before")
+    return ok(f"{spec}: downloaded when the run starts, not checked now")
 
 
 def check_other_files(config: RunConfig, run_dir: RunDirectory) -> Answer:
@@ -136,12 +136,12 @@ def check_other_files(config: RunConfig, run_dir: RunDirectory) -> Answer:
             continue
         if not Path(name).expanduser().is_file():
             return failed(
-                f"selector.{field} is {name!r}, which is no file",
+                f"selector.{field} is {name!r}, which is not a file",
                 where_to_look(name, "correct the path"),
                 "data",
             )
-        said.append(f"{name}: is there")
-    return ok("; ".join(said) or "none are named")
+        said.append(f"{name}: found")
+    return ok("; ".join(said) or "none needed")
 
 
 def check_model(name: str, cache_dir: Path, with_weights: bool = True) -> Answer:
@@ -157,7 +157,7 @@ def check_model(name: str, cache_dir: Path, with_weights: bool = True) -> Answer
         if path.is_absolute() or name.startswith((".", "~")):
             resolve_model(name, cache_dir)  # refuses it
         if model_here(name, cache_dir) is not None:
-            return ok(f"{name}: was fetched before")
+            return ok(f"{name}: already downloaded")
         return _on_hub(name)
     if not with_weights:
         tokenizer_hash(path)  # refuses a directory without one
@@ -166,7 +166,7 @@ def check_model(name: str, cache_dir: Path, with_weights: bool = True) -> Answer
             f"{name} lacks config.json or .safetensors weights",
             "save the model there with save_pretrained, or correct the path",
         )
-    return ok(f"{name}: is there")
+    return ok(f"{name}: found")
 
 
 def _on_hub(name: str) -> Answer:
@@ -177,11 +177,11 @@ def _on_hub(name: str) -> Answer:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelNotFoundError(
-            f"model {name!r} is neither on this machine nor reachable on the hub "
+            f"model {name!r} is not on this machine and cannot be downloaded from the hub "
             f"({reason[:200]}); give a local path, or a built-in name: "
             f"{', '.join(BUILTIN_MODELS)}"
         ) from error
-    return ok(f"{name}: is fetched from the hub when the run starts")
+    return ok(f"{name}: downloaded from the hub when the run starts")
 
 
 def check_generator(config: RunConfig) -> Answer:
@@ -264,7 +264,7 @@ def check_storage(path: Path, flag: str) -> Answer:
     try:
         _exercise(staging)
     except (OSError, sqlite3.Error) as error:
-        return failed(f"{there} does not keep what a run relies on: {error}", advice)
+        return failed(f"{there} lacks what a run relies on: {error}", advice)
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # a check must not fail on what it made
     return ok(f"{there} can be written, with rename, fsync and locks")

@@ -101,7 +101,7 @@ def check_open_files(config: RunConfig) -> Answer:
     advice = f"raise it with `ulimit -n {min(65536, hardest) if hardest > 0 else 65536}`"
     if limit < _MIN_FILES[launcher]:
         return failed(
-            f"only {limit} files may be open at once, and a run needs {_MIN_FILES[launcher]}",
+            f"only {limit} files may be open at once, but a run needs {_MIN_FILES[launcher]}",
             advice,
         )
     return warning(f"{limit} files may be open at once, too few for many actors", advice)
@@ -119,9 +119,11 @@ def check_memory(needs: Needs, read: Callable[[], Memory] | None = None) -> Answ
         "model), or a larger machine"
     )
     if needs.memory_bytes > total:
-        return failed(f"{wanted}, and there are {has}", advice)
+        return failed(f"{wanted}, but this machine has {has}", advice)
     if needs.memory_bytes > available:
-        return warning(f"{wanted}, and there are {has}", f"end other programs, or {advice}")
+        return warning(
+            f"{wanted}, but this machine has {has}", f"close other programs, or {advice}"
+        )
     return ok(f"{has}; {wanted}")
 
 
@@ -185,7 +187,7 @@ def check_disk(
         if free < wanted[device]:
             return failed(
                 f"only {said[-1]}",
-                "free space, or choose other places by --run-dir and --cache-dir",
+                "free disk space, or choose other directories with --run-dir and --cache-dir",
             )
     return ok("; ".join(said))
 
@@ -206,8 +208,8 @@ def check_metrics_port(config: RunConfig) -> Answer:
     if port and (reason := _refusal(port, host)):
         return failed(
             f"{host}:{port} {reason}",
-            "end what listens there, or set --training.metrics-port to another port, where 0 takes "
-            "any free one",
+            "stop the program that listens there, or set --training.metrics-port to another "
+            "port (0 uses any free one)",
         )
     return ok(f"{host}:{port} is free" if port else "any free port")
 
@@ -226,7 +228,7 @@ def check_ports(asked: Sequence[int]) -> Answer:
         for port, reason in taken.items()
     )
     if asked:
-        return failed(said, "end what listens there, or give another port")
+        return failed(said, "stop the program that listens there, or choose another port")
     return warning(
         said, "training does not need it; for a cluster or the service choose another port"
     )

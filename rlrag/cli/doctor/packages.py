@@ -25,8 +25,9 @@ def check_python(version: str | None = None) -> Answer:
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return ok(f"{version}, within {wanted}")
     return failed(
-        f"this is Python {version}, and the project runs on {wanted}",
-        "make an environment with another Python, as `make setup PYTHON=python3.11` does",
+        f"this is Python {version}, but the project needs {wanted}",
+        "create an environment with another Python, for example with `make setup "
+        "PYTHON=python3.11`",
     )
 
 
@@ -43,7 +44,7 @@ def check_packages(config: RunConfig) -> Answer:
         else:
             right += 1
     if not missing and not wrong:
-        return ok(f"{right} packages in versions that fit")
+        return ok(f"{right} packages have the right versions")
     parts = [*wrong, *([f"not installed: {', '.join(missing)}"] if missing else [])]
     named = f"[{','.join(extras)}]" if extras else ""
     return failed(

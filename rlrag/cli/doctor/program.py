@@ -138,7 +138,7 @@ class _Once:
 
 
 def _of_the_cluster() -> Answer:
-    return ok("not looked at: the run goes to the cluster of RAY_ADDRESS")
+    return ok("not checked: the run uses the cluster at RAY_ADDRESS")
 
 
 def _write(path: Path, config: RunConfig, found: Sequence[Finding]) -> None:

@@ -24,8 +24,8 @@ from rlrag.training.needs import Needs
 _ROOT = Path(__file__).resolve().parents[3]
 _HEAD = "node:__internal_head__"
 _TOKEN_ADVICE = (
-    "Ray's ports listen on every interface: start it with RAY_AUTH_MODE=token, or see that nobody "
-    "else reaches them (docs/how-to/clusters.md)"
+    "Ray's ports listen on every interface: start it with RAY_AUTH_MODE=token, or make sure "
+    "that nobody else can reach them (docs/how-to/clusters.md)"
 )
 
 
@@ -113,7 +113,7 @@ def _compare(place: str, found: Mapping[str, float], num_nodes: int, needs: Need
     """Ray waits without an error for what a cluster does not have."""
     if needs.nodes > num_nodes:
         return failed(
-            f"the run asks for {needs.nodes} nodes, and {place} has {num_nodes}",
+            f"the run needs {needs.nodes} nodes, but {place} has {num_nodes}",
             "set --generator.placement and --training.worker-placement to spread, or add nodes",
         )
     cpus, gpus = found["CPU"], found.get("GPU")
@@ -121,8 +121,8 @@ def _compare(place: str, found: Mapping[str, float], num_nodes: int, needs: Need
     wanted = f"the run reserves {needs.cpus:g} CPU and {needs.gpus:g} GPU"
     if needs.cpus > cpus or (gpus is not None and needs.gpus > gpus):
         return failed(
-            f"{wanted}, and {has}",
-            "lower --generator.num-actors, --generator.cpus-per-actor, --training.num-workers or "
-            "--training.worker-cpus (and the same of GPUs), or add nodes",
+            f"{wanted}, but {has}",
+            "lower --generator.num-actors, --generator.cpus-per-actor, --training.num-workers "
+            "or --training.worker-cpus (likewise for GPUs), or add nodes",
         )
     return ok(f"{has}; {wanted}")

@@ -176,8 +176,8 @@ class LoggedTrainer(Trainer):
         if ess < limit:
             raise DataError(
                 f"the effective sample size of the starting policy is {ess:.1f} on {len(part):,} "
-                f"held-out selections, below {limit:g}; start from the policy "
-                "that was served (selector.weights), log more, or serve with a higher "
+                f"held-out selections, below {limit:g}; start from the served policy "
+                "(selector.weights), log more selections, or serve with a higher "
                 "feedback.explore_share"
             )
 

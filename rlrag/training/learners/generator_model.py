@@ -188,8 +188,9 @@ class TrainableGenerator:
         if given != shapes:
             names = sorted({name for name, _ in set(given.items()) ^ set(shapes.items())})
             raise CheckpointError(
-                f"{len(names)} tensors of the generator do not fit the configured one, first "
-                f"{names[0]!r}; use the generator_training configuration that they were saved with"
+                f"{len(names)} generator tensors do not fit the configured model, first "
+                f"{names[0]!r}; use the generator_training configuration that they were saved "
+                "with"
             )
         for name, parameter in parameters.items():
             parameter.copy_(sliced_like(tensors[name], parameter))
