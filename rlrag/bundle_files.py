@@ -341,8 +341,8 @@ def _check_names(directory: Path) -> None:
         path = PurePosixPath(name)
         if path.suffix not in (_INDEX_SUFFIXES if path.parts[0] == INDEX else _SUFFIXES):
             raise CheckpointError(
-                f"bundle {directory} holds {name!r}, which is neither tensors nor text and may run "
-                "code when it is loaded; do not use it"
+                f"bundle {directory} contains {name!r}, which is neither tensors nor text and "
+                "may run code when it is loaded; do not use it"
             )
 
 

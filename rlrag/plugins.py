@@ -206,8 +206,8 @@ def _import(kind: str, name: str, module_name: str) -> ModuleType:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise ConfigError(
-                f"{kind} {name!r}: there is no module {missing!r}; it must be installed or lie in "
-                "the folder where the program was started"
+                f"{kind} {name!r}: there is no module {missing!r}; install it, or start the "
+                "program in the folder that contains it"
             ) from error
         raise ConfigError(
             f"{kind} {name!r}: importing {module_name!r} failed with "

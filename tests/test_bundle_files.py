@@ -240,7 +240,7 @@ def test_what_may_run_is_refused_even_where_it_is_listed(bundle, name):
     (bundle / name).parent.mkdir(exist_ok=True)
     (bundle / name).write_bytes(b"import os")
     seal(bundle)
-    with pytest.raises(CheckpointError, match=f"holds '{name}', which is neither tensors nor"):
+    with pytest.raises(CheckpointError, match=f"contains '{name}', which is neither tensors nor"):
         read_bundle(bundle)
 
 

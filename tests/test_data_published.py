@@ -377,8 +377,12 @@ def test_a_malformed_record_is_named_by_its_line(name, change, message, tmp_path
     [
         ("hotpotqaa", [], "unknown data set 'hotpotqaa'; did you mean 'hotpotqa'?"),
         ("zzz", [], "unknown data set 'zzz'; there are: nq, hotpotqa, "),
-        ("nq", ["file.json"], "file.json has neither train nor dev in its name"),
-        ("nq", ["train-or-dev.json"], "train-or-dev.json has neither train nor dev in its name"),
+        ("nq", ["file.json"], "file.json: its name must contain either train or dev"),
+        (
+            "nq",
+            ["train-or-dev.json"],
+            "train-or-dev.json: its name must contain either train or dev",
+        ),
         ("nq", ["constrained-dev.json"], "--from has no file of train questions"),
         ("nq", ["train.json"], "no file of dev questions, .* give biencoder-nq-train.json"),
         ("hotpotqa", ["psgs.tsv.gz"], "psgs.tsv.gz: only nq takes a TSV file of passages"),

@@ -491,7 +491,7 @@ def test_help_shows_its_options(openrag_files, tmp_path, capsys):
             {"generator__options": "max_word=5"},
             "has no option 'max_word'; did you mean 'max_words'",
         ),
-        ({"generator__backend": "nowhere:Writer"}, "there is no module 'nowhere'; it must be"),
+        ({"generator__backend": "nowhere:Writer"}, "there is no module 'nowhere'; install it"),
         ({"reward__functions": "answer_logp"}, "has no method 'score', which answer_logp and"),
     ],
 )

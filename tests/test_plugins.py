@@ -116,7 +116,7 @@ def test_a_part_that_cannot_be_made_is_one_error(module, name, words, error):
 
 
 def test_a_module_that_is_missing_is_one_error():
-    with pytest.raises(ConfigError, match="there is no module 'nowhere_at_all'; it must be"):
+    with pytest.raises(ConfigError, match="there is no module 'nowhere_at_all'; install it"):
         plugins.check("policy", "nowhere_at_all:Policy", [])
 
 

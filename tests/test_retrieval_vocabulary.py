@@ -353,7 +353,7 @@ def nothing(directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (headless, r"lacks the weights cls\.predictions.*with its prediction head"),
+        (headless, r"is missing the weights cls\.predictions.*with its prediction head"),
         (no_masked_lm, "has no masked language model that transformers can load"),
         (
             other_tokenizer,

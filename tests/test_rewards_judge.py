@@ -180,7 +180,7 @@ def test_a_key_that_is_named_and_not_set_is_missed_at_once(server):
 
 def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SetupError, match=r"cannot make cache_dir .*file"):
+    with pytest.raises(SetupError, match=r"cannot create cache_dir .*file"):
         RewardModel(config(server.url), tmp_path / "file")(rollouts("a"))
 
 

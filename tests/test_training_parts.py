@@ -154,7 +154,7 @@ def test_what_fine_tuning_leaves_out_of_prompts_is_that_of_all_workers(config):
 def test_targets_for_all_golden_answers_need_their_likelihoods(config):
     """The batch comes from an environment that told none."""
     every = changed(config, reward={"golden_answers": "all"})
-    with pytest.raises(ConfigError, match="gives no golden_logps in its info"):
+    with pytest.raises(ConfigError, match="has no golden_logps in its info"):
         update(open_parts(every), every, 0)
 
 

@@ -202,7 +202,7 @@ def test_another_source_is_refused_with_the_way_out(pools, tmp_path):
     pools.save(tmp_path / "pools", {})
     with pytest.raises(
         CheckpointError,
-        match=r"made from the source and not from another; delete it, or use another --run-dir",
+        match=r"built from the source and not from another; delete it, or use another --run-dir",
     ):
         Pools.load(tmp_path / "pools", "another")
 

@@ -76,7 +76,7 @@ def test_another_configuration_is_refused_with_every_field_that_differs(tmp_path
 
 def test_foreign_files_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunDirectoryError, match="holds files but no config"):
+    with pytest.raises(RunDirectoryError, match="contains files but no config"):
         claimed(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

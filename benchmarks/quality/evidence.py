@@ -267,7 +267,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sources = os.environ.get("RLRAG_DATA_DIR")
     if not sources:
-        parser.error("set RLRAG_DATA_DIR to the folder that holds corpus/ and questions/")
+        parser.error("set RLRAG_DATA_DIR to the folder that contains corpus/ and questions/")
     folder, cache_dir = arguments.folder.absolute(), arguments.cache_dir.absolute()
     parts = []
     for name in arguments.sets:

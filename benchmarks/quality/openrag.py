@@ -136,8 +136,8 @@ def main() -> None:
     if arguments.reader is not None:
         if not (arguments.reader / "bundle" / "generator").is_dir():
             parser.error(
-                f"{arguments.reader} holds no trained generator; name a run that trained one and "
-                "has finished, such as one of nq-sft"
+                f"{arguments.reader} has no trained generator; give a finished run that trained "
+                "one, such as one of nq-sft"
             )
         reader = reader_facts(arguments.reader)
         prefix += "-reader"

@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--questions",
         default=f"{BUILTIN_CORPUS}:train",
-        help="questions that name their gold passages",
+        help="questions with gold passages",
     )
     parser.add_argument("--passage-words", type=int, default=100, help="words per passage")
     parser.add_argument(

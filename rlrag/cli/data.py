@@ -100,8 +100,8 @@ def _of_files(name: str, files: Sequence[Path]) -> Mapping[str, PlacedRecords]:
         named = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
         if len(named) != 1:
             raise ConfigError(
-                f"--from {path}has neither train nor dev in its name; rename it, so that its "
-                "split is known"
+                f"--from {path}: its name must contain either train or dev, which tells its "
+                "split; rename it"
             )
         of_split[named.pop()].append(path)
     for split, paths in of_split.items():

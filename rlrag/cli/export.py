@@ -243,7 +243,7 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: R
         match = _LORA_NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(
-                f"the checkpoint's generator holds {name!r}, which does not belong to a LoRA "
+                f"the checkpoint's generator has {name!r}, which does not belong to a LoRA "
                 "adapter; export it with --adapter merged"
             )
         layers.add(match[1])

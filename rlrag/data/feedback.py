@@ -350,7 +350,7 @@ def _check_feedback(
     given = [value for value in (reward, golden_answers, thumbs) if value is not None]
     if len(given) != 1:
         raise DataError(
-            f"feedback holds {len(given)} of reward, golden_answers and thumbs; give exactly one"
+            f"feedback has {len(given)} of reward, golden_answers and thumbs; give exactly one"
         )
     if reward is not None and not abs(reward) <= MAX_REWARD:  # NaN too
         raise DataError(

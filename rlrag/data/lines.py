@@ -229,7 +229,7 @@ def take_texts(
     for value in values:
         if not isinstance(value, str) or not value.strip():
             raise DataError(
-                f"{place}: {key!r} holds {shown(value)}; expected strings that are not blank"
+                f"{place}: {key!r} contains {shown(value)}; expected strings that are not blank"
             )
         checked_text(value, f"{place}: {key!r}")
     return tuple(values)
@@ -275,7 +275,7 @@ def checked_text(text: str, place: str) -> str:
 def _missing_key(record: dict[str, Any], keys: tuple[str, ...], place: str) -> DataError:
     wanted = " or ".join(repr(key) for key in keys)
     found = ", ".join(shown(key) for key in list(record)[:10]) or "no keys"
-    return DataError(f"{place}: key {wanted} is missing; expected it beside {found}")
+    return DataError(f"{place}: key {wanted} is missing; expected it next to {found}")
 
 
 def shown(value: object) -> str:

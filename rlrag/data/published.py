@@ -169,8 +169,8 @@ def _hotpotqa(
         is_list = isinstance(sentences, list)
         if not is_list or not all(isinstance(text, str) for text in (title, *sentences)):
             raise DataError(
-                f"{place}: 'context' holds {shown([title, sentences])}; expected titles, each with "
-                "a list of sentences"
+                f"{place}: 'context' contains {shown([title, sentences])}; expected titles, each "
+                "with a list of sentences"
             )
         text = " ".join(filter(None, map(str.strip, sentences)))
         passages.append(_passage(name, title, checked_text(text, f"{place}: 'context'")))

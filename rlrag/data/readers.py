@@ -160,7 +160,7 @@ def _beir_file(folder: Path, stem: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise DataError(
-        f"{folder} has no {stem}.jsonl or {stem}.jsonl.gz; expected a BEIR folder, or name a file"
+        f"{folder} has no {stem}.jsonl or {stem}.jsonl.gz; give a BEIR folder, or a file"
     )
 
 
@@ -173,7 +173,7 @@ def _qrels_file(folder: Path, split: str | None) -> Path | None:
             return path
     names = ", ".join(path.stem for path in found) or "none"
     raise DataError(
-        f"{folder} has relevance splits {names} and not {split}; name one of them as FOLDER:SPLIT"
+        f"{folder} has relevance splits {names} and not {split}; choose one with FOLDER:SPLIT"
     )
 
 
@@ -241,7 +241,7 @@ def read_hub(
         split = next(iter(loaded))
     if split not in loaded:
         raise DataError(
-            f"{name} has splits {', '.join(loaded)}; name one of them as hub:ID:SUBSET:SPLIT"
+            f"{name} has splits {', '.join(loaded)}; choose one with hub:ID:SUBSET:SPLIT"
         )
     dataset = loaded[split]
     records = (

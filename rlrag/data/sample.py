@@ -1,4 +1,4 @@
-"""A tiny made-up corpus with questions, for trials and tests.
+"""A tiny synthetic corpus with questions, for examples and tests.
 
 All facts belong to an invented archipelago. Names are easy to confuse on purpose (Velmora and
 Velmara, Oskai and Oskari), and several questions use other words than the passage that answers

@@ -221,7 +221,7 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
         """
         if self.render_mode is None:
             gymnasium.logger.warn(
-                "render() needs render_mode='ansi' or 'rgb_array' when the environment is made"
+                "render() needs render_mode='ansi' or 'rgb_array' when the environment is created"
             )
             return None
         if self._texts is None:

@@ -103,7 +103,7 @@ def open_episodes(
         raise
     except Exception as error:
         raise ConfigError(
-            f"environment.id {config.id!r} cannot be made: {_described(error)}; {_ADVICE}"
+            f"environment.id {config.id!r} cannot be created: {_described(error)}; {_ADVICE}"
         ) from error
 
 

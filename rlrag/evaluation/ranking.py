@@ -55,7 +55,7 @@ def _hits(ranked_ids: Sequence[str], gold_ids: Collection[str], k: int) -> list[
         raise DataError(f"k is {k}; give at least 1")
     if len(set(ranked_ids)) < len(ranked_ids):
         twice = next(id_ for id_ in ranked_ids if ranked_ids.count(id_) > 1)
-        raise DataError(f"passage {twice!r} is ranked more than once; give each passage one rank")
+        raise DataError(f"passage {twice!r} is ranked more than once; rank each passage once")
     gold = set(gold_ids)
     return [passage_id in gold for passage_id in ranked_ids[:k]]
 

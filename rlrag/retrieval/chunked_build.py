@@ -67,7 +67,7 @@ def fill_in_chunks(
             last_logged = now
             rate = (end - first) / max(now - started, 1e-9)
             logger.info(
-                "encoded %d of %d passages, %.0f a second, %.0f s left",
+                "encoded %d of %d passages, %.0f per second, %.0f s left",
                 *(end, num_passages, rate, (num_passages - end) / rate),
             )
 

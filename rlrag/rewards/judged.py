@@ -70,7 +70,7 @@ class JudgeCalls:
                 self._cache_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise SetupError(
-                    f"cannot make cache_dir {self._cache_dir}: {error.strerror}; choose another"
+                    f"cannot create cache_dir {self._cache_dir}: {error.strerror}; choose another"
                 ) from error
             self._store = VerdictStore(self._cache_dir / "judge.sqlite")
         return self._store

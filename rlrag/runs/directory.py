@@ -104,8 +104,8 @@ class RunDirectory:
             self.rounds,
         }:
             raise RunDirectoryError(
-                f"{self.path} holds files but no config.json, so it is not a run; choose another "
-                "--run-dir"
+                f"{self.path} contains files but no config.json, so it is not a run; choose "
+                "another --run-dir"
             )
 
     def _visible(self) -> list[Path]:

@@ -53,7 +53,7 @@ def fetch_run(
     content = remote.read("config.json")
     if content is None:
         raise RunDirectoryError(
-            f"{remote.uri} holds files but no config.json, so it is not a run; choose another "
+            f"{remote.uri} contains files but no config.json, so it is not a run; choose another "
             "mirror.uri"
         )
     kept = RunConfig.from_json(content.decode(errors="replace"), f"{remote.uri}/config.json")

@@ -70,7 +70,7 @@ class PrometheusLog:
         except OSError as error:
             raise SetupError(
                 f"cannot serve metrics on {host}:{port}: {error.strerror or error}; choose "
-                "another training.metrics_port(0 uses any free one), or another "
+                "another training.metrics_port (0 uses any free one), or another "
                 "training.metrics_host"
             ) from error
         self.port = self._server.server_port

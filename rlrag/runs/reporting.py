@@ -312,7 +312,7 @@ def private_library_chatter(program: str) -> Iterator[None]:
         folder = Path(tempfile.mkdtemp(prefix=f"{program}-"))
     except OSError as error:
         raise SetupError(
-            f"cannot make a temporary directory for the log: {error.strerror or error}; free "
+            f"cannot create a temporary directory for the log: {error.strerror or error}; free "
             "space, or choose another directory with the environment variable TMPDIR"
         ) from error
     path = folder / f"{program}.log"

@@ -151,7 +151,7 @@ class TrainedParts:
             counted = any(batch.trajectories.golden_logps)
             if self._config.reward.golden_answers == "all" and not counted:
                 raise ConfigError(
-                    f"environment.id {self._config.environment.id!r} gives no golden_logps in its "
+                    f"environment.id {self._config.environment.id!r} has no golden_logps in its "
                     "info, which reward.golden_answers 'all' needs; use 'likeliest'"
                 )
             seeds = [[self._config.seed, 2, step, int(row)] for row in batch.question_rows]

@@ -87,8 +87,8 @@ def check_shared_memory(
     return warning(
         f"only {_gib(free)} free in {_SHARED_MEMORY}; Ray will spill objects to disk and GPUs "
         "may fail to exchange data",
-        f"give {_gib(_SHARED_BYTES)} or more (docker run --shm-size=2g; an emptyDir of medium "
-        "Memory on Kubernetes)",
+        f"increase it to {_gib(_SHARED_BYTES)} or more (docker run --shm-size=2g; an emptyDir of "
+        "medium Memory on Kubernetes)",
     )
 
 

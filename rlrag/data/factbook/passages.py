@@ -131,7 +131,7 @@ def _country_files() -> list[tuple[str, Traversable]]:
         if file.name.endswith(".json")
     ]
     if not files:
-        raise SetupError(f"the package {PACKAGE} holds no country files; install it again")
+        raise SetupError(f"the package {PACKAGE} contains no country files; install it again")
     return sorted(files, key=lambda pair: pair[0])
 
 
@@ -172,7 +172,7 @@ def _display_name(code: str, sections: Mapping[str, Mapping[str, Mapping[str, ob
         name = _TRAILING_PARENTHESES.sub("", parts.get(form, "none").partition(";")[0])
         if name != "none":
             return name
-    raise DataError(f"the Factbook gives no name for the country code {code!r}")
+    raise DataError(f"the Factbook has no name for the country code {code!r}")
 
 
 def _clean_parts(value: Mapping[str, object]) -> dict[str, str]:

@@ -324,7 +324,7 @@ class Dispatcher:
                 f"{name} holds weights of {flight.waiting.tag} but {work.wanted} is expected, "
                 "which was not pushed within generator.start_timeout_s = "
                 f"{config.start_timeout_s:g} s (the weight store has "
-                f"{flight.waiting.newest or 'no complete set'}); push it, or push it again"
+                f"{flight.waiting.newest or 'no complete set'}); push that version again"
             )
         # Without this, every later call would queue behind the one that hangs.
         self._restart(flight.member)

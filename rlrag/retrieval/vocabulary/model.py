@@ -134,7 +134,7 @@ def _load(model_dir: Path) -> Any:
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
-            f"{model_dir} lacks the weights {', '.join(missing[:5])}; set "
+            f"{model_dir} is missing the weights {', '.join(missing[:5])}; set "
             "retrieval.vocabulary_encoder to a masked language model with its prediction head"
         )
     return model

@@ -64,7 +64,7 @@ class ExperienceLog:
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self._path}: {error.strerror or error}; free space, then run the "
-                "same command againto continue from the last checkpoint"
+                "same command again to continue from the last checkpoint"
             ) from error
 
     def truncate(self, num_steps: int) -> None:

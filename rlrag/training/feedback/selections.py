@@ -190,7 +190,7 @@ def _split(
     if share and not 0 < num_held_back < len(texts):
         raise DataError(
             f"the log has {len(texts)} different questions, of which algorithm.held_back_share "
-            f"{share} holds back {num_held_back}; log more, or set it to 0"
+            f"{share} holds out {num_held_back}; log more selections, or set it to 0"
         )
     chosen = set(texts[:num_held_back])
     return (

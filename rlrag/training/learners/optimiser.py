@@ -117,7 +117,7 @@ class Optimiser:
             name, slot = key.rsplit(":", 1)
             if name not in numbers:
                 raise CheckpointError(
-                    f"the checkpoint holds an optimiser state for {name!r}, which is not trained; "
+                    f"the checkpoint has an optimiser state for {name!r}, which is not trained; "
                     "use the configuration that it was saved with"
                 )
             parameter = self.parameters[name]

@@ -126,14 +126,15 @@ class PassageJudge:
         if not all(encoded):
             empty = choices[encoded.index(())]
             raise DataError(
-                f"question {question.id!r}: the choice {empty!r} has no token; name choices by "
-                "letters"
+                f"question {question.id!r}: the choice {empty!r} has no token; use letters as "
+                "names of the choices"
             )
         tokens = [ids[0] for ids in encoded]
         if len(set(tokens)) < len(tokens):
             raise DataError(
                 f"question {question.id!r}: choices {choices} do not differ in their first "
-                "token, which decides the generator's choice; name them by letters"
+                "token, which decides the generator's choice; use letters as names of the "
+                "choices"
             )
         if not set(choices) & set(question.golden_answers):
             raise DataError(

@@ -153,8 +153,8 @@ class Pools:
             )
         if facts["source"] != source:
             raise CheckpointError(
-                f"{directory} was made from {facts['source']} and not from {source}; delete it, or "
-                "use another --run-dir"
+                f"{directory} was built from {facts['source']} and not from {source}; delete it, "
+                "or use another --run-dir"
             )
         tensors = load_tensors(directory / "pools.safetensors")
         rows_QN, labels_QN, logp_QN = (tensors[n].numpy() for n in ("rows", "labels", "logp"))
