@@ -290,7 +290,7 @@ def test_another_run_there_is_refused_and_left_alone(tmp_path, far):
     with pytest.raises(RunDirectoryError, match="seed: 0 there, 7 given"):
         mirror_once(Run(tmp_path / "other", other))
     (far / "config.json").unlink()
-    with pytest.raises(RunDirectoryError, match=r"holds files but no config\.json"):
+    with pytest.raises(RunDirectoryError, match=r"contains files but no config\.json"):
         mirror_once(Run(tmp_path / "run", config_for(far)))
     (far / "config.json").write_bytes(before["config.json"])
     assert content(far) == before
