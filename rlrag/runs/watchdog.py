@@ -108,8 +108,8 @@ class Watchdog:
         waits = current_waits()
         more = f" and {len(waits) - _MOST_WAITS} more" if len(waits) > _MOST_WAITS else ""
         logger.warning(
-            "no progress for %.0f s during %s%s; the run was not stopped, and the log has the stacks "
-            "of all threads",
+            "no progress for %.0f s during %s%s; the run was not stopped, and the log has the "
+            "stacks of all threads",
             idle_s,
             what,
             f", waiting for {'; '.join(waits[:_MOST_WAITS])}{more}" if waits else "",

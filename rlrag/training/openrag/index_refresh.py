@@ -136,7 +136,7 @@ class RefreshedIndex:
             if future is not None and time.monotonic() > deadline:
                 raise SetupError(
                     "the passages were not encoded within algorithm.refresh_timeout_s "
-                    f"{self._config.algorithm.refresh_timeout_s:g}; raise it, refresh less often, "
+                    f"{self._config.openrag.refresh_timeout_s:g}; raise it, refresh less often, "
                     "or let training continue meanwhile with refresh_waits False"
                 )
         if future is not None:
