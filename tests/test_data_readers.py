@@ -84,7 +84,7 @@ def test_an_empty_answer_list_marks_an_unanswerable_question(tmp_path: Path):
 def test_gzip_is_known_by_its_bytes_and_not_by_its_name(tmp_path: Path):
     plain = write_jsonl(tmp_path / "corpus.jsonl", [GOOD_PASSAGE])
     for name in ("corpus.jsonl.gz", "packed.jsonl"):
-        (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+        (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         assert passages_of(tmp_path / name) == passages_of(plain)
     (tmp_path / "plain.gz").write_bytes(plain.read_bytes())
     assert passages_of(tmp_path / "plain.gz") == passages_of(plain)
@@ -170,7 +170,7 @@ OTHER_FORMATS = {
     "zstd": (b"\x28\xb5\x2f\xfd\0", "is packed by zstd; "),
     "UTF-16": (TABLE.decode().encode("utf-16"), "is UTF-16 text; .*iconv"),
     "CSV": (TABLE, "is a table of columns .*read_csv\\('.*q'\\)"),
-    "packed CSV": (gzip.compress(TABLE), "is a table of columns"),
+    "packed CSV": (gzip.compress(TABLE, mtime=0), "is a table of columns"),
     "TSV": (TABLE.replace(b",", b"\t"), r"read_csv\('.*q', sep='\\t'\)\.to_json\('.*q.jsonl'"),
     "array": (ARRAY, r"is a JSON array; .*jq -c '\.\[\]' .*q > .*ql"),
     "array in one line": (json.dumps([GOOD_QUESTION]).encode(), "is a JSON array"),
@@ -236,7 +236,7 @@ def test_a_path_that_cannot_be_looked_at_is_named(
         load("~nobody-of-that-name/a.jsonl", tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"", mtime=0)])
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes):
     path = tmp_path / "empty.jsonl"
     path.write_bytes(content)
@@ -408,7 +408,7 @@ def test_only_data_errors_ever_leave_a_reader(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], packed: bool, num_lost: int
 ):
     content = b"\n".join(lines)
-    content = gzip.compress(content) if packed else content
+    content = gzip.compress(content, mtime=0) if packed else content
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     path.write_bytes(content[: len(content) - num_lost])
     for read in (read_passages, read_questions):
