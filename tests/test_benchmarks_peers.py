@@ -211,7 +211,7 @@ def test_a_finished_run_stands_beside_the_peers(trial, tmp_path):
     assert own[5:] == ["9", "-", "0.8"]
     evaluation["hashes"]["questions"] = "others"
     (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
-    with pytest.raises(ConfigError, match="differs from this comparison in questions"):
+    with pytest.raises(ConfigError, match="differs from this comparison in: questions"):
         alone.again(runs=(f"own={run_dir}",))
     with pytest.raises(ConfigError, match="write NAME=DIR"):
         alone.again(runs=("own",))

@@ -356,7 +356,7 @@ def test_foreign_and_damaged_files_are_left_as_they_are(tmp_path):
         connection.execute("CREATE TABLE results (key BLOB)")
     text = tmp_path / "notes.txt"
     text.write_text("no database " * 100)
-    for path, message in ((foreign, "something else"), (text, "move it away")):
+    for path, message in ((foreign, "not a feedback log"), (text, "move it away")):
         before = path.read_bytes()
         for use in (FeedbackStore, read_feedback):
             with pytest.raises(DataError, match=message):
@@ -364,7 +364,7 @@ def test_foreign_and_damaged_files_are_left_as_they_are(tmp_path):
         assert path.read_bytes() == before
     empty = tmp_path / "empty.sqlite"
     empty.touch()
-    with pytest.raises(DataError, match="something else"):
+    with pytest.raises(DataError, match="not a feedback log"):
         read_feedback(empty)
     with pytest.raises(
         DataError, match=r"does not exist; give the file that a service's feedback\.path"

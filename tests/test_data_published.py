@@ -330,7 +330,7 @@ def test_nothing_is_replaced_unless_it_is_asked_for(tmp_path):
         ('[{"_id": "a"},\n', r"train.json:2: not JSON"),
         ('[{"_id": "a"}\n', r"train.json:2: the array does not end"),
         ('{"_id": "a"}\n{"_id"', r"train.json:2: not JSON"),
-        ('{"_id": NaN}', r"train.json:1: not JSON \(NaN is no JSON number\)"),
+        ('{"_id": NaN}', r"train.json:1: not JSON \(NaN is not a JSON number\)"),
         ("[]", "the train files have no questions"),
         ("", "the train files have no questions"),
         (b'{"a": "\xff"}', r"train.json:1: what follows is not UTF-8"),

@@ -135,7 +135,7 @@ BAD_QUESTIONS = {
     "no question": ({"id": "q", "golden_answers": []}, "'question' or 'text' is missing"),
     "no answers": ({"id": "q", "question": "?"}, "'golden_answers' is missing"),
     "answers as a string": ({**GOOD_QUESTION, "golden_answers": "Rome"}, "list of strings"),
-    "a number as answer": ({**GOOD_QUESTION, "golden_answers": [1]}, "holds 1"),
+    "a number as answer": ({**GOOD_QUESTION, "golden_answers": [1]}, "contains 1"),
     "a blank answer": ({**GOOD_QUESTION, "golden_answers": [" "]}, "not blank"),
     "metadata as a list": ({**GOOD_QUESTION, "metadata": []}, "expected an object"),
     "gold ids of another type": (
@@ -144,7 +144,7 @@ BAD_QUESTIONS = {
     ),
     "true as gold id": (
         {**GOOD_QUESTION, "metadata": {"gold_ids": [True]}},
-        "metadata: 'gold_ids' holds True",
+        "metadata: 'gold_ids' contains True",
     ),
     "surrogate in an answer": ({**GOOD_QUESTION, "golden_answers": ["\ud800"]}, "surrogate"),
 }

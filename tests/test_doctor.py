@@ -309,7 +309,7 @@ def test_more_reserved_than_this_machine_has(examine):
     )
     assert "ray" in seen.failed()
     assert (
-        "the run reserves 2000.5 CPU and 0 GPU, and this machine has"
+        "the run reserves 2000.5 CPU and 0 GPU, but this machine has"
         in (seen.findings["ray"]["found"])
     )
 
@@ -455,7 +455,7 @@ def test_as_a_program_it_needs_neither_ray_nor_vllm_nor_a_hub(tmp_path, unused_p
     lines = done.stdout.splitlines()
     assert lines[-1] == "set()"
     assert lines[-2].startswith(
-        "failed   generator model  model 'someone/no-such-model' is neither"
+        "failed   generator model  model 'someone/no-such-model' is not on this machine"
     )
 
 

@@ -130,7 +130,7 @@ def facts(built_for: Any, driver: Any, num_gpus: int = 0) -> GpuFacts:
         (0, facts(None, (12, 8)), "ok", "torch 2.9 is a CPU-only build"),
         (1, facts((13, 0), (12, 8)), "failed", "driver for CUDA 12.8, torch built for 13.0"),
         (0, facts((13, 0), (12, 8)), "warning", "the driver is too old"),
-        (2, facts((12, 4), (12, 8), 1), "failed", "needs 2 GPU(s), and torch sees 1"),
+        (2, facts((12, 4), (12, 8), 1), "failed", "needs 2 GPU(s), but torch sees 1"),
         (
             1,
             facts((12, 8), (12, 4), 1),

@@ -228,7 +228,7 @@ def test_a_policy_that_gives_something_else_than_actions_is_named(policy, said):
 
 
 def test_an_environment_that_cannot_be_made_is_named():
-    with pytest.raises(ConfigError, match=r"Faulty.* cannot be made: OSError: no such disk"):
+    with pytest.raises(ConfigError, match=r"Faulty.* cannot be created: OSError: no such disk"):
         play_faulty("cannot be made")
 
 

@@ -134,8 +134,8 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize(
     ("at", "line", "complaint"),
     [
-        (0, '{"kind": "header", "format": 2}', "line 1 is damaged .*no header of format 1"),
-        (1, '{"kind": "passage", "id": 3, "title": "", "text": ""}', "line 2 .*3 is no text"),
+        (0, '{"kind": "header", "format": 2}', "line 1 is damaged .*not a header of format 1"),
+        (1, '{"kind": "passage", "id": 3, "title": "", "text": ""}', "line 2 .*3 is not a string"),
         (3, '{"kind": "pass', "line 4 is damaged"),
         (3, '{"kind": "joke"}', "there is no record of kind 'joke'"),
         (3, "[]", "line 4 is damaged"),
@@ -160,7 +160,7 @@ def test_an_answer_is_measured_from_0_to_1_and_systems_agree(tmp_path):
     text = (tmp_path / "f").read_text()
     for old, new, complaint in (
         ('"em":0.0', '"em":7', "7 is not a number from 0 to 1"),
-        ('"em":0.0', '"em":NaN', "nan is no number"),
+        ('"em":0.0', '"em":NaN', "nan is not a number"),
         ('"no_retrieval"', '"other"', "do not all have the same systems"),
     ):
         (tmp_path / "f").write_text(text.replace(old, new, 1))

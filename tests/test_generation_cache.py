@@ -175,7 +175,7 @@ def test_a_result_of_another_version_is_refused_and_not_stored(tmp_path):
 
     cached = CachedGenerator(Untagged(), tmp_path)
     cached.load_weights(weights(4, "a"))
-    with pytest.raises(GenerationError, match="version 0 where version 4"):
+    with pytest.raises(GenerationError, match="version 0 but version 4"):
         cached.score([prompt(1)], [(2,)])
     fresh = Arithmetic()
     again = CachedGenerator(fresh, tmp_path)

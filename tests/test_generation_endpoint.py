@@ -426,7 +426,7 @@ def test_both_launchers_ask_from_this_process(server, model_dir, tmp_path, launc
         ({"url": None}, "generator.url is unset"),
         ({"backend": "auto"}, "generator.url names what a server has, but generator.backend is"),
         ({"backend": "vllm", "url": None, "served_model": "a"}, "generator.served_model names"),
-        ({"url": "localhost:8000"}, "is no address"),
+        ({"url": "localhost:8000"}, "is not a URL"),
         ({"url": "http://me:secret@host/v1"}, "contains a password"),
         ({"url": "http://host/v1?key=secret"}, "goes on after"),
         ({"key_variable": "sk-secret"}, "is no name of an environment variable"),

@@ -282,7 +282,7 @@ def test_an_engine_that_does_not_tag_its_results_is_found_out(open_pool):
 
     pool = open_pool(Untagged)
     pool.load_weights(weights(1))
-    with pytest.raises(GenerationError, match=r"results of version \[0\] where version 1"):
+    with pytest.raises(GenerationError, match=r"results of version \[0\] but version 1"):
         results(pool)
 
 

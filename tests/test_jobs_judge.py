@@ -219,7 +219,7 @@ def test_a_verdict_belongs_to_all_that_decides_it(server, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"url": "127.0.0.1:8000"}, "is no address"),
+        ({"url": "127.0.0.1:8000"}, "is not a URL"),
         ({"url": "http://me:secret@host/v1"}, "contains a password"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"retries": -1}, "retries is -1"),

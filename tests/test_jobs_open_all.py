@@ -88,7 +88,7 @@ def test_a_typo_costs_nothing(flags, tmp_path, flag, value, kind, said):
 @pytest.mark.parametrize(
     ("environment", "kind", "said"),
     [
-        ("tests/NoRoom-v0", ConfigError, "cannot be made: MemoryError: no room"),
+        ("tests/NoRoom-v0", ConfigError, "cannot be created: MemoryError: no room"),
         ("tests/NoMask-v0", EpisodeError, "it needs Discrete actions from 0 on"),
         ("mine/Reeding-v0", ConfigError, "is not a registered environment"),
     ],

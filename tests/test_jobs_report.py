@@ -76,7 +76,7 @@ def test_a_last_line_cut_short_is_left_out(tmp_path):
 
 def test_what_is_no_run_is_refused_with_what_was_found(tmp_path, monkeypatch):
     output = tmp_path / "r.html"
-    with pytest.raises(ConfigError, match=r"nothing is no run, it does not exist; give"):
+    with pytest.raises(ConfigError, match=r"nothing is not a run, it does not exist; give"):
         report.main(words(RunDirectory(tmp_path / "nothing"), output=output))
     for number in range(6):
         (tmp_path / "files" / f"f{number}").mkdir(parents=True)

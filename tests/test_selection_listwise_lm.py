@@ -441,7 +441,7 @@ def test_what_cannot_work_is_refused(policy, tmp_path):
     Lfm2Config(architectures=["Lfm2ForCausalLM"], layer_types=["conv"] * 32).save_pretrained(
         tmp_path / "conv"
     )
-    with pytest.raises(ConfigError, match=r"state in place of keys.*set selector\.model"):
+    with pytest.raises(ConfigError, match=r"instead of a key-value cache.*set selector\.model"):
         ListwiseLMPolicy(tmp_path / "conv", 1)
     with pytest.raises(ConfigError, match="draws with replacement only"):
         episodes.sample(policy, make_batch(1, 4), 2, [0], replacement=False)

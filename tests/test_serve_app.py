@@ -180,7 +180,7 @@ def test_it_says_when_it_is_ready_where_it_was_told_to_listen():
             words = command("run", "listening_app:build", f"port={other}", address=address)
             second = subprocess.run(**words, timeout=300)
             assert second.returncode != 0, second.stderr
-            where = f"listens on 127.0.0.1:{port}, not on 127.0.0.1:{other}; leave host"
+            where = f"listens on 127.0.0.1:{port}, not on 127.0.0.1:{other}; leave out host"
             assert where in second.stderr, second.stderr
             assert httpx.get(url).status_code == 200
         finally:

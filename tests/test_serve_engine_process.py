@@ -180,7 +180,7 @@ def test_who_leaves_frees_the_engine(typist, streamed):
 
 
 def test_an_engine_that_cannot_start_says_why(cluster, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors weights"):
+    with pytest.raises(FileNotFoundError, match=r"has no \.safetensors weights"):
         open_engine_process(CONFIG, tmp_path, ())
 
 

@@ -180,7 +180,7 @@ def test_versions_with_the_same_weights_share_an_engine_until_the_last_one_goes(
     part.drop(first)
     assert part.loaded() == (second,)
     assert not engine.closed
-    with pytest.raises(OverloadedError, match=f"version {first} is being loaded here; try again"):
+    with pytest.raises(OverloadedError, match=f"version {first} is still being loaded; try again"):
         ask(part, first)
     part.drop(second)
     assert engine.closed
@@ -322,9 +322,7 @@ def test_a_path_that_holds_another_version_by_now_is_refused(part, recorders, ge
     named = load(part, generator_bundles("plain"))
     part.drop(named)
     replaced = generator_bundles("longer", max_new_tokens=20)
-    message = (
-        f"longer now contains version {bundle_version(replaced)}, not {named}; restore {named} back"
-    )
+    message = f"longer now contains version {bundle_version(replaced)}, not {named}; restore {named} there"
     with pytest.raises(CheckpointError, match=message):
         part.load(named, replaced)
     assert part.loaded() == ()

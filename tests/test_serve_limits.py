@@ -98,7 +98,7 @@ def test_settings_that_name_keys_but_give_none_are_refused(
 ) -> None:
     file = tmp_path / "keys"
     file.write_text("# none\n")
-    with pytest.raises(ConfigError, match="there is no key in"):
+    with pytest.raises(ConfigError, match="contains no key"):
         read_keys(str(file), None)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_keys(str(tmp_path / "missing"), None)

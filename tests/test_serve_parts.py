@@ -216,7 +216,7 @@ def test_a_path_that_holds_another_version_by_now_is_refused(
     named = bundle_version(place)
     make_bundle(place, openrag_files, cache_dir, seed=2)
     message = (
-        f"current now contains version {bundle_version(place)}, not {named}; restore {named} back"
+        f"current now contains version {bundle_version(place)}, not {named}; restore {named} there"
     )
     with pytest.raises(CheckpointError, match=message):
         part.load(named, place)

@@ -107,10 +107,10 @@ def test_an_answer_longer_than_the_model_reads_is_no_hindrance(case, few_data):
 
 def test_what_an_earlier_run_kept_does_not_hide_an_engine(case, tmp_path):
     case("llama", "lora", cache=tmp_path / "cache")
-    with pytest.raises(ConfigError, match="before the first step"):
+    with pytest.raises(ConfigError, match="check before training"):
         case("llama", "lora", Stale, tmp_path / "cache")
 
 
 def test_names_that_do_not_fit_are_refused_before_the_first_step(case):
-    with pytest.raises(GenerationError, match=r"before the first step: .*renames .*method full"):
+    with pytest.raises(GenerationError, match=r"check before training: .*renames .*method full"):
         case("gpt_neox", "lora")

@@ -243,7 +243,10 @@ def test_what_a_run_leaves_out_is_said_once(config, table, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "rlrag"):
         warm(config, table, run)
     (record,) = [record for record in caplog.records if "imitation_run" in record.message]
-    assert f"{run} lacks 3 of 6 questions and ranks fewer than 2 candidates of 2" in record.message
+    assert (
+        f"{run} has no ranking for 3 of 6 questions and fewer than 2 candidates for 2"
+        in record.message
+    )
 
 
 def test_a_run_without_steps_is_refused(config):

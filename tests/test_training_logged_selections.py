@@ -208,9 +208,7 @@ def test_a_log_on_another_scale_is_refused_with_its_range(config, tmp_path):
     for number in range(24):
         store.record_selection(event(table, number, number))
         store.record_feedback(f"request-{number}", reward=number % 5 + 1)
-    with pytest.raises(
-        DataError, match=r"19 of the 24 rewards .* -1 to 1, and lie between 1 and 5"
-    ):
+    with pytest.raises(DataError, match=r"19 of the 24 rewards .* -1 to 1, and range from 1 to 5"):
         open_logged_data(config, library_of(table), tmp_path / "log.sqlite")
     stars = changed(config, algorithm={"reward_range": [1.0, 5.0]})
     assert open_logged_data(stars, library_of(table), tmp_path / "log.sqlite").num_clipped == 0

@@ -198,7 +198,9 @@ def test_damaged_records_are_named_with_their_line(tmp_path, line):
 
 def test_records_that_a_checkpoint_contains_must_be_there(tmp_path):
     run_dir = claimed(tmp_path / "run")
-    with pytest.raises(DataError, match=r"metrics\.jsonl lacks step 0, .* checkpoint of step 0"):
+    with pytest.raises(
+        DataError, match=r"metrics\.jsonl has no record of step 0, .* checkpoint of step 0"
+    ):
         run_dir.check_records(0)
     for step in (0, 1, 3):
         run_dir.append_metrics({"step": step})
