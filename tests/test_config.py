@@ -38,7 +38,6 @@ from rlrag.recipes import RECIPES
 from rlrag.retrieval import hybrid
 from rlrag.retrieval.dense import encoder, index
 from rlrag.retrieval.vocabulary import encoder as vocabulary_encoder
-from rlrag.rewards import composite
 from rlrag.runs import mirror, watchdog
 from rlrag.selection import feature_scorer
 from rlrag.training import launch
@@ -228,7 +227,6 @@ def test_settings_that_became_constants_are_fixed_at_the_values_that_are_used():
         "selector.imitation_learning_rate": imitation.LEARNING_RATE,
         "generator.max_restarts": start.MAX_RESTARTS,
         "generator.prompt.score_end_of_answer": False,
-        "reward.max_concurrent": composite.MAX_CONCURRENT,
         "generator_training.lora_alpha": generator_model.LORA_ALPHA,
         "generator_training.weight_decay": optimiser.WEIGHT_DECAY,
         "generator_training.max_grad_norm": optimiser.MAX_GRAD_NORM,

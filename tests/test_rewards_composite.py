@@ -155,8 +155,8 @@ def model(
             functions=functions,
             weights=weights,
             timeout_s=timeout_s,
-        ),
-        max_concurrent=max_concurrent,
+            max_concurrent=max_concurrent,
+        )
     )
 
 

@@ -101,7 +101,7 @@ def test_no_more_requests_at_once_than_are_allowed(server):
         return "correct"
 
     server.reply = reply
-    model = RewardModel(config(server.url), max_concurrent=3)
+    model = RewardModel(config(server.url, max_concurrent=3))
     assert totals(model(rollouts(*"abcdef"))) == [1.0] * 6
     assert server.most_at_once == 3
 
@@ -140,7 +140,7 @@ def test_a_judge_that_hangs_fails_the_rollout_in_time(server):
 def test_a_judge_that_is_down_fails_all_rollouts_without_asking_for_each(server):
     server.reply = lambda case, before: (500, SOON)
     found = totals(
-        RewardModel(config(server.url), max_concurrent=1)(rollouts(*map(str, range(40))))
+        RewardModel(config(server.url, max_concurrent=1))(rollouts(*map(str, range(40))))
     )
     assert all("got no reply" in each or "not now" in each for each in found)
     assert len(server.asked) < 10
@@ -151,7 +151,7 @@ def test_a_judge_that_cannot_be_reached_fails_all_rollouts(monkeypatch):
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{held.getsockname()[1]}/v1"
-        found = totals(RewardModel(config(url), max_concurrent=1)(rollouts("a", "b")))
+        found = totals(RewardModel(config(url, max_concurrent=1))(rollouts("a", "b")))
     assert all(f"cannot reach the judge at {url}" in each for each in found)
 
 

@@ -22,7 +22,6 @@ FIXED: Mapping[str, bool | float] = {
     "selector.imitation_learning_rate": 1e-3,
     "generator.max_restarts": 10,
     "generator.prompt.score_end_of_answer": False,
-    "reward.max_concurrent": 8,
     "off_policy.min_ess": 10.0,
     "off_policy.confidence": 0.95,
     "openrag.min_auc": 0.6,

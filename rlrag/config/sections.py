@@ -402,6 +402,9 @@ class RewardConfig(Section):
     """The language model that the reward `judge` asks."""
     timeout_s: float = Field(default=30, gt=0)
     """Time limit of one call of a custom function, or of one reply of the judge."""
+    max_concurrent: int = Field(default=8, ge=1)
+    """Concurrent calls of a custom function, or requests to the judge; set 1 if the function is not
+    thread-safe."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:

@@ -19,9 +19,6 @@ from rlrag.rewards.bounded_calls import CallFailure, Keywords, LoopCalls, Thread
 from rlrag.rewards.judged import JUDGE, JudgeCalls
 from rlrag.rewards.plugin import RewardFunction, load_reward
 
-MAX_CONCURRENT = 8
-"""Calls of a custom function, or requests to the judge, at once: what a small server takes."""
-
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -63,9 +60,9 @@ class RewardModel:
 
     A built-in function runs in the calling thread. A custom one runs in threads of its own, or in
     an event loop if it is `async def`: `max_concurrent` calls at once, each of which may take
-    `timeout_s`. One that raises, returns
-    anything but finite numbers, or overruns gives its rollout a `RewardError` that names the
-    function, the question's id and the cause, and the remaining functions are not called for it.
+    `timeout_s`. One that raises, returns anything but finite numbers, or overruns gives its rollout
+    a `RewardError` that names the function, the question's id and the cause, and the remaining
+    functions are not called for it.
     `judge` asks a language model for a whole batch, `max_concurrent` answers at once, and keeps its
     verdicts in `cache_dir`.
 
@@ -88,7 +85,6 @@ class RewardModel:
         self,
         config: RewardConfig,
         cache_dir: Path | None = None,
-        max_concurrent: int = MAX_CONCURRENT,
     ) -> None:
         repeated = sorted({name for name in config.functions if config.functions.count(name) > 1})
         if repeated:
@@ -105,9 +101,7 @@ class RewardModel:
                 f"{config.functions} uses answer_logp; add it, with weight 0 if it should not "
                 "count"
             )
-        self._callers = tuple(
-            _caller(function, config, cache_dir, max_concurrent) for function in self.functions
-        )
+        self._callers = tuple(_caller(function, config, cache_dir) for function in self.functions)
 
     @property
     def wants(self) -> frozenset[str]:
@@ -157,14 +151,14 @@ class RewardModel:
 
 
 def _caller(
-    function: RewardFunction, config: RewardConfig, cache_dir: Path | None, max_concurrent: int
+    function: RewardFunction, config: RewardConfig, cache_dir: Path | None
 ) -> Callable[[Sequence[Keywords]], list[Any]]:
     if function.name == JUDGE:
-        return JudgeCalls(config, cache_dir, max_concurrent)
+        return JudgeCalls(config, cache_dir)
     if function.is_builtin:
         return _BuiltinCalls(function.function)
     kind = LoopCalls if function.is_async else ThreadCalls
-    return kind(function.function, config.timeout_s, max_concurrent)
+    return kind(function.function, config.timeout_s, config.max_concurrent)
 
 
 class _BuiltinCalls:

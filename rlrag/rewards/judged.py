@@ -26,13 +26,12 @@ class JudgeCalls:
     that it left; one that refuses the key or the model ends the batch, as no repetition mends that.
     """
 
-    def __init__(self, config: RewardConfig, cache_dir: Path | None, max_concurrent: int) -> None:
+    def __init__(self, config: RewardConfig, cache_dir: Path | None) -> None:
         """Read the key; nothing is asked yet.
 
         Args:
             config: The judge, and how long it is asked.
             cache_dir: Where `judge.sqlite` keeps the verdicts; without it they are not kept.
-            max_concurrent: Requests at once.
 
         Raises:
             ConfigError: when the environment lacks the key.
@@ -43,7 +42,7 @@ class JudgeCalls:
         self._settings = JudgeSettings(
             judge.url,
             judge.model,
-            concurrency=max_concurrent,
+            concurrency=config.max_concurrent,
             timeout_s=config.timeout_s,
             max_failed_share=1.0,  # training counts failures by itself
         )
