@@ -26,7 +26,7 @@ def check_address(url: str, what: str) -> None:
         >>> check_address("localhost", "generator.url")
         Traceback (most recent call last):
         ...
-        rlrag.errors.ConfigError: generator.url 'localhost' is no address; give one as \
+        rlrag.errors.ConfigError: generator.url 'localhost' is not a URL; give one such as \
 http://127.0.0.1:8000/v1
     """
     try:

@@ -322,7 +322,8 @@ def test_a_path_that_holds_another_version_by_now_is_refused(part, recorders, ge
     named = load(part, generator_bundles("plain"))
     part.drop(named)
     replaced = generator_bundles("longer", max_new_tokens=20)
-    message = f"longer now contains version {bundle_version(replaced)}, not {named}; restore {named} there"
+    version = bundle_version(replaced)
+    message = f"longer now contains version {version}, not {named}; restore {named} there"
     with pytest.raises(CheckpointError, match=message):
         part.load(named, replaced)
     assert part.loaded() == ()

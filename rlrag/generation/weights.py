@@ -188,8 +188,8 @@ def check_adapter(weights: Mapping[str, Sequence[int]], given: Mapping[str, Sequ
         Traceback (most recent call last):
         ...
         rlrag.errors.GenerationError: the adapter does not fit the model: 1 of another shape \
-('up.lora_A.weight' is (2, 4), not (rank, 3)); push A and B of each adapted weight, as \
-`adapter_names` names them, for the model that the engines were opened with
+('up.lora_A.weight' is (2, 4), not (rank, 3)); push A and B of each adapted weight \
+under the names of `adapter_names`, for the model that the engines were started with
     """
     unexpected, missing, misshapen = set(given), [], []
     for weight, shape in weights.items():
