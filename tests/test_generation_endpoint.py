@@ -314,10 +314,14 @@ def test_a_useless_answer_is_counted(server, open_it, reply, message):
     [
         (VLLM, {"prompt_logprobs": [None, {"1": {"logprob": -1.0}}]}, "of 2 tokens, not of 24"),
         (VLLM, {"prompt_logprobs": [None] + [{"1": {"logprob": -1.0}}] * 23}, "token 70 was sent"),
-        (VLLM, {"prompt_logprobs": [None] + [{"70": {"logprob": None}}] * 23}, "in it is None"),
+        (
+            VLLM,
+            {"prompt_logprobs": [None] + [{"70": {"logprob": None}}] * 23},
+            "log-probabilities is None",
+        ),
         (VLLM, {}, "no log-probabilities of the prompt"),
         (LEGACY, {"logprobs": {"token_logprobs": [-1.0] * 26}}, "of 26 tokens, not of 24"),
-        (LEGACY, {"logprobs": {"token_logprobs": [float("nan")] * 25}}, "in it is nan"),
+        (LEGACY, {"logprobs": {"token_logprobs": [float("nan")] * 25}}, "log-probabilities is nan"),
     ],
 )
 def test_a_useless_score_is_counted(server, open_it, can, fields, message):
@@ -428,7 +432,7 @@ def test_both_launchers_ask_from_this_process(server, model_dir, tmp_path, launc
         ({"backend": "vllm", "url": None, "served_model": "a"}, "generator.served_model names"),
         ({"url": "localhost:8000"}, "is not a URL"),
         ({"url": "http://me:secret@host/v1"}, "contains a password"),
-        ({"url": "http://host/v1?key=secret"}, "goes on after"),
+        ({"url": "http://host/v1?key=secret"}, "has a query or fragment"),
         ({"key_variable": "sk-secret"}, "is no name of an environment variable"),
     ],
 )

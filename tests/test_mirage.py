@@ -80,7 +80,7 @@ def test_shares_sum_to_one_and_give_the_overall_score(seed):
     [
         ([1, 0], [1], [1, 0], r"shapes \[\(2,\), \(1,\), \(2,\)\]; give one label"),
         ([], [], [], "give one label for each question"),
-        ([1], [0.5], [1], r"a label is 0.5; .* 1 \(right\) or 0 \(0\)"),
+        ([1], [0.5], [1], r"a label is 0.5; .* 1 \(right\) or 0 \(wrong\)"),
         ([1], [1], [np.nan], "a label is nan"),
     ],
 )

@@ -220,7 +220,7 @@ def test_a_score_that_does_not_predict_the_label_gives_one_warning(config, tmp_p
         found = run_stage(config, candidates, Contrary(), directory)
     assert found.auc_of(np.arange(6)) == 0.0
     assert len(caplog.records) == 1
-    assert "AUC 0.000 is below 0.60" in caplog.text
+    assert "(AUC 0.000, below 0.60)" in caplog.text
     assert "algorithm.online_epochs 0" in caplog.text
     assert found.usable.tolist() == list(range(6))
     summary = json.loads((directory / "summary.json").read_text())["all"]
