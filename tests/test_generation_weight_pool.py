@@ -369,7 +369,7 @@ def test_a_set_on_its_way_is_not_handed_out(store):
 
 def test_two_processes_that_push_to_one_store_are_told(store):
     ray.get(store.begin.remote(WeightsTag(1, "a")))
-    with pytest.raises(GenerationError, match=r"asked about .*1 \(b\) but has begun on .*1 \(a\)"):
+    with pytest.raises(GenerationError, match=r"asked about .*1 \(b\) but has .*1 \(a\)"):
         ray.get(store.finish.remote(StoredWeights(WeightsTag(1, "b"), ())))
 
 

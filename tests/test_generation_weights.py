@@ -269,7 +269,7 @@ def test_a_generator_whose_files_are_gone_closes_rather_than_answer_with_half(fi
         path.unlink()
     with pytest.raises(GenerationError, match=r"was closed .* could not be read again"):
         generator.load_weights(adapter)
-    with pytest.raises(GenerationError, match="closed; open a new one"):
+    with pytest.raises(GenerationError, match="closed; create a new one"):
         logps(generator)
 
 

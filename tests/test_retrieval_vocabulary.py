@@ -267,7 +267,7 @@ def test_an_encoder_each_starts_alike_and_learns_alone(model_dir: Path, tmp_path
     for role in ("question", "passage"):
         expected = encoder.encode(TEXTS, role).toarray()
         np.testing.assert_array_equal(loaded.encode(TEXTS, role).toarray(), expected)
-    with pytest.raises(ConfigError, match="an encoder for questions and another for passages"):
+    with pytest.raises(ConfigError, match="separate encoders for questions and passages"):
         encoder_of(tmp_path / "saved")
 
 

@@ -70,7 +70,7 @@ def test_engines_that_do_not_take_weights_over_train_nothing(
     engines = engine(model_dir, "float32", "cpu")
     arguments = (config, NO_LIBRARY, few_data, engines, prompts, run_dir)
     if engine is Stale:
-        with pytest.raises(ConfigError, match="before the first step"):
+        with pytest.raises(ConfigError, match="check before training"):
             train_locally(*arguments)
         assert CheckpointStore(run_dir.checkpoints).steps() == []
     else:

@@ -94,7 +94,7 @@ def test_two_metrics_of_one_name_are_refused_and_the_last_good_step_stays(run_di
     log = PrometheusLog(run_dir.logs)
     log.update({"step": 1.0, "reward/std": 0.5})
     with pytest.raises(
-        ValueError, match="reward/std and reward_std are both called rlrag_reward_s"
+        ValueError, match="reward/std and reward_std would both be exported as rlrag_reward_s"
     ):
         log.update({"step": 2.0, "reward_std": 0.1})
     found = scraped(log.port)

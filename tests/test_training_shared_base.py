@@ -296,7 +296,7 @@ def test_published_and_bundled_weights_hold_the_generators_adapter_alone(config)
 
 def test_an_encoder_is_no_base(config, tmp_path):
     names = {"model": str(save_tiny_masked_lm(tmp_path / "bert"))}
-    with pytest.raises(ConfigError, match=r"no causal language model; name another generator"):
+    with pytest.raises(ConfigError, match=r"not a causal language model; name another generator"):
         open_parts(shared(changed(config, selector=names, generator=names)))
 
 

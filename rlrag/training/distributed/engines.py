@@ -85,7 +85,7 @@ def check_engines(
             expected = model.answer_logp([p.token_ids for p in asked], answers).tolist()
         hand_over(model.published_weights(0, engine_dtype), engines, workers)
     except GenerationError as error:
-        raise type(error)(f"before the first step: {error}") from error
+        raise type(error)(f"check before training: {error}") from error
     finally:
         model.load_trainable(first)
     if workers.rank == 0:
