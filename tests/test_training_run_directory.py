@@ -176,7 +176,9 @@ def test_data_that_changed_between_a_stop_and_its_continuation_is_refused(tmp_pa
     run_dir.check_sources({"corpus": "c2", "train_questions": "q2"})
     with pytest.raises(RunDirectoryError, match=r"a different version of train_questions"):
         run_dir.check_sources({"corpus": "c2", "train_questions": "q3"})
-    with pytest.raises(RunDirectoryError, match=r"trained on a different version of corpus and train_questions"):
+    with pytest.raises(
+        RunDirectoryError, match=r"a different version of corpus and train_questions"
+    ):
         run_dir.check_sources({"corpus": "c3", "train_questions": "q3"})
     with pytest.raises(RunDirectoryError, match=r"a different version of feedback"):
         run_dir.check_sources({"corpus": "c2", "train_questions": "q2", "feedback": "f1"})
