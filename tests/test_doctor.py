@@ -412,8 +412,8 @@ def test_a_check_that_breaks_is_an_answer():
 
     found = run_check("storage", breaks, timeout_s=10)
     assert found.line() == (
-        "failed   storage          could not be checked: ZeroDivisionError: by nothing; look into "
-        "what the error names"
+        "failed   storage          could not be checked: ZeroDivisionError: by nothing; fix "
+        "the cause that the error names"
     )
 
 

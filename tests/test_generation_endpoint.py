@@ -391,7 +391,7 @@ def test_a_generator_that_is_closed_leaves_nobody_waiting(server, open_it):
             answers = found.result(20)
     finally:
         waiting.set()
-    assert {str(answer) for answer in answers} == {"this generator was closed; open a new one"}
+    assert {str(answer) for answer in answers} == {"this generator is closed; create a new one"}
 
 
 def test_weights_are_not_taken(open_it):

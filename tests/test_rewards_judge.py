@@ -193,7 +193,7 @@ def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
         ({"judge": {"model": "m"}}, "reward.judge.url is unset; set url and model"),
         (
             {"judge": {"url": "http://u:sk-1@h/v1", "model": "m"}},
-            "reward.judge.url contains a pass",
+            "reward.judge.url contains a passw",
         ),
         ({"judge": {"url": "here", "model": "m"}}, "reward.judge.url 'here' is not a URL"),
         ({"judge": {"key_variable": "sk-1"}}, "reward.judge.key_variable is no name of an env"),

@@ -34,7 +34,7 @@ _CLOSING_S = 10.0
 _FOR_NOW = frozenset({408, 409, 429})
 """Statuses below 500 with which a server refuses a request for now."""
 _NO_QUOTA = "insufficient_quota"
-_CLOSED = "this generator was closed; open a new one"
+_CLOSED = "this generator is closed; create a new one"
 
 
 class RefusedError(GenerationError):

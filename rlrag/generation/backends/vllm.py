@@ -361,7 +361,7 @@ class VllmGenerator:
 
     def _opened(self) -> None:
         if self._engine is None:
-            raise GenerationError("this generator was closed; open a new one")
+            raise GenerationError("this generator is closed; create a new one")
 
     def _refused(
         self, prompts: Sequence[Prompt], num_new: Sequence[int]
