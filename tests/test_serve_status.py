@@ -197,7 +197,9 @@ def test_a_service_is_ready_when_a_version_is_known() -> None:
         served.desk.gone = ("selector", "generator")
         refused = await served.client.get("/readyz")
         assert refused.status_code == 503
-        assert refused.json()["detail"].startswith("no selector and no generator has loaded version")
+        assert refused.json()["detail"].startswith(
+            "no selector and no generator has loaded version"
+        )
 
     asyncio.run(run())
 

@@ -39,18 +39,6 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """Results of one chunk, and the time since the actor was done with what it did before.
-
-    That time is known to the actor alone: a client cannot tell its own chunk from those of other
-    clients that the actor had to do first.
-    """
-
-    results: Sequence[Generation | GenerationError] | Sequence[Score | GenerationError]
-    since_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class Refusal:
     """No answer, because the actor does not hold the wanted weights (or no engine yet)."""
 
@@ -101,7 +89,6 @@ class EngineActor:
         self._generator: Generator | None = None
         self._first_identity = ""
         self._held = WeightsTag()
-        self._idle_since = time.monotonic()
         self._process = uuid.uuid4().hex
 
     def start(self, wanted: WeightsTag) -> Standing:
@@ -117,7 +104,6 @@ class EngineActor:
             if stored is not None and stored.tag == wanted:
                 self._take(stored)
             newest = stored.tag if stored is not None else None
-        self._idle_since = time.monotonic()
         return Standing(self._first_identity, self._held, self._process, newest)
 
     def check_weights(self, shapes: Mapping[str, Sequence[int]], adapter: bool) -> None:
@@ -136,19 +122,19 @@ class EngineActor:
 
     def generate(
         self, wanted: WeightsTag, prompts: list[Prompt], sampling: Sampling
-    ) -> Answer | Refusal:
+    ) -> Sequence[Generation | GenerationError] | Refusal:
         """Decode one answer a prompt with the wanted weights."""
         if self._generator is None or self._held != wanted:
             return self._refusal()
-        return self._answer(self._generator.generate(prompts, sampling))
+        return self._generator.generate(prompts, sampling)
 
     def score(
         self, wanted: WeightsTag, prompts: list[Prompt], answers: list[tuple[int, ...]]
-    ) -> Answer | Refusal:
+    ) -> Sequence[Score | GenerationError] | Refusal:
         """Teacher-forced log p(answer | prompt) with the wanted weights."""
         if self._generator is None or self._held != wanted:
             return self._refusal()
-        return self._answer(self._generator.score(prompts, answers))
+        return self._generator.score(prompts, answers)
 
     def _open(self) -> Generator:
         if self._generator is None:
@@ -191,12 +177,6 @@ class EngineActor:
             raise GenerationError(
                 f"the pool's weight store {self._store_name} is gone; create a new pool"
             ) from error
-
-    def _answer(
-        self, results: Sequence[Generation | GenerationError] | Sequence[Score | GenerationError]
-    ) -> Answer:
-        before, self._idle_since = self._idle_since, time.monotonic()
-        return Answer(results, self._idle_since - before)
 
     def _refusal(self) -> Refusal:
         return Refusal(self._held if self._generator is not None else None)

@@ -1,4 +1,4 @@
-"""Calls of a pool's client in progress: chunks of prompts, their timing and what failed.
+"""Calls of a pool's client in progress: chunks of prompts, and what was lost.
 
 A lost chunk is sent again, split, or given up:
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +31,9 @@ from rlrag.generation.pool.actor import Member, Standing
 from rlrag.generation.pool.weight_store import WeightsTag
 from rlrag.records import Prompt
 
-# An engine's time a token differs between a full chunk and a short one, and with the load.
-_LATE_FACTOR = 3.0
+# Equal actors differ by less; what is repeated all the same costs only actors that have no other
+# work. Chunks of less than two seconds are left alone: their times are mostly chance.
+_LATE_FACTOR = 2.0
 _LEAST_LATE_S = 2.0
 DIED, HUNG, RAISED = 1, 2, 2
 """How many losses each kind counts for."""
@@ -50,61 +50,12 @@ logger = logging.getLogger(__name__)
 class Chunk:
     """The places of some prompts in a call, and how often they were lost together.
 
-    `is_doubled` says that two actors may be asked for it; it is lost when both lost it.
+    `is_repeated` says that a second actor was asked for it; it is lost when both lost it.
     """
 
     places: list[int]
     losses: int = 0
-    is_doubled: bool = False
-
-
-@dataclass(slots=True)
-class Pace:
-    """Seconds a token of the chunks of one call; those of other calls may be other work.
-
-    `num_needed` answers make a pace; before, nothing is late. `late_rate` is three times the
-    median, the lower one, so that of two actors the faster one counts.
-
-    Example:
-        >>> pace = Pace(num_needed=1)
-        >>> pace.late_s(1000)
-        inf
-        >>> pace.add(500, 1.0)
-        >>> pace.late_s(1000)
-        6.0
-    """
-
-    num_needed: int = 1
-    late_rate: float = field(default=math.inf, init=False)
-    _rates: list[float] = field(default_factory=list)
-
-    def add(self, num_tokens: int, seconds: float) -> None:
-        """An actor answered."""
-        insort(self._rates, seconds / max(1, num_tokens))
-        if len(self._rates) >= self.num_needed:
-            self.late_rate = _LATE_FACTOR * self._rates[(len(self._rates) - 1) // 2]
-
-    @property
-    def is_known(self) -> bool:
-        """Whether enough actors have answered."""
-        return self.late_rate < math.inf
-
-    def late_s(self, num_tokens: int) -> float:
-        """The longest time that so many tokens may take; short waits are never late."""
-        return max(_LEAST_LATE_S, self.late_rate * num_tokens)
-
-    def is_slow(self, num_tokens: int, seconds: float) -> bool | None:
-        """Whether an actor that took so long is slow; None where that cannot be told.
-
-        Example:
-            >>> pace = Pace(num_needed=1)
-            >>> pace.add(100, 0.1)
-            >>> pace.is_slow(100, 2.5), pace.is_slow(100, 0.3), pace.is_slow(100, 1.0)
-            (True, False, None)
-        """
-        if self.is_known and seconds <= self.late_rate * num_tokens:
-            return False
-        return True if seconds > self.late_s(num_tokens) else None
+    is_repeated: bool = False
 
 
 @dataclass(slots=True)
@@ -116,8 +67,6 @@ class Flight:
         chunk: What it was asked for.
         deadline: When it is given up.
         sent: When it was asked.
-        num_tokens: Of the prompts.
-        pace: That of the call which asked, by which the actor is judged.
         waiting: What the actor said when it was ready but for weights that nobody had pushed.
         is_behind: Nobody needs the answer any more, but the actor is busy until it comes; `chunk`
             is None.
@@ -127,8 +76,6 @@ class Flight:
     chunk: Chunk | None
     deadline: float
     sent: float = field(default_factory=time.monotonic)
-    num_tokens: int = 0
-    pace: Pace = field(default_factory=Pace)
     waiting: Standing | None = None
     is_behind: bool = False
 
@@ -149,10 +96,7 @@ class Work:
         results: By place in the batch.
         left_out: Actors to do without.
         flights: What was asked and not answered.
-        waits: From asking to the answer, which also waits behind other clients' chunks.
-        pace: The actors' own time.
-        unjudged: Actor, tokens and seconds of answers that came before there was a pace.
-        probed: Slow actors that had their one chunk.
+        s_per_token: That of the fastest answer so far; before the first one nothing is late.
     """
 
     config: GeneratorConfig
@@ -166,78 +110,48 @@ class Work:
     results: dict[int, Any] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
     flights: dict[Any, Flight] = field(default_factory=dict)
-    waits: Pace = field(init=False)
-    pace: Pace = field(init=False)
-    unjudged: list[tuple[str, int, float]] = field(default_factory=list)
-    probed: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        num_needed = max(1, min(len(self.members), len(self.waiting)) // 2)
-        self.waits, self.pace = Pace(num_needed), Pace(num_needed)
+    s_per_token: float = math.inf
 
     def is_answered(self, chunk: Chunk) -> bool:
         """Whether the results of a chunk are here, from whichever actor."""
         return chunk.places[0] in self.results
 
     def is_settled(self, chunk: Chunk) -> bool:
-        """Whether a chunk is answered, or another actor is asked for it or is going to be."""
-        return (
-            self.is_answered(chunk)
-            or any(other is chunk for other in self.waiting)
-            or any(flight.chunk is chunk for flight in self.flights.values())
+        """Whether a chunk is answered, or another actor works on it."""
+        return self.is_answered(chunk) or any(
+            flight.chunk is chunk for flight in self.flights.values()
         )
 
-    def take(self, name: str, is_slow: bool) -> Chunk | None:
-        """What to ask an actor for next: the first chunk that waits.
+    def _num_tokens(self, chunk: Chunk) -> int:
+        return max(1, sum(len(self.prompts[place].token_ids) for place in chunk.places))
 
-        A slow actor gets the last and smallest, once. It stays in the list too, so that nobody
-        waits for that actor.
-        """
-        if is_slow:
-            return self._take_probe(name)
-        while self.waiting:
-            chunk = self.waiting.popleft()
-            if not self.is_answered(chunk):
-                return chunk
-        return None
+    def answered(self, flight: Flight) -> None:
+        """Note how long an actor took."""
+        assert flight.chunk is not None
+        seconds = time.monotonic() - flight.sent
+        self.s_per_token = min(self.s_per_token, seconds / self._num_tokens(flight.chunk))
 
-    def _take_probe(self, name: str) -> Chunk | None:
-        if name in self.probed:
-            return None
-        for chunk in reversed(self.waiting):
-            if not chunk.is_doubled and not self.is_answered(chunk):
-                self.probed.add(name)
-                chunk.is_doubled = True
-                return chunk
-        return None
+    def next_late(self) -> tuple[float, Chunk | None]:
+        """The chunk that a free actor repeats next, and from when on."""
+        late = (
+            (
+                flight.sent
+                + max(_LEAST_LATE_S, _LATE_FACTOR * self.s_per_token * self._num_tokens(chunk)),
+                chunk,
+            )
+            for flight in self.flights.values()
+            if (chunk := flight.chunk) is not None and not chunk.is_repeated
+        )
+        return min(late, key=lambda found: found[0], default=(math.inf, None))
 
     def refuse(self, refusal: Callable[[Prompt], GenerationError | None]) -> None:
-        """Give each prompt that waits and is refused its error in the place of a result.
-
-        One that another actor is asked for as well may yet be answered.
-        """
+        """Give each prompt that waits and is refused its error in the place of a result."""
         for chunk in list(self.waiting):
-            if chunk.is_doubled:
-                continue
             refused = {place: refusal(self.prompts[place]) for place in chunk.places}
             self.results.update({place: error for place, error in refused.items() if error})
             chunk.places = [place for place, error in refused.items() if error is None]
             if not chunk.places:
                 self.waiting.remove(chunk)
-
-    def due(self, flight: Flight) -> float:
-        """When something is to be done about a flight: at its deadline, or when it is late.
-
-        Then another actor is asked too, if there is one, and only once for a chunk.
-        """
-        if (
-            flight.chunk is None
-            or flight.chunk.is_doubled
-            or not self.waits.is_known
-            or len(self.members) - len(self.left_out) < 2
-        ):
-            return flight.deadline
-        return min(flight.deadline, flight.sent + self.waits.late_s(flight.num_tokens))
 
     def asked(self, flight: Flight) -> str:
         """What an actor was asked, for an error."""

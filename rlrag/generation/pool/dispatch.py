@@ -4,17 +4,13 @@ Each actor works on one chunk at a time and takes the next when it is free. Ray 
 that dies, so handles stay valid; its engine is started again and what was lost is sent again
 (`Losses`). An actor that does not come back is done without while others answer.
 
-Nobody waits for an actor that is much slower than the others:
+When no chunk is left to give out, a free actor repeats a late one: one that has taken twice as long
+a token as the fastest answer of the call. The first answer counts; both actors hold the same
+weights, and the chunk is the same, so that the result does not tell who gave it. A chunk is
+repeated once, and counts as lost when the last actor that was asked for it lost it.
 
-    late     a chunk took three times what the others need (`Pace`): another actor is asked
-             too, and the first answer counts. Both actors hold the same weights, and the chunk is
-             the same, so that the result does not tell who gave it
-    slow     an actor took that long for a chunk, or never answered: in each call it gets the
-             smallest one, which the others do too, until it is as fast as they again
-    behind   a call has ended and an actor still works on what nobody needs: later calls do without
-             it until it answers, or is restarted at its deadline
-
-A chunk counts as lost when the last actor that was asked for it lost it.
+An actor that still works on what nobody needs when a call ends is behind: later calls do without it
+until it answers, or is restarted at its deadline.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -39,8 +35,8 @@ from ray.exceptions import (
 
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError, RlragError
-from rlrag.generation.pool.actor import Answer, Member, Refusal, Standing
-from rlrag.generation.pool.calls import DIED, HUNG, RAISED, Flight, Losses, Work
+from rlrag.generation.pool.actor import Member, Refusal, Standing
+from rlrag.generation.pool.calls import DIED, HUNG, RAISED, Chunk, Flight, Losses, Work
 from rlrag.generation.waits import awaiting, note_answer
 
 logger = logging.getLogger(__name__)
@@ -63,7 +59,6 @@ class Dispatcher:
         self._processes: dict[str, str] = {}  # by actor, as it last said
         self._ended: set[str] = set()
         self._lost: set[str] = set()
-        self._slow: set[str] = set()
         self._behind: dict[Any, Flight] = {}
         self._guard = threading.Lock()  # of `_behind`: calls come from several threads
         self.losses = Losses()
@@ -123,58 +118,45 @@ class Dispatcher:
         work.flights[work.prepare(member.handle)] = Flight(member, None, deadline)
 
     def _dispatch(self, work: Work) -> None:
-        """Give every free actor something to do: its start, or the next chunk."""
-        if not work.waiting:
-            return
-        unable = work.left_out | {flight.member.name for flight in work.flights.values()}
-        slow = self._slow_of(work)
-        for member in work.members:
-            if member.name in unable or not work.waiting:
-                continue
+        """Give every free actor something to do: its start, the next chunk, or a late one."""
+        for member in self._free(work):
+            now = time.monotonic()
+            late_at, chunk = work.next_late()
+            if not work.waiting and (chunk is None or late_at > now):
+                return
             if member.name not in self._started:
                 self._ask_to_prepare(work, member)
                 continue
-            chunk = work.take(member.name, member.name in slow)
-            if chunk is not None:
-                now = time.monotonic()
-                ref = work.send(member.handle, chunk.places)
-                num_tokens = sum(len(work.prompts[place].token_ids) for place in chunk.places)
-                work.flights[ref] = Flight(
-                    member, chunk, now + work.config.request_timeout_s, now, num_tokens, work.pace
-                )
+            if work.waiting:
+                chunk = work.waiting.popleft()
+            else:
+                assert chunk is not None
+                chunk.is_repeated = True
+                what = work.describe(chunk.places)
+                logger.warning("%s repeats what another actor is late with: %s", member.name, what)
+            ref = work.send(member.handle, chunk.places)
+            work.flights[ref] = Flight(member, chunk, now + work.config.request_timeout_s, now)
 
-    def _slow_of(self, work: Work) -> set[str]:
-        """The slow actors; none where only they are left."""
-        return self._slow if self._started - self._slow - work.left_out else set()
+    def _free(self, work: Work) -> list[Member]:
+        unable = work.left_out | {flight.member.name for flight in work.flights.values()}
+        return [member for member in work.members if member.name not in unable]
 
     def _collect(self, work: Work) -> None:
-        """Wait for one answer, or until something is to be done about one that is missing."""
-        first = min(map(work.due, work.flights.values()))
+        """Wait for one answer, a deadline, or until there is a late chunk for a free actor."""
+        until = min(flight.deadline for flight in work.flights.values())
+        if self._free(work):
+            until = min(until, work.next_late()[0])
         ready, _ = ray.wait(
-            list(work.flights), num_returns=1, timeout=max(0.0, first - time.monotonic())
+            list(work.flights), num_returns=1, timeout=max(0.0, until - time.monotonic())
         )
         now = time.monotonic()
-        due = []
-        if first <= now:
-            due = [ref for ref, flight in work.flights.items() if work.due(flight) <= now]
-        # `ray.wait` told of one answer; what else has come is not late.
+        due = [ref for ref, flight in work.flights.items() if flight.deadline <= now]
+        # `ray.wait` told of one answer; what else has come is in time.
         for ref in dict.fromkeys([*ready, *_answered(due)]):
             self._land(work, ref)
         for ref in due:
-            flight = work.flights.get(ref)
-            if flight is None:
-                continue
-            if flight.deadline <= now:
-                del work.flights[ref]
-                self._time_out(work, flight)
-            elif flight.chunk is not None:
-                logger.info(
-                    "%s is slow with %s; asking another actor too",
-                    flight.member.name,
-                    work.asked(flight),
-                )
-                flight.chunk.is_doubled = True
-                work.waiting.appendleft(flight.chunk)
+            if ref in work.flights:
+                self._time_out(work, work.flights.pop(ref))
 
     def _land(self, work: Work, ref: Any) -> None:
         """Take an answer, or the news that there will be none."""
@@ -201,52 +183,16 @@ class Dispatcher:
             self._ready_or_waiting(work, flight, result)
         elif isinstance(result, Refusal):
             self._started.discard(name)
-            work.probed.discard(name)
             if chunk is not None and not work.is_settled(chunk):
-                work.waiting.appendleft(chunk)
-        elif isinstance(result, Answer):
+                self._send_again(work, [chunk])
+        elif chunk is not None or flight.is_behind:
             note_answer()
             self.losses.answered()
-            self._judge(work, flight, result.since_s)
             if chunk is not None:
                 _check_versions(work, flight, result)
+                work.answered(flight)
                 if not work.is_answered(chunk):
-                    work.results.update(zip(chunk.places, result.results, strict=True))
-
-    def _judge(self, work: Work, flight: Flight, since_s: float) -> None:
-        """Note how long an actor took, and whether that is slow.
-
-        What it did for other clients before does not count.
-        """
-        name, num_tokens = flight.member.name, flight.num_tokens
-        waited_s = time.monotonic() - flight.sent
-        own_s = min(waited_s, since_s)
-        if flight.is_behind:  # by the pace of its own call
-            self._note_speed(name, flight.pace.is_slow(num_tokens, own_s), num_tokens, own_s)
-            return
-        if name not in self._slow_of(work):
-            work.waits.add(num_tokens, waited_s)
-            work.pace.add(num_tokens, own_s)
-        work.unjudged.append((name, num_tokens, own_s))
-        if work.pace.is_known:
-            for who, tokens, seconds in work.unjudged:
-                self._note_speed(who, work.pace.is_slow(tokens, seconds), tokens, seconds)
-            work.unjudged.clear()
-
-    def _note_speed(self, name: str, is_slow: bool | None, num_tokens: int, seconds: float) -> None:
-        if is_slow and name not in self._slow:
-            logger.warning(
-                "%s is slow: %d tokens took it %.1f s, more than three times as long as on "
-                "other actors; it gets the smallest chunk of each call until it is as fast as "
-                "they are",
-                name,
-                num_tokens,
-                seconds,
-            )
-            self._slow.add(name)
-        elif is_slow is False and name in self._slow:
-            logger.info("%s is as fast as the other actors again", name)
-            self._slow.discard(name)
+                    work.results.update(zip(chunk.places, result, strict=True))
 
     def _ready_or_waiting(self, work: Work, flight: Flight, standing: Standing) -> None:
         """Note that an actor is ready, or ask again until its weights have been pushed."""
@@ -334,11 +280,8 @@ class Dispatcher:
             "lower generator.batch_size"
         )
         if flight.is_behind:
-            self._slow.add(name)
             logger.warning("%s", late)
         elif flight.chunk is not None:
-            if work.is_settled(flight.chunk):  # others answered it, or may
-                self._slow.add(name)
             self._lose(work, flight, HUNG, late)
         else:
             self._leave_out(
@@ -373,12 +316,16 @@ class Dispatcher:
             logger.warning("%s; another actor has the same prompts", error)
             return
         prompts = [work.prompts[place] for place in chunk.places]
-        chunk.is_doubled = False
         again = self.losses.lost(chunk, count, error, prompts, len(work.members))
-        work.waiting.extendleft(reversed(again))
+        self._send_again(work, again)
         if not again:
             work.results[chunk.places[0]] = error
         work.refuse(self.losses.refusal)
+
+    def _send_again(self, work: Work, chunks: list[Chunk]) -> None:
+        for chunk in reversed(chunks):
+            chunk.is_repeated = False
+            work.waiting.appendleft(chunk)
 
     def _leave_out(self, work: Work, member: Member, error: GenerationError) -> None:
         """Go on without an actor that was ready once, if another one is ready."""
@@ -405,8 +352,8 @@ def _answered(refs: list[Any]) -> list[Any]:
     return list(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0])
 
 
-def _check_versions(work: Work, flight: Flight, answer: Answer) -> None:
-    versions = {r.version for r in answer.results if not isinstance(r, GenerationError)}
+def _check_versions(work: Work, flight: Flight, results: Sequence[Any]) -> None:
+    versions = {r.version for r in results if not isinstance(r, GenerationError)}
     strange = versions - {work.wanted.version}
     if strange:
         raise GenerationError(
