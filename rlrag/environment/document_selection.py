@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import gymnasium
-import numpy as np
-from gymnasium.error import InvalidAction, ResetNeeded
-
-from rlrag.environment import transitions
-from rlrag.environment.rendering import (
-    RENDER_MODES,
-    check_render_mode,
-    draw_episode,
-    render_episode,
-)
-from rlrag.environment.task import (
-    DEFAULT_INVALID_REWARD,
-    DEFAULT_NUM_SELECTED,
-    EpisodeTexts,
-    Outcome,
-    SelectionTask,
-    check_options,
-)
-from rlrag.environment.transitions import Episodes
-from rlrag.errors import ConfigError
+from rlrag.environment.scalar import SimulatedEnv
+from rlrag.environment.simulation import SelectionSimulation
+from rlrag.environment.task import DEFAULT_INVALID_REWARD, DEFAULT_NUM_SELECTED, SelectionTask
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.protocol import SelectionReward
 
-_ONE = np.ones(1, dtype=np.bool_)
 
-
-class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
+class DocumentSelectionEnv(SimulatedEnv):
     """Choose and order the passages that a question is answered from.
 
     ## Description
@@ -136,11 +114,6 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
     - v1: first version.
     """
 
-    metadata = {  # noqa: RUF012  Gymnasium's own form
-        "render_modes": [*RENDER_MODES],
-        "render_fps": 4,
-    }
-
     def __init__(
         self,
         candidates: CandidateTable | None = None,
@@ -149,93 +122,5 @@ class DocumentSelectionEnv(gymnasium.Env[dict[str, Any], np.int64]):
         render_mode: str | None = None,
         invalid_reward: float = DEFAULT_INVALID_REWARD,
     ) -> None:
-        check_render_mode(render_mode, self.metadata)
-        self._task = SelectionTask(candidates, reward, num_selected, invalid_reward)
-        self.action_space = self._task.action_space
-        self.observation_space = self._task.observation_space
-        self.render_mode = render_mode
-        self._episodes: Episodes = self._task.start(1)
-        self._texts: EpisodeTexts | None = None
-        self._features: dict[str, np.ndarray] = {}
-        self._outcome: Outcome | None = None
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Start an episode: of `options["question_row"]`, or of a question drawn at random.
-
-        Raises:
-            ConfigError: for an unknown option or a row that the table does not have.
-        """
-        row = check_options(options, known=("question_row",)).get("question_row")
-        num_questions = len(self._task.candidates)
-        if row is not None and not _is_row(row, num_questions):
-            raise ConfigError(
-                f"options['question_row'] is {row!r}; give an integer from 0 to {num_questions - 1}"
-            )
-        super().reset(seed=seed)
-        row = int(self.np_random.integers(num_questions) if row is None else row)
-        self._episodes = self._task.start(1)
-        self._texts = self._task.texts(row)
-        self._features = self._task.features(np.array([row]))
-        self._outcome = None
-        return self._observation(), self._texts.info() | {"action_mask": self.action_masks()}
-
-    def step(
-        self, action: int | np.int64
-    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Pick a candidate or stop; see the class for what an invalid pick does.
-
-        Raises:
-            ResetNeeded: before the first reset and after the end of an episode.
-            InvalidAction: for something outside the action space.
-            RlragError: the reward's own error, when it could not be computed.
-        """
-        if self._texts is None or self._episodes.over_B[0]:
-            raise ResetNeeded("the episode is over or has not begun; call reset() before step()")
-        if not self.action_space.contains(action):
-            raise InvalidAction(f"action {action!r} is outside {self.action_space}")
-        self._episodes, ended_B, valid_B = transitions.advance(
-            self._episodes, np.array([int(action)]), _ONE
-        )
-        info = self._texts.info() | {"action_mask": self.action_masks()}
-        if not ended_B[0]:
-            return self._observation(), 0.0, False, False, info
-        [self._outcome] = self._task.conclude(
-            [self._texts], [self._episodes.selection(0)], [bool(valid_B[0])]
-        )
-        if self._outcome.error is not None:
-            raise self._outcome.error
-        info |= self._outcome.info()
-        return self._observation(), self._outcome.reward, True, False, info
-
-    def action_masks(self) -> np.ndarray:
-        """Which actions are allowed now: bool, length N + 1."""
-        return transitions.action_masks(self._episodes)[0]
-
-    def render(self) -> str | np.ndarray | None:
-        """The episode so far, as text or as a picture; None without a render mode.
-
-        Raises:
-            ResetNeeded: before the first reset.
-        """
-        if self.render_mode is None:
-            gymnasium.logger.warn(
-                "render() needs render_mode='ansi' or 'rgb_array' when the environment is created"
-            )
-            return None
-        if self._texts is None:
-            raise ResetNeeded("there is no episode to show yet; call reset() before render()")
-        selection, most = self._episodes.selection(0), self._task.num_selected
-        if self.render_mode == "rgb_array":
-            return draw_episode(selection, len(self._texts.passages), most, self._outcome)
-        return render_episode(self._texts, selection, most, self._outcome)
-
-    def _observation(self) -> dict[str, np.ndarray]:
-        batch = self._task.observe(self._features, self._episodes)
-        return {name: array[0] for name, array in batch.items()}
-
-
-def _is_row(row: Any, num_questions: int) -> bool:
-    is_integer = isinstance(row, (int, np.integer)) and not isinstance(row, bool)
-    return is_integer and 0 <= int(row) < num_questions
+        task = SelectionTask(candidates, reward, num_selected, invalid_reward)
+        super().__init__(SelectionSimulation(task, 1), render_mode)
