@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -122,6 +122,39 @@ class RewardResult:
     answer: str | None = None
     answer_logp: float | None = None
     golden_logps: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPassage:
+    """A passage that a turn of an episode brought into its pool.
+
+    `by` is what found it: a `query`, a `hop` from the passage in slot `source` along an edge of the
+    kind `edge`, or a `title` that the question names.
+    """
+
+    slot: int
+    passage_id: str
+    by: Literal["query", "hop", "title"]
+    source: int | None = None
+    edge: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PathTurn:
+    """What an episode did in one turn, and what that found.
+
+    `start` is the question's own hits, `invalid` an action that was not allowed. A pick has the
+    `slot` of its passage; a search the `query`, the number of its `writer` and the slot of the pick
+    that it was written on, where it was. `num_left_out` counts what was found and had no room.
+    """
+
+    action: Literal["start", "pick", "search", "stop", "invalid"]
+    slot: int | None = None
+    passage_id: str | None = None
+    query: str | None = None
+    writer: int | None = None
+    found: tuple[FoundPassage, ...] = ()
+    num_left_out: int = 0
 
 
 Columns = Mapping[str, np.ndarray]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ def render_episode(
     selection: tuple[int, ...],
     num_selected: int,
     outcome: Outcome | None,
+    queries: Sequence[str] | None = None,
 ) -> str:
     """Question, picks with their titles, answer where there is one, and reward.
 
@@ -52,6 +53,7 @@ def render_episode(
         selection: candidate positions picked so far, best first.
         num_selected: the most that may be picked (K).
         outcome: how the episode ended, or None while it runs.
+        queries: what was searched for, where an episode can search.
     """
     question = texts.question
     lines = [
@@ -61,10 +63,12 @@ def render_episode(
     for place, position in enumerate(selection, start=1):
         passage = texts.passages[position]
         lines.append(f"  {place}. {passage.title or passage.id} (candidate {position})")
+    lines += [f"Searched for: {query}" for query in queries or ()]
     if outcome is None:
         return "\n".join([*lines, "Still picking."]) + "\n"
     if not outcome.valid:
-        lines.append("Ended by a candidate that was already picked.")
+        reason = "a candidate that was already picked" if queries is None else "an invalid action"
+        lines.append(f"Ended by {reason}.")
     if outcome.answer is not None:
         lines.append(f"Answer: {outcome.answer}")
     if outcome.error is not None:

@@ -11,12 +11,19 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from rlrag.data.sample import sample_corpus, sample_questions
+from rlrag.environment.hop_transitions import EDGE_KINDS
+from rlrag.records import Passage, Question
 from rlrag.retrieval.candidates import CandidateTable
+from rlrag.retrieval.protocol import Hits, in_order
+
+_find_names = re.compile(r"[A-Z]\w+").findall
 
 NUM_CANDIDATES = 8
 VECTOR_SIZE = 32
@@ -41,6 +48,93 @@ def sample_candidates() -> CandidateTable:
         question_vectors_QD=hashed_vectors(question_words),
         passage_vectors_PD=hashed_vectors(passage_words),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SampleNeighbours:
+    """The edges of one passage, each array of shape (M,)."""
+
+    rows: np.ndarray
+    kinds: np.ndarray
+    weights: np.ndarray
+
+
+class SampleEdges:
+    """The graph of the built-in passages: who names whose title, and who shares rare names.
+
+    An edge for a title weighs 1, one for shared names the sum of log(P / passages with the name)
+    over log P.
+    """
+
+    def __init__(self) -> None:
+        passages = list(sample_corpus())
+        self._titles = [_words(passage.title) for passage in passages]
+        names = [set(_find_names(passage.contents)) for passage in passages]
+        counts = Counter(name for each in names for name in each)
+        rarity = {
+            name: 1 - math.log(count) / math.log(len(names)) for name, count in counts.items()
+        }
+        self._edges: list[list[tuple[int, int, float]]] = [[] for _ in passages]
+        out, into, shared = (EDGE_KINDS.index(k) for k in ("title_out", "title_in", "shared"))
+        for row, passage in enumerate(passages):
+            for other in self.named_in(passage.text).tolist():
+                if other != row:
+                    self._edges[row].append((other, out, 1.0))
+                    self._edges[other].append((row, into, 1.0))
+            for other, theirs in enumerate(names):
+                weight = sum(rarity[name] for name in names[row] & theirs)
+                if other != row and weight > 0:
+                    self._edges[row].append((other, shared, weight))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SampleEdges:
+        """Itself: it never changes."""
+        return self
+
+    def neighbours(self, row: int) -> SampleNeighbours:
+        """The edges of a passage."""
+        edges = np.array(self._edges[row], dtype=np.float32).reshape(-1, 3)
+        return SampleNeighbours(
+            edges[:, 0].astype(np.int64), edges[:, 1].astype(np.int8), edges[:, 2]
+        )
+
+    def named_in(self, text: str) -> np.ndarray:
+        """Rows of the passages whose titles stand in a text."""
+        padded = f" {' '.join(_words(text))} "
+        rows = [row for row, title in enumerate(self._titles) if f" {' '.join(title)} " in padded]
+        return np.array(rows, dtype=np.int64)
+
+
+class SampleSearch:
+    """Searches the built-in passages by the words that they share with a query."""
+
+    def __init__(self) -> None:
+        self._passage_words = [_words(passage.contents) for passage in sample_corpus()]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SampleSearch:
+        """Itself: it never changes."""
+        return self
+
+    def search(self, questions: Sequence[str], k: int) -> Hits:
+        """The best `k` rows of each query."""
+        scores_QP = overlap_scores([_words(query) for query in questions], self._passage_words)
+        rows_QP = np.broadcast_to(np.arange(scores_QP.shape[1]), scores_QP.shape)
+        return in_order(rows_QP, scores_QP, k)
+
+
+class SampleWriter:
+    """Asks the question again with the title of a pick."""
+
+    needs_pick = True
+
+    def write(
+        self,
+        questions: Sequence[Question],
+        picks: Sequence[Sequence[Passage]],
+        chosen: Sequence[int],
+    ) -> list[str | None]:
+        """A query for each episode of the call."""
+        asked = zip(questions, picks, chosen, strict=True)
+        return [f"{question.question} {picked[place].title}" for question, picked, place in asked]
 
 
 def overlap_scores(question_words: list[list[str]], passage_words: list[list[str]]) -> np.ndarray:

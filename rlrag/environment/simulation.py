@@ -38,8 +38,11 @@ class Simulation(Protocol):
     action_space: spaces.Discrete
     observation_space: spaces.Dict
     num_questions: int
-    texts: list[EpisodeTexts]
-    """Of each episode; empty before the first `begin`."""
+
+    @property
+    def texts(self) -> Sequence[EpisodeTexts]:
+        """Of each episode; empty before the first `begin`."""
+        ...
 
     @property
     def over_B(self) -> np.ndarray:

@@ -20,7 +20,7 @@ from rlrag.environment import transitions
 from rlrag.environment.sample_task import sample_candidates
 from rlrag.environment.transitions import Episodes
 from rlrag.errors import ConfigError, DataError, RewardError, RlragError
-from rlrag.records import Passage, Question, RewardResult
+from rlrag.records import Passage, PathTurn, Question, RewardResult
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import PassageReward
 from rlrag.rewards.protocol import SelectionReward
@@ -65,6 +65,7 @@ class Outcome:
     reward_terms: Mapping[str, float]
     error: RlragError | None = None
     golden_logps: tuple[float, ...] | None = None
+    path: tuple[PathTurn, ...] | None = None
 
     def info(self) -> dict[str, Any]:
         """The entries of `info` that the last step adds."""
@@ -79,6 +80,8 @@ class Outcome:
             info["error"] = self.error
         if self.golden_logps is not None:
             info["golden_logps"] = self.golden_logps
+        if self.path is not None:
+            info["path"] = self.path
         return info
 
 
@@ -104,20 +107,11 @@ class SelectionTask:
 
     def _check(self) -> None:
         num_candidates = self.candidates.num_candidates
-        if len(self.candidates) == 0:
-            raise DataError("the candidate table has no questions; give it at least one")
+        check_task(self.candidates, self.invalid_reward)
         if not 1 <= self.num_selected <= num_candidates:
             raise ConfigError(
                 f"num_selected is {self.num_selected} but a question has {num_candidates} "
                 f"candidates; choose a number from 1 to {num_candidates}"
-            )
-        if not math.isfinite(self.invalid_reward):
-            raise ConfigError(f"invalid_reward is {self.invalid_reward}; give a finite number")
-        if not np.isfinite(self.candidates.scores_QNC).all():
-            row = int(np.argwhere(~np.isfinite(self.candidates.scores_QNC))[0, 0])
-            raise DataError(
-                f"the retriever scores of question {self.candidates.questions[row].id!r} are not "
-                "all finite; compute its candidates again"
             )
 
     def start(self, num_episodes: int) -> Episodes:
@@ -161,57 +155,87 @@ class SelectionTask:
         selections: Sequence[tuple[int, ...]],
         valid: Sequence[bool],
     ) -> list[Outcome]:
-        """How these episodes ended: one call of the reward for all that ended validly, in order.
+        """How these episodes ended; see the function `conclude`."""
+        return conclude(self.reward, self.invalid_reward, texts, selections, valid)
 
-        Raises:
-            RewardError: when the reward does not give one result for each question, or something
-                that is none.
-        """
-        picked = [
-            tuple(text.passages[position] for position in selection)
-            for text, selection in zip(texts, selections, strict=True)
-        ]
-        asked = [index for index, is_valid in enumerate(valid) if is_valid]
-        questions = [texts[index].question for index in asked]
-        results = self.reward(questions, [picked[index] for index in asked]) if asked else []
-        if len(results) != len(asked):
+
+def check_task(candidates: CandidateTable, invalid_reward: float) -> None:
+    """Refuse a table and a reward of invalid actions that no episode can be played with.
+
+    Raises:
+        DataError: for a table without questions, or with scores that are not finite.
+        ConfigError: for a reward that is not finite.
+    """
+    if len(candidates) == 0:
+        raise DataError("the candidate table has no questions; give it at least one")
+    if not math.isfinite(invalid_reward):
+        raise ConfigError(f"invalid_reward is {invalid_reward}; give a finite number")
+    if not np.isfinite(candidates.scores_QNC).all():
+        row = int(np.argwhere(~np.isfinite(candidates.scores_QNC))[0, 0])
+        raise DataError(
+            f"the retriever scores of question {candidates.questions[row].id!r} are not "
+            "all finite; compute its candidates again"
+        )
+
+
+def conclude(
+    reward: SelectionReward,
+    invalid_reward: float,
+    texts: Sequence[EpisodeTexts],
+    selections: Sequence[tuple[int, ...]],
+    valid: Sequence[bool],
+) -> list[Outcome]:
+    """How these episodes ended: one call of the reward for all that ended validly, in order.
+
+    Raises:
+        RewardError: when the reward does not give one result for each question, or something
+            that is none.
+    """
+    picked = [
+        tuple(text.passages[position] for position in selection)
+        for text, selection in zip(texts, selections, strict=True)
+    ]
+    asked = [index for index, is_valid in enumerate(valid) if is_valid]
+    questions = [texts[index].question for index in asked]
+    results = reward(questions, [picked[index] for index in asked]) if asked else []
+    if len(results) != len(asked):
+        raise RewardError(
+            f"the reward {reward!r} gave {len(results)} results for {len(asked)} "
+            "questions; it must return one result per question, in the same order"
+        )
+    result_of = dict(zip(asked, results, strict=True))
+    outcomes = []
+    for index, text in enumerate(texts):
+        evidence = picked[index]
+        result = result_of.get(index)
+        if not valid[index]:
+            outcome = Outcome(invalid_reward, evidence, False, None, {})
+        elif isinstance(result, RlragError):
+            outcome = Outcome(math.nan, evidence, True, None, {}, error=result)
+        elif not isinstance(result, RewardResult):
             raise RewardError(
-                f"the reward {self.reward!r} gave {len(results)} results for {len(asked)} "
-                "questions; it must return one result per question, in the same order"
+                f"the reward {reward!r} gave {reprlib.repr(result)} for question "
+                f"{text.question.id!r}; it must return a RewardResult, or the RlragError that "
+                "says why there is none"
             )
-        result_of = dict(zip(asked, results, strict=True))
-        outcomes = []
-        for index, text in enumerate(texts):
-            evidence = picked[index]
-            result = result_of.get(index)
-            if not valid[index]:
-                outcome = Outcome(self.invalid_reward, evidence, False, None, {})
-            elif isinstance(result, RlragError):
-                outcome = Outcome(math.nan, evidence, True, None, {}, error=result)
-            elif not isinstance(result, RewardResult):
-                raise RewardError(
-                    f"the reward {self.reward!r} gave {reprlib.repr(result)} for question "
-                    f"{text.question.id!r}; it must return a RewardResult, or the RlragError that "
-                    "says why there is none"
-                )
-            elif not math.isfinite(result.total):
-                error = RewardError(
-                    f"the reward of question {text.question.id!r} is {result.total}; "
-                    "a reward must be a finite number"
-                )
-                outcome = Outcome(math.nan, evidence, True, result.answer, {}, error=error)
-            else:
-                terms = {name: float(value) for name, value in result.terms.items()}
-                outcome = Outcome(
-                    float(result.total),
-                    evidence,
-                    True,
-                    result.answer,
-                    terms,
-                    golden_logps=result.golden_logps,
-                )
-            outcomes.append(outcome)
-        return outcomes
+        elif not math.isfinite(result.total):
+            error = RewardError(
+                f"the reward of question {text.question.id!r} is {result.total}; "
+                "a reward must be a finite number"
+            )
+            outcome = Outcome(math.nan, evidence, True, result.answer, {}, error=error)
+        else:
+            terms = {name: float(value) for name, value in result.terms.items()}
+            outcome = Outcome(
+                float(result.total),
+                evidence,
+                True,
+                result.answer,
+                terms,
+                golden_logps=result.golden_logps,
+            )
+        outcomes.append(outcome)
+    return outcomes
 
 
 def check_options(options: Mapping[str, Any] | None, known: tuple[str, ...]) -> dict[str, Any]:
@@ -228,13 +252,14 @@ def check_options(options: Mapping[str, Any] | None, known: tuple[str, ...]) -> 
     return chosen
 
 
+def finite(*shape: int) -> spaces.Box:
+    """The space of float32 arrays of finite numbers."""
+    return spaces.Box(-_LARGEST, _LARGEST, shape, dtype=np.float32)
+
+
 def _observation_space(candidates: CandidateTable, num_selected: int) -> spaces.Dict:
     num_candidates, vector_size = candidates.num_candidates, candidates.vector_size
     num_scores = candidates.scores_QNC.shape[2]
-
-    def finite(*shape: int) -> spaces.Box:
-        return spaces.Box(-_LARGEST, _LARGEST, shape, dtype=np.float32)
-
     parts: dict[str, spaces.Space[Any]] = {
         "retriever_scores": finite(num_candidates, num_scores),
         "picked": spaces.Box(0, 1, (num_candidates,), dtype=np.int8),

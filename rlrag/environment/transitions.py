@@ -73,15 +73,18 @@ def picked(episodes: Episodes) -> np.ndarray:
 def action_masks(episodes: Episodes) -> np.ndarray:
     """Which actions are allowed: bool [B, N + 1], the last one being the stop.
 
-    A candidate is allowed until it is picked and until the episode is over; the stop always is.
+    A candidate is allowed until it is picked, and none once K are picked or the episode is over;
+    the stop always is.
     """
-    mask_BA = np.ones((len(episodes.order_BK), episodes.num_candidates + 1), dtype=np.bool_)
-    mask_BA[:, :-1] = ~(picked(episodes) | episodes.over_B[:, None])
+    num_episodes, num_selected = episodes.order_BK.shape
+    mask_BA = np.ones((num_episodes, episodes.num_candidates + 1), dtype=np.bool_)
+    done_B = episodes.over_B | (episodes.num_picked_B == num_selected)
+    mask_BA[:, :-1] = ~(picked(episodes) | done_B[:, None])
     return mask_BA
 
 
 def advance(
-    episodes: Episodes, actions_B: np.ndarray, acting_B: np.ndarray
+    episodes: Episodes, actions_B: np.ndarray, acting_B: np.ndarray, auto_stop: bool = True
 ) -> tuple[Episodes, np.ndarray, np.ndarray]:
     """Apply one action to each episode in `acting_B`; the others stay as they are.
 
@@ -89,6 +92,7 @@ def advance(
         episodes: the states before.
         actions_B: an integer from 0 to N for each episode; N stops.
         acting_B: the episodes that act; none of them may be over.
+        auto_stop: the K-th pick ends the episode; without, only the stop is left after it.
 
     Returns:
         The states after, the episodes that this action ended, and the actions that were valid. An
@@ -109,7 +113,9 @@ def advance(
     order_BK = episodes.order_BK.copy()
     order_BK[picks_B, episodes.num_picked_B[picks_B]] = actions_B[picks_B]
     num_picked_B = episodes.num_picked_B + picks_B
-    ended_B = acting_B & (~picks_B | (num_picked_B == order_BK.shape[1]))
+    ended_B = acting_B & ~picks_B
+    if auto_stop:
+        ended_B |= acting_B & (num_picked_B == order_BK.shape[1])
     after = Episodes(
         order_BK=order_BK,
         num_picked_B=num_picked_B,

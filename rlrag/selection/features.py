@@ -25,6 +25,16 @@ _ASKED_FOR = ("who", "when", "where", "what", "which", "how many", "how much", "
 _NUMBER = re.compile(r"\d")
 
 
+def content_words(text: str) -> set[str]:
+    """Different words of a text, lower-cased, without function words.
+
+    Example:
+        >>> sorted(content_words("Where is the Tower of London?"))
+        ['london', 'tower']
+    """
+    return set(_WORD.findall(text.lower())) - _FUNCTION_WORDS
+
+
 def num_features(num_scores: int) -> int:
     """Length F of the feature vector for C retriever scores."""
     return 2 * num_scores + 2 + 4 + len(_ASKED_FOR)
@@ -75,7 +85,7 @@ def _text_features(question: str, passage: str) -> list[float]:
     if not newline:
         title, text = "", passage
     asked = question.lower()
-    wanted = set(_WORD.findall(asked)) - _FUNCTION_WORDS
+    wanted = content_words(question)
     words = _WORD.findall(text.lower())
     total = max(len(wanted), 1)
     return [
