@@ -83,13 +83,13 @@ def test_passages_whose_title_the_question_names_come_behind_the_hits():
     assert column(observation, "named") == [1.0, 0.0, 1.0]
     assert column(observation, "in_first_list") == [1.0, 1.0, 0.0]
     assert overall(observation, "named_left") == 2.0
-    path = run(env, [env.action_space.n - 1])[4]["path"]
+    path = run(env, [env.action_space.n - 1])[4]["path"].turns()
     assert path[0].found[2] == FoundPassage(2, "p9", "title")
 
 
 def test_named_passages_without_room_are_counted():
     env = make_env(edges=Edges({}, named=[9, 10, 11]), settings={"num_slots": 4})
-    path = run(env, [int(env.action_space.n) - 1])[4]["path"]
+    path = run(env, [int(env.action_space.n) - 1])[4]["path"].turns()
     assert [found.passage_id for found in path[0].found] == ["p0", "p1", "p9", "p10"]
     assert path[0].num_left_out == 1
 
@@ -126,7 +126,7 @@ def test_several_edges_to_one_passage_are_all_told_and_reveal_it_once():
     observation, *_ = run(env, [0])
     assert shown(env) == ["p0", "p1", "p5"]
     assert (column(observation, "shared")[2], column(observation, "title_out")[2]) == (3.0, 7.0)
-    path = run(env, [0, int(env.action_space.n) - 1])[4]["path"]
+    path = run(env, [0, int(env.action_space.n) - 1])[4]["path"].turns()
     assert path[1].found == (FoundPassage(2, "p5", "hop", 0, "title_out"),)
 
 
@@ -155,7 +155,7 @@ def test_a_passage_without_edges_reveals_nothing():
     observation, _, ended, *_ = run(env, [0])
     assert not ended
     assert observation["filled"].sum() == 2
-    path = run(env, [0, int(env.action_space.n) - 1])[4]["path"]
+    path = run(env, [0, int(env.action_space.n) - 1])[4]["path"].turns()
     assert path[1] == PathTurn("pick", 0, "p0")
 
 
@@ -167,7 +167,7 @@ def test_a_full_pool_takes_nothing_in_and_keeps_all():
     assert not info["action_mask"][3:-1].any()  # nothing that a search finds would have room
     assert info["queries"] == (None,) * K
     assert overall(observation, "filled") == 1.0
-    path = env.step(1)[4] and env.step(int(env.action_space.n) - 1)[4]["path"]
+    path = env.step(1)[4] and env.step(int(env.action_space.n) - 1)[4]["path"].turns()
     assert [turn.num_left_out for turn in path] == [0, 1, 2, 0]
     assert shown(env) == ["p0", "p1", "p4"]
 
@@ -239,7 +239,7 @@ def test_a_query_that_is_issued_again_ends_the_episode_as_invalid():
     assert [passage.id for passage in info["evidence"]] == ["p0"]
     assert answers.calls == [["the same"]]
     assert reward.calls == []
-    assert [turn.action for turn in info["path"]] == ["start", "pick", "search", "invalid"]
+    assert [turn.action for turn in info["path"].turns()] == ["start", "pick", "search", "invalid"]
     assert observation["action_mask"].tolist() == [0] * (N + K) + [1]
 
 
@@ -277,8 +277,8 @@ def test_a_search_that_finds_nothing_takes_its_turn_and_the_episode_goes_on(answ
     assert column(observation, "newest_score") == [0.0, 0.0]
     *_, info = env.step(0)
     *_, info = env.step(int(env.action_space.n) - 1)
-    assert info["path"][1].action == "search"
-    assert info["path"][1].found == ()
+    assert info["path"].turns()[1].action == "search"
+    assert info["path"].turns()[1].found == ()
     assert info["reward_terms"]["num_queries"] == 1.0
 
 
@@ -286,7 +286,7 @@ def test_hits_without_room_are_counted_and_a_hit_counts_once():
     answers = Answers({"Title 0": [5, 5, 6]})
     env = make_env(retriever=answers, writers=(OnTitle(),), settings={"num_slots": 3})
     run(env, [0, 3])
-    path = env.step(int(env.action_space.n) - 1)[4]["path"]
+    path = env.step(int(env.action_space.n) - 1)[4]["path"].turns()
     assert shown(env) == ["p0", "p1", "p5"]
     assert path[2].query == "Title 0"
     assert path[2].num_left_out == 1
@@ -369,14 +369,14 @@ def test_a_slot_that_is_empty_or_picked_ends_the_episode_as_invalid(action):
     _, value, ended, _, info = run(env, [0, action])
     assert (value, ended, info["valid"]) == (-7.0, True, False)
     assert info["reward_terms"] == {}
-    assert [turn.action for turn in info["path"]] == ["start", "pick", "invalid"]
+    assert [turn.action for turn in info["path"].turns()] == ["start", "pick", "invalid"]
 
 
 def test_the_path_tells_each_turn():
     answers = Answers({"Title 4": [9]})
     env = make_env(edges=ring(), retriever=answers, writers=(Anew(), OnTitle()))
     *_, info = run(env, [0, 2, search(1, 1), 3])
-    path = info["path"]
+    path = info["path"].turns()
     assert path[0] == PathTurn(
         "start",
         query="what about word0 and word4?",
@@ -450,8 +450,8 @@ def test_random_masked_episodes_stay_in_the_space_and_are_valid():
         observation, _, ended, _, info = env.step(env.action_space.sample(mask=mask))
         if ended:
             assert info["valid"]
-            kinds |= {found.by for turn in info["path"] for found in turn.found}
-            kinds |= {turn.action for turn in info["path"]}
+            kinds |= {found.by for turn in info["path"].turns() for found in turn.found}
+            kinds |= {turn.action for turn in info["path"].turns()}
             num_episodes += 1
             observation, info = env.reset()
     assert kinds == {"query", "hop", "title", "start", "pick", "search", "stop"}
@@ -607,9 +607,8 @@ def test_a_step_that_a_part_failed_can_be_taken_again(broken):
     ours, theirs = env.step(action), other.step(action)
     assert data_equivalence(ours[0], theirs[0], exact=True)
     assert ours[4]["queries"] == theirs[4]["queries"]
-    assert (
-        env.step(int(env.action_space.n) - 1)[4]["path"]
-        == (other.step(int(other.action_space.n) - 1)[4]["path"])
+    assert env.step(int(env.action_space.n) - 1)[4]["path"].turns() == (
+        other.step(int(other.action_space.n) - 1)[4]["path"].turns()
     )
 
 
@@ -624,7 +623,7 @@ def test_a_failed_reward_is_raised_by_the_scalar_and_told_by_the_vector_environm
     assert ended.all()
     assert np.isnan(rewards).tolist() == [True, False]
     assert isinstance(infos["error"][0], GenerationError)
-    assert infos["path"][0][-1] == PathTurn("stop")
+    assert infos["path"][0].turns()[-1] == PathTurn("stop")
 
 
 # Against DocumentSelection

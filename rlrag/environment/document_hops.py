@@ -108,7 +108,8 @@ class DocumentHopsEnv(SimulatedEnv):
     At the last step also what `DocumentSelectionEnv` tells: `evidence`, `selection`, `answer`,
     `reward_terms` (with `num_picks`, `num_queries` and `num_turns`), `golden_logps`, `valid`. And:
 
-    - `path`: what was done in each turn and what that found (tuple of `rlrag.records.PathTurn`).
+    - `path`: what was done and what that found (`hop_path.HopPath`); its `turns()` gives a
+      `rlrag.records.PathTurn` for the start and for each action.
 
     ## Arguments
     - `candidates`: questions with their first hits; the built-in sample when omitted.

@@ -6,13 +6,12 @@ Shape letters: B episodes, N slots, S searches by writer and pick, D vector leng
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from rlrag.environment import hop_transitions as rules
 from rlrag.environment.hop_task import HopTask, HopTexts, padded
-from rlrag.environment.hop_transitions import Paths
+from rlrag.environment.hop_transitions import SLOT, Paths
 from rlrag.environment.rendering import draw_episode, render_episode
 from rlrag.environment.simulation import Advance
 from rlrag.environment.task import Outcome
@@ -50,7 +49,7 @@ class HopSimulation:
         """See `Simulation.begin`."""
         task, begun = self._task, np.flatnonzero(where_B).tolist()
         openings = [task.opening(row) for row in question_rows.tolist()]
-        slots_PN = np.stack([opening.slots_N for opening in openings])
+        slots_PN = np.stack([opening.slots_N for opening in openings], dtype=SLOT)
         left_out_P = np.array([opening.num_left_out for opening in openings])
         paths = rules.restart(self._paths, where_B, slots_PN, left_out_P)
         issued = list(self._issued)
@@ -68,7 +67,7 @@ class HopSimulation:
             self._slot_BND[begun] = 0.0
             p, slot = np.nonzero(slots_PN["row"] >= 0)
             self._slot_BND[np.array(begun)[p], slot] = task.vectors(slots_PN["row"][p, slot])
-        self._num_words_B[begun] = [len(opening.bits) for opening in openings]
+        self._num_words_B[begun] = [len(opening.words) for opening in openings]
         self._compares_B[begun] = [opening.compares for opening in openings]
         self._show(texts)
 
@@ -79,15 +78,16 @@ class HopSimulation:
         issued = list(self._issued)
         searching, picking = np.flatnonzero(taken.searches_B), np.flatnonzero(taken.picks_B)
         if len(searching):
-            paths = self._search(paths, searching, actions_B[searching], issued)
+            self._search(paths, searching, actions_B[searching], issued)
         hopping = picking[~paths.picks.over_B[picking]]
         if task.edges is not None and len(hopping):
-            paths = self._hop(paths, hopping, actions_B[hopping])
+            self._hop(paths, hopping, actions_B[hopping])
         grown = np.flatnonzero(paths.num_filled_B > before.num_filled_B)
         texts = {
-            e: self._with_passages(self.texts[e], paths.slots_BN["row"][e, old:new].tolist())
-            for e, old, new in zip(
+            e: self.texts[e].with_passages([task.passage(row)[:2] for row in rows_N[old:new]])
+            for e, rows_N, old, new in zip(
                 grown.tolist(),
+                paths.slots_BN["row"][grown].tolist(),
                 before.num_filled_B[grown].tolist(),
                 paths.num_filled_B[grown].tolist(),
                 strict=True,
@@ -135,7 +135,7 @@ class HopSimulation:
 
     def _search(
         self, paths: Paths, at_P: np.ndarray, actions_P: np.ndarray, issued: list[tuple[str, ...]]
-    ) -> Paths:
+    ) -> None:
         """Issue the queries of these episodes in one search and add what is found."""
         task = self._task
         episodes, searches_P = at_P.tolist(), actions_P - task.limits.num_slots
@@ -147,24 +147,23 @@ class HopSimulation:
             issued[e] = (*issued[e], query)
         found_PM, scores_PM = task.hits([self.texts[e].question_row for e in episodes], queries)
         shared_P = {"query": paths.num_queries_B[at_P]}
-        paths, places_PM = rules.add(paths, at_P, found_PM, task.settings.num_hits, shared_P)
-        paths = rules.score(paths, at_P, places_PM, scores_PM)
-        if task.edges is None:
-            return paths
-        return self._link_picks(paths, at_P, num_newest=0)
+        places_PM = rules.add(paths, at_P, found_PM, task.settings.num_hits, shared_P)
+        rules.score(paths, at_P, places_PM, scores_PM)
+        if task.edges is not None:
+            self._link_picks(paths, at_P, num_newest=0)
 
-    def _hop(self, paths: Paths, at_P: np.ndarray, slots_P: np.ndarray) -> Paths:
+    def _hop(self, paths: Paths, at_P: np.ndarray, slots_P: np.ndarray) -> None:
         """Reveal the best neighbours of what these episodes just picked."""
-        task, num_filled_B = self._task, paths.num_filled_B
+        task, num_filled_P = self._task, paths.num_filled_B[at_P]
         found_PM = self._neighbours(at_P, paths.slots_BN["row"][at_P, slots_P])
-        paths, places_PM = rules.add(
+        places_PM = rules.add(
             paths, at_P, found_PM, task.settings.num_revealed, {"source": slots_P}
         )
-        paths = rules.link(paths, at_P, places_PM, found_PM["edges"], newest=True)
-        grown_P = paths.num_filled_B[at_P] > num_filled_B[at_P]
-        return self._link_picks(paths, at_P[grown_P], num_newest=1)
+        rules.link(paths, at_P, places_PM, found_PM["edges"], newest=True)
+        grown_P = paths.num_filled_B[at_P] > num_filled_P
+        self._link_picks(paths, at_P[grown_P], num_newest=1)
 
-    def _link_picks(self, paths: Paths, at_P: np.ndarray, num_newest: int) -> Paths:
+    def _link_picks(self, paths: Paths, at_P: np.ndarray, num_newest: int) -> None:
         """Tell new slots their edges from earlier picks, but for the `num_newest` newest ones."""
         num_picked_B = paths.picks.num_picked_B
         for pick in range(self._task.limits.num_picks):
@@ -174,11 +173,10 @@ class HopSimulation:
             slots = paths.picks.order_BK[at, pick]
             found = self._neighbours(at, paths.slots_BN["row"][at, slots])
             places = rules.places(paths, at, found["row"])
-            paths = rules.link(paths, at, places, found["edges"], newest=False)
+            rules.link(paths, at, places, found["edges"], newest=False)
             last = pick == num_picked_B[at] - 1
             if last.any():
-                paths = rules.link(paths, at[last], places[last], found["edges"][last], newest=True)
-        return paths
+                rules.link(paths, at[last], places[last], found["edges"][last], newest=True)
 
     def _neighbours(self, at_P: np.ndarray, rows_P: np.ndarray) -> np.ndarray:
         neighbours = self._task.neighbours
@@ -187,15 +185,6 @@ class HopSimulation:
                 neighbours(self.texts[e].question_row, row)
                 for e, row in zip(at_P.tolist(), rows_P.tolist(), strict=True)
             ]
-        )
-
-    def _with_passages(self, texts: HopTexts, rows: Sequence[int]) -> HopTexts:
-        """The texts with these rows in the next slots."""
-        new = [self._task.passage(row) for row in rows]
-        return replace(
-            texts,
-            passages=texts.passages + tuple(passage for passage, _, _ in new),
-            contents=texts.contents + tuple(contents for _, contents, _ in new),
         )
 
     def _with_queries(
@@ -213,13 +202,14 @@ class HopSimulation:
         task, limits = self._task, self._task.limits
         if not task.num_searches:
             return texts
-        may_B = rules.may_search(paths, limits)
-        nothing = (None,) * task.num_searches
+        may_B = rules.may_search(paths, limits).tolist()
+        anew = may_B if anew_B is None else (anew_B & may_B).tolist()
         queries: dict[int, list[str | None]] = {}
         for e, text in texts.items():
-            keeps = may_B[e] and anew_B is not None and not anew_B[e]
-            queries[e] = list(text.queries if keeps else nothing)
-        writing = [e for e in texts if may_B[e] and (anew_B is None or anew_B[e])]
+            queries[e] = [None] * task.num_searches
+            if may_B[e] and not anew[e]:
+                queries[e] = [None if query in issued[e] else query for query in text.queries]
+        writing = [e for e in texts if anew[e]]
         picks = {e: paths.picks.selection(e) for e in writing}
         for number, writer in enumerate(task.writers):
             asked = [
@@ -231,21 +221,16 @@ class HopSimulation:
                 continue
             written = task.write(number, [(texts[e], picks[e], chosen) for e, chosen in asked])
             for (e, chosen), query in zip(asked, written, strict=True):
-                queries[e][number * limits.num_picks + chosen] = query
-        return {
-            e: replace(
-                texts[e],
-                queries=tuple(
-                    None if query is None or query in issued[e] or not query.strip() else query
-                    for query in queries[e]
-                ),
-            )
-            for e in texts
-        }
+                if query is not None and query.strip() and query not in issued[e]:
+                    queries[e][number * limits.num_picks + chosen] = query
+        return {e: text.with_queries(tuple(queries[e])) for e, text in texts.items()}
 
     def _show(self, texts: dict[int, HopTexts]) -> None:
         """Take over new texts, and allow what they and the episodes allow."""
         for e, text in texts.items():
             self.texts[e] = text
-            self._ready_BS[e] = [query is not None for query in text.queries]
+        if texts and self._task.num_searches:
+            self._ready_BS[list(texts)] = [
+                [query is not None for query in text.queries] for text in texts.values()
+            ]
         self._mask_BA = rules.action_masks(self._paths, self._ready_BS, self._task.limits)

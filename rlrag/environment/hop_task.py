@@ -17,6 +17,7 @@ from gymnasium import spaces
 from rlrag.environment import hop_transitions as rules
 from rlrag.environment import transitions
 from rlrag.environment.hop_parts import HopSettings, PassageEdges, QueryWriter, Search
+from rlrag.environment.hop_path import HopPath, paths_of
 from rlrag.environment.hop_transitions import EDGE_KINDS, EMPTY, FOUND, Limits, Paths
 from rlrag.environment.sample_task import (
     SampleEdges,
@@ -33,13 +34,13 @@ from rlrag.environment.task import (
     finite,
 )
 from rlrag.errors import ConfigError, EpisodeError, RetrievalError
-from rlrag.records import FoundPassage, Passage, PathTurn
+from rlrag.records import Passage
 from rlrag.retrieval.candidates import CandidateTable, vectors_at
 from rlrag.rewards.answering import PassageReward
 from rlrag.rewards.protocol import SelectionReward
 from rlrag.selection.features import content_words
 
-_KEPT_QUESTIONS, _KEPT_PASSAGES, _KEPT_HOPS = 4_096, 16_384, 8_192
+_KEPT_QUESTIONS, _KEPT_PASSAGES, _KEPT_HOPS = 4_096, 16_384, 16_384
 """Entries of the caches: of what an episode starts with, of texts, and of neighbours."""
 
 _MAX_WORDS = 64  # bits of SLOT["words"]; no question has more content words that matter
@@ -63,6 +64,20 @@ class HopTexts(EpisodeTexts):
 
     queries: tuple[str | None, ...] = ()
 
+    def with_passages(self, new: Sequence[tuple[Passage, str]]) -> HopTexts:
+        """The texts with these passages and their contents in the next slots."""
+        return HopTexts(  # which takes a fraction of what `dataclasses.replace` does
+            self.question_row,
+            self.question,
+            self.passages + tuple([passage for passage, _ in new]),
+            self.contents + tuple([contents for _, contents in new]),
+            self.queries,
+        )
+
+    def with_queries(self, queries: tuple[str | None, ...]) -> HopTexts:
+        """The texts with these queries to ask."""
+        return HopTexts(self.question_row, self.question, self.passages, self.contents, queries)
+
     def info(self) -> dict[str, Any]:
         """See `EpisodeTexts.info`."""
         return EpisodeTexts.info(self) | {"queries": self.queries}
@@ -78,6 +93,7 @@ class Opening:
     texts: HopTexts
     slots_N: np.ndarray
     num_left_out: int
+    words: frozenset[str]
     bits: dict[str, int]
     named_rows: frozenset[int]
     compares: bool
@@ -118,7 +134,6 @@ class HopTask:
         self.opening = functools.lru_cache(_KEPT_QUESTIONS)(self._opening)
         self.passage = functools.lru_cache(_KEPT_PASSAGES)(self._passage)
         self.neighbours = functools.lru_cache(_KEPT_HOPS)(self._neighbours)
-        self._described = functools.lru_cache(_KEPT_PASSAGES)(self._describe)
 
     def _num_first(self) -> int:
         num_first, most = self.settings.num_first, self.candidates.num_candidates
@@ -201,22 +216,24 @@ class HopTask:
         later_rows = [row for row in named_rows if row not in first]
         room = self.limits.num_slots - len(first_rows)
         rows = np.array([*first_rows, *later_rows[:room]], dtype=np.int64)
+        texts = HopTexts(
+            question_row=question_row,
+            question=question,
+            passages=tuple(self.passage(row)[0] for row in rows.tolist()),
+            contents=tuple(self.passage(row)[1] for row in rows.tolist()),
+            queries=(None,) * self.num_searches,
+        )
         opening = Opening(
-            texts=HopTexts(
-                question_row=question_row,
-                question=question,
-                passages=tuple(self.passage(row)[0] for row in rows.tolist()),
-                contents=tuple(self.passage(row)[1] for row in rows.tolist()),
-                queries=(None,) * self.num_searches,
-            ),
+            texts=texts,
             slots_N=np.full(self.limits.num_slots, EMPTY),
             num_left_out=max(0, len(later_rows) - room),
-            bits={word: bit for bit, word in enumerate(words)},
+            words=frozenset(words),
+            bits={word: 1 << place for place, word in enumerate(words)},
             named_rows=frozenset(named_rows),
             compares=bool(_COMPARISON_WORDS & set(question.question.lower().split())),
         )
         slots = opening.slots_N[: len(rows)]
-        found = self._all_described(opening, question_row, rows)
+        found = self._described([(opening, row) for row in rows.tolist()])
         for name in FOUND.names or ():
             slots[name] = found[name]
         num_first = len(first_rows)
@@ -241,26 +258,25 @@ class HopTask:
                 f"{num_passages - 1}; use a graph of this corpus"
             )
 
-    def _all_described(self, opening: Opening, question_row: int, rows_M: np.ndarray) -> np.ndarray:
-        """Passages as they look to a question, of type `FOUND` and shape (M,), without edges."""
-        found_M = np.full(len(rows_M), _NOTHING)
-        found_M["row"] = rows_M
-        rows = rows_M.tolist()
-        bits = opening.bits
-        words = [sum(1 << bits[w] for w in self.passage(row)[2] if w in bits) for row in rows]
-        found_M["words"] = np.array(words, dtype=np.uint64)
-        found_M["named"] = [row in opening.named_rows for row in rows]
-        table = self.candidates
-        if table.vector_size:
-            question_D = np.asarray(table.question_vectors_QD[question_row], dtype=np.float32)
-            found_M["similarity"] = self.vectors(rows_M) @ question_D
+    def _described(self, pairs: Sequence[tuple[Opening, int]]) -> np.ndarray:
+        """Passages as they look to questions, of type `FOUND` and shape (X,), without edges."""
+        found_X = np.zeros(len(pairs), dtype=FOUND)
+        rows_X = np.array([row for _, row in pairs], dtype=np.int64)
+        found_X["row"], found_X["kind"] = rows_X, -1
+        words = [
+            sum(opening.bits[word] for word in self.passage(row)[2] & opening.words)
+            for opening, row in pairs
+        ]
+        found_X["words"] = np.array(words, dtype=np.uint64)
+        found_X["named"] = [row in opening.named_rows for opening, row in pairs]
+        if self.candidates.vector_size and len(pairs):
+            questions = [opening.texts.question_row for opening, _ in pairs]
+            vectors_XD = np.asarray(self.candidates.question_vectors_QD[questions], np.float32)
+            found_X["similarity"] = np.einsum("xd,xd->x", self.vectors(rows_X), vectors_XD)
         else:
-            found_M["similarity"] = np.bitwise_count(found_M["words"]) / max(len(bits), 1)
-        return found_M
-
-    def _describe(self, question_row: int, row: int) -> np.ndarray:
-        """One passage as it looks to a question, of type `FOUND` and shape (1,)."""
-        return self._all_described(self.opening(question_row), question_row, np.array([row]))
+            num_words_X = np.array([max(len(opening.words), 1) for opening, _ in pairs])
+            found_X["similarity"] = np.bitwise_count(found_X["words"]) / num_words_X
+        return found_X
 
     def _neighbours(self, question_row: int, row: int) -> np.ndarray:
         """The neighbours of a passage, those that a pick reveals first before the others.
@@ -285,7 +301,8 @@ class HopTask:
             )
         others = rows_M != row
         rows_U, place_M = np.unique(rows_M[others], return_inverse=True)
-        found_U = self._all_described(self.opening(question_row), question_row, rows_U)
+        opening = self.opening(question_row)
+        found_U = self._described([(opening, other) for other in rows_U.tolist()])
         np.maximum.at(found_U["edges"], (place_M, kinds_M[others]), weights_M[others])
         found_U["kind"] = found_U["edges"].argmax(axis=1)
         strength_U = found_U["edges"].max(axis=1) + found_U["similarity"]
@@ -339,11 +356,17 @@ class HopTask:
         rows_UM = np.where(again_UMM.any(axis=2), -1, rows_UM)
         line_of = {query: line for line, query in enumerate(different)}
         lines_P = [line_of[query] for query in queries]
-        found_PM = np.full((len(queries), rows_UM.shape[1]), _NOTHING)
-        for place, (question_row, line) in enumerate(zip(question_rows, lines_P, strict=True)):
-            for column, row in enumerate(rows_UM[line].tolist()):
-                if row >= 0:
-                    found_PM[place, column] = self._described(question_row, row)[0]
+        rows_PM = rows_UM[lines_P]
+        found_PM = np.full(rows_PM.shape, _NOTHING)
+        is_hit_PM = rows_PM >= 0
+        openings = [self.opening(row) for row in question_rows]
+        owners, _ = np.nonzero(is_hit_PM)
+        found_PM[is_hit_PM] = self._described(
+            [
+                (openings[p], row)
+                for p, row in zip(owners.tolist(), rows_PM[is_hit_PM].tolist(), strict=True)
+            ]
+        )
         return found_PM, scores_UM[lines_P].astype(np.float32)
 
     def write(
@@ -402,16 +425,14 @@ class HopTask:
         """
         selections = [paths.picks.selection(row) for row in rows]
         outcomes = conclude(self.reward, self.invalid_reward, texts, selections, valid)
+        needs_pick = tuple(writer.needs_pick for writer in self.writers)
+        ways = paths_of(self.limits, needs_pick, texts, paths, rows, valid, queries)
         return [
-            self._less_costs(outcome, paths, row, path_of(self, text, paths, row, ok, asked))
-            for outcome, text, row, ok, asked in zip(
-                outcomes, texts, rows, valid, queries, strict=True
-            )
+            self._less_costs(outcome, paths, row, way)
+            for outcome, row, way in zip(outcomes, rows, ways, strict=True)
         ]
 
-    def _less_costs(
-        self, outcome: Outcome, paths: Paths, row: int, path: tuple[PathTurn, ...]
-    ) -> Outcome:
+    def _less_costs(self, outcome: Outcome, paths: Paths, row: int, path: HopPath) -> Outcome:
         if not outcome.valid or outcome.error is not None:
             return replace(outcome, path=path)
         settings = self.settings
@@ -437,59 +458,7 @@ def padded(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Found passages of P episodes, filled up with nothing to the longest: (P, M)."""
     sizes_P = np.array([len(part) for part in parts])
     found_PM = np.full((len(parts), sizes_P.max()), _NOTHING)
-    found_PM[np.arange(found_PM.shape[1]) < sizes_P[:, None]] = np.concatenate(parts)
+    # With its type given NumPy need not find a common one, which takes as long as all the rest.
+    flat = np.concatenate(parts, dtype=FOUND)
+    found_PM[np.arange(found_PM.shape[1]) < sizes_P[:, None]] = flat
     return found_PM
-
-
-def path_of(
-    task: HopTask, texts: EpisodeTexts, paths: Paths, row: int, valid: bool, queries: Sequence[str]
-) -> tuple[PathTurn, ...]:
-    """What one episode did, turn by turn, from its start.
-
-    Args:
-        task: Whose actions they are.
-        texts: Of the episode.
-        paths: All episodes.
-        row: Which of them it is.
-        valid: Whether its last action was allowed, where it is over.
-        queries: What it has issued, the question first.
-    """
-    limits = task.limits
-    slots = paths.slots_BN[row, : paths.num_filled_B[row]]
-    found_in: dict[int, list[FoundPassage]] = {}
-    for place, (slot, passage) in enumerate(zip(slots, texts.passages, strict=True)):
-        found_in.setdefault(int(slot["turn"]), []).append(_found(place, passage.id, slot))
-    order = paths.picks.order_BK[row].tolist()
-    left_out = paths.left_out_BT[row].tolist()
-    actions = [action for action in paths.actions_BH[row].tolist() if action >= 0]
-    turns = [
-        PathTurn("start", None, None, queries[0], None, tuple(found_in.get(0, ())), left_out[0])
-    ]
-    num_searches = 0
-    for turn, action in enumerate(actions, start=1):
-        if not valid and turn == len(actions):
-            turns.append(PathTurn("invalid"))
-            break
-        found, num_left_out = tuple(found_in.get(turn, ())), left_out[turn]
-        if action < limits.num_slots:
-            name = texts.passages[action].id
-            turns.append(PathTurn("pick", action, name, None, None, found, num_left_out))
-        elif action < limits.num_actions - 1:
-            num_searches += 1
-            writer, chosen = divmod(action - limits.num_slots, limits.num_picks)
-            on = order[chosen] if task.writers[writer].needs_pick else None
-            name = None if on is None else texts.passages[on].id
-            query = queries[num_searches]
-            turns.append(PathTurn("search", on, name, query, writer, found, num_left_out))
-        else:
-            turns.append(PathTurn("stop"))
-    return tuple(turns)
-
-
-def _found(place: int, passage_id: str, slot: Any) -> FoundPassage:
-    source = int(slot["source"])
-    if slot["query"] >= 0:
-        return FoundPassage(place, passage_id, "query")
-    if source < 0:
-        return FoundPassage(place, passage_id, "title")
-    return FoundPassage(place, passage_id, "hop", source, EDGE_KINDS[int(slot["kind"])])

@@ -1,8 +1,9 @@
 """The rules of episodes that hop and search: what an action does to a pool that grows.
 
-Everything works on B episodes at once; the scalar environment is the case B = 1. The functions
-change no argument. Picks and stops are those of `rlrag.environment.transitions`, with slots in
-place of candidates.
+Everything works on B episodes at once; the scalar environment is the case B = 1. `start`, `restart`
+and `act` change no argument and give arrays of their own, which `add`, `link` and `score` complete
+in place: a copy of all pools for each would take most of a step. Picks and stops are those of
+`rlrag.environment.transitions`, with slots in place of candidates.
 
 Shape letters: B episodes, P some of them, N slots, K picks, R query writers, A = N + R K + 1
 actions, H turns, M passages that an action finds, E kinds of edges, F features.
@@ -235,12 +236,14 @@ def act(
     ended_B = ended_B | cut_B | (acting_B & ~valid_B)
     actions_BH = paths.actions_BH.copy()
     actions_BH[acting_B, paths.num_turns_B[acting_B]] = actions_B[acting_B]
-    after = replace(
-        paths,
+    after = Paths(
         picks=replace(picks, over_B=picks.over_B | ended_B),
+        slots_BN=paths.slots_BN.copy(),
+        num_filled_B=paths.num_filled_B.copy(),
         num_turns_B=num_turns_B,
         num_queries_B=paths.num_queries_B + searches_B,
         actions_BH=actions_BH,
+        left_out_BT=paths.left_out_BT.copy(),
     )
     return after, Taken(ended_B, cut_B, valid_B, picks_B, searches_B)
 
@@ -258,7 +261,7 @@ def add(
     found_PM: np.ndarray,
     most: int,
     shared_P: Mapping[str, np.ndarray],
-) -> tuple[Paths, np.ndarray]:
+) -> np.ndarray:
     """Put what was found into the next free slots of the pools, in its order.
 
     What is in the pool already stays where it is. Of the others the first `most` are added; what
@@ -272,7 +275,7 @@ def add(
         shared_P: Further fields of the slots, one value an episode.
 
     Returns:
-        The episodes after, and the slot of everything found, -1 for what is in no slot: (P, M).
+        The slot of everything found, -1 for what is in no slot: (P, M).
     """
     known_PM = places(paths, at_P, found_PM["row"])
     new_PM = (found_PM["row"] >= 0) & (known_PM < 0)
@@ -284,21 +287,19 @@ def add(
     fresh = np.full(len(p), EMPTY)
     for name in FOUND.names or ():
         fresh[name] = found_PM[name][p, m]
-    fresh["turn"] = paths.num_turns_B[at_P][p]
+    turn_P = paths.num_turns_B[at_P]
+    fresh["turn"] = turn_P[p]
     for name, values_P in shared_P.items():
         fresh[name] = values_P[p]
-    slots_BN, num_filled_B = paths.slots_BN.copy(), paths.num_filled_B.copy()
-    slots_BN[at_P[p], place_PM[p, m]] = fresh
-    num_filled_B[at_P] += added_PM.sum(axis=1)
-    left_out_BT = paths.left_out_BT.copy()
-    left_out_BT[at_P, paths.num_turns_B[at_P]] += (wanted_PM & ~added_PM).sum(axis=1)
-    after = replace(paths, slots_BN=slots_BN, num_filled_B=num_filled_B, left_out_BT=left_out_BT)
-    return after, np.where(added_PM, place_PM, known_PM)
+    paths.slots_BN[at_P[p], place_PM[p, m]] = fresh
+    paths.num_filled_B[at_P] += added_PM.sum(axis=1)
+    paths.left_out_BT[at_P, turn_P] += (wanted_PM & ~added_PM).sum(axis=1)
+    return np.where(added_PM, place_PM, known_PM)
 
 
 def link(
     paths: Paths, at_P: np.ndarray, places_PM: np.ndarray, edges_PME: np.ndarray, newest: bool
-) -> Paths:
+) -> None:
     """Tell slots the weights of their edges from one pick of each episode.
 
     Args:
@@ -310,23 +311,21 @@ def link(
     """
     p, m = np.nonzero(places_PM >= 0)
     at = (at_P[p], places_PM[p, m])
-    slots_BN = paths.slots_BN.copy()
+    slots_BN = paths.slots_BN
     slots_BN["edges"][at] = np.maximum(slots_BN["edges"][at], edges_PME[p, m])
     if newest:
         slots_BN["newest_edges"][at_P] = 0.0
         slots_BN["newest_edges"][at] = edges_PME[p, m]
-    return replace(paths, slots_BN=slots_BN)
 
 
-def score(paths: Paths, at_P: np.ndarray, places_PM: np.ndarray, scores_PM: np.ndarray) -> Paths:
+def score(paths: Paths, at_P: np.ndarray, places_PM: np.ndarray, scores_PM: np.ndarray) -> None:
     """Tell slots their score for the query that was just issued."""
     p, m = np.nonzero(places_PM >= 0)
     at = (at_P[p], places_PM[p, m])
-    slots_BN = paths.slots_BN.copy()
+    slots_BN = paths.slots_BN
     slots_BN["newest_score"][at_P] = -np.inf
     slots_BN["newest_score"][at] = scores_PM[p, m]
     slots_BN["best_score"][at] = np.maximum(slots_BN["best_score"][at], scores_PM[p, m])
-    return replace(paths, slots_BN=slots_BN)
 
 
 def slot_features(paths: Paths, num_words_B: np.ndarray, max_turns: int) -> np.ndarray:

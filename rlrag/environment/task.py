@@ -20,7 +20,7 @@ from rlrag.environment import transitions
 from rlrag.environment.sample_task import sample_candidates
 from rlrag.environment.transitions import Episodes
 from rlrag.errors import ConfigError, DataError, RewardError, RlragError
-from rlrag.records import Passage, PathTurn, Question, RewardResult
+from rlrag.records import Passage, Question, RewardResult
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answering import PassageReward
 from rlrag.rewards.protocol import SelectionReward
@@ -56,7 +56,10 @@ class EpisodeTexts:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one episode ended; `error` says why a reward could not be computed."""
+    """How one episode ended; `error` says why a reward could not be computed.
+
+    `path` is what the environment tells about the way there, where it tells anything.
+    """
 
     reward: float
     evidence: tuple[Passage, ...]
@@ -65,7 +68,7 @@ class Outcome:
     reward_terms: Mapping[str, float]
     error: RlragError | None = None
     golden_logps: tuple[float, ...] | None = None
-    path: tuple[PathTurn, ...] | None = None
+    path: Any = None
 
     def info(self) -> dict[str, Any]:
         """The entries of `info` that the last step adds."""
