@@ -39,7 +39,10 @@ MODULES = (
     "rlrag.selection.plackett_luce",
     "rlrag.selection.protocol",
     "rlrag.training.trainer",
+    "rlrag.environment.document_hops",
     "rlrag.environment.document_selection",
+    "rlrag.environment.hop_parts",
+    "rlrag.environment.scalar",
     "rlrag.environment.task",
     "rlrag.environment.vector",
 )

@@ -16,6 +16,7 @@ ID = "rlrag/DocumentSelection-v1"
 def test_importing_the_package_loads_no_model_library():
     program = (
         "import sys, envs, gymnasium as gym; gym.make('rlrag/DocumentSelection-v1');"
+        "gym.make('rlrag/DocumentHops-v1');"
         "print([n for n in ('torch', 'ray', 'vllm', 'transformers', 'faiss') if n in sys.modules])"
     )
     result = subprocess.run(
@@ -34,3 +35,9 @@ def test_the_registration_names_both_entry_points():
     assert spec.entry_point == "rlrag.environment.document_selection:DocumentSelectionEnv"
     assert spec.vector_entry_point == "rlrag.environment.vector:DocumentSelectionVectorEnv"
     assert spec.max_episode_steps is None
+
+
+def test_importing_the_package_registers_the_environment_with_hops_too():
+    spec = gym.spec("rlrag/DocumentHops-v1")
+    assert spec.entry_point == "rlrag.environment.document_hops:DocumentHopsEnv"
+    assert spec.vector_entry_point == "rlrag.environment.document_hops:DocumentHopsVectorEnv"
