@@ -254,4 +254,8 @@ def joined(parts: Sequence[Trajectories]) -> Trajectories:
 
 
 def _rows(columns: Columns, rows: np.ndarray) -> Columns:
-    return {name: array[rows] for name, array in columns.items()}
+    return {
+        # Vector environments nest the terms of a reward.
+        name: _rows(array, rows) if isinstance(array, Mapping) else array[rows]
+        for name, array in columns.items()
+    }

@@ -60,7 +60,10 @@ class SlotPolicy(nn.Module):
             )
         self.num_writers = num_writers
         self.slot = _scorer(num_slot_features + num_global_features, hidden_size, 1)
-        self.search = _scorer(num_slot_features + num_global_features, hidden_size, num_writers)
+        self.search: nn.Module | None = None
+        if num_writers:
+            num_inputs = num_slot_features + num_global_features
+            self.search = _scorer(num_inputs, hidden_size, num_writers)
         self.stop = _scorer(num_global_features, hidden_size, 1)
         self.project_question: nn.Linear | None = None
         if projection_size:
@@ -93,11 +96,13 @@ class SlotPolicy(nn.Module):
             question_EP = self.project_question(self._tensor(observations["question_embedding"]))
             passage_ENP = self.project_passage(self._tensor(observations["slot_embeddings"]))
             slot_EN = slot_EN + torch.einsum("ep,enp->en", question_EP, passage_ENP)
-        # A pick that is not there yet has no search either, so that any slot stands in for it.
-        order_EK = torch.from_numpy(observations["order"]).to(slot_EN.device)
-        place_EKX = order_EK.clamp(max=num_slots - 1)[:, :, None]
-        picked_EKX = both_ENX.gather(1, place_EKX.expand(-1, -1, both_ENX.shape[-1]))
-        search_ES = self.search(picked_EKX).transpose(1, 2).reshape(num_episodes, -1)
+        search_ES = slot_EN[:, :0]
+        if self.search is not None:
+            # A pick that is not there yet has no search either, so that any slot stands in for it.
+            order_EK = torch.from_numpy(observations["order"]).to(slot_EN.device)
+            place_EKX = order_EK.clamp(max=num_slots - 1)[:, :, None]
+            picked_EKX = both_ENX.gather(1, place_EKX.expand(-1, -1, both_ENX.shape[-1]))
+            search_ES = self.search(picked_EKX).transpose(1, 2).reshape(num_episodes, -1)
         logits_EA = torch.cat([slot_EN, search_ES, self.stop(global_EG)], dim=1)
         num_actions = observations["action_mask"].shape[1]
         if logits_EA.shape[1] != num_actions:
@@ -152,8 +157,7 @@ def _scorer(num_inputs: int, hidden_size: int, num_outputs: int) -> nn.Module:
     """A linear layer, or one with a hidden layer before it, whose outputs start at zero."""
     out = nn.Linear(hidden_size or num_inputs, num_outputs)
     nn.init.zeros_(out.bias)
-    if num_outputs:
-        nn.init.zeros_(out.weight)
+    nn.init.zeros_(out.weight)
     if not hidden_size:
         return out
     return nn.Sequential(nn.Linear(num_inputs, hidden_size), nn.GELU(), out)
