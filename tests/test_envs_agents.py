@@ -86,9 +86,10 @@ def test_masks_follow_the_conventions_of_masking_agents():
             observation, info = env.reset()
 
 
-def test_the_observation_has_no_nested_spaces():
+@pytest.mark.parametrize("name", [ID, "rlrag/DocumentHops-v1"])
+def test_the_observation_has_no_nested_spaces(name):
     """Stable-Baselines3 refuses a `Dict` within a `Dict`, so every part is a `Box`."""
-    parts = gym.make(ID).observation_space.spaces
+    parts = gym.make(name).observation_space.spaces
     assert all(isinstance(part, spaces.Box) for part in parts.values())
 
 
@@ -114,3 +115,18 @@ def test_gymnasiums_own_vectorisation_runs_it():
         _, rewards, *_ = batch.step(batch.action_space.sample())
         assert np.isfinite(rewards).all()
     batch.close()
+
+
+@pytest.mark.slow
+def test_maskable_ppo_runs_where_the_pool_grows():
+    from sb3_contrib import MaskablePPO
+    from sb3_contrib.common.maskable.utils import is_masking_supported
+
+    env = gym.make("rlrag/DocumentHops-v1", settings={"num_first": 4, "num_revealed": 2})
+    assert is_masking_supported(env)
+    log = EpisodeLog(env)
+    agent = MaskablePPO("MultiInputPolicy", log, n_steps=128, batch_size=64, n_epochs=2, seed=0)
+    agent.learn(512)
+    assert agent.num_timesteps == 512
+    assert len(log.rewards) > 50
+    assert all(log.valid)
