@@ -253,7 +253,7 @@ def joined(parts: Sequence[Trajectories]) -> Trajectories:
     )
 
 
-def _rows(columns: Columns, rows: np.ndarray) -> Columns:
+def _rows(columns: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
     return {
         # Vector environments nest the terms of a reward.
         name: _rows(array, rows) if isinstance(array, Mapping) else array[rows]

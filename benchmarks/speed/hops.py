@@ -38,6 +38,7 @@ TARGET_EPISODES = 1_024
 
 _NUM_PASSAGES, _NUM_QUESTIONS, _NUM_WORDS = 5_000, 32, 60
 _NUM_SLOTS, _NUM_FIRST, _NUM_SELECTED = 32, 10, 4
+_MOST_TURNS = 500  # of a part; one episode needs no more for a steady figure
 _SETTINGS = HopSettings(
     num_slots=_NUM_SLOTS, num_first=_NUM_FIRST, num_revealed=5, num_hits=5, max_queries=2
 )
@@ -256,8 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for vector_size in options.vector_sizes:
         for num_episodes in options.episodes:
-            turns = max(10, options.steps // num_episodes)
-            warm_up = max(60, 3 * options.steps // num_episodes)
+            turns = min(_MOST_TURNS, max(10, options.steps // num_episodes))
+            warm_up = max(60, 3 * turns)
             rows.append(measure(num_episodes, vector_size, options.edges, turns, warm_up))
     text = report(rows, options)
     print(text)

@@ -197,7 +197,7 @@ class SimulatedVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray
         if not self._simulation.texts:
             raise ResetNeeded("no episode has begun; call reset() before step()")
         actions_B = np.asarray(actions)
-        stop = int(self.single_action_space.n) - 1
+        stop = int(self._simulation.action_space.n) - 1
         if actions_B.shape != (self.num_envs,) or not np.issubdtype(actions_B.dtype, np.integer):
             raise InvalidAction(
                 f"actions have shape {actions_B.shape} and type {actions_B.dtype}; "
