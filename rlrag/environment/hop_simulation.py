@@ -210,7 +210,10 @@ class HopSimulation:
             if may_B[e] and not anew[e]:
                 queries[e] = [None if query in issued[e] else query for query in text.queries]
         writing = [e for e in texts if anew[e]]
-        picks = {e: paths.picks.selection(e) for e in writing}
+        picks = {
+            e: tuple([texts[e].passages[slot] for slot in paths.picks.selection(e)])
+            for e in writing
+        }
         for number, writer in enumerate(task.writers):
             asked = [
                 (e, chosen)

@@ -370,7 +370,7 @@ class HopTask:
         return found_PM, scores_UM[lines_P].astype(np.float32)
 
     def write(
-        self, writer: int, asked: Sequence[tuple[HopTexts, tuple[int, ...], int]]
+        self, writer: int, asked: Sequence[tuple[HopTexts, tuple[Passage, ...], int]]
     ) -> list[str | None]:
         """What a query writer asks in episodes with these texts and picks, on one pick of each.
 
@@ -380,7 +380,7 @@ class HopTask:
         part = self.writers[writer]
         queries = part.write(
             [texts.question for texts, _, _ in asked],
-            [tuple(texts.passages[slot] for slot in picks) for texts, picks, _ in asked],
+            [picks for _, picks, _ in asked],
             [chosen for _, _, chosen in asked],
         )
         is_text = all(query is None or isinstance(query, str) for query in queries)
