@@ -95,11 +95,11 @@ class TitleWriter:
         self,
         questions: Sequence[Question],
         picks: Sequence[Sequence[Passage]],
-        chosen: Sequence[int],
+        chosen: Sequence[Passage | None],
     ) -> list[str | None]:
         """A query for each episode of the call."""
-        asked = zip(questions, picks, chosen, strict=True)
-        return [f"{question.question} {picked[place].title}" for question, picked, place in asked]
+        asked = zip(questions, chosen, strict=True)
+        return [None if pick is None else f"{q.question} {pick.title}" for q, pick in asked]
 
 
 class CountWriter:
@@ -111,7 +111,7 @@ class CountWriter:
         self,
         questions: Sequence[Question],
         picks: Sequence[Sequence[Passage]],
-        chosen: Sequence[int],
+        chosen: Sequence[Passage | None],
     ) -> list[str | None]:
         """A query for each episode of the call."""
         return [f"{q.question} {len(p)}" for q, p in zip(questions, picks, strict=True)]

@@ -55,23 +55,21 @@ class Search(Protocol):
 class QueryWriter(Protocol):
     """Writes the next query of an episode."""
 
-    @property
-    def needs_pick(self) -> bool:
-        """Whether it writes on one of the picks; one that does not is asked once for all."""
-        ...
+    needs_pick: bool
+    """Whether it writes on one of the picks; one that does not is asked once for all."""
 
     def write(
         self,
         questions: Sequence[Question],
         picks: Sequence[Sequence[Passage]],
-        chosen: Sequence[int],
+        chosen: Sequence[Passage | None],
     ) -> list[str | None]:
         """A query for each episode of the call.
 
         Args:
             questions: Their questions.
             picks: What each has picked, in order.
-            chosen: Which of its picks the query is to be written on; 0 where none is needed.
+            chosen: The pick that the query is to be about; None where none is needed.
 
         Returns:
             The queries, None where there is nothing to ask.

@@ -381,7 +381,7 @@ class HopTask:
         queries = part.write(
             [texts.question for texts, _, _ in asked],
             [picks for _, picks, _ in asked],
-            [chosen for _, _, chosen in asked],
+            [picks[chosen] if part.needs_pick else None for _, picks, chosen in asked],
         )
         is_text = all(query is None or isinstance(query, str) for query in queries)
         if len(queries) != len(asked) or not is_text:

@@ -130,11 +130,11 @@ class SampleWriter:
         self,
         questions: Sequence[Question],
         picks: Sequence[Sequence[Passage]],
-        chosen: Sequence[int],
+        chosen: Sequence[Passage | None],
     ) -> list[str | None]:
         """A query for each episode of the call."""
-        asked = zip(questions, picks, chosen, strict=True)
-        return [f"{question.question} {picked[place].title}" for question, picked, place in asked]
+        asked = zip(questions, chosen, strict=True)
+        return [None if pick is None else f"{q.question} {pick.title}" for q, pick in asked]
 
 
 def overlap_scores(question_words: list[list[str]], passage_words: list[list[str]]) -> np.ndarray:
