@@ -369,7 +369,7 @@ def test_a_closed_generator_says_so(server, open_it):
     generator = open_it()
     generator.generate(PROMPTS[:1], SAMPLING)
     generator.close()
-    with pytest.raises(GenerationError, match="was closed"):
+    with pytest.raises(GenerationError, match="is closed"):
         generator.generate(PROMPTS[:1], SAMPLING)
 
 
