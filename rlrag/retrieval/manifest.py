@@ -34,7 +34,9 @@ _LIBRARIES = (
     "transformers",
 )
 
-IndexKind = Literal["bm25", "vectors", "hnsw", "ivfpq", "bag_of_tokens", "vocabulary_vectors"]
+IndexKind = Literal[
+    "bm25", "vectors", "hnsw", "ivfpq", "bag_of_tokens", "vocabulary_vectors", "graph"
+]
 
 
 @dataclass(frozen=True)
