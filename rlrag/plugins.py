@@ -27,6 +27,7 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
     "policy": ("num_selected", "num_scores", "vector_size"),
     "generator": ("model_dir",),
     "trainer": ("context",),
+    "query_writer": (),
 }
 """By kind of part, the keyword arguments that are no options of its own."""
 FIELDS: Mapping[str, str] = {
@@ -42,6 +43,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "policy": ("act", "log_prob", "named_parameters"),
     "generator": ("generate",),
     "trainer": ("step", "tensors", "load"),
+    "query_writer": ("write",),
 }
 """By kind, the methods that a part must have; a policy is a `torch.nn.Module`, a trainer a
 `rlrag.training.trainer.Trainer`."""

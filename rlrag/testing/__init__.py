@@ -29,6 +29,7 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.protocol import Hits, Retriever
 from rlrag.rewards.composite import RewardModel, Rollout
 from rlrag.selection.protocol import Draws
+from rlrag.testing.query_writers import check_query_writer as check_query_writer
 from rlrag.testing.trainers import check_trainer as check_trainer
 from rlrag.testing.trainers import sample_context as sample_context
 

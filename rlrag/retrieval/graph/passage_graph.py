@@ -124,8 +124,8 @@ class PassageGraph:
         ...     ]
         ... )
         >>> found = graph.neighbours(0)
-        >>> found.rows.tolist(), EdgeKind(found.kinds[0]).name
-        ([1], 'TITLE_OUT')
+        >>> found.rows.tolist(), [EdgeKind(kind).name for kind in found.kinds]
+        ([1, 1], ['TITLE_OUT', 'SHARED'])
         >>> graph.named_in("Where was Charles Babbage born?").tolist()
         [1]
     """
@@ -557,10 +557,7 @@ class _State:
         ends += [(node, self.mentions, EdgeKind.TITLE_IN) for node in self.named.keys[slot]]
         for node, others, kind in ends:
             rows = self.live_rows(others.slots_of(int(node)))
-            if len(siblings) > 1:
-                rows = rows[~np.isin(rows, siblings)]
-            else:
-                rows = rows[rows != row]
+            rows = rows[~np.isin(rows, siblings)] if len(siblings) > 1 else rows[rows != row]
             if len(rows):
                 edges.append((kind, rows, self._information(int(self.mentions.live_K[node]))))
         return edges
