@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gymnasium.vector import AutoresetMode
 
-from rlrag.environment.hop_parts import HopSettings, PassageEdges, QueryWriter, Search
+from rlrag.environment.hop_parts import HopSettings, PassageEdges, Search
 from rlrag.environment.hop_simulation import HopSimulation
 from rlrag.environment.hop_task import HopTask
 from rlrag.environment.scalar import SimulatedEnv
@@ -14,6 +14,7 @@ from rlrag.environment.task import DEFAULT_INVALID_REWARD, DEFAULT_NUM_SELECTED
 from rlrag.environment.vector import SimulatedVectorEnv, check_num_envs
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.protocol import SelectionReward
+from rlrag.selection.queries.protocol import QueryWriter
 
 
 class DocumentHopsEnv(SimulatedEnv):

@@ -1,4 +1,7 @@
-"""The parts that episodes which hop and search need: a passage graph, a search, query writers."""
+"""The parts that episodes which hop and search need: a passage graph and a search.
+
+Query writers are `rlrag.selection.queries.protocol.QueryWriter`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import numpy as np
 from pydantic import Field
 
 from rlrag.config.sections import Section
-from rlrag.records import Passage, Question
 from rlrag.retrieval.protocol import Hits
 
 
@@ -49,31 +51,6 @@ class Search(Protocol):
 
     def search(self, questions: Sequence[str], k: int) -> Hits:
         """The best `k` rows of each question."""
-        ...
-
-
-class QueryWriter(Protocol):
-    """Writes the next query of an episode."""
-
-    needs_pick: bool
-    """Whether it writes on one of the picks; one that does not is asked once for all."""
-
-    def write(
-        self,
-        questions: Sequence[Question],
-        picks: Sequence[Sequence[Passage]],
-        chosen: Sequence[Passage | None],
-    ) -> list[str | None]:
-        """A query for each episode of the call.
-
-        Args:
-            questions: Their questions.
-            picks: What each has picked, in order.
-            chosen: The pick that the query is to be about; None where none is needed.
-
-        Returns:
-            The queries, None where there is nothing to ask.
-        """
         ...
 
 

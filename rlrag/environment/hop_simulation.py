@@ -15,6 +15,7 @@ from rlrag.environment.hop_transitions import SLOT, Paths
 from rlrag.environment.rendering import draw_episode, render_episode
 from rlrag.environment.simulation import Advance
 from rlrag.environment.task import Outcome
+from rlrag.selection.queries.protocol import fresh_query
 
 
 class HopSimulation:
@@ -197,7 +198,7 @@ class HopSimulation:
         """The texts with what each episode could ask next.
 
         Writers are asked in the episodes of `anew_B`, all when unset: what they write depends on
-        the picks alone. A query that was issued is nothing to ask, and neither is an empty one.
+        the picks alone; `fresh_query` says which of it is something to ask.
         """
         task, limits = self._task, self._task.limits
         if not task.num_searches:
@@ -208,7 +209,7 @@ class HopSimulation:
         for e, text in texts.items():
             queries[e] = [None] * task.num_searches
             if may_B[e] and not anew[e]:
-                queries[e] = [None if query in issued[e] else query for query in text.queries]
+                queries[e] = [_fresh(query, issued[e]) for query in text.queries]
         writing = [e for e in texts if anew[e]]
         picks = {
             e: tuple([texts[e].passages[slot] for slot in paths.picks.selection(e)])
@@ -224,8 +225,8 @@ class HopSimulation:
                 continue
             written = task.write(number, [(texts[e], picks[e], chosen) for e, chosen in asked])
             for (e, chosen), query in zip(asked, written, strict=True):
-                if query is not None and query.strip() and query not in issued[e]:
-                    queries[e][number * limits.num_picks + chosen] = query
+                place = number * limits.num_picks + chosen
+                queries[e][place] = _fresh(query, issued[e])
         return {e: text.with_queries(tuple(queries[e])) for e, text in texts.items()}
 
     def _show(self, texts: dict[int, HopTexts]) -> None:
@@ -237,3 +238,7 @@ class HopSimulation:
                 [query is not None for query in text.queries] for text in texts.values()
             ]
         self._mask_BA = rules.action_masks(self._paths, self._ready_BS, self._task.limits)
+
+
+def _fresh(query: str | None, issued: Sequence[str]) -> str | None:
+    return None if query is None else fresh_query(query, issued)

@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 from rlrag.environment import hop_transitions as rules
 from rlrag.environment import transitions
-from rlrag.environment.hop_parts import HopSettings, PassageEdges, QueryWriter, Search
+from rlrag.environment.hop_parts import HopSettings, PassageEdges, Search
 from rlrag.environment.hop_path import HopPath, paths_of
 from rlrag.environment.hop_transitions import EDGE_KINDS, EMPTY, FOUND, Limits, Paths
 from rlrag.environment.sample_task import (
@@ -39,6 +39,7 @@ from rlrag.retrieval.candidates import CandidateTable, vectors_at
 from rlrag.rewards.answering import PassageReward
 from rlrag.rewards.protocol import SelectionReward
 from rlrag.selection.features import content_words
+from rlrag.selection.queries.protocol import QueryWriter
 
 _KEPT_QUESTIONS, _KEPT_PASSAGES, _KEPT_HOPS = 4_096, 16_384, 16_384
 """Entries of the caches: of what an episode starts with, of texts, and of neighbours."""

@@ -716,7 +716,7 @@ class _State:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a compact state is stored as, by name."""
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name in _KEYS:
             keys: Keys = getattr(self, name)
             arrays |= {f"{name}.hashes": keys.sorted_K, f"{name}.ids": keys.ids_K}
