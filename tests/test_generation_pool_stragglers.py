@@ -264,6 +264,13 @@ def test_a_late_chunk_is_repeated_once_and_the_first_answer_counts(open_pool, ca
     assert sizes[2], "it is free again"
 
 
+def test_a_free_actor_waits_until_a_chunk_is_late(open_pool):
+    pool = open_pool(5.0, 1.0, 1.0, 1.0)
+    seconds, sizes = pool.ask(prompts(8))  # chunks of two prompts, two seconds each
+    assert seconds == pytest.approx(2 * 2.0 + 2.0)
+    assert sorted(sizes) == [[2], [2], [2], [2, 2]]
+
+
 def test_a_late_chunk_waits_while_others_have_not_been_given_out(open_pool):
     pool = open_pool(1.0, 1.0, 50.0)
     _, sizes = pool.ask(prompts(90))

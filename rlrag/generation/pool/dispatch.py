@@ -184,7 +184,7 @@ class Dispatcher:
         elif isinstance(result, Refusal):
             self._started.discard(name)
             if chunk is not None and not work.is_settled(chunk):
-                self._send_again(work, [chunk])
+                work.waiting.appendleft(chunk)
         elif chunk is not None or flight.is_behind:
             note_answer()
             self.losses.answered()
@@ -317,15 +317,10 @@ class Dispatcher:
             return
         prompts = [work.prompts[place] for place in chunk.places]
         again = self.losses.lost(chunk, count, error, prompts, len(work.members))
-        self._send_again(work, again)
+        work.waiting.extendleft(reversed(again))
         if not again:
             work.results[chunk.places[0]] = error
         work.refuse(self.losses.refusal)
-
-    def _send_again(self, work: Work, chunks: list[Chunk]) -> None:
-        for chunk in reversed(chunks):
-            chunk.is_repeated = False
-            work.waiting.appendleft(chunk)
 
     def _leave_out(self, work: Work, member: Member, error: GenerationError) -> None:
         """Go on without an actor that was ready once, if another one is ready."""
