@@ -36,7 +36,7 @@ from ray.exceptions import (
 from rlrag.config import GeneratorConfig
 from rlrag.errors import GenerationError, GeneratorTimeoutError, RlragError
 from rlrag.generation.pool.actor import Member, Refusal, Standing
-from rlrag.generation.pool.calls import DIED, HUNG, RAISED, Chunk, Flight, Losses, Work
+from rlrag.generation.pool.calls import DIED, HUNG, RAISED, Flight, Losses, Work
 from rlrag.generation.waits import awaiting, note_answer
 
 logger = logging.getLogger(__name__)
