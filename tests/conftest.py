@@ -112,26 +112,23 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs the data folder or a GPU where there is none; CI must have the folder.
 
-    Where two processes run the tests, engines and clusters all start in the first of them, one at a
-    time and before anything else, so that two never share the memory.
+    The longest tests come first, so that two processes that share the tests end at about the same
+    time.
     """
     import torch
 
     for item in items:
-        if _starts_engines(item):
-            item.add_marker(pytest.mark.xdist_group("engines"))
         if item.get_closest_marker("data") and "RLRAG_DATA_DIR" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="RLRAG_DATA_DIR is not set"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    items.sort(key=lambda item: not _starts_engines(item))
+    items.sort(key=lambda item: not _is_long(item))
 
 
-def _starts_engines(item: pytest.Item) -> bool:
+def _is_long(item: pytest.Item) -> bool:
     names = getattr(item, "fixturenames", ())
     return "cluster" in names or any(map(item.get_closest_marker, ("slow", "vllm")))
 
