@@ -87,6 +87,14 @@ def test_title_edges_have_two_ends():
     assert out == back != set()
 
 
+def test_a_document_that_names_itself_has_no_title_edges():
+    texts = ["the area of aruba", "it is oranjestad", "aruba is dry"]
+    graph = PassageGraph.build(
+        [Passage(str(n), f"Aruba - Part {n}", text) for n, text in enumerate(texts)]
+    )
+    assert [set(graph.neighbours(row).kinds) for row in range(3)] == [{DOCUMENT, SHARED}] * 3
+
+
 def test_weights_are_the_information_of_what_is_shared():
     graph = PassageGraph.build(TEN)
     # Two passages mention the Ramones, three are of Aruba, two hold the year 1977.

@@ -86,16 +86,13 @@ class Lists:
         self.starts = starts_S
         self.items = items_J
         self.appended: list[np.ndarray] = []
+        self.num_first = len(starts_S) - 1
+        """Slots before those that were appended."""
 
     @classmethod
     def of_counts(cls, counts: Sequence[int] | np.ndarray, items: np.ndarray) -> Lists:
         """Lists of these lengths, one after the other."""
         return cls(_starts_of(np.asarray(counts, dtype=np.int64)), items)
-
-    @property
-    def num_first(self) -> int:
-        """Slots before those that were appended."""
-        return len(self.starts) - 1
 
     def __len__(self) -> int:
         return self.num_first + len(self.appended)

@@ -184,8 +184,7 @@ class PassageGraph:
         rows = np.concatenate([part[1] for part in parts])
         sizes = [len(part[1]) for part in parts]
         kinds = np.repeat(np.array([part[0] for part in parts], dtype=np.int8), sizes)
-        weights = np.concatenate([np.broadcast_to(part[2], len(part[1])) for part in parts])
-        weights = weights.astype(np.float32)
+        weights = np.concatenate([part[2] for part in parts])
         order = np.lexsort((kinds, rows, -weights))
         return Neighbours(rows[order], kinds[order], weights[order])
 
@@ -469,8 +468,8 @@ def _hashes(ids: Iterable[str]) -> np.ndarray:
     return np.fromiter((int.from_bytes(hash_id(each), "big") for each in ids), dtype=np.uint64)
 
 
-_Edges = tuple[EdgeKind, np.ndarray, Any]
-"""Kind, rows and weights of some edges; one weight may stand for all."""
+_Edges = tuple[EdgeKind, np.ndarray, np.ndarray]
+"""Kind, rows (int64) and weights (float32) of some edges."""
 
 
 class _State:
@@ -544,8 +543,8 @@ class _State:
 
     # Edges of one slot.
 
-    def _information(self, num_passages: int) -> float:
-        return math.log(len(self.slot_of_row) / num_passages)
+    def _information(self, df: int) -> float:
+        return math.log(len(self.slot_of_row) / df)
 
     def title_edges(self, slot: int) -> list[_Edges]:
         """To the documents that it mentions, and from those that mention its own."""
@@ -559,7 +558,8 @@ class _State:
             rows = self.live_rows(others.slots_of(int(node)))
             rows = rows[~np.isin(rows, siblings)] if len(siblings) > 1 else rows[rows != row]
             if len(rows):
-                edges.append((kind, rows, self._information(int(self.mentions.live_K[node]))))
+                weight = self._information(int(self.mentions.live_K[node]))
+                edges.append((kind, rows, np.full(len(rows), weight, dtype=np.float32)))
         return edges
 
     def document_edges(self, slot: int) -> list[_Edges]:
@@ -569,7 +569,9 @@ class _State:
             rows = self.live_rows(self.documents.slots_of(key))
             if len(rows) > 1:
                 weight = self._information(len(rows))
-                edges.append((EdgeKind.DOCUMENT, rows[rows != self.row_of_slot[slot]], weight))
+                rows = rows[rows != self.row_of_slot[slot]]
+                weights = np.full(len(rows), weight, dtype=np.float32)
+                edges.append((EdgeKind.DOCUMENT, rows, weights))
         return edges
 
     def shared_edges(self, slot: int) -> list[_Edges]:
@@ -596,7 +598,7 @@ class _State:
         found = zip(self.targets[slot], self.weights[slot], self.kinds[slot], strict=True)
         for target, weight, kind in found:
             rows = self.live_rows(self.identified.slots_of(int(target)))
-            edges.append((EdgeKind(kind), rows, weight))
+            edges.append((EdgeKind(kind), rows, np.full(len(rows), weight, dtype=np.float32)))
         return edges
 
     def num_waiting(self) -> int:

@@ -13,6 +13,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -117,11 +118,16 @@ def rare_spans(text: str) -> list[str]:
 
 def _without_stop_words(span: str) -> str:
     parts = span.split(" ")
-    while parts and not split_words(parts[0]):
+    while parts and _is_stop_word(parts[0]):
         parts = parts[1:]
-    while parts and not split_words(parts[-1]):
+    while parts and _is_stop_word(parts[-1]):
         parts = parts[:-1]
     return " ".join(parts)
+
+
+@lru_cache(maxsize=2**16)
+def _is_stop_word(word: str) -> bool:
+    return not split_words(word)
 
 
 def hash_text(text: str) -> int:
