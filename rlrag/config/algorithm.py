@@ -42,7 +42,7 @@ class DROConfig(Section):
     name: Literal["dro"] = "dro"
     """What trains: dro, sft, openrag, jsa, feedback, alternating or `package.module:name`."""
     parts: tuple[Literal["selector", "generator"], ...] = ("selector",)
-    """What is trained; the rest stays as it is."""
+    """Parts to train; the others are not changed."""
     num_samples: int = Field(default=8, ge=1)
     """Selections drawn for each question (m). With 1 the selector learns nothing, since a single
     sample always has weight 1."""
@@ -165,7 +165,7 @@ class OpenRAGConfig(Section):
     """Wait for each rebuild, so that a run is reproducible; otherwise training goes on with the old
     index."""
     refresh_timeout_s: float = Field(default=3600, gt=0)
-    """Longest wait for a rebuild."""
+    """Time limit for a rebuild."""
     offline_epochs: int = Field(default=40, ge=0)
     """Epochs of the offline stage; 0 leaves it out."""
     online_epochs: int = Field(default=40, ge=0)
@@ -359,7 +359,7 @@ class OwnTrainerConfig(Section):
     name: Annotated[str, AfterValidator(_known)]
     """`package.module:name` of the trainer."""
     parts: tuple[Part, ...] = ("selector",)
-    """What it trains; the rest stays as it is."""
+    """Parts that it trains; the others are not changed."""
     options: tuple[str, ...] = ()
     """Its options, each `name=value`."""
 

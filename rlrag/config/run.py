@@ -46,7 +46,7 @@ class RunConfig(Section):
     """One run, completely."""
 
     recipe: str = "custom"
-    """Name of the recipe that this came from."""
+    """Name of the recipe."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """All randomness of training derives from it; which questions are sampled or held back does
     not."""

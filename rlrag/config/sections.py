@@ -127,7 +127,7 @@ class RetrievalConfig(Section):
     """FAISS index over the passage vectors. `flat` is exact; `hnsw` (a graph) and `ivfpq`
     (compressed vectors) are faster and may miss passages."""
     num_shards: int = Field(default=1, ge=1)
-    """Shards of the passage vectors, each searched by a Ray actor of its own; 1 searches in the
+    """Shards of the passage vectors, each searched by its own Ray actor; 1 searches in the
     calling process."""
     bm25_scores: bool = False
     """Also give the selector BM25 scores where dense retrieval ranks."""
@@ -271,7 +271,7 @@ class GeneratorConfig(Section):
     options: tuple[str, ...] = ()
     """Options of a generator of your own, each `name=value`."""
     url: str | None = None
-    """Address of the endpoint's API, such as `http://127.0.0.1:8000/v1`."""
+    """Base URL of the endpoint's API, such as `http://127.0.0.1:8000/v1`."""
     served_model: str | None = None
     """Name of the model on the endpoint; `generator.model` when unset."""
     key_variable: str = DEFAULT_KEY_VARIABLE
@@ -310,10 +310,10 @@ class GeneratorConfig(Section):
     stop: tuple[str, ...] = ("\n",)
     """Stop strings; the answer ends before the first of them."""
     request_timeout_s: float = Field(default=300, gt=0)
-    """Longest wait for one batch of one actor, or for one answer of an endpoint, retries
+    """Time limit for one batch of one actor, or for one answer of an endpoint, retries
     included."""
     start_timeout_s: float = Field(default=300, gt=0)
-    """Longest wait for an actor to load its model."""
+    """Time limit for an actor to load its model."""
     prompt: PromptConfig = PromptConfig()
     """The prompt."""
 
@@ -368,7 +368,7 @@ class JudgeConfig(Section):
     """The server whose language model the reward `judge` asks whether an answer is correct."""
 
     url: str | None = None
-    """Address of the judge's OpenAI-compatible API, such as `http://127.0.0.1:8000/v1`."""
+    """Base URL of the judge's OpenAI-compatible API, such as `http://127.0.0.1:8000/v1`."""
     model: str | None = None
     """Name of the judge's model on that server."""
     key_variable: str = DEFAULT_KEY_VARIABLE

@@ -127,7 +127,7 @@ class MirrorConfig(Section):
     `file:///nfs/directory`. Credentials come from the storage's own environment variables and
     files; `?region=`, `?scheme=` and `?endpoint_override=` may follow an S3 address."""
     wait_s: float = Field(default=1800, gt=0)
-    """Longest time for the download at the start of a run, and for the last upload at its end."""
+    """Time limit for the download at the start of a run, and for the last upload at its end."""
 
     @field_validator("uri")
     @classmethod
