@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -255,19 +256,20 @@ class HeadNode:
 
 
 @pytest.fixture
-def head_node(tmp_path_factory) -> Iterator[HeadNode]:
+def head_node() -> Iterator[HeadNode]:
     """One that takes jobs. On a busy machine it may start too late: three tries."""
     said = []
     for _ in range(NUM_TRIES):
         # Ray's sockets lie below; their paths may not be longer than 107 characters.
-        head = HeadNode(tmp_path_factory.mktemp("h"))
-        try:
-            said.append(head.why_not_ready())
-            if not said[-1]:
-                yield head
-                return
-        finally:
-            head.end()
+        with tempfile.TemporaryDirectory(prefix="h", ignore_cleanup_errors=True) as folder:
+            head = HeadNode(Path(folder))
+            try:
+                said.append(head.why_not_ready())
+                if not said[-1]:
+                    yield head
+                    return
+            finally:
+                head.end()
     pytest.fail("\n\n".join(["no head node that takes jobs:", *said]))
 
 

@@ -45,7 +45,6 @@ def tiny_flags(directory: Path) -> list[str]:
         "generator.model": save_tiny_llama(directory / "model"),
         "generator.max-new-tokens": 4,
         "generator.num-actors": 1,
-        "algorithm.num-samples": 4,
         "training.batch-size": 4,
         "training.num-epochs": 6,
         "training.learning-rate": 2e-3,
