@@ -2,8 +2,8 @@
 
 Run `python -m benchmarks.speed.graph`. Passages are made up: a document has two of them on average,
 a text mentions two documents and holds three rare names and a year among words of a power law. The
-change is of 100 passages, half of them replaced, a quarter each added and deleted, new documents
-among them; what it gives is compared with the graph that is built anew.
+change is of 100 passages: half of them replaced, a quarter each added and deleted, some of them new
+documents. The changed graph is compared with one built from scratch.
 
 Times are processor time of one thread, so that a busy machine changes them little. The peak of
 memory is that of the process, passages included, which a corpus on disk does not hold.

@@ -172,9 +172,9 @@ class Row:
 
 
 def measure(num_episodes: int, vector_size: int, num_edges: int, turns: int, warm_up: int) -> Row:
-    """Play so many turns of so many episodes; the median over five parts of them.
+    """Play `turns` turns of `num_episodes` episodes; times are medians of five parts.
 
-    The turns before, which fill the caches of texts and neighbours, are not timed.
+    The `warm_up` turns before fill the caches of texts and neighbours and are not timed.
     """
     retriever = FreeRetriever()
     env = DocumentHopsVectorEnv(

@@ -14,8 +14,8 @@ import tyro
 from pydantic import create_model
 
 from rlrag.config import (
+    Algorithm,
     AlternatingConfig,
-    AnyAlgorithm,
     DROConfig,
     FeedbackConfig,
     JSAConfig,
@@ -87,7 +87,7 @@ def _named(argv: Sequence[str], recipe: str) -> str:
     return recipe
 
 
-def _other(config: RunConfig, name: str) -> AnyAlgorithm:
+def _other(config: RunConfig, name: str) -> Algorithm:
     try:
         kind = algorithm_kind(name)
     except ValueError as error:
@@ -98,7 +98,7 @@ def _other(config: RunConfig, name: str) -> AnyAlgorithm:
         dro = DROConfig.model_validate({"parts": answers or ("selector",)})
     if kind is FeedbackConfig:  # its log has no default
         return FeedbackConfig.model_construct(log=tyro.MISSING)
-    made: dict[type[Any], AnyAlgorithm] = {
+    made: dict[type[Any], Algorithm] = {
         DROConfig: dro,
         SFTConfig: SFTConfig(),
         OpenRAGConfig: config.openrag,

@@ -7,8 +7,8 @@ out is written here.
 
 from rlrag.config.algorithm import (
     ALGORITHMS,
+    Algorithm,
     AlternatingConfig,
-    AnyAlgorithm,
     DROConfig,
     FeedbackConfig,
     JSAConfig,
@@ -56,8 +56,8 @@ __all__ = [
     "BUILTIN_MODELS",
     "BUILTIN_VOCABULARY_ENCODER",
     "DATA_DIR_VARIABLE",
+    "Algorithm",
     "AlternatingConfig",
-    "AnyAlgorithm",
     "DROConfig",
     "DataConfig",
     "EnvironmentConfig",

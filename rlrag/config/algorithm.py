@@ -379,16 +379,6 @@ ALGORITHMS: Mapping[str, type[Section]] = {
 }
 """The built-in algorithms by name."""
 
-AnyAlgorithm = (
-    DROConfig
-    | SFTConfig
-    | OpenRAGConfig
-    | JSAConfig
-    | FeedbackConfig
-    | AlternatingConfig
-    | OwnTrainerConfig
-)
-
 OWN = "own"
 """The tag of `OwnTrainerConfig`, whose name is anybody's."""
 

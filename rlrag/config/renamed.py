@@ -20,7 +20,7 @@ _OF_TRAINING = {
 
 
 def new_name(name: str) -> str | None:
-    """What a setting is called now; None where its name has not changed.
+    """The new name of a renamed setting; None where the name is unchanged.
 
     Example:
         >>> new_name("dro.num_samples"), new_name("training.objective"), new_name("seed")

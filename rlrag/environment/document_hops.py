@@ -49,9 +49,9 @@ class DocumentHopsEnv(SimulatedEnv):
     What is allowed, as everywhere in `action_mask`:
 
     - a slot that is filled and not picked, while fewer than K are picked;
-    - a search with a query that the writer gave, that is not empty and that has not been issued in
-      this episode (the question counts as issued), while fewer than Q are issued, a turn is left
-      after it, the pool has a free slot and fewer than K are picked;
+    - a search with a new query, by the rules of `rlrag.selection.queries.protocol.fresh_query` (the
+      question counts as issued), while fewer than Q are issued, a turn is left after it, the pool
+      has a free slot and fewer than K are picked;
     - the stop, with `require_pick` after the first pick only.
 
     ## Observation Space
@@ -87,8 +87,8 @@ class DocumentHopsEnv(SimulatedEnv):
     - Termination: the stop is chosen, K passages are picked (with `auto_stop`), or an action is
       invalid.
     - Truncation: after H turns the stop is forced. The picks are rewarded as after a stop, so that
-      no later reward is missing: `terminated` is True beside `truncated`, and nobody who bootstraps
-      from truncated episodes adds a value.
+      no later reward is missing: both `terminated` and `truncated` are True, and agents do not
+      bootstrap a value at the end.
 
     ## Where little is found
     - A search that finds nothing costs its turn and its query, and the episode goes on.

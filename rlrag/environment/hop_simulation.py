@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import gymnasium
 import numpy as np
 
 from rlrag.environment import hop_transitions as rules
@@ -15,7 +16,11 @@ from rlrag.environment.hop_transitions import SLOT, Paths
 from rlrag.environment.rendering import draw_episode, render_episode
 from rlrag.environment.simulation import Advance
 from rlrag.environment.task import Outcome
-from rlrag.selection.queries.protocol import fresh_query
+from rlrag.selection.queries.protocol import (
+    MAX_QUERY_CHARACTERS,
+    fresh_query,
+    write_queries,
+)
 
 
 class HopSimulation:
@@ -193,24 +198,24 @@ class HopSimulation:
         paths: Paths,
         texts: dict[int, HopTexts],
         issued: Sequence[tuple[str, ...]],
-        anew_B: np.ndarray | None = None,
+        asked_B: np.ndarray | None = None,
     ) -> dict[int, HopTexts]:
         """The texts with what each episode could ask next.
 
-        Writers are asked in the episodes of `anew_B`, all when unset: what they write depends on
+        Writers are asked in the episodes of `asked_B`, all when unset: what they write depends on
         the picks alone; `fresh_query` says which of it is something to ask.
         """
         task, limits = self._task, self._task.limits
         if not task.num_searches:
             return texts
         may_B = rules.may_search(paths, limits).tolist()
-        anew = may_B if anew_B is None else (anew_B & may_B).tolist()
+        renewed = may_B if asked_B is None else (asked_B & may_B).tolist()
         queries: dict[int, list[str | None]] = {}
         for e, text in texts.items():
             queries[e] = [None] * task.num_searches
-            if may_B[e] and not anew[e]:
-                queries[e] = [_fresh(query, issued[e]) for query in text.queries]
-        writing = [e for e in texts if anew[e]]
+            if may_B[e] and not renewed[e]:
+                queries[e] = [query and fresh_query(query, issued[e]) for query in text.queries]
+        writing = [e for e in texts if renewed[e]]
         picks = {
             e: tuple([texts[e].passages[slot] for slot in paths.picks.selection(e)])
             for e in writing
@@ -223,10 +228,21 @@ class HopSimulation:
             ]
             if not asked:
                 continue
-            written = task.write(number, [(texts[e], picks[e], chosen) for e, chosen in asked])
-            for (e, chosen), query in zip(asked, written, strict=True):
-                place = number * limits.num_picks + chosen
-                queries[e][place] = _fresh(query, issued[e])
+            written = write_queries(
+                writer,
+                [texts[e].question for e, _ in asked],
+                [picks[e] for e, _ in asked],
+                [picks[e][chosen] if writer.needs_pick else None for e, chosen in asked],
+                [issued[e] for e, _ in asked],
+                number,
+            )
+            if written.num_cut:
+                gymnasium.logger.warn(
+                    f"query writer {number}, {type(writer).__name__}, wrote {written.num_cut} "
+                    f"queries of more than {MAX_QUERY_CHARACTERS} characters, which are cut"
+                )
+            for (e, chosen), query in zip(asked, written.queries, strict=True):
+                queries[e][number * limits.num_picks + chosen] = query
         return {e: text.with_queries(tuple(queries[e])) for e, text in texts.items()}
 
     def _show(self, texts: dict[int, HopTexts]) -> None:
@@ -238,7 +254,3 @@ class HopSimulation:
                 [query is not None for query in text.queries] for text in texts.values()
             ]
         self._mask_BA = rules.action_masks(self._paths, self._ready_BS, self._task.limits)
-
-
-def _fresh(query: str | None, issued: Sequence[str]) -> str | None:
-    return None if query is None else fresh_query(query, issued)

@@ -370,29 +370,6 @@ class HopTask:
         )
         return found_PM, scores_UM[lines_P].astype(np.float32)
 
-    def write(
-        self, writer: int, asked: Sequence[tuple[HopTexts, tuple[Passage, ...], int]]
-    ) -> list[str | None]:
-        """What a query writer asks in episodes with these texts and picks, on one pick of each.
-
-        Raises:
-            EpisodeError: when it gives something else than a query or None for each.
-        """
-        part = self.writers[writer]
-        queries = part.write(
-            [texts.question for texts, _, _ in asked],
-            [picks for _, picks, _ in asked],
-            [picks[chosen] if part.needs_pick else None for _, picks, chosen in asked],
-        )
-        is_text = all(query is None or isinstance(query, str) for query in queries)
-        if len(queries) != len(asked) or not is_text:
-            raise EpisodeError(
-                f"query writer {writer}, {type(part).__name__}, gave {len(queries)} queries "
-                f"for {len(asked)} episodes, or others than texts; it must give a text or None "
-                "for each"
-            )
-        return queries
-
     def observe(
         self, paths: Paths, num_words_B: np.ndarray, compares_B: np.ndarray, mask_BA: np.ndarray
     ) -> dict[str, np.ndarray]:

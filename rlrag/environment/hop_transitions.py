@@ -18,8 +18,9 @@ import numpy as np
 
 from rlrag.environment import transitions
 from rlrag.environment.transitions import Episodes
+from rlrag.retrieval.graph import EdgeKind
 
-EDGE_KINDS = ("title_out", "title_in", "document", "shared", "linked", "own")
+EDGE_KINDS = tuple(kind.name.lower() for kind in EdgeKind)
 """Names of the kinds of edges of a passage graph, in the order of their numbers."""
 
 FOUND = np.dtype(

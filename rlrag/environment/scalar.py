@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.error import InvalidAction, ResetNeeded
 
 from rlrag.environment.rendering import RENDER_MODES, check_render_mode
-from rlrag.environment.simulation import Simulation, row_infos
+from rlrag.environment.simulation import Simulation
 from rlrag.environment.task import Outcome, check_options
 from rlrag.errors import ConfigError
 
@@ -93,7 +93,7 @@ class SimulatedEnv(gymnasium.Env[dict[str, Any], np.int64]):
         """
         if self.render_mode is None:
             gymnasium.logger.warn(
-                "render() needs render_mode='ansi' or 'rgb_array' when the environment is made"
+                "render() needs render_mode='ansi' or 'rgb_array' when the environment is created"
             )
             return None
         if not self._simulation.texts:
@@ -104,7 +104,7 @@ class SimulatedEnv(gymnasium.Env[dict[str, Any], np.int64]):
         return {name: array[0] for name, array in self._simulation.observe().items()}
 
     def _info(self) -> dict[str, Any]:
-        return row_infos(self._simulation.texts[0], self.action_masks())
+        return self._simulation.texts[0].info() | {"action_mask": self.action_masks()}
 
 
 def _is_row(row: Any, num_questions: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from gymnasium import spaces
@@ -133,8 +133,3 @@ class SelectionSimulation:
         if mode == "rgb_array":
             return draw_episode(selection, len(texts.passages), most, outcome)
         return render_episode(texts, selection, most, outcome)
-
-
-def row_infos(texts: EpisodeTexts, mask_A: np.ndarray) -> dict[str, Any]:
-    """What every step tells about an episode."""
-    return texts.info() | {"action_mask": mask_A}

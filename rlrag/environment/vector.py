@@ -118,7 +118,7 @@ class SimulatedVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray
         """
         if self.render_mode is None:
             gymnasium.logger.warn(
-                "render() needs render_mode='ansi' or 'rgb_array' when the environment is made"
+                "render() needs render_mode='ansi' or 'rgb_array' when the environment is created"
             )
             return None
         if not self._simulation.texts:

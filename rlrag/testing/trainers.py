@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlrag.config import (
-    AnyAlgorithm,
+    Algorithm,
     EnvironmentConfig,
     RetrievalConfig,
     RunConfig,
@@ -33,7 +33,7 @@ _NUM_STEPS = 4
 _TOLERANCE = 1e-4
 
 
-def sample_context(directory: Path, algorithm: AnyAlgorithm) -> TrainerContext:
+def sample_context(directory: Path, algorithm: Algorithm) -> TrainerContext:
     """A run on the built-in task whose generator is no language model.
 
     Args:

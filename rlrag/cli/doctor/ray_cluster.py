@@ -24,8 +24,8 @@ from rlrag.training.needs import Needs
 _ROOT = Path(__file__).resolve().parents[3]
 _HEAD = "node:__internal_head__"
 _TOKEN_ADVICE = (
-    "Ray's ports listen on every interface: start it with RAY_AUTH_MODE=token, or make sure "
-    "that nobody else can reach them (docs/how-to/clusters.md)"
+    "Ray's ports listen on every interface: start it with RAY_AUTH_MODE=token, or block "
+    "access from untrusted networks (docs/how-to/clusters.md)"
 )
 
 

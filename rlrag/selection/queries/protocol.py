@@ -87,6 +87,7 @@ def write_queries(
     picks: Sequence[Sequence[Passage]],
     chosen: Sequence[Passage | None],
     issued: Sequence[Sequence[str]],
+    number: int | None = None,
 ) -> Written:
     """Ask a writer, and hold what it wrote to the rules of `fresh_query`.
 
@@ -96,28 +97,26 @@ def write_queries(
         picks: What was picked in it so far, in order.
         chosen: The pick that the query is to be about; None where there is none.
         issued: What each episode has searched besides its question.
+        number: Which of several writers it is, for the error.
 
     Raises:
         EpisodeError: when the writer failed, or gave something else than a text or None each.
     """
+    who = f"query writer {'' if number is None else f'{number}, '}{type(writer).__name__}"
     try:
         found = list(writer.write(questions, picks, chosen))
     except RlragError:
         raise
     except Exception as error:
-        raise EpisodeError(
-            f"query writer {type(writer).__name__} failed with {type(error).__name__}: {error}"
-        ) from error
+        raise EpisodeError(f"{who} failed with {type(error).__name__}: {error}") from error
     if len(found) != len(questions):
         raise EpisodeError(
-            f"query writer {type(writer).__name__} wrote {len(found)} queries for "
+            f"{who} wrote {len(found)} queries for "
             f"{len(questions)} episodes; let it write one each, None where there is nothing to ask"
         )
     for query in found:
         if query is not None and not isinstance(query, str):
-            raise EpisodeError(
-                f"query writer {type(writer).__name__} wrote {query!r}; a query is a text or None"
-            )
+            raise EpisodeError(f"{who} wrote {query!r}; a query is a text or None")
     queries = [
         None if query is None else fresh_query(query, [question.question, *before])
         for query, question, before in zip(found, questions, issued, strict=True)
