@@ -304,6 +304,14 @@ def test_flags_change_single_fields_and_nothing_else():
             ["--algorithm.weighting", "raw"],
             "algorithm.baseline 'mean' does not fit algorithm.weighting 'raw'",
         ),
+        (
+            ["--algorithm.name", "sft", "--algorithm.num-samples", "3"],
+            "--algorithm.num-samples is a setting of algorithm dro, but this run's is sft; choose",
+        ),
+        (
+            ["--algorithm.name", "alternating", "--algorithm.num-offline", "3"],
+            "--algorithm.num-offline is --algorithm.retriever.num-offline in this run",
+        ),
         (["--environment.num-selected", "9"], "num_selected is 9 but retrieval.num_candidates"),
         (["--reward.weights", "1", "2"], "reward.functions has 1 entries and reward.weights 2"),
         (["--generator.backend", "vllm", "--training.launcher", "local"], "runs without vLLM"),

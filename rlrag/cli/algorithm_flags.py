@@ -14,6 +14,7 @@ import tyro
 from pydantic import create_model
 
 from rlrag.config import (
+    ALGORITHMS,
     Algorithm,
     AlternatingConfig,
     DROConfig,
@@ -75,6 +76,31 @@ def with_config(
     made: Any = dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), namespace))
     values = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     return made, made(**(values | {"config": config}))
+
+
+def refuse_other_settings(argv: Sequence[str], algorithm: Algorithm) -> None:
+    """Refuse flags that are settings of another algorithm, saying of which.
+
+    Raises:
+        ConfigError: for the first such flag.
+    """
+    for word in argv:
+        flag = word.partition("=")[0]
+        section, _, field = flag.removeprefix("--").replace("-", "_").partition(".")
+        if section != "algorithm" or field in type(algorithm).model_fields:
+            continue
+        if isinstance(algorithm, AlternatingConfig):
+            for part in ("retriever", "selection"):
+                if field in type(getattr(algorithm, part)).model_fields:
+                    raise ConfigError(
+                        f"{flag} is --algorithm.{part}.{flag.partition('.')[2]} in this run"
+                    )
+        owners = [name for name, kind in ALGORITHMS.items() if field in kind.model_fields]
+        if owners:
+            raise ConfigError(
+                f"{flag} is a setting of algorithm {' or '.join(owners)}, but this run's is "
+                f"{algorithm.name}; choose one with --algorithm.name, or leave the flag out"
+            )
 
 
 def _named(argv: Sequence[str], recipe: str) -> str:

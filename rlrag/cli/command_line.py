@@ -25,7 +25,7 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from rlrag import plugins
-from rlrag.cli.algorithm_flags import of_named_algorithm, takes_recipe
+from rlrag.cli.algorithm_flags import of_named_algorithm, refuse_other_settings, takes_recipe
 from rlrag.cli.short_help import HELP_ALL, shortened
 from rlrag.config import RunConfig, describe_validation_error
 from rlrag.config.fixed import REMOVED, refusal
@@ -101,6 +101,8 @@ def parse(
             _say_own_options(argv)
         if ending.code:
             _refuse_former(argv)
+            if of_run:
+                refuse_other_settings(argv, default.config.algorithm)  # type: ignore[union-attr]
             sys.stderr.write(complaint.getvalue())
             print(f"error: {_in_one_line(complaint.getvalue())}", file=sys.stderr)
         raise
