@@ -95,10 +95,10 @@ class SelectionSimulation:
     def begin(self, where_B: np.ndarray, question_rows: np.ndarray) -> None:
         """See `Simulation.begin`."""
         # Samples of one question share its texts, which are looked up once.
-        texts_of = {row: self._task.texts(row) for row in np.unique(question_rows).tolist()}
+        texts_of = {row: self._task.texts(row) for row in set(question_rows.tolist())}
         fresh = [texts_of[row] for row in question_rows.tolist()]
         features = self._task.features(question_rows)
-        if not self.texts:
+        if where_B.all():
             self.texts, self._features = fresh, features
         else:
             for i, texts in zip(np.flatnonzero(where_B).tolist(), fresh, strict=True):
