@@ -618,6 +618,26 @@ def test_a_file_of_an_earlier_version_loads_and_says_the_new_form(text, algorith
     assert len(caplog.records) == 1  # the new form is nothing to talk about
 
 
+@pytest.mark.parametrize("name", [[], {}, 3, None])
+def test_a_name_that_is_no_text_is_refused_like_an_unknown_one(name):
+    with pytest.raises(ConfigError, match=r"algorithm\.name = "):
+        RunConfig.from_json(saved(algorithm={"name": name}))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"objective": 3}},
+        {"training": {"objective": []}},
+        {"training": {"parts": 3}},
+        {"training": {}, "openrag": {"stages": 3}},
+    ],
+)
+def test_an_earlier_form_with_values_of_other_types_is_refused(sections):
+    with pytest.raises(ConfigError, match="unknown field"):
+        RunConfig.from_json(former(**sections))
+
+
 def test_several_problems_are_named_together():
     with pytest.raises(ConfigError, match=r"algorithm\.num_samples = 0.*; unknown field 'seeed'"):
         RunConfig.from_json(saved(algorithm={"num_samples": 0}, seeed=1))

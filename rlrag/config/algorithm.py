@@ -389,7 +389,7 @@ def algorithm_kind(name: Any) -> type[Section]:
     Raises:
         ValueError: when there is none.
     """
-    if name in ALGORITHMS:
+    if isinstance(name, str) and name in ALGORITHMS:
         return ALGORITHMS[name]
     if ":" in str(name):
         return OwnTrainerConfig
@@ -401,7 +401,7 @@ def algorithm_kind(name: Any) -> type[Section]:
 
 def _tag(value: Any) -> str:
     name = value.get("name", "dro") if isinstance(value, dict) else getattr(value, "name", "dro")
-    return name if name in ALGORITHMS else OWN
+    return name if isinstance(name, str) and name in ALGORITHMS else OWN
 
 
 Algorithm = Annotated[

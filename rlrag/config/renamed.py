@@ -53,8 +53,8 @@ def with_algorithm(values: Any, source: str) -> Any:
         return values
     moved = {name: training[name] for name in _OF_TRAINING if name in training}
     sections = {name: values[name] for name in _SECTIONS if isinstance(values.get(name), dict)}
-    if not moved and not sections:
-        return values
+    if not (moved or sections) or not _is_readable(moved, sections):
+        return values  # and what checks the values says what is wrong with them
     kept = {name: value for name, value in values.items() if name not in _SECTIONS}
     if "training" in values:
         kept["training"] = {name: v for name, v in training.items() if name not in _OF_TRAINING}
@@ -67,6 +67,14 @@ def with_algorithm(values: Any, source: str) -> Any:
         ", ".join([*(f"training.{name}" for name in moved), *sections]),
     )
     return kept
+
+
+def _is_readable(training: dict[str, Any], sections: dict[str, Any]) -> bool:
+    """Whether the values that decide the algorithm have their types."""
+    lists = [training.get("parts", []), sections.get("openrag", {}).get("stages", [])]
+    return isinstance(training.get("objective", ""), str) and all(
+        isinstance(names, list | tuple) for names in lists
+    )
 
 
 def _algorithm(training: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
