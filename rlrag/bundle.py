@@ -187,7 +187,7 @@ def load_bundle(directory: Path, allow_code: Collection[str] = ()) -> Bundle:
     )
     policy = build_policy(
         config.selector,
-        config.environment.num_selected,
+        config.environment,
         len(facts.score_names),
         facts.vector_size,
         config.cache_path,

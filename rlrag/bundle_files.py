@@ -205,7 +205,14 @@ def bundle_version(directory: Path) -> str:
         ) from error
 
 
-ANSWERING = ("environment.id", "selector.kind", "retrieval.kind", "generator.backend")
+ANSWERING = (
+    "environment.id",
+    "environment.hops.edge_sources",
+    "environment.hops.writers",
+    "selector.kind",
+    "retrieval.kind",
+    "generator.backend",
+)
 """Fields whose code is imported to answer a question."""
 
 
@@ -225,6 +232,8 @@ def code_named_by(config: RunConfig) -> Mapping[str, tuple[str, ...]]:
     """
     named = {
         "environment.id": (config.environment.id,),
+        "environment.hops.edge_sources": config.environment.hops.edge_sources,
+        "environment.hops.writers": config.environment.hops.writers,
         "selector.kind": (config.selector.kind,),
         "retrieval.kind": (config.retrieval.kind,),
         "generator.backend": (config.generator.backend,),

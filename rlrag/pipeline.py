@@ -32,7 +32,8 @@ from rlrag.generation.prompts import PromptBuilder, cut_warning
 from rlrag.generation.protocol import Generator, Sampling
 from rlrag.records import Passage, Question
 from rlrag.retrieval.build import OpenShards, RetrieverSet, open_retrievers
-from rlrag.retrieval.candidates import CandidateTable
+from rlrag.retrieval.candidates import CandidateTable, Sources
+from rlrag.retrieval.graph import PassageGraph
 from rlrag.retrieval.tables import candidate_table, search_table
 from rlrag.retrieval.tuned import tuned_retrieval
 from rlrag.rewards.answering import AnsweringReward
@@ -46,12 +47,15 @@ logger = logging.getLogger(__name__)
 class Library:
     """A corpus with its retrievers; `shipped` are the indexes of a bundle, where there are any.
 
-    Passages that a retriever brings with their texts stand in the tables alone.
+    Passages that a retriever brings with their texts stand in the tables alone. Tables have sources
+    where episodes look further (`looks_further`), along `graph` where there is one.
     """
 
     corpus: Corpus
     retrievers: RetrieverSet
     shipped: Path | None = None
+    looks_further: bool = False
+    graph: PassageGraph | None = None
 
     def search(self, questions: Sequence[str], num_candidates: int) -> CandidateTable:
         """The candidates of questions that are asked once; nothing is kept on disk.
@@ -59,12 +63,19 @@ class Library:
         Raises:
             ConfigError: when the corpus has fewer passages than candidates are asked.
         """
-        return search_table(
+        found = search_table(
             tuple(Question(str(n), text, ()) for n, text in enumerate(questions)),
             self.corpus,
             self.retrievers,
             num_candidates,
         )
+        return self.with_sources(found)
+
+    def with_sources(self, table: CandidateTable) -> CandidateTable:
+        """A table of this library, with what its episodes look further in."""
+        if not self.looks_further:
+            return table
+        return replace(table, sources=Sources(self.retrievers.primary, self.graph))
 
 
 @dataclass(frozen=True)
@@ -83,9 +94,13 @@ def open_library(config: RunConfig, shipped: Path | None = None) -> Library:
         config: Names the corpus and says how it is searched.
         shipped: Indexes of a bundle, which are not built again.
     """
-    corpus = corpus_of(config)
+    corpus, environment = corpus_of(config), config.environment
     retrievers = retrievers_of(corpus, config.retrieval, config.cache_path, shipped)
-    return Library(corpus, retrievers, shipped)
+    graph = None
+    if environment.looks_further and environment.hops.edges and corpus:
+        indexes = config.cache_path / "indexes"
+        graph = PassageGraph.open(corpus, indexes, environment.hops.edge_sources)
+    return Library(corpus, retrievers, shipped, environment.looks_further, graph)
 
 
 def retrievers_of(
@@ -102,7 +117,7 @@ def retrievers_of(
 
 def candidates_of(library: Library, questions: QuestionSet, config: RunConfig) -> CandidateTable:
     """The retriever's candidates of a question set, from the cache where they are known."""
-    return candidate_table(
+    found = candidate_table(
         questions.questions,
         questions.content_hash,
         library.corpus,
@@ -110,6 +125,7 @@ def candidates_of(library: Library, questions: QuestionSet, config: RunConfig) -
         config.retrieval,
         config.cache_path,
     )
+    return library.with_sources(found)
 
 
 def open_training_data(config: RunConfig, library: Library) -> TrainingData:
@@ -218,7 +234,7 @@ def open_policy(config: RunConfig, candidates: CandidateTable, base: Any = None)
     """
     policy = build_policy(
         config.selector,
-        config.environment.num_selected,
+        config.environment,
         candidates.scores_QNC.shape[2],
         candidates.vector_size,
         config.cache_path,

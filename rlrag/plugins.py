@@ -110,6 +110,9 @@ def check_named(config: RunConfig) -> list[str]:
         if is_own(name := getattr(part, field)):
             check(kind, name, part.options)
             found.append(name)
+    for name in filter(is_own, config.environment.hops.writers):
+        check("query_writer", name, ())
+        found.append(name)
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -157,6 +157,14 @@ class PathTurn:
     num_left_out: int = 0
 
 
+class EpisodePath(Protocol):
+    """What an episode that looked further did, turn by turn."""
+
+    def turns(self) -> tuple[PathTurn, ...]:
+        """Its start, and every action with what it found."""
+        ...
+
+
 Columns = Mapping[str, np.ndarray]
 """Arrays by name, one row an episode."""
 
@@ -174,7 +182,8 @@ class Trajectories:
     `errors`. `evidence` are the passages that an episode ended with, in order; `answers` what the
     environment said was answered from them, None where nothing was, and `golden_logps` the
     log-likelihoods of the distinct golden answers, where the reward counts them all. `terms` are
-    the parts of the reward before weighting, NaN for episodes that have no such part.
+    the parts of the reward before weighting, NaN for episodes that have no such part. `paths` tell
+    how an episode came to its evidence, None where its environment does not.
     """
 
     question_rows_E: np.ndarray
@@ -189,6 +198,7 @@ class Trajectories:
     answers: tuple[str | None, ...]
     golden_logps: tuple[tuple[float, ...] | None, ...]
     errors: tuple[RlragError | None, ...]
+    paths: tuple[EpisodePath | None, ...]
 
     def __len__(self) -> int:
         return len(self.actions_ET)
@@ -219,6 +229,7 @@ class Trajectories:
             answers=tuple(self.answers[row] for row in rows),
             golden_logps=tuple(self.golden_logps[row] for row in rows),
             errors=tuple(self.errors[row] for row in rows),
+            paths=tuple(self.paths[row] for row in rows),
         )
 
 
@@ -250,6 +261,7 @@ def joined(parts: Sequence[Trajectories]) -> Trajectories:
         answers=tuple(answer for part in parts for answer in part.answers),
         golden_logps=tuple(logps for part in parts for logps in part.golden_logps),
         errors=tuple(error for part in parts for error in part.errors),
+        paths=tuple(path for part in parts for path in part.paths),
     )
 
 

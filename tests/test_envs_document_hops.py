@@ -20,13 +20,13 @@ from rlrag.config import EnvironmentConfig
 from rlrag.environment.document_hops import DocumentHopsEnv, DocumentHopsVectorEnv
 from rlrag.environment.document_selection import DocumentSelectionEnv
 from rlrag.environment.episodes import open_episodes
-from rlrag.environment.hop_transitions import GLOBAL_FEATURES, SLOT_FEATURES
 from rlrag.environment.rollout import Unrewarded, play
 from rlrag.environment.vector import DocumentSelectionVectorEnv
 from rlrag.errors import ConfigError, EpisodeError, GenerationError, RetrievalError
 from rlrag.records import FoundPassage, PathTurn
 from rlrag.retrieval.protocol import Hits
 from rlrag.selection.protocol import Actions
+from rlrag.selection.slot_features import GLOBAL_FEATURES, SLOT_FEATURES
 
 ID = "rlrag/DocumentHops-v1"
 N, K = 8, 3  # of `cases.PARTS`
@@ -185,9 +185,11 @@ def test_a_search_adds_its_new_hits_in_their_order():
     observation, *_, info = run(env, [1, 0, search(0, 0)])
     assert answers.calls == [["Title 1"]]
     assert shown(env) == ["p0", "p1", "p7", "p9"]
-    assert column(observation, "newest_score") == pytest.approx([1 / 2, 0.0, 1.0, 1 / 3])
-    scores = cases.make_table().scores_QNC[0, :2, 0].tolist()
-    assert column(observation, "best_score") == pytest.approx([*scores, 1.0, 1 / 3])
+    # 1, 1/2 and 1/3 less their mean, in standard deviations; of two scores one is 1 and one -1.
+    assert column(observation, "newest_score") == pytest.approx(
+        [-0.3922, 0, 1.3728, -0.9806], abs=1e-4
+    )
+    assert column(observation, "best_score") == pytest.approx([1, -1, 1.3728, -0.9806], abs=1e-4)
     assert column(observation, "reciprocal_rank") == [1.0, 0.5, 0.0, 0.0]
     assert info["queries"] == (None, "Title 0", None)
     assert overall(observation, "queries") == 0.5

@@ -21,7 +21,7 @@ from rlrag import plugins
 from rlrag.bundle_files import read_bundle
 from rlrag.cli import train
 from rlrag.cli.command_line import run_program
-from rlrag.config import RetrievalConfig, RunConfig, SelectorConfig
+from rlrag.config import EnvironmentConfig, RetrievalConfig, RunConfig, SelectorConfig
 from rlrag.environment.sample_task import sample_candidates
 from rlrag.errors import ConfigError, RetrievalError
 from rlrag.retrieval.build import open_retrievers
@@ -193,7 +193,14 @@ def test_built_in_policies_keep_theirs(kind, may_stop, tmp_path):
     table = sample_candidates()
     save = save_tiny_llama if kind == "listwise_lm" else save_tiny_encoder
     config = SelectorConfig(kind=kind, may_stop=may_stop, model=str(save(tmp_path / "model")))
-    policy = build_policy(config, 2, table.scores_QNC.shape[2], table.vector_size, tmp_path, 0)
+    policy = build_policy(
+        config,
+        EnvironmentConfig(num_selected=2),
+        table.scores_QNC.shape[2],
+        table.vector_size,
+        tmp_path,
+        0,
+    )
     check_policy(policy, num_selected=2)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_encoder, save_tiny_llama
 
-from rlrag.config import SelectorConfig
+from rlrag.config import EnvironmentConfig, SelectorConfig
 from rlrag.errors import CheckpointError, ConfigError, PromptTooLongError
 from rlrag.files.directories import load_weights, save_weights
 from rlrag.retrieval.candidates import CandidateBatch
@@ -383,7 +383,10 @@ def test_adapter_alone_is_trained_saved_and_loaded(model_dir, tmp_path):
         adapter_rank=4,
         precision="float32",
     )
-    policies = [build_policy(config, 2, 1, 0, tmp_path, seed) for seed in (0, 0, 1)]
+    policies = [
+        build_policy(config, EnvironmentConfig(num_selected=2), 1, 0, tmp_path, seed)
+        for seed in (0, 0, 1)
+    ]
     batch, positions = make_batch(2, 4), np.array([[[0, 1]], [[2, 3]]])
     whole = ListwiseLMPolicy(model_dir, 2, MAX_TOKENS)
     with torch.no_grad():
@@ -434,7 +437,7 @@ def test_what_cannot_work_is_refused(policy, tmp_path):
     encoder = save_tiny_encoder(tmp_path / "encoder")
     config = SelectorConfig(kind="listwise_lm", model=str(encoder))
     with pytest.raises(ConfigError, match=r"set selector\.model to a causal language model"):
-        build_policy(config, 1, 1, 0, tmp_path, 0)
+        build_policy(config, EnvironmentConfig(), 1, 0, tmp_path, 0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"set selector\.model to a causal language model"):
         ListwiseLMPolicy(tmp_path / "empty", 1)

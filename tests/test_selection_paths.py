@@ -14,12 +14,12 @@ from rlrag.config import EnvironmentConfig
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.environment.document_hops import DocumentHopsVectorEnv
 from rlrag.environment.episodes import open_episodes
-from rlrag.environment.hop_transitions import GLOBAL_FEATURES, SLOT_FEATURES
 from rlrag.environment.rollout import play
 from rlrag.errors import ConfigError, EpisodeError
 from rlrag.records import Passage, Question, RewardResult
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.protocol import Actions, Draws
+from rlrag.selection.slot_features import GLOBAL_FEATURES, SLOT_FEATURES
 from rlrag.selection.slot_policy import SlotPolicy
 
 F, G = len(SLOT_FEATURES), len(GLOBAL_FEATURES)

@@ -199,7 +199,12 @@ def test_the_likelihoods_of_a_set_come_from_the_rewards_through_the_environment(
     config = DROConfig(num_samples=4)
     collector = BatchCollector(EnvironmentConfig(num_selected=1), config, table, reward, 2)
     policy = build_policy(
-        SelectorConfig(), 1, table.scores_QNC.shape[2], table.vector_size, tmp_path, 0
+        SelectorConfig(),
+        EnvironmentConfig(),
+        table.scores_QNC.shape[2],
+        table.vector_size,
+        tmp_path,
+        0,
     )
     found = collector.collect(policy, ROWS, [[0, 0], [0, 1]], 0, 0)
     collector.close()

@@ -13,7 +13,7 @@ from stand_ins import make_table
 from two_candidates import LIKELIER_FIRST, FixedLogits, drawn
 
 from rlrag.algorithms import dro
-from rlrag.config import DROConfig, TrainingConfig
+from rlrag.config import DROConfig, EnvironmentConfig, TrainingConfig
 from rlrag.errors import NonFiniteLossError, RewardError
 from rlrag.selection.build import build_policy
 from rlrag.selection.plackett_luce import PlackettLucePolicy
@@ -348,7 +348,8 @@ def test_a_step_on_the_real_policy_follows_the_gradient_of_the_loss(
 ):
     """The first moments are those of autograd on -sum c log p, written out with plain softmax."""
     table = make_table(3)
-    arguments = (small_config.selector, num_selected, 2, table.vector_size, tmp_path, 0)
+    environment = EnvironmentConfig(num_selected=num_selected)
+    arguments = (small_config.selector, environment, 2, table.vector_size, tmp_path, 0)
     policy, initial, plain = (build_policy(*arguments) for _ in range(3))
     policy.micro_batch = micro_batch
     positions_BMK = np.array([[[0, 1], [3, 0]], [[1, 2], [1, 4]], [[4, 3], [2, 0]]])

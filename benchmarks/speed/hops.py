@@ -23,14 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
+from rlrag.config import HopSettings
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.environment.document_hops import DocumentHopsVectorEnv
-from rlrag.environment.hop_parts import HopSettings
-from rlrag.environment.hop_transitions import EDGE_KINDS
 from rlrag.environment.rollout import Unrewarded
 from rlrag.records import Passage, Question
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.protocol import Hits
+from rlrag.selection.slot_features import EDGE_KINDS
 
 RESULTS_FILE = Path(__file__).parents[1] / "results" / "hops.md"
 TARGET_STEPS_PER_S = 20_000

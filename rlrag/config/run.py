@@ -22,7 +22,11 @@ from rlrag.config.algorithm import (
 from rlrag.config.fixed import without_fixed
 from rlrag.config.renamed import with_algorithm
 from rlrag.config.sections import (
+    HOPS,
     RETRIEVERS,
+    SELECTION,
+    SELECTORS,
+    SLOT_SELECTORS,
     DataConfig,
     EnvironmentConfig,
     GeneratorConfig,
@@ -78,6 +82,7 @@ class RunConfig(Section):
                 f"training.num_workers {self.training.num_workers} without a question; use fewer "
                 "workers"
             )
+        self._check_selector()
         if self.data.corpus is None:
             self._check_no_corpus()
         self._check_systems()
@@ -128,6 +133,28 @@ class RunConfig(Section):
                 f"{generator.max_new_tokens}"
             )
         return self
+
+    def _check_selector(self) -> None:
+        kind, environment = self.selector.kind, self.environment.id
+        reads_slots = kind in SLOT_SELECTORS
+        if kind not in SELECTORS or environment not in (SELECTION, HOPS):
+            return
+        if reads_slots != (environment == HOPS):
+            fitting = [name for name in SELECTORS if (name in SLOT_SELECTORS) != reads_slots]
+            raise ValueError(
+                f"selector.kind {kind!r} does not read what environment.id {environment!r} shows; "
+                f"use one of {', '.join(fitting)}"
+            )
+        if reads_slots and not self.dro.replacement:
+            raise ValueError(
+                f"algorithm.replacement False draws whole selections before the first pick, but "
+                f"selector.kind {kind!r} sees what its actions find; set it to True"
+            )
+        if kind == "slot_vectors" and self.retrieval.encoder is None:
+            raise ValueError(
+                "selector.kind 'slot_vectors' reads vectors, but retrieval.encoder is unset; name "
+                "one, or use slots"
+            )
 
     def _check_no_corpus(self) -> None:
         retrieval = self.retrieval

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -76,7 +76,13 @@ def check_options(field: str, name: str, options: Sequence[str]) -> None:
 
 BACKENDS = ("auto", "vllm", "transformers", "endpoint")
 RETRIEVERS = ("bm25", "dense", "hybrid", "semi_parametric")
-SELECTORS = ("features", "bi_encoder", "cross_encoder", "listwise_lm")
+SELECTION, HOPS = "rlrag/DocumentSelection-v1", "rlrag/DocumentHops-v1"
+"""The environments of this package."""
+EdgeName = Literal["title_out", "title_in", "document", "shared", "linked", "own"]
+EDGES: tuple[EdgeName, ...] = get_args(EdgeName)
+"""Kinds of edges of a passage graph, in the order of `rlrag.retrieval.graph.EdgeKind`."""
+SLOT_SELECTORS = ("slots", "slot_vectors")
+SELECTORS = ("features", "bi_encoder", "cross_encoder", "listwise_lm", *SLOT_SELECTORS)
 
 
 class DataConfig(Section):
@@ -152,14 +158,64 @@ class RetrievalConfig(Section):
         return self
 
 
+class HopSettings(Section):
+    """The pool, the parts and the limits of episodes that hop and search."""
+
+    edges: tuple[EdgeName, ...] = EDGES
+    """Kinds of edges of the passage graph that a pick follows; none makes no graph."""
+    edge_sources: tuple[str, ...] = ()
+    """Callables `package.module:name` that bring edges of your own to the graph."""
+    writers: tuple[str, ...] = ()
+    """Query writers: title, text, uncovered, or `package.module:name` of your own; none makes no
+    searches."""
+    num_first: int | None = Field(default=None, ge=1)
+    """Hits of the question in the pool at the start (n0); unset takes all candidates."""
+    num_slots: int | None = Field(default=None, ge=1)
+    """Passages that a pool has room for (N); unset makes room for all that can be found."""
+    num_revealed: int = Field(default=5, ge=0)
+    """Most neighbours that a pick reveals (b); 0 reveals none."""
+    num_hits: int = Field(default=5, ge=1)
+    """Hits of a search."""
+    max_queries: int = Field(default=2, ge=0)
+    """Most searches of an episode (Q), the question's own not counted."""
+    max_turns: int | None = Field(default=None, ge=1)
+    """Most picks and searches of an episode together (H); unset sets no limit but K + Q."""
+    pick_cost: float = Field(default=0.0, ge=0)
+    """Subtracted from the reward for each pick."""
+    query_cost: float = Field(default=0.0, ge=0)
+    """Subtracted from the reward for each search."""
+    turn_cost: float = Field(default=0.0, ge=0)
+    """Subtracted from the reward for each turn."""
+    auto_stop: bool = True
+    """End an episode with its K-th pick; without, the agent has to stop it."""
+    require_pick: bool = False
+    """Do not allow the stop before the first pick."""
+
+
 class EnvironmentConfig(Section):
     """The Gymnasium environment that turns selections into rewards."""
 
-    id: str = "rlrag/DocumentSelection-v1"
+    id: str = SELECTION
     """Gymnasium id of the environment; `module:namespace/Name-v0` for one that a module of yours
     registers."""
     num_selected: int = Field(default=1, ge=1)
     """Maximum number of passages picked in one episode (K)."""
+    hops: HopSettings = HopSettings()
+    """Of `rlrag/DocumentHops-v1`."""
+
+    @property
+    def looks_further(self) -> bool:
+        """Whether an episode finds more than its question's candidates."""
+        return self.id == HOPS or self.hops != HopSettings()
+
+    @model_validator(mode="after")
+    def _hops_are_used(self) -> Self:
+        if self.id == SELECTION and self.looks_further:
+            raise ValueError(
+                f"environment.hops has settings, but environment.id is {SELECTION!r}, which picks "
+                f"among a question's candidates alone; use {HOPS}, or leave them out"
+            )
+        return self
 
 
 class SelectorConfig(Section):
@@ -168,7 +224,9 @@ class SelectorConfig(Section):
     kind: Annotated[str, known_or_own("selector.kind", SELECTORS)] = "features"
     """features (small network on frozen features), bi_encoder or cross_encoder (a trained encoder
     that reads the texts), listwise_lm (a language model that writes the order, as in the DRO
-    paper), or `package.module:name` of your own."""
+    paper), or `package.module:name` of your own. For `rlrag/DocumentHops-v1`: slots (small network
+    on the features of what was found), or slot_vectors (the same with a learned low-rank map
+    between the vectors of question and passage)."""
     options: tuple[str, ...] = ()
     """Options of a policy of your own, each `name=value`."""
     may_stop: bool = False

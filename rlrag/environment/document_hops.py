@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from gymnasium.vector import AutoresetMode
 
-from rlrag.environment.hop_parts import HopSettings, PassageEdges, Search
+from rlrag.config import HopSettings
+from rlrag.environment.hop_parts import PassageEdges, Search
 from rlrag.environment.hop_simulation import HopSimulation
 from rlrag.environment.hop_task import HopTask
 from rlrag.environment.scalar import SimulatedEnv
@@ -61,11 +62,11 @@ class DocumentHopsEnv(SimulatedEnv):
     |----------------------|----------|---------|------------------------------------------------|
     | `question_embedding` | (D,)     | float32 | the question's vector                          |
     | `slot_embeddings`    | (N, D)   | float32 | a vector for each slot, 0 where it is empty    |
-    | `slot_features`      | (N, F)   | float32 | `hop_transitions.SLOT_FEATURES`, 0 where empty |
+    | `slot_features`      | (N, F)   | float32 | `slot_features.SLOT_FEATURES`  , 0 where empty |
     | `filled`             | (N,)     | int8    | 1 where a slot holds a passage                 |
     | `picked`             | (N,)     | int8    | 1 where a slot has been picked                 |
     | `order`              | (K,)     | int64   | slots picked, best first; N where none yet     |
-    | `global`             | (G,)     | float32 | `hop_transitions.GLOBAL_FEATURES`              |
+    | `global`             | (G,)     | float32 | `slot_features.GLOBAL_FEATURES`                |
     | `action_mask`        | (A,)     | int8    | 1 where an action is allowed                   |
 
     Both embeddings are absent when the candidates have no vectors (D = 0). In the last observation

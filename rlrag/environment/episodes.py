@@ -9,7 +9,8 @@
 - An episode ends by itself, after at most `MAX_ACTIONS` actions. Its last `info` has `evidence`,
   the passages (`rlrag.records.Passage`) that it ended with, in order; it may have `answer`,
   `reward_terms`, and `error`, the reason why there is no reward.
-- The constructor takes `candidates`, `reward` and `num_selected`, or those of them that it needs.
+- The constructor takes `candidates`, `reward` and `num_selected`, and with `environment.hops` also
+  `settings`, `writers`, `retriever` and `edges`, or those of them that it needs.
 
 Observations must be new arrays at every step: trajectories keep them.
 
@@ -38,6 +39,7 @@ from rlrag.errors import ConfigError, EpisodeError, RlragError
 from rlrag.records import Columns
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.protocol import SelectionReward
+from rlrag.selection.queries.built_in import build_query_writer
 
 MAX_ACTIONS = 1_000
 """Actions after which an episode counts as one that never ends."""
@@ -95,7 +97,19 @@ def open_episodes(
         EpisodeError: when its spaces break the contract.
     """
     spec = registered(config.id)
-    wanted = {"candidates": candidates, "reward": reward, "num_selected": config.num_selected}
+    wanted: dict[str, Any] = {
+        "candidates": candidates,
+        "reward": reward,
+        "num_selected": config.num_selected,
+    }
+    if config.looks_further:
+        sources = candidates.sources
+        wanted |= {
+            "settings": config.hops,
+            "writers": tuple(build_query_writer(name) for name in config.hops.writers),
+            "retriever": sources and sources.retriever,
+            "edges": sources and sources.graph,
+        }
     kind = _ScalarEpisodes if spec.vector_entry_point is None else _VectorEpisodes
     try:
         return kind(config.id, spec, num_episodes, wanted)

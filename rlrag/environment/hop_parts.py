@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from pydantic import Field
 
-from rlrag.config.sections import Section
 from rlrag.retrieval.protocol import Hits
 
 
@@ -25,7 +23,7 @@ class Neighbours(Protocol):
 
     @property
     def kinds(self) -> np.ndarray:
-        """Their kinds, places in `rlrag.environment.hop_transitions.EDGE_KINDS`."""
+        """Their kinds, places in `rlrag.selection.slot_features.EDGE_KINDS`."""
         ...
 
     @property
@@ -52,30 +50,3 @@ class Search(Protocol):
     def search(self, questions: Sequence[str], k: int) -> Hits:
         """The best `k` rows of each question."""
         ...
-
-
-class HopSettings(Section):
-    """The pool and the limits of episodes that hop and search."""
-
-    num_first: int | None = Field(default=None, ge=1)
-    """Hits of the question in the pool at the start (n0); unset takes all candidates."""
-    num_slots: int | None = Field(default=None, ge=1)
-    """Passages that a pool has room for (N); unset makes room for all that can be found."""
-    num_revealed: int = Field(default=5, ge=0)
-    """Most neighbours that a pick reveals (b); 0 reveals none."""
-    num_hits: int = Field(default=5, ge=1)
-    """Hits of a search."""
-    max_queries: int = Field(default=2, ge=0)
-    """Most searches of an episode (Q), the question's own not counted."""
-    max_turns: int | None = Field(default=None, ge=1)
-    """Most picks and searches of an episode together (H); unset sets no limit but K + Q."""
-    pick_cost: float = Field(default=0.0, ge=0)
-    """Subtracted from the reward for each pick."""
-    query_cost: float = Field(default=0.0, ge=0)
-    """Subtracted from the reward for each search."""
-    turn_cost: float = Field(default=0.0, ge=0)
-    """Subtracted from the reward for each turn."""
-    auto_stop: bool = True
-    """End an episode with its K-th pick; without, the agent has to stop it."""
-    require_pick: bool = False
-    """Do not allow the stop before the first pick."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlrag.environment.hop_transitions import EDGE_KINDS, Limits, Paths
+from rlrag.environment.hop_transitions import Limits, Paths
 from rlrag.environment.task import EpisodeTexts
 from rlrag.records import FoundPassage, PathTurn
+from rlrag.selection.slot_features import EDGE_KINDS
 
 
 @dataclass(frozen=True, slots=True)

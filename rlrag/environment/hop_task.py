@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from rlrag.config import HopSettings
 from rlrag.environment import hop_transitions as rules
 from rlrag.environment import transitions
-from rlrag.environment.hop_parts import HopSettings, PassageEdges, Search
+from rlrag.environment.hop_parts import PassageEdges, Search
 from rlrag.environment.hop_path import HopPath, paths_of
-from rlrag.environment.hop_transitions import EDGE_KINDS, EMPTY, FOUND, Limits, Paths
+from rlrag.environment.hop_transitions import EMPTY, FOUND, Limits, Paths
 from rlrag.environment.sample_task import (
     SampleEdges,
     SampleSearch,
@@ -40,6 +41,7 @@ from rlrag.rewards.answering import PassageReward
 from rlrag.rewards.protocol import SelectionReward
 from rlrag.selection.features import content_words
 from rlrag.selection.queries.protocol import QueryWriter
+from rlrag.selection.slot_features import EDGE_KINDS, GLOBAL_FEATURES, SLOT_FEATURES
 
 _KEPT_QUESTIONS, _KEPT_PASSAGES, _KEPT_HOPS = 4_096, 16_384, 16_384
 """Entries of the caches: of what an episode starts with, of texts, and of neighbours."""
@@ -126,6 +128,7 @@ class HopTask:
         self.invalid_reward = float(invalid_reward)
         self.edges, self.retriever, self.writers = edges, retriever, tuple(writers)
         self.settings = HopSettings.model_validate({} if settings is None else settings)
+        self._follows_E = np.isin(EDGE_KINDS, self.settings.edges)
         check_task(candidates, self.invalid_reward)
         self.num_first = self._num_first()
         self.limits = self._limits(num_selected)
@@ -184,11 +187,11 @@ class HopTask:
         limits, vector_size = self.limits, self.candidates.vector_size
         num_slots, num_actions = limits.num_slots, limits.num_actions
         parts: dict[str, spaces.Space[Any]] = {
-            "slot_features": finite(num_slots, len(rules.SLOT_FEATURES)),
+            "slot_features": finite(num_slots, len(SLOT_FEATURES)),
             "filled": spaces.Box(0, 1, (num_slots,), dtype=np.int8),
             "picked": spaces.Box(0, 1, (num_slots,), dtype=np.int8),
             "order": spaces.Box(0, num_slots, (limits.num_picks,), dtype=np.int64),
-            "global": finite(len(rules.GLOBAL_FEATURES)),
+            "global": finite(len(GLOBAL_FEATURES)),
             "action_mask": spaces.Box(0, 1, (num_actions,), dtype=np.int8),
         }
         if vector_size:
@@ -240,7 +243,7 @@ class HopTask:
         num_first = len(first_rows)
         slots["query"][:num_first] = 0
         slots["rank"][:num_first] = np.arange(1, num_first + 1)
-        scores = table.scores_QNC[question_row, :num_first, 0]
+        scores = standardised(table.scores_QNC[question_row : question_row + 1, :num_first, 0])[0]
         slots["newest_score"][:num_first] = slots["best_score"][:num_first] = scores
         return opening
 
@@ -300,7 +303,7 @@ class HopTask:
                 f"{weights_M.tolist()}; kinds go from 0 to {len(EDGE_KINDS) - 1} and weights are "
                 "finite and not negative"
             )
-        others = rows_M != row
+        others = (rows_M != row) & self._follows_E[kinds_M]
         rows_U, place_M = np.unique(rows_M[others], return_inverse=True)
         opening = self.opening(question_row)
         found_U = self._described([(opening, other) for other in rows_U.tolist()])
@@ -319,7 +322,7 @@ class HopTask:
         are no hits.
 
         Returns:
-            Hits of type `FOUND` and their scores, both of shape (P, M).
+            Hits of type `FOUND` and their `standardised` scores, both of shape (P, M).
 
         Raises:
             RetrievalError: when the retriever gives something else than rows of the corpus.
@@ -368,7 +371,7 @@ class HopTask:
                 for p, row in zip(owners.tolist(), rows_PM[is_hit_PM].tolist(), strict=True)
             ]
         )
-        return found_PM, scores_UM[lines_P].astype(np.float32)
+        return found_PM, standardised(np.where(is_hit_UM, scores_UM, np.nan))[lines_P]
 
     def observe(
         self, paths: Paths, num_words_B: np.ndarray, compares_B: np.ndarray, mask_BA: np.ndarray
@@ -430,6 +433,22 @@ class HopTask:
             reward_terms={**outcome.reward_terms, **counts},
             path=path,
         )
+
+
+def standardised(scores_QM: np.ndarray) -> np.ndarray:
+    """Scores of each query's hits less their mean, in standard deviations; NaN is no hit's score.
+
+    So the scores of any retriever look alike. Equal scores give zeros.
+
+    Example:
+        >>> standardised(np.array([[30.0, 20.0, 10.0, np.nan]])).round(2).tolist()
+        [[1.22, 0.0, -1.22, nan]]
+    """
+    exact_QM = scores_QM.astype(np.float64)
+    counts_Q1 = np.maximum((~np.isnan(exact_QM)).sum(axis=1, keepdims=True), 1)
+    apart_QM = exact_QM - np.nansum(exact_QM, axis=1, keepdims=True) / counts_Q1
+    spread_Q1 = np.sqrt(np.nansum(apart_QM**2, axis=1, keepdims=True) / counts_Q1)
+    return (apart_QM / np.where(spread_Q1 > 0, spread_Q1, 1.0)).astype(np.float32)
 
 
 def padded(parts: Sequence[np.ndarray]) -> np.ndarray:

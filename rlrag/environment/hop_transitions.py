@@ -18,10 +18,7 @@ import numpy as np
 
 from rlrag.environment import transitions
 from rlrag.environment.transitions import Episodes
-from rlrag.retrieval.graph import EdgeKind
-
-EDGE_KINDS = tuple(kind.name.lower() for kind in EdgeKind)
-"""Names of the kinds of edges of a passage graph, in the order of their numbers."""
+from rlrag.selection.slot_features import EDGE_KINDS, SLOT_FEATURES
 
 FOUND = np.dtype(
     [
@@ -65,23 +62,6 @@ EMPTY = np.zeros((), dtype=SLOT)
 for _name, _value in {"row": -1, "kind": -1, "query": -1, "source": -1}.items():
     EMPTY[_name] = _value
 EMPTY["newest_score"] = EMPTY["best_score"] = -np.inf
-
-SLOT_FEATURES = (
-    "similarity",
-    "reciprocal_rank",
-    "newest_score",
-    "best_score",
-    "named",
-    "uncovered",
-    "in_first_list",
-    "turn",
-    *EDGE_KINDS,
-    *(f"newest_{kind}" for kind in EDGE_KINDS),
-)
-"""Names of the features of a slot, in their order."""
-
-GLOBAL_FEATURES = ("turns", "picks", "queries", "covered", "named_left", "comparison", "filled")
-"""Names of the features of an episode, in their order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,15 @@ from rlrag.config import EnvironmentConfig
 from rlrag.environment.episodes import MAX_ACTIONS, EpisodeBatch, open_episodes
 from rlrag.environment.sample_task import sample_candidates
 from rlrag.errors import EpisodeError, RewardError, RlragError
-from rlrag.records import Columns, Passage, Question, RewardResult, Trajectories, joined
+from rlrag.records import (
+    Columns,
+    EpisodePath,
+    Passage,
+    Question,
+    RewardResult,
+    Trajectories,
+    joined,
+)
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.protocol import Actions, Draws, Policy, Turn
 
@@ -82,6 +90,7 @@ def play(
         answers=tuple(told.answers),
         golden_logps=tuple(told.golden_logps),
         errors=tuple(told.errors),
+        paths=tuple(told.paths),
     )
 
 
@@ -149,7 +158,10 @@ def check_environment(config: EnvironmentConfig, candidates: CandidateTable | No
     if candidates is None:
         candidates = sample_candidates()
         most = min(config.num_selected, candidates.num_candidates)
-        config = config.model_copy(update={"num_selected": most})
+        # Of the built-in task's size, but with the parts that are named.
+        sizes = {"num_first": None, "num_slots": None, "num_hits": 1}
+        hops = config.hops.model_copy(update=sizes)
+        config = config.model_copy(update={"num_selected": most, "hops": hops})
     open_episodes(config, 1, candidates, Unrewarded()).close()
 
 
@@ -190,6 +202,7 @@ class _Told:
         self.answers: list[str | None] = [None] * num_episodes
         self.golden_logps: list[tuple[float, ...] | None] = [None] * num_episodes
         self.errors: list[RlragError | None] = [None] * num_episodes
+        self.paths: list[EpisodePath | None] = [None] * num_episodes
         self._terms: list[dict[str, float]] = [{} for _ in range(num_episodes)]
 
     def add(self, rewards_E: np.ndarray, acts_E: np.ndarray) -> None:
@@ -215,6 +228,7 @@ class _Told:
                 found = dict(_entry(infos, "reward_terms", e) or {})
             self._terms[e] = {n: float(value) for n, value in found.items() if value is not None}
             self.errors[e] = _entry(infos, "error", e)
+            self.paths[e] = _entry(infos, "path", e)
             if self.errors[e] is None and not math.isfinite(self.rewards_E[e]):
                 self.errors[e] = RewardError(
                     f"environment.id {name!r}: the reward of question "

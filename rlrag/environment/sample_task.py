@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlrag.data.sample import sample_corpus, sample_questions
-from rlrag.environment.hop_transitions import EDGE_KINDS
 from rlrag.records import Passage, Question
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.protocol import Hits, in_order
+from rlrag.selection.slot_features import EDGE_KINDS
 
 _find_names = re.compile(r"[A-Z]\w+").findall
 

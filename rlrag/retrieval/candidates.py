@@ -13,6 +13,8 @@ import numpy as np
 
 from rlrag.data.corpus import Corpus
 from rlrag.records import Passage, Question
+from rlrag.retrieval.graph import PassageGraph
+from rlrag.retrieval.protocol import Retriever
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,24 @@ class CandidateBatch:
 
 
 @dataclass(frozen=True)
+class Sources:
+    """Where an episode looks for more than its question's candidates, over the same corpus.
+
+    `graph` is None where no edges are followed.
+    """
+
+    retriever: Retriever
+    graph: PassageGraph | None = None
+
+
+@dataclass(frozen=True)
 class CandidateTable:
     """The top N candidates of every question of a set, in the retriever's order.
 
     `corpus` is that of the run, and behind it what the retriever brought with its text.
     `passage_vectors_PD` holds a vector for each row of the run's corpus (a memory map where it is
     large) and `brought_vectors_XD` for each row behind it; all vector arrays have length 0 along D
-    when there is no encoder.
+    when there is no encoder. `sources` is None where episodes end with their candidates.
     """
 
     questions: tuple[Question, ...]
@@ -63,6 +76,7 @@ class CandidateTable:
     question_vectors_QD: np.ndarray
     passage_vectors_PD: np.ndarray
     brought_vectors_XD: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    sources: Sources | None = None
 
     def __len__(self) -> int:
         return len(self.questions)

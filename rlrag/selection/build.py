@@ -8,19 +8,22 @@ from typing import Any
 import torch
 
 from rlrag import plugins
-from rlrag.config import SelectorConfig
+from rlrag.config import EnvironmentConfig, SelectorConfig
+from rlrag.config.sections import SLOT_SELECTORS
 from rlrag.models.directories import resolve_model
 from rlrag.selection.encoder_scorers import BiEncoderScorer, CrossEncoderScorer
-from rlrag.selection.feature_scorer import FeatureScorer
+from rlrag.selection.feature_scorer import HIDDEN_SIZE, PROJECTION_SIZE, FeatureScorer
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.selection.plackett_luce import PlackettLucePolicy
+from rlrag.selection.slot_features import GLOBAL_FEATURES, SLOT_FEATURES
+from rlrag.selection.slot_policy import SlotPolicy
 
-TrainablePolicy = PlackettLucePolicy | ListwiseLMPolicy
+TrainablePolicy = PlackettLucePolicy | ListwiseLMPolicy | SlotPolicy
 
 
 def build_policy(
     config: SelectorConfig,
-    num_selected: int,
+    environment: EnvironmentConfig,
     num_scores: int,
     vector_size: int,
     cache_dir: Path,
@@ -31,7 +34,7 @@ def build_policy(
 
     Args:
         config: Kind and sizes of the policy.
-        num_selected: Passages in a selection (K).
+        environment: What it acts in: its picks (K) and its query writers.
         num_scores: Retriever scores a candidate (C).
         vector_size: Length of the frozen embeddings (D); 0 without them.
         cache_dir: Where built-in models are unpacked.
@@ -43,6 +46,7 @@ def build_policy(
         ConfigError: when `listwise_lm` is given a model that is no causal language model, or a
             policy of somebody's own cannot be made.
     """
+    num_selected = environment.num_selected
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if plugins.is_own(config.kind):
@@ -55,6 +59,16 @@ def build_policy(
                 vector_size=vector_size,
             )
             return own
+        if config.kind in SLOT_SELECTORS:
+            return SlotPolicy(
+                len(SLOT_FEATURES),
+                len(GLOBAL_FEATURES),
+                len(environment.hops.writers),
+                HIDDEN_SIZE,
+                vector_size,
+                PROJECTION_SIZE if config.kind == "slot_vectors" else 0,
+                config.may_stop,
+            )
         if config.kind == "listwise_lm":
             model_dir = resolve_model(config.model, cache_dir)
             return ListwiseLMPolicy(

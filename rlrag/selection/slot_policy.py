@@ -41,6 +41,7 @@ class SlotPolicy(nn.Module):
         hidden_size: Width of the hidden layer; 0 makes it linear.
         vector_size: Length of the embeddings (D).
         projection_size: Rank of the form of the embeddings (P); 0 leaves them out.
+        may_stop: Whether it stops while it could go on; without, only where nothing else is left.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class SlotPolicy(nn.Module):
         hidden_size: int = 0,
         vector_size: int = 0,
         projection_size: int = 0,
+        may_stop: bool = True,
     ) -> None:
         super().__init__()
         if projection_size and not vector_size:
@@ -59,6 +61,7 @@ class SlotPolicy(nn.Module):
                 "configure an encoder, or set it to 0"
             )
         self.num_writers = num_writers
+        self.may_stop = may_stop
         self.slot = _scorer(num_slot_features + num_global_features, hidden_size, 1)
         self.search: nn.Module | None = None
         if num_writers:
@@ -121,7 +124,7 @@ class SlotPolicy(nn.Module):
         """
         with torch.no_grad():
             exact_EA = self.logits(observations).double().cpu()
-        allowed_EA = torch.from_numpy(observations["action_mask"].astype(np.bool_))
+        allowed_EA = self._allowed(observations)
         logp_EA = action_logp(exact_EA, allowed_EA)
         if turn.draws is None:
             taken_E = logp_EA.argmax(dim=1)
@@ -140,12 +143,19 @@ class SlotPolicy(nn.Module):
             observations = trajectories.observations[step]
             logits_EA = self.logits(observations)
             counts_E = torch.from_numpy(acts_E).to(logits_EA.device)
-            allowed_EA = torch.from_numpy(observations["action_mask"].astype(np.bool_))
+            allowed_EA = self._allowed(observations)
             allowed_EA = allowed_EA.to(logits_EA.device) | ~counts_E[:, None]
             actions_E = torch.from_numpy(np.where(acts_E, trajectories.actions_ET[:, step], 0))
             logp_E = _at(action_logp(logits_EA, allowed_EA), actions_E.to(logits_EA.device))
             columns.append(torch.where(counts_E, logp_E, 0.0))
         return torch.stack(columns, dim=1)
+
+    def _allowed(self, observations: Columns) -> torch.Tensor:
+        """Which actions it may take, bool (E, A)."""
+        allowed_EA = observations["action_mask"].astype(np.bool_)
+        if not self.may_stop:
+            allowed_EA[:, -1] &= ~allowed_EA[:, :-1].any(axis=1)
+        return torch.from_numpy(allowed_EA)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         """An array in the type and on the device of the weights."""

@@ -159,6 +159,22 @@ class PassageGraph:
         graph._warn_of_waiting()
         return graph
 
+    @classmethod
+    def open(
+        cls, corpus: Corpus, folder: Path, sources: Sequence[EdgeSource | str]
+    ) -> PassageGraph:
+        """The graph of a corpus, built and saved where it is not among a folder's indexes.
+
+        Raises:
+            RlragError: as `build`, `save` and `load` do.
+        """
+        found = [_Source(source) for source in sources]
+        manifest = _manifest(corpus.content_hash, len(corpus), found)
+        place = folder / manifest.directory_name
+        if not place.is_dir():
+            cls.build(corpus, sources).save(place)
+        return cls.load(place, corpus.content_hash, sources)
+
     @property
     def num_passages(self) -> int:
         """Passages of the corpus (P)."""
