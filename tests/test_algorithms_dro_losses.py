@@ -115,6 +115,31 @@ def test_the_clipped_loss_by_hand(ratio, coefficient, loss, slope):
     assert constant.grad is None, "coefficients are constants"
 
 
+def test_the_ratio_of_each_action_is_clipped_and_not_that_of_the_path():
+    """Both actions have rho = 1.15, within 1.2; their product, 1.32, is beyond it."""
+    logp = torch.log(torch.full((1, 1, 2), 0.2 * 1.15, dtype=torch.float64)).requires_grad_()
+    behaviour = torch.log(torch.full((1, 1, 2), 0.2, dtype=torch.float64))
+    constant = torch.full((1, 1, 2), 2.0, dtype=torch.float64)
+    found = dro.clipped_selector_loss(logp, behaviour, constant, 0.2)
+    found.sum().backward()
+    assert found.item() == pytest.approx(-4.6)
+    assert logp.grad.flatten().tolist() == pytest.approx([-2.3, -2.3])
+
+
+def test_prefix_coefficients_never_exceed_one_and_leave_failures_out():
+    rewards = torch.tensor([[-5.0, -1.0, float("nan"), -3.0]], dtype=torch.float64)
+    before = torch.tensor([[[0.0], [-9.0], [2.0], [float("nan")]]], dtype=torch.float64)
+    log_weights = torch.tensor([[-2.0, -2.0, -2.0, -INF]], dtype=torch.float64)
+    found = dro.prefix_coefficients(rewards, before, log_weights, 1.0)
+    assert found[0, 2:].tolist() == [[0.0], [0.0]]
+    assert found.abs().max() <= 1.0
+    # Z = (e^0 + e^-1) times what both samples weigh; the first fell from e^0 to e^-5
+    total = 1 + math.exp(-1)
+    assert found[0, :2, 0].tolist() == pytest.approx(
+        [(math.exp(-5) - 1) / total, (math.exp(-1) - math.exp(-9)) / total]
+    )
+
+
 def test_the_clipped_loss_stays_finite_at_its_edges():
     logp = torch.tensor([[-1.0, -1.0, -900.0, -900.0, -INF]], requires_grad=True)
     behaviour = torch.tensor([[-900.0, -900.0, -1.0, -1.0, -INF]])

@@ -21,6 +21,7 @@ from rlrag.retrieval.candidates import CandidateTable
 from rlrag.selection.protocol import Actions, Draws
 from rlrag.selection.slot_features import GLOBAL_FEATURES, SLOT_FEATURES
 from rlrag.selection.slot_policy import SlotPolicy
+from rlrag.training.dro.stop_rewards import StopRewards
 
 F, G = len(SLOT_FEATURES), len(GLOBAL_FEATURES)
 
@@ -142,6 +143,76 @@ def test_the_gradient_of_dro_over_all_trajectories_is_that_of_the_log_mean(enume
         dro.selector_loss(logp_BM, coefficients_BM).sum(), parameters, retain_graph=True
     )
     exact = torch.autograd.grad(-(logp_BM + rewards_BM / temperature).logsumexp(dim=1), parameters)
+    assert any(gradient.abs().max() > 1e-3 for gradient in exact)
+    for one, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def stop_rewards(enumerated):
+    config = hop_environment("Small", **small_parts())
+    return StopRewards(config, cases.make_table(), cases.OrderReward()).of(enumerated)
+
+
+def test_what_stopping_is_worth_is_what_the_environment_gives_for_it(enumerated, stop_rewards):
+    env = make_env(num_selected=2, reward=cases.OrderReward(), **small_parts())
+    stop = int(env.action_space.n) - 1
+    for actions, acts, rewards in zip(
+        enumerated.actions_ET.tolist(), enumerated.acts_ET, stop_rewards, strict=True
+    ):
+        assert np.isnan(rewards[~acts]).all()
+        for step in np.flatnonzero(acts).tolist():
+            env.reset(options={"question_row": 0})
+            for action in [*actions[:step], stop]:
+                _, reward, *_ = env.step(action)
+            assert rewards[step] == pytest.approx(reward)
+    assert set(stop_rewards[enumerated.acts_ET]) == {0.0, 1.0}
+
+
+def test_each_reward_of_stopping_is_asked_for_once(enumerated):
+    asked = []
+
+    class Asked(cases.OrderReward):
+        def __call__(self, questions, selections):
+            asked.append(len(selections))
+            return super().__call__(questions, selections)
+
+    config = hop_environment("Small", **small_parts())
+    StopRewards(config, cases.make_table(), Asked()).of(enumerated)
+    beginnings = {
+        tuple(actions[:step])
+        for actions, acts in zip(enumerated.actions_ET.tolist(), enumerated.acts_ET, strict=True)
+        for step in np.flatnonzero(acts).tolist()
+    }
+    assert sum(asked) == len(beginnings)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_prefix_baseline_leaves_the_gradient_over_all_trajectories(
+    enumerated, stop_rewards, known
+):
+    policy, temperature = small_policy(), 0.7
+    rewards_BM = torch.from_numpy(enumerated.rewards_E)[None]
+    before_BMT = torch.from_numpy(stop_rewards)[None]
+    if not known:
+        before_BMT = before_BMT.clone()
+        before_BMT[:, :, 0] = float("nan")  # stopping at once is not allowed
+    logp_BMT = policy.log_prob(enumerated)[None]
+    logp_BM = logp_BMT.sum(dim=2)
+    found_BMT = dro.prefix_coefficients(rewards_BM, before_BMT, logp_BM.detach(), temperature)
+    acts_BMT = torch.from_numpy(enumerated.acts_ET)[None]
+    parameters = list(policy.parameters())
+    ours = torch.autograd.grad(
+        dro.selector_loss(logp_BMT, torch.where(acts_BMT, found_BMT, 0.0)).sum(),
+        parameters,
+        retain_graph=True,
+    )
+    worth_M = (enumerated.rewards_E / temperature, before_BMT[0].numpy() / temperature)
+    highest_M = np.maximum(worth_M[0], np.nan_to_num(worth_M[1], nan=-np.inf).max(axis=1))
+    total = float((logp_BM[0].exp().detach().numpy() * np.exp(highest_M)).sum())
+    exact = torch.autograd.grad(
+        -(logp_BM.exp() * (rewards_BM / temperature).exp()).sum() / total, parameters
+    )
     assert any(gradient.abs().max() > 1e-3 for gradient in exact)
     for one, other in zip(ours, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)

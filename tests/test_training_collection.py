@@ -166,7 +166,7 @@ def test_behaviour_probabilities_are_those_of_the_policy_that_drew(small_config)
         experience, _ = case.collect(step)
         batch = TABLE.batch(experience.question_rows)
         logp_BM = episodes.log_prob(drawer, batch, experience.actions_BMT).detach().numpy()
-        assert np.array_equal(experience.behaviour_logp_BM, logp_BM)
+        assert np.array_equal(experience.behaviour_logp_BMT.sum(axis=2), logp_BM)
 
 
 def test_each_version_goes_to_the_engines_once_and_before_its_first_batch(small_config):
@@ -372,7 +372,7 @@ def test_workers_share_a_batch(small_config):
     whole, _ = Case(small_config).collect(0)
     parts = [Case(small_config, workers=Member(rank, [])).collect(0)[0] for rank in range(2)]
     for rank, part in enumerate(parts):
-        for name in ("question_rows", "actions_BMT", "behaviour_logp_BM", "rewards_BM"):
+        for name in ("question_rows", "actions_BMT", "behaviour_logp_BMT", "rewards_BM"):
             assert np.array_equal(getattr(part, name), getattr(whole, name)[rank::2]), name
 
 

@@ -391,7 +391,8 @@ def test_what_multiplies_is_what_the_mathematics_says():
     case = Case(THREE_TO_ONE, initial=(0.2, 0.0), num_samples=4, entropy_weight=0.2, kl_weight=0.4)
     case.update(experience)
     rewards, logp = (
-        torch.from_numpy(x).double() for x in (experience.rewards_BM, experience.behaviour_logp_BM)
+        torch.from_numpy(x).double()
+        for x in (experience.rewards_BM, experience.behaviour_logp_BMT.sum(axis=2))
     )
     log_weights = torch.from_numpy(experience.log_weights_BM)
     first = torch.tensor([0.2, 0.0]).double().log_softmax(0)[torch.tensor([[0, 1, 1, 0]])]

@@ -19,11 +19,12 @@ Departures from the paper and its released scripts:
 - Sample weights, which the paper has not: its proposal is the selector itself, so a_i = 1/m.
 - A baseline, which the paper has not; `none` is its form. See `coefficients`.
 - `clipped_selector_loss` for several passes over the same samples; the paper keeps L_S as it is.
+- `prefix_coefficients`, a baseline for each action of a path, of which the paper has none.
 - Entropy and KL terms, which the paper has not, of the policy as it is in each pass; see
   `entropy_coefficients`, `kl_coefficients`.
 - Samples whose reward could not be computed are left out; the others share their sample weight.
 
-Shape letters: B questions, M samples, K selected.
+Shape letters: B questions, M samples, K selected, T actions.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 
 Weighting = Literal["self_normalised", "raw"]
 Baseline = Literal["none", "mean", "leave_one_out"]
+"""Of whole samples; `prefix_coefficients` has one for each action."""
 
 _MAX_LOG_RATIO = 20.0
 """exp(20) = 4.9e8: far beyond any clip, and far from overflow in float32."""
@@ -140,6 +142,45 @@ def _shared_log_weights(log_weights_BM: torch.Tensor, valid_BM: torch.Tensor) ->
     return torch.where(valid_BM, kept_BM + missing_B1, float("-inf"))
 
 
+def prefix_coefficients(
+    rewards_BM: torch.Tensor,
+    stop_rewards_BMT: torch.Tensor,
+    log_weights_BM: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """What multiplies the log-probability of each action of a path, shape (B, M, T).
+
+    The baseline of an action is what the path was worth before it, R(s_t) = exp(r(s_t) / T), the
+    reward of stopping there. It depends on the state alone, so that it changes no expectation of
+    the score function; an action then counts for what came of it and of those behind it:
+
+        c_it = a_i (R_i - R(s_it)) / Z,  Z = sum_j a_j max(R_j, max_t R(s_jt))
+
+    Where no prefix is worth more than its path, Z normalises as self-normalised weights do; else it
+    keeps every coefficient within 1. Where the reward of stopping is not known (NaN), the mean over
+    the question's samples is the baseline. Samples that are not valid (`valid_samples`) have 0.
+
+    Example:
+        >>> half, reward = torch.log(torch.tensor([[0.5, 0.5]])), torch.tensor([[0.6, 0.2]]).log()
+        >>> before = torch.tensor([[[0.1, 0.6], [0.1, 0.1]]]).log()
+        >>> prefix_coefficients(reward, before, half, 1.0)
+        tensor([[[0.6250, 0.0000],
+                 [0.1250, 0.1250]]])
+    """
+    valid_BM = valid_samples(rewards_BM, log_weights_BM)
+    own_BM = torch.where(valid_BM, rewards_BM / temperature, float("-inf"))
+    stop_BMT = stop_rewards_BMT / temperature
+    highest_BM = torch.maximum(own_BM, stop_BMT.nan_to_num(nan=float("-inf")).amax(dim=2))
+    shared_BM = _shared_log_weights(log_weights_BM, valid_BM)
+    log_total_B1 = (shared_BM + highest_BM).logsumexp(dim=1, keepdim=True)
+    share_BM = (own_BM - log_total_B1).exp()
+    mean_B11 = (shared_BM.exp() * share_BM).sum(dim=1)[:, None, None]
+    before_BMT = (stop_BMT - log_total_B1[:, :, None]).exp()
+    above_BMT = share_BM[:, :, None] - torch.where(before_BMT.isnan(), mean_B11, before_BMT)
+    found_BMT = shared_BM.exp()[:, :, None] * above_BMT
+    return torch.where(valid_BM[:, :, None], found_BMT, 0.0).nan_to_num(nan=0.0)
+
+
 def entropy_coefficients(
     logp_BM: torch.Tensor, behaviour_logp_BM: torch.Tensor, log_weights_BM: torch.Tensor
 ) -> torch.Tensor:
@@ -195,13 +236,14 @@ def _reweighted(
     return torch.where(weight_BM > 0, weight_BM * ratio_BM * value_BM, 0.0).detach()
 
 
-def selector_loss(logp_BM: torch.Tensor, coefficients_BM: torch.Tensor) -> torch.Tensor:
+def selector_loss(logp: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """L_S = - sum_i c_i log p(z_i | x) for each question, shape (B,), in nats (Eq. 10).
 
-    Gradients flow through `logp_BM` alone; its gradient is Eq. 12. A coefficient of zero removes a
-    sample, whatever its log-probability.
+    Both are of shape (B, M), or of shape (B, M, T) for the actions of paths, whose
+    log-probabilities add up to log p(z_i | x). Gradients flow through `logp` alone; its gradient
+    is Eq. 12. A coefficient of zero removes a sample, whatever its log-probability.
     """
-    return _negated_sum(logp_BM, coefficients_BM)
+    return _negated_sum(logp, coefficients)
 
 
 def generator_loss(answer_logp_BM: torch.Tensor, weights_BM: torch.Tensor) -> torch.Tensor:
@@ -218,44 +260,47 @@ def generator_loss(answer_logp_BM: torch.Tensor, weights_BM: torch.Tensor) -> to
     return _negated_sum(answer_logp_BM, weights_BM)
 
 
-def _negated_sum(logp_BM: torch.Tensor, coefficients_BM: torch.Tensor) -> torch.Tensor:
-    constant_BM = coefficients_BM.detach()
-    return -torch.where(constant_BM == 0, 0.0, constant_BM * logp_BM).sum(dim=1)
+def _negated_sum(logp: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    constant = coefficients.detach()
+    return -torch.where(constant == 0, 0.0, constant * logp).flatten(1).sum(dim=1)
 
 
 def clipped_selector_loss(
-    logp_BM: torch.Tensor,
-    behaviour_logp_BM: torch.Tensor,
-    coefficients_BM: torch.Tensor,
+    logp_BMT: torch.Tensor,
+    behaviour_logp_BMT: torch.Tensor,
+    coefficients_BMT: torch.Tensor,
     clip_ratio: float,
 ) -> torch.Tensor:
     """Off-policy surrogate of L_S for each question, shape (B,).
 
-    With rho_i = p(z_i | x) / p_behaviour(z_i | x) and e = `clip_ratio` (PPO, Schulman et al., 2017,
-    arXiv 1707.06347, Eq. 7, with c_i in place of the advantage):
+    With the ratio of each action, rho_it = p(a_it | s_it) / p_behaviour(a_it | s_it), and
+    e = `clip_ratio` (PPO, Schulman et al., 2017, arXiv 1707.06347, Eq. 7, with c_it in place of the
+    advantage):
 
-        L = - sum_i min(rho_i c_i, clip(rho_i, 1 - e, 1 + e) c_i)
+        L = - sum_it min(rho_it c_it, clip(rho_it, 1 - e, 1 + e) c_it)
 
-    `behaviour_logp_BM` is log p(z_i | x) of the policy at the time of the draw and not of a
-    tempered proposal, which the sample weights within c_i already correct for. Gradients flow
-    through `logp_BM` alone. At rho = 1 the gradient is that of `selector_loss`; the value is
-    - sum_i c_i, which means something only in comparison.
+    The ratio of a whole path, the product of its actions', would be clipped the sooner the longer
+    the path. `behaviour_logp_BMT` are log-probabilities of the policy at the time of the draw and
+    not of a tempered proposal, which the sample weights within c already correct for. Gradients
+    flow through `logp_BMT` alone. At rho = 1 the gradient is that of `selector_loss`; the value is
+    - sum_it c_it, which means something only in comparison.
 
     Edges: c > 0 has no gradient once rho > 1 + e, c < 0 none once rho < 1 - e; the other sides are
     not clipped, so that a step in the wrong direction can be undone. There c < 0 grows with rho
     without bound; log rho is held at 20 or less, beyond which a sample has no gradient either, and
-    nothing overflows. A coefficient of zero removes a sample, whatever its log-probability.
+    nothing overflows. A coefficient of zero removes an action, whatever its log-probability.
 
     Example:
-        >>> now, then = torch.log(torch.tensor([[0.6, 0.3]])), torch.log(torch.tensor([[0.4, 0.4]]))
-        >>> clipped_selector_loss(now, then, torch.tensor([[1.0, -1.0]]), 0.2)
+        >>> now, then = torch.tensor([[[0.6], [0.3]]]).log(), torch.tensor([[[0.4], [0.4]]]).log()
+        >>> clipped_selector_loss(now, then, torch.tensor([[[1.0], [-1.0]]]), 0.2)
         tensor([-0.4000])
     """
-    constant_BM = coefficients_BM.detach()
-    change_BM = torch.where(constant_BM == 0, 0.0, logp_BM - behaviour_logp_BM.detach())
-    ratio_BM = change_BM.clamp(max=_MAX_LOG_RATIO).exp()
-    clipped_BM = ratio_BM.clamp(1 - clip_ratio, 1 + clip_ratio)
-    return -torch.minimum(ratio_BM * constant_BM, clipped_BM * constant_BM).sum(dim=1)
+    constant_BMT = coefficients_BMT.detach()
+    change_BMT = torch.where(constant_BMT == 0, 0.0, logp_BMT - behaviour_logp_BMT.detach())
+    ratio_BMT = change_BMT.clamp(max=_MAX_LOG_RATIO).exp()
+    clipped_BMT = ratio_BMT.clamp(1 - clip_ratio, 1 + clip_ratio)
+    lower_BMT = torch.minimum(ratio_BMT * constant_BMT, clipped_BMT * constant_BMT)
+    return -lower_BMT.flatten(1).sum(dim=1)
 
 
 class WeightDiagnostics(NamedTuple):

@@ -51,10 +51,11 @@ class DROConfig(Section):
     weighting: Literal["self_normalised", "raw"] = "self_normalised"
     """`self_normalised`: the weights of a question sum to 1; `raw`: exp(reward / temperature) /
     m."""
-    baseline: Literal["none", "mean", "leave_one_out"] = "mean"
+    baseline: Literal["none", "mean", "leave_one_out", "prefix"] = "mean"
     """Baseline subtracted from each weight. `mean`: the question's mean weight, so that samples are
     not reinforced merely for having been drawn; `leave_one_out`: the mean likelihood of the other
-    samples, for `raw` weights."""
+    samples, for `raw` weights; `prefix`: for each action the weight of stopping before it, which
+    asks for one more reward an action."""
     replacement: bool = True
     """Draw samples independently. False draws m different selections by Gumbel top-k and corrects
     their weights (Kool et al., 2019, 2020)."""
@@ -66,8 +67,8 @@ class DROConfig(Section):
     """Steps between updates of the policy and generator that the E-step draws and scores with. 1 is
     on-policy; unset updates once per epoch, as in the paper."""
     clip_ratio: float | None = Field(default=None, gt=0, lt=1)
-    """Clips the ratio p_now(z|x) / p_drawn(z|x) to 1 +- this, as PPO does; unset clips nothing, as
-    in the paper."""
+    """Clips the ratio p_now / p_drawn of each action to 1 +- this, as PPO does; unset clips
+    nothing, as in the paper."""
     entropy_weight: float = Field(default=0.0, ge=0)
     """Coefficient of the entropy bonus."""
     kl_weight: float = Field(default=0.0, ge=0)
@@ -85,7 +86,7 @@ class DROConfig(Section):
     @model_validator(mode="after")
     def _estimator_fits(self) -> Self:
         check_parts(self.parts)
-        fitting = {"raw": ("none", "leave_one_out"), "self_normalised": ("none", "mean")}
+        fitting = {"raw": ("none", "leave_one_out"), "self_normalised": ("none", "mean", "prefix")}
         if self.baseline not in fitting[self.weighting]:
             raise ValueError(
                 f"algorithm.baseline {self.baseline!r} does not fit algorithm.weighting "

@@ -137,6 +137,11 @@ class RunConfig(Section):
     def _check_selector(self) -> None:
         kind, environment = self.selector.kind, self.environment.id
         reads_slots = kind in SLOT_SELECTORS
+        if self.dro.baseline == "prefix" and environment not in (SELECTION, HOPS):
+            raise ValueError(
+                "algorithm.baseline 'prefix' stops paths before each action, by the last action of "
+                f"{SELECTION} and {HOPS}; with environment.id {environment!r} use mean"
+            )
         if kind not in SELECTORS or environment not in (SELECTION, HOPS):
             return
         if reads_slots != (environment == HOPS):

@@ -139,7 +139,7 @@ def replay(
     """
     episodes = open_episodes(config, len(question_rows), candidates, Unrewarded())
     try:
-        return play(episodes, _Given(actions_ET), question_rows)
+        return play(episodes, Given(actions_ET), question_rows)
     finally:
         episodes.close()
 
@@ -165,8 +165,8 @@ def check_environment(config: EnvironmentConfig, candidates: CandidateTable | No
     open_episodes(config, 1, candidates, Unrewarded()).close()
 
 
-class _Given:
-    """A policy whose actions are given."""
+class Given:
+    """A policy whose actions are given, shape (E, T); what follows an episode's end is not read."""
 
     def __init__(self, actions_ET: np.ndarray) -> None:
         self._actions_ET = actions_ET

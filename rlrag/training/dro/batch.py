@@ -26,13 +26,16 @@ class RewardedBatch:
     """M episodes of each of B questions, drawn by one version of the policy.
 
     Episode b * M + m of `trajectories` is sample m of question b. The versions are the E-steps
-    whose policy drew and whose generator weights scored.
+    whose policy drew and whose generator weights scored. `stop_rewards_ET` is what stopping before
+    each action would have been worth, NaN where that is not known or not allowed; None unless the
+    baseline asks for it.
     """
 
     trajectories: Trajectories
     num_samples: int
     policy_version: int
     generator_version: int
+    stop_rewards_ET: np.ndarray | None = None
 
     @property
     def question_rows(self) -> np.ndarray:
@@ -50,9 +53,9 @@ class RewardedBatch:
         return self.by_question(self.trajectories.log_weights_E)
 
     @property
-    def behaviour_logp_BM(self) -> np.ndarray:
-        """Log-probabilities of the episodes under the policy that drew them, in nats."""
-        return self.by_question(self.trajectories.logp_E)
+    def behaviour_logp_BMT(self) -> np.ndarray:
+        """Log-probabilities of the actions under the policy that drew them, in nats."""
+        return self.by_question(self.trajectories.logp_ET)
 
     @property
     def actions_BMT(self) -> np.ndarray:

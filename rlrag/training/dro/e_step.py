@@ -32,6 +32,7 @@ from rlrag.selection.protocol import Draws, Policy, Seed
 from rlrag.training.distributed.engines import hand_over
 from rlrag.training.distributed.workers import Workers
 from rlrag.training.dro.batch import RewardedBatch
+from rlrag.training.dro.stop_rewards import StopRewards
 from rlrag.training.parts import TrainedParts
 from rlrag.training.schedule import BatchSchedule
 
@@ -183,6 +184,7 @@ class BatchCollector:
         num_questions: int,
     ) -> None:
         self._dro = dro
+        self._stops = StopRewards(config, candidates, reward) if dro.baseline == "prefix" else None
         num_episodes = num_questions * dro.num_samples
         self._episodes = open_episodes(config, num_episodes, candidates, reward)
 
@@ -205,7 +207,10 @@ class BatchCollector:
         dro = self._dro
         draws = Draws(seeds, dro.num_samples, dro.proposal_temperature, dro.replacement)
         trajectories = play(self._episodes, policy, question_rows, draws)
-        batch = RewardedBatch(trajectories, dro.num_samples, policy_version, generator_version)
+        stop_rewards_ET = self._stops.of(trajectories) if self._stops is not None else None
+        batch = RewardedBatch(
+            trajectories, dro.num_samples, policy_version, generator_version, stop_rewards_ET
+        )
         if len(batch.errors) == len(trajectories):
             raise batch.errors[0]
         return batch

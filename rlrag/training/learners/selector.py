@@ -1,6 +1,6 @@
 """The selector's M-step: one optimiser step on a rewarded batch.
 
-Shape letters: B questions, M samples, E = B * M episodes.
+Shape letters: B questions, M samples, E = B * M episodes, T actions.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ class SelectorLearner:
             NonFiniteLossError: when the loss or the gradient is not finite.
         """
         log_weights_BM = torch.from_numpy(batch.log_weights_BM)
-        behaviour_BM = torch.from_numpy(batch.behaviour_logp_BM).double()
+        behaviour_BMT = torch.from_numpy(batch.behaviour_logp_BMT).double()
+        behaviour_BM = behaviour_BMT.sum(dim=2)
         with torch.no_grad():
-            initial_BM = self._logp(self._initial, batch, slice(None)).cpu().double()
-        coefficients_BM = self._coefficients(batch, weights_BM)
+            initial_BM = self._logp(self._initial, batch, slice(None)).sum(dim=2).cpu().double()
+        coefficients = self._coefficients(batch, weights_BM)
         self.optimiser.zero_grad()
-        constants = (coefficients_BM, behaviour_BM, initial_BM, log_weights_BM)
+        constants = (coefficients, behaviour_BMT, initial_BM, log_weights_BM)
         loss, logp_BM = self._backward(batch, constants)
         kl_BM = dro.kl_coefficients(logp_BM, behaviour_BM, initial_BM, log_weights_BM)
         entropy_BM = dro.entropy_coefficients(logp_BM, behaviour_BM, log_weights_BM)
@@ -111,43 +112,57 @@ class SelectorLearner:
         loss, parts = 0.0, []
         for start in range(0, num_questions, at_once):
             rows = slice(start, start + at_once)
-            logp_BM = self._logp(self._policy, batch, rows)
-            loss_B = self._loss(logp_BM, *(each_BM[rows].to(logp_BM) for each_BM in constants))
+            logp_BMT = self._logp(self._policy, batch, rows)
+            loss_B = self._loss(logp_BMT, *(each[rows].to(logp_BMT) for each in constants))
             (loss_B.sum() / self._config.batch_size).backward()
             loss += loss_B.detach().sum().item()
-            parts.append(logp_BM.detach().cpu().double())
+            parts.append(logp_BMT.detach().sum(dim=2).cpu().double())
         return loss, torch.cat(parts)
 
     @staticmethod
     def _logp(policy: TrainablePolicy, batch: RewardedBatch, questions: slice) -> torch.Tensor:
-        """Log-probabilities of the episodes of some questions, shape (B, M)."""
+        """Log-probabilities of the actions of some questions' episodes, shape (B, M, T)."""
         num_samples = batch.num_samples
         rows_E = batch.by_question(np.arange(len(batch.trajectories)))[questions].ravel()
         trajectories = batch.trajectories
         if len(rows_E) < len(trajectories):
             trajectories = trajectories.of(rows_E)
-        return policy.log_prob(trajectories).sum(dim=1).view(-1, num_samples)
+        logp_ET = policy.log_prob(trajectories)
+        return logp_ET.view(-1, num_samples, logp_ET.shape[1])
 
     def _coefficients(self, batch: RewardedBatch, weights_BM: torch.Tensor) -> torch.Tensor:
-        """What multiplies log p of an episode by its reward, shape (B, M)."""
+        """What multiplies log p of the episodes, (B, M), or of their actions, (B, M, T)."""
+        config = self._dro
+        rewards_BM = torch.from_numpy(batch.rewards_BM)
         log_weights_BM = torch.from_numpy(batch.log_weights_BM)
-        valid_BM = dro.valid_samples(torch.from_numpy(batch.rewards_BM), log_weights_BM)
-        return dro.coefficients(weights_BM, log_weights_BM, valid_BM, self._dro.baseline)
+        acts_BMT = torch.from_numpy(batch.actions_BMT >= 0)
+        if batch.stop_rewards_ET is not None:
+            stop_rewards_BMT = torch.from_numpy(batch.by_question(batch.stop_rewards_ET))
+            found_BMT = dro.prefix_coefficients(
+                rewards_BM, stop_rewards_BMT, log_weights_BM, config.reward_temperature
+            )
+            return torch.where(acts_BMT, found_BMT, 0.0)
+        assert config.baseline != "prefix"
+        valid_BM = dro.valid_samples(rewards_BM, log_weights_BM)
+        found_BM = dro.coefficients(weights_BM, log_weights_BM, valid_BM, config.baseline)
+        return found_BM if config.clip_ratio is None else found_BM[:, :, None] * acts_BMT
 
     def _loss(
         self,
-        logp_BM: torch.Tensor,
-        coefficients_BM: torch.Tensor,
-        behaviour_BM: torch.Tensor,
+        logp_BMT: torch.Tensor,
+        coefficients: torch.Tensor,
+        behaviour_BMT: torch.Tensor,
         initial_BM: torch.Tensor,
         log_weights_BM: torch.Tensor,
     ) -> torch.Tensor:
         """The reward's loss, and entropy and KL of the policy as it is in this pass, shape (B,)."""
+        logp_BM, behaviour_BM = logp_BMT.sum(dim=2), behaviour_BMT.sum(dim=2)
         clip_ratio = self._dro.clip_ratio
-        if clip_ratio is None:
-            loss_B = dro.selector_loss(logp_BM, coefficients_BM)
+        if clip_ratio is not None:
+            loss_B = dro.clipped_selector_loss(logp_BMT, behaviour_BMT, coefficients, clip_ratio)
         else:
-            loss_B = dro.clipped_selector_loss(logp_BM, behaviour_BM, coefficients_BM, clip_ratio)
+            by_action = coefficients.dim() == logp_BMT.dim()
+            loss_B = dro.selector_loss(logp_BMT if by_action else logp_BM, coefficients)
         if self._dro.entropy_weight:
             constant_BM = dro.entropy_coefficients(logp_BM, behaviour_BM, log_weights_BM)
             loss_B = loss_B + self._dro.entropy_weight * dro.selector_loss(logp_BM, constant_BM)
