@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlrag.config import RunConfig
-from rlrag.recipes import joint, jsa, retriever, selection
+from rlrag.recipes import hops, joint, jsa, retriever, selection
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "quickstart": selection.quickstart,
@@ -30,6 +30,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "nq-jsa": jsa.nq_jsa,
     "nq-jsa-semi": jsa.nq_jsa_semi,
     "nq-jsa-joint": jsa.nq_jsa_joint,
+    "2wiki-hops": hops.wiki_hops,
+    "hotpotqa-hops": hops.hotpotqa_hops,
+    "musique-hops": hops.musique_hops,
     "nq-full": joint.nq_full,
     "hotpotqa-full": joint.hotpotqa_full,
     "openrag-paper": retriever.openrag_paper,

@@ -1,0 +1,70 @@
+"""Recipes whose episodes hop and search before they answer, trained by DRO."""
+
+from __future__ import annotations
+
+from rlrag.config import (
+    HOPS,
+    DROConfig,
+    EnvironmentConfig,
+    GeneratorConfig,
+    HopSettings,
+    RetrievalConfig,
+    RunConfig,
+    SelectorConfig,
+    TrainingConfig,
+)
+from rlrag.recipes.shared import questions_of, short_answers
+
+
+def title_hops(name: str, num_selected: int, pick_cost: float) -> RunConfig:
+    """What the recipes below share: BM25's first five, and hops along titles and rare names.
+
+    A cost in nats for each pick weighs against the likelihood of the answer.
+    """
+    prompt = short_answers(question_mark=True)
+    return RunConfig(
+        recipe=f"{name}-hops",
+        data=questions_of(name, 50),
+        retrieval=RetrievalConfig(kind="bm25", num_candidates=20),
+        environment=EnvironmentConfig(
+            id=HOPS,
+            num_selected=num_selected,
+            hops=HopSettings(
+                edges=("title_out", "title_in", "shared"),
+                num_first=5,
+                num_revealed=8,
+                pick_cost=pick_cost,
+            ),
+        ),
+        selector=SelectorConfig(kind="slots", may_stop=True),
+        generator=GeneratorConfig(
+            # A path ends with what the question is about, next to which it stands.
+            prompt=prompt.model_copy(
+                update={"passage_order": "as_picked", "max_prompt_tokens": 1900}
+            )
+        ),
+        algorithm=DROConfig(num_samples=8),
+        training=TrainingConfig(
+            worker_threads=2,
+            num_epochs=3,
+            batch_size=32,
+            learning_rate=2e-2,
+            validate_every=9,
+            checkpoint_every=9,
+        ),
+    )
+
+
+def wiki_hops() -> RunConfig:
+    """2WikiMultihopQA: up to four passages along titles (RLRAG_DATA_DIR)."""
+    return title_hops("2wiki", 4, pick_cost=0.2)
+
+
+def hotpotqa_hops() -> RunConfig:
+    """HotpotQA: up to four passages along titles (RLRAG_DATA_DIR)."""
+    return title_hops("hotpotqa", 4, pick_cost=0.2)
+
+
+def musique_hops() -> RunConfig:
+    """MuSiQue, whose passages lead on by rare names more than by titles (RLRAG_DATA_DIR)."""
+    return title_hops("musique", 5, pick_cost=0.2)
