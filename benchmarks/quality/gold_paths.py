@@ -65,14 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sets", nargs="+", choices=tuple(COSTS), default=tuple(COSTS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--entropy-weight", type=float, default=0.0)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     lines, notes = [], []
     for name in options.sets:
         by_policy: dict[str, list[Found]] = {"hops": [], "flat": []}
         for seed in range(options.seeds):
-            for kind, found in _seed(name, seed, options.entropy_weight).items():
+            for kind, found in _seed(name, seed).items():
                 by_policy[kind].append(found)
         for kind, runs in by_policy.items():
             lines += [_line(name, kind, str(seed), run) for seed, run in enumerate(runs)]
@@ -84,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _seed(name: str, seed: int, entropy_weight: float) -> dict[str, Found]:
+def _seed(name: str, seed: int) -> dict[str, Found]:
     """One training of each policy, and what they find on questions held back."""
-    hops = _config(name, seed, entropy_weight, with_hops=True)
-    flat = _config(name, seed, entropy_weight, with_hops=False)
+    hops = _config(name, seed, with_hops=True)
+    flat = _config(name, seed, with_hops=False)
     along, held_back = _train(hops)
     played = _found(hops, along, held_back)
     num_picks = math.ceil(played.picks_Q.mean())
@@ -98,7 +97,7 @@ def _seed(name: str, seed: int, entropy_weight: float) -> dict[str, Found]:
     return {"hops": played, "flat": _found(flat, only_list, held_back)}
 
 
-def _config(name: str, seed: int, entropy_weight: float, with_hops: bool) -> RunConfig:
+def _config(name: str, seed: int, with_hops: bool) -> RunConfig:
     from rlrag.recipes.hops import title_hops
 
     recipe = title_hops(name, _NUM_PICKS, COSTS[name])
@@ -113,9 +112,7 @@ def _config(name: str, seed: int, entropy_weight: float, with_hops: bool) -> Run
             ),
             "retrieval": recipe.retrieval.model_copy(update={"encoder": None}),
             "environment": recipe.environment.model_copy(update={"hops": hops}),
-            "algorithm": recipe.dro.model_copy(
-                update={"reward_temperature": 0.2, "entropy_weight": entropy_weight}
-            ),
+            "algorithm": recipe.dro.model_copy(update={"reward_temperature": 0.2}),
             "training": recipe.training.model_copy(update={"num_epochs": _EPOCHS[name]}),
         }
     )
