@@ -16,6 +16,9 @@ from rlrag.config import (
 )
 from rlrag.recipes.shared import questions_of, short_answers
 
+# Without the bonus some seeds learn to stop after one pick before they see what a second is for.
+_DRO = DROConfig(num_samples=8, entropy_weight=0.02)
+
 
 def title_hops(name: str, num_selected: int, pick_cost: float) -> RunConfig:
     """What the recipes below share: BM25's first five, and hops along titles and rare names.
@@ -44,8 +47,7 @@ def title_hops(name: str, num_selected: int, pick_cost: float) -> RunConfig:
                 update={"passage_order": "as_picked", "max_prompt_tokens": 1900}
             )
         ),
-        # Without the bonus some seeds stop after the first pick before they know what the second is for.
-        algorithm=DROConfig(num_samples=8, entropy_weight=0.02),
+        algorithm=_DRO,
         training=TrainingConfig(
             worker_threads=2,
             num_epochs=3,
@@ -95,8 +97,7 @@ def factbook_paths(num_train: int, num_test: int, num_epochs: int) -> RunConfig:
         ),
         selector=SelectorConfig(kind="slot_vectors"),
         generator=GeneratorConfig(prompt=prompt.model_copy(update={"passage_order": "as_picked"})),
-        # Without the bonus some seeds stop after the first pick before they know what the second is for.
-        algorithm=DROConfig(num_samples=8, entropy_weight=0.02),
+        algorithm=_DRO,
         training=TrainingConfig(
             num_epochs=num_epochs, batch_size=20, learning_rate=1e-2, validate_every=10
         ),
