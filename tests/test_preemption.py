@@ -19,7 +19,7 @@ import torch
 from loop_runs import changed, co_training, start, steps_of, weights
 from stand_ins import ReadingGenerator
 from test_jobs_experience import config_of, flags_of, write_log
-from training_program import tiny_flags
+from training_program import HOP_FLAGS, tiny_flags
 
 from rlrag.cli import train
 from rlrag.cli.command_line import exit_code
@@ -315,10 +315,11 @@ def assert_same_products(whole: Path, run: Path) -> None:
     assert not (run / "may-run").exists()
 
 
-def test_the_program_is_preempted_and_goes_on(tmp_path):
+@pytest.mark.parametrize("extra", [(), HOP_FLAGS], ids=["selections", "paths"])
+def test_the_program_is_preempted_and_goes_on(tmp_path, extra):
     inputs = tmp_path / "inputs"
     inputs.mkdir()
-    flags = [*tiny_flags(inputs), "--training.launcher", "local"]
+    flags = [*tiny_flags(inputs), "--training.launcher", "local", *extra]
     whole, run = run_like(["quickstart", *flags], tmp_path, 4)
     assert_same_products(whole, run)
 

@@ -1,4 +1,4 @@
-"""A folder in; flags for a quick `python -m jobs.train quickstart` on a tiny model out."""
+"""Flags of a quick `python -m jobs.train` on a tiny model, and what its records have in common."""
 
 from __future__ import annotations
 
@@ -53,6 +53,16 @@ def tiny_flags(directory: Path) -> list[str]:
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     return ["--training.loggers", *flags]
+
+
+HOP_FLAGS = (
+    *("--environment.id", "rlrag/DocumentHops-v1", "--environment.hops.num-first", "2"),
+    *("--environment.hops.num-revealed", "2", "--environment.hops.num-hits", "2"),
+    *("--environment.hops.writers", "title", "--environment.hops.pick-cost", "0.1"),
+    *("--selector.kind", "slots", "--selector.may-stop", "True"),
+    *("--algorithm.baseline", "prefix", "--algorithm.entropy-weight", "0.02"),
+)
+"""For the same program with episodes that hop and search."""
 
 
 def without_clocks(metrics: Sequence[Mapping[str, float]], *others: str) -> list[dict[str, float]]:
