@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gymnasium as gym
 import hop_cases as cases
 import numpy as np
 import pytest
 import torch
 from hop_cases import Anew, Answers, Edges, OnTitle, make_env, ring
+from tiny_models import save_tiny_encoder
 
 from rlrag.algorithms import dro
-from rlrag.config import EnvironmentConfig
+from rlrag.config import HOPS, EnvironmentConfig, HopSettings, SelectorConfig
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.environment.document_hops import DocumentHopsVectorEnv
 from rlrag.environment.episodes import open_episodes
@@ -18,6 +21,7 @@ from rlrag.environment.rollout import play
 from rlrag.errors import ConfigError, EpisodeError
 from rlrag.records import Passage, Question, RewardResult
 from rlrag.retrieval.candidates import CandidateTable
+from rlrag.selection.build import build_policy
 from rlrag.selection.protocol import Actions, Draws
 from rlrag.selection.slot_features import GLOBAL_FEATURES, SLOT_FEATURES
 from rlrag.selection.slot_policy import SlotPolicy
@@ -270,6 +274,46 @@ def test_draws_are_those_of_the_probabilities_and_carry_their_ratio():
 def test_untrained_it_takes_every_allowed_action_equally(enumerated):
     policy = SlotPolicy(F, G, 2, 5, 2, 2)
     assert not policy.logits(enumerated.observations[1]).any()
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    """A policy that reads texts, with an output that is not zero."""
+    config = SelectorConfig(
+        kind="slot_texts",
+        may_stop=True,
+        max_tokens=32,
+        model=str(save_tiny_encoder(tmp_path_factory.mktemp("encoder"))),
+    )
+    environment = EnvironmentConfig(
+        id=HOPS, num_selected=2, hops=HopSettings(writers=("title", "text"))
+    )
+    policy = build_policy(config, environment, 1, 2, Path(), 0).double()
+    with torch.no_grad():
+        policy.reader.out.weight.normal_(generator=torch.Generator().manual_seed(0))
+    return policy
+
+
+def test_a_policy_that_reads_gives_each_slot_what_its_text_is_worth(enumerated, reading):
+    observations, infos = enumerated.observations[1], enumerated.infos[1]
+    logits_EN = reading.logits(observations, infos)[:, :4]
+    for episode in (0, len(enumerated) - 1):
+        passages, question = infos["passages"][episode], infos["question"][episode]
+        alone = [reading.reader([(question, passage)]).item() for passage in passages]
+        found = logits_EN[episode, : len(passages)].tolist()
+        assert found == pytest.approx(alone, abs=1e-5)
+        assert len(set(np.round(alone, 6))) == len(set(passages))
+    assert not logits_EN[~observations["filled"].astype(bool)].any()
+
+
+def test_a_policy_that_reads_is_a_distribution_and_learns_to_read(enumerated, reading):
+    logp_ET = reading.log_prob(enumerated)
+    assert logp_ET.sum(dim=1).exp().sum().item() == pytest.approx(1.0, abs=1e-6)
+    logp_ET[:5].sum().backward()
+    gradients = [parameter.grad for parameter in reading.reader.encoder.model.parameters()]
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+    with pytest.raises(EpisodeError, match="does not show question and passages"):
+        reading.logits(enumerated.observations[0], {})
 
 
 def test_what_does_not_fit_is_named(enumerated):

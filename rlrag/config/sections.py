@@ -81,7 +81,7 @@ SELECTION, HOPS = "rlrag/DocumentSelection-v1", "rlrag/DocumentHops-v1"
 EdgeName = Literal["title_out", "title_in", "document", "shared", "linked", "own"]
 EDGES: tuple[EdgeName, ...] = get_args(EdgeName)
 """Kinds of edges of a passage graph, in the order of `rlrag.retrieval.graph.EdgeKind`."""
-SLOT_SELECTORS = ("slots", "slot_vectors")
+SLOT_SELECTORS = ("slots", "slot_vectors", "slot_texts")
 SELECTORS = ("features", "bi_encoder", "cross_encoder", "listwise_lm", *SLOT_SELECTORS)
 
 
@@ -225,8 +225,8 @@ class SelectorConfig(Section):
     """features (small network on frozen features), bi_encoder or cross_encoder (a trained encoder
     that reads the texts), listwise_lm (a language model that writes the order, as in the DRO
     paper), or `package.module:name` of your own. For `rlrag/DocumentHops-v1`: slots (small network
-    on the features of what was found), or slot_vectors (the same with a learned low-rank map
-    between the vectors of question and passage)."""
+    on the features of what was found), slot_vectors (the same with a learned low-rank map between
+    the vectors of question and passage) or slot_texts (with a trained encoder that reads both)."""
     options: tuple[str, ...] = ()
     """Options of a policy of your own, each `name=value`."""
     may_stop: bool = False
@@ -234,8 +234,8 @@ class SelectorConfig(Section):
     prior_scale: float = Field(default=0.5, gt=0)
     """Decrease of the logit per retriever rank before training; larger means less exploration."""
     model: str = BUILTIN_ENCODER
-    """Encoder that `bi_encoder` and `cross_encoder` start from, or the causal language model of
-    `listwise_lm`."""
+    """Encoder that `bi_encoder`, `cross_encoder` and `slot_texts` start from, or the causal
+    language model of `listwise_lm`."""
     max_tokens: int = Field(default=160, ge=8)
     """Tokens of a text that a trained encoder reads; of one passage for `listwise_lm`."""
     adapter_rank: int | None = Field(default=16, ge=1)
@@ -254,7 +254,7 @@ class SelectorConfig(Section):
     @property
     def reads_texts(self) -> bool:
         """Whether `model` is used: by the built-in policies that read texts."""
-        return self.kind in ("bi_encoder", "cross_encoder", "listwise_lm")
+        return self.kind in ("bi_encoder", "cross_encoder", "listwise_lm", "slot_texts")
 
     @model_validator(mode="after")
     def _imitation_fits(self) -> Self:

@@ -11,7 +11,7 @@ from rlrag import plugins
 from rlrag.config import EnvironmentConfig, SelectorConfig
 from rlrag.config.sections import SLOT_SELECTORS
 from rlrag.models.directories import resolve_model
-from rlrag.selection.encoder_scorers import BiEncoderScorer, CrossEncoderScorer
+from rlrag.selection.encoder_scorers import BiEncoderScorer, CrossEncoderScorer, PairScorer
 from rlrag.selection.feature_scorer import HIDDEN_SIZE, PROJECTION_SIZE, FeatureScorer
 from rlrag.selection.listwise_lm import ListwiseLMPolicy
 from rlrag.selection.plackett_luce import PlackettLucePolicy
@@ -68,6 +68,9 @@ def build_policy(
                 vector_size,
                 PROJECTION_SIZE if config.kind == "slot_vectors" else 0,
                 config.may_stop,
+                PairScorer(resolve_model(config.model, cache_dir), config.max_tokens)
+                if config.kind == "slot_texts"
+                else None,
             )
         if config.kind == "listwise_lm":
             model_dir = resolve_model(config.model, cache_dir)

@@ -5,6 +5,7 @@ Shape letters: B questions, K picks, N candidates, L tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,6 +58,26 @@ class _TextEncoder(nn.Module):
         states_BLD = self.model(**tokens).last_hidden_state
         mask_BL1 = tokens["attention_mask"].unsqueeze(-1).to(states_BLD.dtype)
         return (states_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+
+
+class PairScorer(nn.Module):
+    """w . f(q, d) of pairs of question and passage, w starting at zero.
+
+    Equal pairs are read once in a call.
+    """
+
+    def __init__(self, model_dir: Path, max_tokens: int) -> None:
+        super().__init__()
+        self.encoder = _TextEncoder(model_dir, max_tokens)
+        self.out = nn.Linear(self.encoder.model.config.hidden_size, 1, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+        """A number for each of X pairs, shape (X,)."""
+        place_of = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        questions, passages = ([pair[side] for pair in place_of] for side in (0, 1))
+        scores_U: torch.Tensor = self.out(self.encoder(questions, passages)).squeeze(-1)
+        return scores_U[[place_of[pair] for pair in pairs]]
 
 
 class BiEncoderScorer(nn.Module):

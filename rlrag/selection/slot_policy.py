@@ -16,6 +16,7 @@ from torch import nn
 
 from rlrag.errors import ConfigError, EpisodeError
 from rlrag.records import Columns, Trajectories
+from rlrag.selection.encoder_scorers import PairScorer
 from rlrag.selection.plackett_luce import action_logp
 from rlrag.selection.protocol import Actions, Draws, Turn
 
@@ -32,7 +33,8 @@ class SlotPolicy(nn.Module):
     before training every allowed action is equally likely.
 
     With a projection, a slot has q^T A^T B t more, the learned low-rank form of the vectors of
-    question and passage. A starts small and random, B at zero.
+    question and passage. A starts small and random, B at zero. With a reader, it has what that
+    gives for the texts of question and passage.
 
     Args:
         num_slot_features: Features of a slot (F).
@@ -42,6 +44,7 @@ class SlotPolicy(nn.Module):
         vector_size: Length of the embeddings (D).
         projection_size: Rank of the form of the embeddings (P); 0 leaves them out.
         may_stop: Whether it stops while it could go on; without, only where nothing else is left.
+        reader: A trained encoder of pairs of question and passage.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class SlotPolicy(nn.Module):
         vector_size: int = 0,
         projection_size: int = 0,
         may_stop: bool = True,
+        reader: PairScorer | None = None,
     ) -> None:
         super().__init__()
         if projection_size and not vector_size:
@@ -62,6 +66,7 @@ class SlotPolicy(nn.Module):
             )
         self.num_writers = num_writers
         self.may_stop = may_stop
+        self.reader = reader
         self.slot = _scorer(num_slot_features + num_global_features, hidden_size, 1)
         self.search: nn.Module | None = None
         if num_writers:
@@ -74,8 +79,12 @@ class SlotPolicy(nn.Module):
             self.project_passage = nn.Linear(vector_size, projection_size, bias=False)
             nn.init.zeros_(self.project_passage.weight)
 
-    def logits(self, observations: Columns) -> torch.Tensor:
+    def logits(self, observations: Columns, infos: Columns | None = None) -> torch.Tensor:
         """Logits of all actions, allowed or not, shape (E, A).
+
+        Args:
+            observations: What the environment shows.
+            infos: The texts beside it, which a reader needs.
 
         Raises:
             EpisodeError: when the environment does not show what this policy reads.
@@ -99,6 +108,8 @@ class SlotPolicy(nn.Module):
             question_EP = self.project_question(self._tensor(observations["question_embedding"]))
             passage_ENP = self.project_passage(self._tensor(observations["slot_embeddings"]))
             slot_EN = slot_EN + torch.einsum("ep,enp->en", question_EP, passage_ENP)
+        if self.reader is not None:
+            slot_EN = slot_EN + self._read(self.reader, observations, infos).to(slot_EN)
         search_ES = slot_EN[:, :0]
         if self.search is not None:
             # A pick that is not there yet has no search either, so that any slot stands in for it.
@@ -123,7 +134,7 @@ class SlotPolicy(nn.Module):
             ConfigError: for draws without replacement, which need all actions before the first.
         """
         with torch.no_grad():
-            exact_EA = self.logits(observations).double().cpu()
+            exact_EA = self.logits(observations, infos).double().cpu()
         allowed_EA = self._allowed(observations)
         logp_EA = action_logp(exact_EA, allowed_EA)
         if turn.draws is None:
@@ -141,7 +152,7 @@ class SlotPolicy(nn.Module):
         columns = []
         for step, acts_E in enumerate(trajectories.acts_ET.T):
             observations = trajectories.observations[step]
-            logits_EA = self.logits(observations)
+            logits_EA = self.logits(observations, trajectories.infos[step])
             counts_E = torch.from_numpy(acts_E).to(logits_EA.device)
             allowed_EA = self._allowed(observations)
             allowed_EA = allowed_EA.to(logits_EA.device) | ~counts_E[:, None]
@@ -149,6 +160,26 @@ class SlotPolicy(nn.Module):
             logp_E = _at(action_logp(logits_EA, allowed_EA), actions_E.to(logits_EA.device))
             columns.append(torch.where(counts_E, logp_E, 0.0))
         return torch.stack(columns, dim=1)
+
+    def _read(
+        self, reader: PairScorer, observations: Columns, infos: Columns | None
+    ) -> torch.Tensor:
+        """What the reader gives for each slot, shape (E, N); 0 where it is empty."""
+        if infos is None or "question" not in infos or "passages" not in infos:
+            raise EpisodeError(
+                "the environment does not show question and passages, which this policy reads; "
+                "add them to its infos, or use selector.kind slots"
+            )
+        filled_EN = torch.from_numpy(observations["filled"].astype(np.bool_))
+        pairs = [
+            (question, passage)
+            for question, passages in zip(infos["question"], infos["passages"], strict=True)
+            for passage in passages
+        ]
+        scores_X = reader(pairs)
+        read_EN = torch.zeros(filled_EN.shape, dtype=scores_X.dtype, device=scores_X.device)
+        # Passages stand in the order of their slots, which are filled from the first on.
+        return read_EN.masked_scatter(filled_EN.to(scores_X.device), scores_X)
 
     def _allowed(self, observations: Columns) -> torch.Tensor:
         """Which actions it may take, bool (E, A)."""
