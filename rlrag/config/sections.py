@@ -92,7 +92,8 @@ class DataConfig(Section):
     """`factbook`, a FlashRAG JSONL file, a BEIR folder, or `hub:ID[:SUBSET]`; plain or gzip. None
     where a retriever of your own brings all passages with their texts."""
     train_questions: str = f"{BUILTIN_CORPUS}:train"
-    """Questions to train on, in any of the same forms."""
+    """Questions to train on, in any of the same forms; built in are `factbook:train` and, with two
+    hops, `factbook-hops:train`."""
     eval_questions: str = f"{BUILTIN_CORPUS}:test"
     """Questions of the final evaluation, none of which may be trained on."""
     max_train_questions: int | None = Field(default=None, ge=1)

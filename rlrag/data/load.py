@@ -1,8 +1,9 @@
 """Loads a corpus or a set of questions from the name of its source.
 
-Sources: `factbook` (questions: `factbook:train`, `factbook:test`), a FlashRAG JSONL file, plain or
-gzip, a BEIR folder (questions: `FOLDER:SPLIT` where it has several splits), and
-`hub:ID[:SUBSET[:SPLIT]]` for data sets of the `datasets` library.
+Sources: `factbook` (questions: `factbook:train` and `factbook:test`, of two hops
+`factbook-hops:train` and `factbook-hops:test`), a FlashRAG JSONL file, plain or gzip, a BEIR folder
+(questions: `FOLDER:SPLIT` where it has several splits), and `hub:ID[:SUBSET[:SPLIT]]` for
+data sets of the `datasets` library.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rlrag.data.corpus import DISK_FORMAT, NO_CORPUS, Corpus, DiskCorpus
 from rlrag.data.corpus_writer import write_disk_corpus
 from rlrag.data.factbook.passages import factbook_fingerprint, factbook_passages
 from rlrag.data.factbook.questions import factbook_questions
+from rlrag.data.factbook.two_hops import two_hop_questions
 from rlrag.data.lines import check_exists
 from rlrag.data.questions import QuestionSet
 from rlrag.data.readers import (
@@ -41,6 +43,7 @@ from rlrag.records import Passage, Question
 __all__ = ["QuestionSet", "corpus_of", "corpus_stamp", "cut_words", "load_corpus", "load_questions"]
 
 _HUB_PREFIX = "hub:"
+BUILTIN_QUESTIONS = {BUILTIN_CORPUS: factbook_questions, "factbook-hops": two_hop_questions}
 _READING = 3
 """Counts the changes of what is read from equal files, so that older copies are made again."""
 _logger = logging.getLogger(__name__)
@@ -236,8 +239,9 @@ def _file_fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _questions_of(spec: str, cache_dir: Path, tally: Tally) -> Iterable[Question]:
-    if spec.partition(":")[0] == BUILTIN_CORPUS:
-        questions = factbook_questions(spec.partition(":")[2])
+    source, _, name = spec.partition(":")
+    if source in BUILTIN_QUESTIONS:
+        questions = BUILTIN_QUESTIONS[source](name)
         tally.num_read = len(questions)
         return questions
     if spec.startswith(_HUB_PREFIX):

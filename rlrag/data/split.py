@@ -7,9 +7,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from rlrag.config import BUILTIN_CORPUS, RunConfig
+from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
-from rlrag.data.load import load_questions
+from rlrag.data.load import BUILTIN_QUESTIONS, load_questions
 from rlrag.data.questions import QuestionSet
 from rlrag.errors import DataError
 
@@ -80,7 +80,7 @@ def _unanswerable(config: RunConfig, num_questions: int) -> DataError:
 
 def are_here(spec: str) -> bool:
     """Whether the questions of a source can be read without fetching anything."""
-    if spec.partition(":")[0] == BUILTIN_CORPUS:
+    if spec.partition(":")[0] in BUILTIN_QUESTIONS:
         return True
     path = os.path.expanduser(spec)
     return os.path.exists(path) or os.path.isdir(path.rpartition(":")[0])

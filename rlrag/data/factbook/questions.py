@@ -8,6 +8,8 @@ Countries, not questions, are divided into train and test, so that no test count
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from rlrag.data.factbook.country_kinds import LAND_KINDS, PEOPLE_KINDS, QuestionKind
@@ -41,6 +43,14 @@ _ARTICLE_NAMES = (
 )
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a kind asks of a country: the answers, and the passage that they stand in."""
+
+    answers: tuple[str, ...]
+    passage_id: str
+
+
 def factbook_questions(split: str) -> tuple[Question, ...]:
     """The questions about the countries of one split.
 
@@ -48,16 +58,29 @@ def factbook_questions(split: str) -> tuple[Question, ...]:
         DataError: when `split` is neither `train` nor `test`.
         SetupError: when the Factbook package is not installed.
     """
+    return tuple(
+        question
+        for country in question_countries(split, "factbook")
+        for question in _country_questions(country)
+    )
+
+
+def question_countries(split: str, source: str) -> tuple[Country, ...]:
+    """The countries of one split of a source of questions.
+
+    Raises:
+        DataError: when `split` is neither `train` nor `test`.
+        SetupError: when the Factbook package is not installed.
+    """
     if split not in get_args(Split):
         raise DataError(
-            f"factbook questions have no split {split!r}; write factbook:train or factbook:test"
+            f"{source} questions have no split {split!r}; write {source}:train or {source}:test"
         )
     wanted_test = split == "test"
     return tuple(
-        question
+        country
         for country in factbook_countries()
         if country.code not in _NOT_COUNTRIES and is_test_country(country.code) == wanted_test
-        for question in _country_questions(country)
     )
 
 
@@ -83,12 +106,13 @@ def _fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def _country_questions(country: Country) -> list[Question]:
-    made = (_question(kind, country) for kind in QUESTION_KINDS)
-    return [question for question in made if question is not None]
+def chosen_by_hash(names: Sequence[str], text: str) -> str:
+    """One of several names, which one is a matter of a text alone."""
+    return names[int(_fraction(text) * len(names))]
 
 
-def _question(kind: QuestionKind, country: Country) -> Question | None:
+def find_answers(kind: QuestionKind, country: Country) -> Found | None:
+    """What a kind asks of a country; None where its text gives no single short answer."""
     field = country.fields.get((kind.section, kind.field))
     if field is None:
         return None
@@ -99,10 +123,22 @@ def _question(kind: QuestionKind, country: Country) -> Question | None:
         answer not in shown or len(answer.split()) > MAX_ANSWER_WORDS for answer in answers
     ):
         return None
-    wording = kind.wordings[int(_fraction(f"{kind.name}:{country.code}") * len(kind.wordings))]
+    return Found(answers, field.passage.id)
+
+
+def _country_questions(country: Country) -> list[Question]:
+    made = (_question(kind, country) for kind in QUESTION_KINDS)
+    return [question for question in made if question is not None]
+
+
+def _question(kind: QuestionKind, country: Country) -> Question | None:
+    found = find_answers(kind, country)
+    if found is None:
+        return None
+    wording = chosen_by_hash(kind.wordings, f"{kind.name}:{country.code}")
     return Question(
         id=f"factbook-{country.code}-{kind.name}",
         question=wording.format(country=name_in_sentence(country.name)),
-        golden_answers=answers,
-        metadata={"dataset": "factbook", "type": kind.name, "gold_ids": [field.passage.id]},
+        golden_answers=found.answers,
+        metadata={"dataset": "factbook", "type": kind.name, "gold_ids": [found.passage_id]},
     )
