@@ -45,7 +45,7 @@ def test_a_fact_names_one_country_and_stands_in_its_own_passage(questions):
         asked = re.search(pattern, question.question)
         assert asked is not None
         # The fact comes before whatever the wording ends with.
-        words = asked[1].rstrip("?").split()
+        words = re.split(r"[ ,?]", asked[1])
         assert words[0].lower() in texts[fact_id].text.lower()
         assert question.golden_answers[0] in texts[answer_id].text
 

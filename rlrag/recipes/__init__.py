@@ -30,6 +30,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "nq-jsa": jsa.nq_jsa,
     "nq-jsa-semi": jsa.nq_jsa_semi,
     "nq-jsa-joint": jsa.nq_jsa_joint,
+    "factbook-hops": hops.factbook_hops,
     "2wiki-hops": hops.wiki_hops,
     "hotpotqa-hops": hops.hotpotqa_hops,
     "musique-hops": hops.musique_hops,

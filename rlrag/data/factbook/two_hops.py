@@ -58,26 +58,21 @@ def _questions_about(country: Country) -> Iterator[Question]:
         found = find_answers(kind, country)
         if found is None:
             continue
-        fitting = [
-            bridge
-            for bridge, fact in facts.items()
-            if fact.passage_id != found.passage_id and not _tells(fact.answers[0], found.answers)
-        ]
-        # A possessive would belong to the end of the fact.
-        wordings = [
-            wording
-            for wording in kind.wordings
-            if "{country}'" not in wording and not _tells(wording, found.answers)
-        ]
-        if not fitting or not wordings:
+        fitting = [name for name, fact in facts.items() if fact.passage_id != found.passage_id]
+        if not fitting:
             continue
         bridge = chosen_by_hash(fitting, f"bridge:{kind.name}:{country.code}")
+        # A possessive would belong to the end of the fact.
+        wordings = [wording for wording in kind.wordings if "{country}'" not in wording]
         wording = chosen_by_hash(wordings, f"{kind.name}:{country.code}")
         fact = facts[bridge].answers[0]
         named = BRIDGES[bridge].format(fact=fact.title() if fact.isupper() else fact)
+        question = wording.format(country=named)
+        if _contains(question, found.answers):
+            continue
         yield Question(
             id=f"factbook-hops-{country.code}-{bridge}-{kind.name}",
-            question=wording.format(country=named),
+            question=question,
             golden_answers=found.answers,
             metadata={
                 "dataset": "factbook-hops",
@@ -120,6 +115,7 @@ def _names(fact: str, country: str) -> bool:
     return any(word in fact.lower() for word in words if len(word) >= _SHORTEST_NAME)
 
 
-def _tells(text: str, answers: tuple[str, ...]) -> bool:
-    """Whether a part of the question contains an answer."""
-    return any(re.search(rf"\b{re.escape(answer.lower())}\b", text.lower()) for answer in answers)
+def _contains(question: str, answers: tuple[str, ...]) -> bool:
+    """Whether a question has one of the answers as words of its own."""
+    asked = question.lower()
+    return any(re.search(rf"(?<!\w){re.escape(a.lower())}(?!\w)", asked) for a in answers)
