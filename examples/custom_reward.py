@@ -1,8 +1,8 @@
-"""Train the quickstart's selector with a reward of your own.
+"""Train the Factbook's selector with a reward of your own.
 
     python -m examples.custom_reward --run-dir runs/short
 
-Every flag of `python -m jobs.train quickstart` may follow. Training runs in this process alone;
+Every flag of `python -m jobs.train factbook` may follow. Training runs in this process alone;
 under Ray the folder with your reward must be on PYTHONPATH, so that its workers find it too.
 """
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     """Name the reward, lower the temperature to its scale, and train."""
     train.main(
         [
-            "quickstart",
+            "factbook",
             *("--training.launcher", "local"),
             *("--reward.functions", "examples.custom_reward:short_and_right"),
             *("--reward.weights", "1"),

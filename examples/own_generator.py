@@ -1,6 +1,6 @@
 """A generator of your own, chosen by a flag.
 
-    python -m jobs.train quickstart --run-dir runs/sentences \
+    python -m jobs.train factbook --run-dir runs/sentences \
         --generator.backend examples.own_generator:SentenceGenerator \
         --generator.options max_words=15 --reward.functions token_f1
 

@@ -1,6 +1,6 @@
 """A policy of your own, chosen by a flag.
 
-    python -m jobs.train quickstart --run-dir runs/agreement \
+    python -m jobs.train factbook --run-dir runs/agreement \
         --selector.kind examples.own_policy:AgreementPolicy --environment.num-selected 1
 
 It picks one passage. Shape letters: E episodes, N candidates, A actions, D vector length.

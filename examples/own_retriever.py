@@ -1,6 +1,6 @@
 """A retriever of your own, chosen by a flag.
 
-    python -m jobs.train quickstart --run-dir runs/titles \
+    python -m jobs.train factbook --run-dir runs/titles \
         --retrieval.kind examples.own_retriever:TitleRetriever --retrieval.options weight=2
 
 It counts the words that question and passage share, those of the title `weight` times. One that

@@ -1,6 +1,6 @@
 """A trainer of your own, chosen by a flag: REINFORCE against the greedy selection's reward.
 
-    python -m jobs.train quickstart --algorithm.name examples.own_trainer:SelfCritical
+    python -m jobs.train factbook --algorithm.name examples.own_trainer:SelfCritical
 
 This is self-critical training (Rennie et al., 2017). Shape letters: B questions, M samples.
 """

@@ -213,7 +213,7 @@ def write_files(folder: Path) -> None:
 
 
 def small_flags(folder: Path, directory: Path) -> list[str]:
-    """Flags of `jobs.train quickstart` for a run of tiny models on these files."""
+    """Flags of `jobs.train factbook` for a run of tiny models on these files."""
     flags = {
         "run-dir": directory / "run",
         "cache-dir": directory / "cache",

@@ -83,7 +83,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 
 
 def tiny_config(files: Path, cache: Path) -> RunConfig:
-    values = RECIPES["quickstart"]().model_dump()
+    values = RECIPES["factbook"]().model_dump()
     values["cache_dir"] = str(cache)
     values["data"] |= {
         "corpus": str(files / "corpus.jsonl"),

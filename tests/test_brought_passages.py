@@ -321,7 +321,7 @@ def flags(files: Path, folder: Path, module: str) -> list[str]:
 def test_a_run_without_a_corpus_is_trained_bundled_evaluated_and_served(
     openrag_files, tmp_path, module
 ):
-    words = ["quickstart", *flags(openrag_files, tmp_path, module)]
+    words = ["factbook", *flags(openrag_files, tmp_path, module)]
     train.main(words)
     bundle, kind = tmp_path / "run" / "bundle", f"{module}:Library"
     assert read_bundle(bundle).config.data.corpus is None

@@ -172,7 +172,7 @@ def test_two_places_to_start_from_are_one_too_many(small_config):
 
 def test_the_short_flag_is_the_field_with_a_path_that_holds_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = RECIPES["quickstart"]()
+    recipe = RECIPES["factbook"]()
     arguments = TrainArguments(recipe, Path("run"), start_from="runs/a/checkpoints/step-000004")
     config = resolve(arguments)
     place = str(tmp_path / "runs" / "a" / "checkpoints" / "step-000004")

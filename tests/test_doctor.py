@@ -85,7 +85,7 @@ def examine(tmp_path, model_dir, capsys, monkeypatch):
         "json": tmp_path / "checks.json",
     }
 
-    def run(recipe: str = "quickstart", without: tuple[str, ...] = (), **flags: object) -> Seen:
+    def run(recipe: str = "factbook", without: tuple[str, ...] = (), **flags: object) -> Seen:
         given = {name.replace("__", ".").replace("_", "-"): value for name, value in flags.items()}
         values = {name: value for name, value in usual.items() if name not in without} | given
         words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
@@ -395,7 +395,7 @@ def test_a_run_directory_of_another_configuration(examine, tmp_path):
     assert seen.code == 2
     assert seen.failed() == {"run directory"}
     found = seen.findings["run directory"]
-    assert "recipe: 'custom' there, 'quickstart' given" in found["found"]
+    assert "recipe: 'custom' there, 'factbook' given" in found["found"]
     assert found["advice"].startswith("choose another --run-dir")
     assert {path.name for path in (tmp_path / "run").iterdir()} == before
 

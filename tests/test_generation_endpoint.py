@@ -519,7 +519,7 @@ def endpoint_flags(server: EndpointServer, directory: Path) -> list[str]:
         "algorithm.num-samples": 2,
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return ["quickstart", *tiny_flags(directory), *flags]
+    return ["factbook", *tiny_flags(directory), *flags]
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_a_misspelt_flag_is_refused_with_the_nearest_name():
 def test_a_malformed_corpus_line_is_named_with_file_and_line(files):
     lines = files.corpus.read_text().splitlines(keepends=True)
     files.corpus.write_text("".join([*lines[:2], '{"id": "p9", "contents": \n', *lines[2:]]))
-    ended = program("jobs.train", "quickstart", *files.flags)
+    ended = program("jobs.train", "factbook", *files.flags)
     assert ended.code == 3
     last = ended.err.splitlines()[-1]
     assert last.startswith(f"error: {files.corpus}:3: not JSON")
@@ -126,7 +126,7 @@ def test_a_malformed_corpus_line_is_named_with_file_and_line(files):
 
 
 def test_a_missing_model_is_named(files):
-    ended = program("jobs.train", "quickstart", *files.flags, "--generator.model", "/no/such/model")
+    ended = program("jobs.train", "factbook", *files.flags, "--generator.model", "/no/such/model")
     assert ended.code == 4
     assert ended.err.splitlines() == [
         "error: model directory '/no/such/model' does not exist; check the path, and that you may "
@@ -152,24 +152,24 @@ def test_a_missing_bundle_is_named(tmp_path):
 
 def test_candidates_beyond_the_corpus_are_refused(files):
     with pytest.raises(ConfigError) as caught:
-        train.main(["quickstart", *files.flags, "--retrieval.num-candidates", "6"])
+        train.main(["factbook", *files.flags, "--retrieval.num-candidates", "6"])
     assert "6" in str(caught.value)
     assert "5" in str(caught.value)
     assert "num_candidates" in str(caught.value)
 
 
 def test_a_corrected_flag_may_use_the_run_directory_of_the_mistake(files):
-    wrong = ["quickstart", *files.flags, "--data.corpus", str(files.folder / "corpus.json")]
+    wrong = ["factbook", *files.flags, "--data.corpus", str(files.folder / "corpus.json")]
     with pytest.raises(DataError, match=r"corpus\.json does not exist"):
         train.main(wrong)
     with pytest.raises(DataError, match="fewer than training"):
-        train.main(["quickstart", *files.flags, "--training.batch-size", "64"])
+        train.main(["factbook", *files.flags, "--training.batch-size", "64"])
 
 
 def test_a_run_directory_of_another_configuration_is_refused(files):
     files.run_dir.claim(RunConfig())
-    with pytest.raises(RunDirectoryError, match="recipe: 'custom' there, 'quickstart' given"):
-        train.main(["quickstart", *files.flags])
+    with pytest.raises(RunDirectoryError, match="recipe: 'custom' there, 'factbook' given"):
+        train.main(["factbook", *files.flags])
     assert RunConfig.from_json(files.run_dir.config.read_text()) == RunConfig()
 
 
@@ -188,7 +188,7 @@ def test_without_the_data_folder_the_message_says_what_to_set(files, monkeypatch
     ("words", "message"),
     [
         (["quikstart"], "unknown recipe 'quikstart'; did you mean 'quickstart'?"),
-        (["zzz"], "unknown recipe 'zzz'; there are: quickstart, nq"),
+        (["zzz"], "unknown recipe 'zzz'; there are: quickstart, factbook"),
         (["--algorithm.num-samples", "3"], "unknown recipe '--algorithm.num-samples'; there are:"),
     ],
 )
@@ -220,7 +220,7 @@ def flag_names(section, prefix: str = "") -> list[str]:
 
 def test_every_field_is_a_flag(capsys):
     with pytest.raises(SystemExit) as caught:
-        train.main(["quickstart", "--help-all"])
+        train.main(["factbook", "--help-all"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
     names = flag_names(RunConfig())
@@ -408,9 +408,9 @@ def test_each_error_has_its_exit_code_and_one_line(kind, capsys):
 
 def test_a_program_gets_its_words_and_ends_quietly(monkeypatch, capsys):
     seen: list[str] = []
-    monkeypatch.setattr(sys, "argv", ["program", "quickstart", "--seed", "1"])
+    monkeypatch.setattr(sys, "argv", ["program", "factbook", "--seed", "1"])
     run_program(seen.extend)
-    assert seen == ["quickstart", "--seed", "1"]
+    assert seen == ["factbook", "--seed", "1"]
     assert capsys.readouterr().err == ""
 
 
@@ -444,7 +444,7 @@ MISTAKES: dict[str, tuple[Program, list[str], int, str]] = {
     "train, no such log": (
         train.main,
         [
-            "quickstart",
+            "factbook",
             "--run-dir",
             "run",
             "--algorithm.name",
@@ -457,13 +457,13 @@ MISTAKES: dict[str, tuple[Program, list[str], int, str]] = {
     ),
     "train, wrong flag": (
         train.main,
-        ["quickstart", "--sed", "1"],
+        ["factbook", "--sed", "1"],
         2,
         "Unrecognized options: --sed, 1; see the flags by --help",
     ),
     "train, wrong choice": (
         train.main,
-        ["quickstart", "--training.launcher", "remote"],
+        ["factbook", "--training.launcher", "remote"],
         2,
         "Expected one of ('ray', 'local'); see the flags by --help",
     ),

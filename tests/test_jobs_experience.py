@@ -51,7 +51,7 @@ def flags_of(files: Path, directory: Path, **changes: object) -> list[str]:
     }
     flags = {name.replace("__", ".").replace("_", "-"): v for name, v in (values | changes).items()}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return ["quickstart", *words, "--training.loggers", "--evaluation.systems"]
+    return ["factbook", *words, "--training.loggers", "--evaluation.systems"]
 
 
 def config_of(flags: list[str]) -> RunConfig:

@@ -79,7 +79,7 @@ def folder(tmp_path_factory) -> Path:
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value)) if word]
     parts = ["--algorithm.parts", "selector", "generator"]
     systems = ["--evaluation.systems", "retriever_order", "tuned_generator", "trained"]
-    train.main(["quickstart", *words, *parts, *systems])
+    train.main(["factbook", *words, *parts, *systems])
     return folder
 
 

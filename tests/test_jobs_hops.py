@@ -22,7 +22,7 @@ def run(tmp_path_factory) -> Path:
     words = [*tiny_flags(folder), *HOP_FLAGS, "--training.launcher", "local"]
     words += ["--training.num-epochs", "2", "--environment.num-selected", "3"]
     words += ["--run-dir", str(directory), "--cache-dir", str(folder / "cache")]
-    train.main(["quickstart", *words])
+    train.main(["factbook", *words])
     return directory
 
 

@@ -14,12 +14,12 @@ from rlrag.runs.directory import RunDirectory
 def test_a_run_directory_in_use_is_refused_and_its_run_kept(tmp_path):
     """Also where the other process has not recorded a step yet."""
     run_dir = RunDirectory(tmp_path / "run")
-    flags = ["quickstart", "--run-dir", str(run_dir.path)]
+    flags = ["factbook", "--run-dir", str(run_dir.path)]
     with run_dir.in_use(print):
         with pytest.raises(InUseError, match=rf"{run_dir.path} is in use by process \d+ on"):
             train.main(flags)
         assert not run_dir.config.exists()
-        claimed = RunConfig(recipe="quickstart")
+        claimed = RunConfig(recipe="factbook")
         run_dir.claim(claimed)
         with pytest.raises(RunDirectoryError):
             train.main(flags)

@@ -28,7 +28,7 @@ def test_a_retriever_is_trained_bundled_and_compared(openrag_files, tmp_path, jo
         "evaluation.systems": systems,
     }
     extra = [word for name, values in flags.items() for word in (f"--{name}", *values)]
-    train.main(["quickstart", *small_flags(openrag_files, tmp_path), *extra])
+    train.main(["factbook", *small_flags(openrag_files, tmp_path), *extra])
     run_dir = tmp_path / "run"
     found = json.loads((run_dir / "evaluation.json").read_text())
     assert list(found["systems"]) == systems

@@ -61,7 +61,7 @@ def flags(tmp_path) -> list[str]:
         "training.launcher": "local",
         "training.batch-size": 2,
     }
-    return ["quickstart", *(w for name, value in values.items() for w in (f"--{name}", str(value)))]
+    return ["factbook", *(w for name, value in values.items() for w in (f"--{name}", str(value)))]
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_a_retriever_is_trained_bundled_and_compared(openrag_files, tmp_path, ca
     """By relevance, for to a generator of random weights no passage is of use."""
     words = gold_flags(openrag_files, tmp_path)
     systems = ["bm25", "original_retriever", "tuned_retriever", "trained"]
-    train.main(["quickstart", *words, "--evaluation.systems", *systems])
+    train.main(["factbook", *words, "--evaluation.systems", *systems])
     run_dir = tmp_path / "run"
     said = capsys.readouterr().err.splitlines()
     assert said.count(LEGEND) == 1

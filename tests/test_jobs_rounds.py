@@ -128,7 +128,7 @@ def words_of(files: Path, directory: Path, rounds: int, *systems: str) -> list[s
         *("--algorithm.selection.num-samples", "2", "--training.num-epochs", "1"),
         *("--generator-training.lora-rank", "2", "--retrieval.num-candidates", "4"),
     ]
-    return ["quickstart", *flags, "--evaluation.systems", *systems]
+    return ["factbook", *flags, "--evaluation.systems", *systems]
 
 
 @pytest.mark.slow

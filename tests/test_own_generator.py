@@ -473,7 +473,7 @@ def flags(files: Path, folder: Path, **changes: object) -> list[str]:
     }
     values |= {name.replace("__", "."): value for name, value in changes.items()}
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return ["quickstart", "--training.loggers", *words]
+    return ["factbook", "--training.loggers", *words]
 
 
 def test_help_shows_its_options(openrag_files, tmp_path, capsys):

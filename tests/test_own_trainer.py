@@ -291,7 +291,7 @@ def test_a_class_that_is_no_trainer_is_refused_before_anything_is_opened(
     monkeypatch.setattr(single_run, "open_generator", lambda *_: opened.append("generator"))
     words = flags(openrag_files, tmp_path, f"{module}:{name}")
     with pytest.raises(SystemExit) as ended:
-        run_program(train.main, ["quickstart", *words])
+        run_program(train.main, ["factbook", *words])
     assert ended.value.code == 2
     assert f"trainer '{module}:{name}' is not a Trainer; make it a subclass of rlrag.training" in (
         capsys.readouterr().err
@@ -302,7 +302,7 @@ def test_a_class_that_is_no_trainer_is_refused_before_anything_is_opened(
 @pytest.mark.slow
 def test_a_generator_that_it_trains_answers_from_the_bundle(module, openrag_files, tmp_path):
     own = {"algorithm.parts": "generator", "evaluation.systems": "retriever_order trained"}
-    train.main(["quickstart", *flags(openrag_files, tmp_path, f"{module}:FineTunes", **own)])
+    train.main(["factbook", *flags(openrag_files, tmp_path, f"{module}:FineTunes", **own)])
     losses = [line["loss"] for line in steps_of(tmp_path / "run") if "loss" in line]
     assert losses[-1] < losses[0]
     bundle = tmp_path / "run" / "bundle"
@@ -320,7 +320,7 @@ def test_a_generator_that_it_trains_answers_from_the_bundle(module, openrag_file
 def test_an_encoder_that_it_trains_searches_in_the_bundle(module, openrag_files, tmp_path):
     systems = "original_retriever tuned_retriever"
     own = {"algorithm.parts": "retriever", "evaluation.systems": systems}
-    train.main(["quickstart", *flags(openrag_files, tmp_path, f"{module}:Pulls", **own)])
+    train.main(["factbook", *flags(openrag_files, tmp_path, f"{module}:Pulls", **own)])
     bundle = tmp_path / "run" / "bundle"
     golden = read_bundle(bundle).golden[0]
     with rlrag.load_pipeline(bundle) as pipeline:

@@ -269,7 +269,7 @@ def flags(files: Path, folder: Path) -> list[str]:
 
 def test_help_shows_the_options_of_the_parts_that_are_named(openrag_files, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        run_program(train.main, ["quickstart", *flags(openrag_files, tmp_path), "--help"])
+        run_program(train.main, ["factbook", *flags(openrag_files, tmp_path), "--help"])
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert f"--retrieval.options of {TITLES}:\n    weight=float (default 3.0)" in said
@@ -290,7 +290,7 @@ def test_help_shows_the_options_of_the_parts_that_are_named(openrag_files, tmp_p
 def test_a_misspelt_name_or_option_costs_no_training(
     right, wrong, error, openrag_files, tmp_path, capsys
 ):
-    words = ["quickstart", *flags(openrag_files, tmp_path)]
+    words = ["factbook", *flags(openrag_files, tmp_path)]
     words[words.index(right)] = wrong
     if ":" in wrong:
         place = words.index("--algorithm.options")
@@ -303,7 +303,7 @@ def test_a_misspelt_name_or_option_costs_no_training(
 
 @pytest.mark.slow
 def test_parts_are_trained_bundled_evaluated_and_asked(openrag_files, tmp_path):
-    train.main(["quickstart", *flags(openrag_files, tmp_path)])
+    train.main(["factbook", *flags(openrag_files, tmp_path)])
     bundle = tmp_path / "run" / "bundle"
     config = read_bundle(bundle).config
     assert (config.retrieval.kind, config.selector.kind) == (TITLES, AGREEMENT)
@@ -331,7 +331,7 @@ def test_they_work_on_ray_and_behind_the_service(openrag_files, tmp_path):
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     subprocess.run(
-        [*PROGRAM, "train", "quickstart", *flags(openrag_files, tmp_path), *words],
+        [*PROGRAM, "train", "factbook", *flags(openrag_files, tmp_path), *words],
         cwd=tmp_path,
         env=os.environ | here,
         check=True,

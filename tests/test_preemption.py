@@ -320,7 +320,7 @@ def test_the_program_is_preempted_and_goes_on(tmp_path, extra):
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     flags = [*tiny_flags(inputs), "--training.launcher", "local", *extra]
-    whole, run = run_like(["quickstart", *flags], tmp_path, 4)
+    whole, run = run_like(["factbook", *flags], tmp_path, 4)
     assert_same_products(whole, run)
 
 
@@ -343,7 +343,7 @@ def test_a_corrected_command_may_use_the_directory_of_a_run_without_records(tmp_
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     run = tmp_path / "run"
-    words = ["quickstart", *tiny_flags(inputs), "--training.launcher", "local"]
+    words = ["factbook", *tiny_flags(inputs), "--training.launcher", "local"]
     words += ["--run-dir", str(run), "--cache-dir", str(tmp_path / "cache")]
 
     def watch() -> None:

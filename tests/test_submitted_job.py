@@ -71,8 +71,8 @@ def test_doctor_explains_it_too(uploaded):
 @pytest.mark.parametrize(
     ("main", "words", "flag"),
     [
-        (train.main, ["quickstart", "--run-dir", "runs/a"], "--run-dir runs/a"),
-        (train.main, ["quickstart", "--run-dir", "/a", "--cache-dir", "c"], "--cache-dir c"),
+        (train.main, ["factbook", "--run-dir", "runs/a"], "--run-dir runs/a"),
+        (train.main, ["factbook", "--run-dir", "/a", "--cache-dir", "c"], "--cache-dir c"),
         (evaluate.main, EVALUATE, r"--output e\.json"),
         (export.main, ["--run-dir", "/r", "--output", "b"], "--output b"),
     ],

@@ -81,7 +81,7 @@ gymnasium.make(RunConfig().environment.id)"""
         "evaluation.systems": "trained",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    run(tmp_path, rlrag, "train", "quickstart", *words)
+    run(tmp_path, rlrag, "train", "factbook", *words)
     bundle, corpus = tmp_path / "run" / "bundle", openrag_files / "corpus.jsonl"
     asked = ("--corpus", corpus, "--questions", openrag_files / "eval.jsonl", "--limit", 3)
     run(tmp_path, rlrag, "evaluate", "--bundle", bundle, *asked, "--output", "again.json")

@@ -251,7 +251,7 @@ class Training:
 def train_words(folder: Path) -> list[str]:
     """What follows `python -m jobs.train`."""
     places = ("--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache"))
-    return ["quickstart", *_FLAGS, *places]
+    return ["factbook", *_FLAGS, *places]
 
 
 def largest_difference(one: Path, other: Path) -> float:

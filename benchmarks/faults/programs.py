@@ -106,7 +106,7 @@ class TrainingProgram:
         folder.mkdir(parents=True, exist_ok=True)
         self.run_dir = folder / "run"
         self._out, self._err = folder / "stdout", folder / "stderr"
-        command = [sys.executable, "-m", "jobs.train", "quickstart", *flags]
+        command = [sys.executable, "-m", "jobs.train", "factbook", *flags]
         command += ["--run-dir", str(self.run_dir), "--cache-dir", str(cache_dir)]
         with self._out.open("w") as out, self._err.open("w") as err:
             self._process = subprocess.Popen(

@@ -332,7 +332,7 @@ def _configured(name: str, flags: Sequence[str]) -> RunConfig:
     }
     values["algorithm"] = {"name": "feedback", "log": "asked.sqlite"}
     values["data"]["num_validation_questions"] = 0
-    if name == "quickstart":  # words alone: no passage need be encoded
+    if name == "factbook":  # words alone: no passage need be encoded
         values["retrieval"] |= {"kind": "bm25", "encoder": None, "num_candidates": 10}
         values["environment"]["num_selected"] = 1
     default = RunConfig.model_validate(values)
@@ -345,7 +345,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     from rlrag.recipes import RECIPES
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", choices=tuple(RECIPES), default="quickstart")
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default="factbook")
     parser.add_argument("--events", type=int, default=500)
     parser.add_argument("--explore-share", type=float, default=0.5)
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -47,7 +47,7 @@ def configuration(name: str, data_dir: Path, folder: Path, cache_dir: Path | Non
     if name in ("musique", "squad2"):
         train, test = draw_questions(name, data_dir / "questions", folder)
         flags += run_flags(data_dir / "corpus" / f"{name}.jsonl.gz", train, test)
-    recipe = {"factbook": "quickstart", "hotpotqa": "hotpotqa-dro"}.get(name, "nq-dro")
+    recipe = {"factbook": "factbook", "hotpotqa": "hotpotqa-dro"}.get(name, "nq-dro")
     return parse_config(RECIPES[recipe](), flags, _PROGRAM)
 
 

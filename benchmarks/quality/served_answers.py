@@ -1,6 +1,6 @@
 """Checks that the service gives the answers of the evaluation.
 
-Run `python -m benchmarks.quality.served_answers --bundle runs/quickstart/bundle`. The bundle's test
+Run `python -m benchmarks.quality.served_answers --bundle runs/factbook/bundle`. The bundle's test
 questions are answered first as `jobs.evaluate` answers them, by the same code and back end, then
 over HTTP by a service of one replica of each part; nothing is cached. Compared are the answers, the
 passages with their order, and the answers' log-probabilities.

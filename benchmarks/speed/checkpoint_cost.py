@@ -1,6 +1,6 @@
 """The share of training time that checkpoints take.
 
-Run `python -m benchmarks.speed.checkpoint_cost`. The run is the recipe `quickstart` with a frozen
+Run `python -m benchmarks.speed.checkpoint_cost`. The run is the recipe `factbook` with a frozen
 and with a trained generator, its engines in Ray actors as always and its training loop in this
 process. A checkpoint follows every step, so that there are many to time. From the moment that a
 step's record is written to the beginning of the next step, the loop does nothing but that: it
@@ -125,9 +125,9 @@ def _share(save_s: float, step_s: float) -> float:
 
 def runs() -> dict[str, RunConfig]:
     """What is measured, by name."""
-    from rlrag.recipes.selection import quickstart
+    from rlrag.recipes.selection import factbook
 
-    frozen = _changed(quickstart(), training={"checkpoint_every": 1})
+    frozen = _changed(factbook(), training={"checkpoint_every": 1})
     lora = _changed(
         frozen,
         training={"worker_threads": 2},
@@ -192,7 +192,7 @@ def report(costs: Sequence[Costs]) -> str:
         f"{platform.machine()}, Python {platform.python_version()}; made by "
         "`python -m benchmarks.speed.checkpoint_cost`.",
         "",
-        f"`quickstart`, with a frozen generator and with one that is trained too; medians of "
+        f"`factbook`, with a frozen generator and with one that is trained too; medians of "
         f"{len(costs[0].step_s)} steps with an empty cache and of as many checkpoints. A step "
         "collects and learns; validations do not count. A checkpoint is on disk (fsync) before "
         f"the next step begins. The share is that of one checkpoint every {STEPS_A_CHECKPOINT} "

@@ -131,9 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> str:
     """The whole report."""
     from rlrag.pipeline import candidates_of, load_questions, open_library, open_policy
-    from rlrag.recipes.selection import quickstart
+    from rlrag.recipes.selection import factbook
 
-    run = quickstart()
+    run = factbook()
     run = run.model_copy(
         update={
             "cache_dir": options.cache_dir,

@@ -1,6 +1,6 @@
 """Overhead of a loaded pipeline over its generator, and import time compared with torch.
 
-Run `python -m benchmarks.speed.pipeline --bundle runs/quickstart/bundle`. Questions of the bundle's
+Run `python -m benchmarks.speed.pipeline --bundle runs/factbook/bundle`. Questions of the bundle's
 evaluation are answered one by one, in turn by `Pipeline.answer` and by the bare generator, which is
 given the same prompts; nothing is cached. An import is timed in a process of its own, in turn with
 that of torch.

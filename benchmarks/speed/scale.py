@@ -189,9 +189,9 @@ def measure_latencies(num_calls: int, cache_dir: Path | None) -> Latencies:
     """Time calls of the built-in model in a pool of one actor, each with one chunk of prompts."""
     from rlrag.generation.build import open_generator, resolve_config
     from rlrag.generation.protocol import Sampling
-    from rlrag.recipes.selection import quickstart
+    from rlrag.recipes.selection import factbook
 
-    run = quickstart()
+    run = factbook()
     cache_dir = cache_dir or run.cache_path
     config = run.generator.model_copy(update={"num_actors": 1, "cpus_per_actor": 0.5})
     config = resolve_config(config, "ray")
@@ -222,9 +222,9 @@ def _real_prompts(builder: PromptBuilder, num_prompts: int, cache_dir: Path) -> 
     import random
 
     from rlrag.data.load import load_corpus, load_questions
-    from rlrag.recipes.selection import quickstart
+    from rlrag.recipes.selection import factbook
 
-    data = quickstart().data
+    data = factbook().data
     corpus = load_corpus(data.corpus, cache_dir, data.passage_words)
     questions = load_questions(data.train_questions, cache_dir, corpus).questions
     draw = random.Random(0)

@@ -1,6 +1,6 @@
 """Throughput, latency and overload of the service, compared with the bare engine.
 
-Run `python -m benchmarks.speed.serve --bundle runs/quickstart/bundle`. Everything runs on this
+Run `python -m benchmarks.speed.serve --bundle runs/factbook/bundle`. Everything runs on this
 machine and on loopback, each phase for a bounded time:
 
     throughput   16 clients, each asking one question after the other, against a vLLM engine that is

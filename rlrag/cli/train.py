@@ -3,8 +3,8 @@ r"""Train a recipe, evaluate what came out and print the comparison.
     rlrag train quickstart
     rlrag train nq --run-dir runs/nq --seed 1 --algorithm.num-samples 8
     rlrag train dro-paper --dry-run
-    rlrag train quickstart --algorithm.name feedback --algorithm.log feedback.sqlite \
-        --selector.weights runs/quickstart/bundle/selector.safetensors
+    rlrag train factbook --algorithm.name feedback --algorithm.log feedback.sqlite \
+        --selector.weights runs/factbook/bundle/selector.safetensors
     rlrag train nq --run-dir runs/fork --from runs/nq/checkpoints/step-000120
 
 The same command continues a run that was stopped. SIGTERM makes a run write a checkpoint and end

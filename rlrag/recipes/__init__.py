@@ -12,7 +12,9 @@ from rlrag.config import RunConfig
 from rlrag.recipes import hops, joint, jsa, retriever, selection
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "quickstart": selection.quickstart,
+    "quickstart": hops.quickstart,
+    "factbook": selection.factbook,
+    "factbook-hops": hops.factbook_hops,
     "nq": selection.nq,
     "nq-dro": selection.nq_dro,
     "nq-dro-selector": selection.nq_dro_selector,
@@ -30,7 +32,6 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "nq-jsa": jsa.nq_jsa,
     "nq-jsa-semi": jsa.nq_jsa_semi,
     "nq-jsa-joint": jsa.nq_jsa_joint,
-    "factbook-hops": hops.factbook_hops,
     "2wiki-hops": hops.wiki_hops,
     "hotpotqa-hops": hops.hotpotqa_hops,
     "musique-hops": hops.musique_hops,

@@ -22,10 +22,10 @@ from rlrag.recipes.shared import named, questions_of, short_answers
 Part = Literal["selector", "generator"]
 
 
-def quickstart() -> RunConfig:
-    """The World Factbook, built-in models; about ten minutes on two cores, nothing to download."""
+def factbook() -> RunConfig:
+    """One search over the World Factbook, built-in models; minutes on two cores, no download."""
     return RunConfig(
-        recipe="quickstart",
+        recipe="factbook",
         data=DataConfig(
             max_train_questions=316,
             num_validation_questions=60,
