@@ -10,16 +10,22 @@ from loop_runs import changed
 from stand_ins import make_table
 
 from rlrag.algorithms.off_policy import snips
-from rlrag.config import RetrievalConfig, RunConfig
+from rlrag.config import HOPS, RetrievalConfig, RunConfig
 from rlrag.data.checks import DataReport
 from rlrag.data.corpus import MemoryCorpus
 from rlrag.data.feedback import FeedbackStore
 from rlrag.data.questions import QuestionSet
 from rlrag.data.sample import sample_corpus, sample_questions
+from rlrag.environment.episodes import open_episodes
+from rlrag.environment.rollout import Unrewarded, play, replay
 from rlrag.errors import ConfigError, DataError
-from rlrag.pipeline import Library, candidates_of
+from rlrag.pipeline import Library, candidates_of, open_policy
 from rlrag.retrieval.build import open_retrievers
+from rlrag.retrieval.graph import PassageGraph
+from rlrag.selection.protocol import Draws
+from rlrag.training.distributed.workers import SingleWorker
 from rlrag.training.feedback.selections import open_logged_data
+from rlrag.training.feedback.trainer import LoggedTrainer
 
 
 @pytest.fixture
@@ -225,3 +231,53 @@ def test_selections_of_one_question_share_its_number(config, tmp_path):
 def test_a_scale_without_a_width_is_refused(config):
     with pytest.raises(ConfigError, match="reward_range is 1 to 1; give two numbers"):
         changed(config, algorithm={"reward_range": [1.0, 1.0]})
+
+
+def test_paths_are_played_again_from_their_actions(tmp_path):
+    """What they found follows from them; what cannot be played any more is left out and counted."""
+    corpus = sample_corpus()
+    retrieval = RetrievalConfig(kind="bm25", encoder=None, num_candidates=4)
+    config = changed(
+        RunConfig(cache_dir=str(tmp_path), retrieval=retrieval),
+        environment={"id": HOPS, "num_selected": 2, "hops": {"num_revealed": 2}},
+        selector={"kind": "slots", "may_stop": True},
+        algorithm={"name": "feedback", "log": "log.sqlite", "held_back_share": 0.0},
+        training={"batch_size": 4},
+    )
+    retrievers = open_retrievers(corpus, retrieval, tmp_path)
+    library = Library(corpus, retrievers, looks_further=True, graph=PassageGraph.build(corpus, ()))
+    questions = QuestionSet.of(sample_questions(), DataReport("sample", 25, 25))
+    table = candidates_of(library, questions, config)
+    policy = open_policy(config, table)
+    rows = np.arange(8)
+    episodes = open_episodes(config.environment, len(rows), table, Unrewarded())
+    played = play(episodes, policy, rows, Draws([[0, int(row)] for row in rows]))
+    hopped = [path for path in played.paths if any(turn.found for turn in path.turns()[1:])]
+    assert hopped, "no path found more than its question's hits"
+    events = [
+        event(
+            table,
+            row,
+            row,
+            actions=tuple(played.actions_ET[row][played.acts_ET[row]].tolist()),
+            propensity_logp=float(played.logp_E[row]),
+            action_logps=tuple(played.logp_ET[row][played.acts_ET[row]].tolist()),
+        )
+        for row in rows.tolist()
+    ]
+    unlike = {"propensity_logp": -1.0, "action_logps": (-0.5, -0.5)}
+    elsewhere = event(table, 9, 9, actions=(7, 0), **unlike)  # an empty slot
+    longer = event(table, 10, 10, actions=(0, 1, 2), **unlike | {"action_logps": (-1.0, 0.0, 0.0)})
+    log = write_log(tmp_path / "log.sqlite", [*events, elsewhere, longer])
+    found = open_logged_data(config, library, log)
+    assert len(found.train) == len(events)
+    assert found.num_other_shape == 2
+    again = replay(
+        config.environment, found.train.candidates, np.arange(len(events)), found.train.actions_QT
+    )
+    assert again.evidence == played.evidence
+    logp = policy.log_prob(again).sum(dim=1).tolist()
+    assert logp == pytest.approx(found.train.propensity_logp_Q.tolist(), abs=1e-5)
+    trainer = LoggedTrainer(config, found, SingleWorker(), min_ess=1.0)
+    metrics = trainer.step(0, pauses_after=False)
+    assert metrics["mean_ratio"] == pytest.approx(1.0, abs=1e-5)

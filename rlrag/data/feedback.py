@@ -28,6 +28,7 @@ from rlrag.data.feedback_file import (
     close_for_good,
     explaining,
     identity,
+    knows_paths,
     make_private,
     open_to_write,
     reading,
@@ -51,7 +52,7 @@ rewards from -1 to 1."""
 
 _COLUMNS = (
     "request_id, time_s, version, question, candidate_ids, positions, propensity_logp, explored, "
-    "answer, answer_logp"
+    "answer, answer_logp, action_logps"
 )
 
 
@@ -64,6 +65,10 @@ class SelectionEvent:
     nats, with which this very selection was drawn, exploration included; 0 where nothing was left
     to chance. `answer_logp` is the answer's own, in nats, None where the generator does not give
     it. `time_s` counts from the Unix epoch.
+
+    Of a path `action_logps` are the parts of `propensity_logp`, one an action, and the actions are
+    those of its environment, which may pick what it found beyond the candidates; None for a
+    selection among them.
     """
 
     request_id: str
@@ -76,6 +81,7 @@ class SelectionEvent:
     explored: bool
     answer: str
     answer_logp: float | None
+    action_logps: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +161,7 @@ class FeedbackStore:
             int(event.explored),
             event.answer,
             event.answer_logp,
+            None if event.action_logps is None else json.dumps([*map(float, event.action_logps)]),
         )
         marks = ", ".join("?" * len(values))
         with self._connection() as connection:
@@ -278,6 +285,8 @@ def read_feedback(path: Path) -> list[LoggedSelection]:
         "(SELECT MAX(number) FROM feedback WHERE request_id = s.request_id) ORDER BY s.number"
     )
     with reading(path) as connection:
+        if not knows_paths(connection):
+            query = query.replace("s.action_logps", "NULL")
         return [_logged(row, path) for row in connection.execute(query)]
 
 
@@ -324,14 +333,10 @@ def _check_event(event: SelectionEvent) -> None:
         raise DataError(f"{place} has an empty request id or question; give both")
     for text in (event.request_id, event.version, event.question, event.answer):
         checked_text(text, place)
-    num_candidates = len(event.candidate_ids)
-    picks = event.actions[:-1] if num_candidates in event.actions[-1:] else event.actions
-    inside = all(0 <= position < num_candidates for position in picks)
-    if not event.actions or not inside or len(set(picks)) < len(picks):
-        raise DataError(
-            f"{place} has actions {event.actions} among {num_candidates} candidates; give "
-            f"distinct candidate positions from 0, and {num_candidates} at the end for a stop"
-        )
+    if event.action_logps is None:
+        _check_picks(event, place)
+    else:
+        _check_path(event, place)
     if not math.isfinite(event.propensity_logp) or event.propensity_logp > _ROUNDING:
         raise DataError(
             f"{place} has propensity_logp {event.propensity_logp}; give the logarithm of a "
@@ -341,6 +346,33 @@ def _check_event(event: SelectionEvent) -> None:
         raise DataError(
             f"{place} has answer_logp {event.answer_logp} and time_s {event.time_s}; give finite "
             "numbers"
+        )
+
+
+def _check_picks(event: SelectionEvent, place: str) -> None:
+    num_candidates = len(event.candidate_ids)
+    picks = event.actions[:-1] if num_candidates in event.actions[-1:] else event.actions
+    inside = all(0 <= position < num_candidates for position in picks)
+    if not event.actions or not inside or len(set(picks)) < len(picks):
+        raise DataError(
+            f"{place} has actions {event.actions} among {num_candidates} candidates; give "
+            f"distinct candidate positions from 0, and {num_candidates} at the end for a stop"
+        )
+
+
+def _check_path(event: SelectionEvent, place: str) -> None:
+    logps = event.action_logps or ()
+    once = len(set(event.actions)) == len(event.actions) and all(a >= 0 for a in event.actions)
+    if not event.actions or not once or len(logps) != len(event.actions):
+        raise DataError(
+            f"{place} is a path with actions {event.actions} and {len(logps)} of their "
+            "log-propensities; give distinct actions from 0, and one for each"
+        )
+    close = math.isclose(sum(logps), event.propensity_logp, rel_tol=1e-4, abs_tol=1e-4)
+    if not close or any(logp > _ROUNDING for logp in logps):
+        raise DataError(
+            f"{place} has action_logps {logps}, but propensity_logp {event.propensity_logp}, "
+            "which is their sum; give logarithms of probabilities that add up to it"
         )
 
 
@@ -368,7 +400,7 @@ def _logged(row: tuple, path: Path) -> LoggedSelection:
     request_id, *others = row
     try:
         time_s, version, question, ids, positions, propensity, explored, answer, logp = others[:9]
-        reward, golden, thumbs = others[9:]
+        logps, reward, golden, thumbs = others[9:]
         event = SelectionEvent(
             request_id,
             time_s,
@@ -380,6 +412,7 @@ def _logged(row: tuple, path: Path) -> LoggedSelection:
             bool(explored),
             answer,
             logp,
+            None if logps is None else _list_of(float, logps),
         )
         _check_event(event)
         golden_answers = None if golden is None else _list_of(str, golden)

@@ -20,7 +20,8 @@ from rlrag.submitted_job import where_to_look
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT, _WITHOUT_PATHS = 2, 1
+"""The present format, and an earlier one that is read, and brought up to date to write to it."""
 _APPLICATION = 0x726C7266  # "rlrf"
 _BUSY_TIMEOUT_S = 10.0
 _READ_VERSION_AT, _WITH_LOG = 18, b"\x02"
@@ -31,7 +32,7 @@ _SCHEMA = (
     "request_id TEXT NOT NULL UNIQUE, time_s REAL NOT NULL, version TEXT NOT NULL, "
     "question TEXT NOT NULL, candidate_ids TEXT NOT NULL, positions TEXT NOT NULL, "
     "propensity_logp REAL NOT NULL, explored INTEGER NOT NULL, answer TEXT NOT NULL, "
-    "answer_logp REAL)",
+    "answer_logp REAL, action_logps TEXT)",
     "CREATE INDEX selections_by_time ON selections (time_s)",
     "CREATE TABLE feedback (number INTEGER PRIMARY KEY AUTOINCREMENT, "
     "request_id TEXT NOT NULL, time_s REAL NOT NULL, reward REAL, golden_answers TEXT, "
@@ -82,6 +83,11 @@ def open_to_write(path: Path) -> OpenFile:
         connection.close()
         raise
     return OpenFile(connection, identity(path))
+
+
+def knows_paths(connection: sqlite3.Connection) -> bool:
+    """Whether the file is of a format that keeps the propensity of each action."""
+    return bool(connection.execute("PRAGMA user_version").fetchone() == (_FORMAT,))
 
 
 def close_for_good(connection: sqlite3.Connection) -> None:
@@ -152,7 +158,7 @@ def _check_format(connection: sqlite3.Connection, path: Path, may_be_empty: bool
         return
     if application != _APPLICATION:
         raise DataError(f"{path} is a SQLite file but not a feedback log; give another file")
-    if version != _FORMAT:
+    if version not in (_FORMAT, _WITHOUT_PATHS):
         raise DataError(
             f"{path} is a feedback log of format {version}, and this version reads {_FORMAT}; "
             "use the version that wrote it, or start a new file"
@@ -166,6 +172,9 @@ def _create_tables(connection: sqlite3.Connection, path: Path) -> None:
         if connection.execute("PRAGMA application_id").fetchone() == (0,):
             for statement in _SCHEMA:
                 connection.execute(statement)
+        elif connection.execute("PRAGMA user_version").fetchone() == (_WITHOUT_PATHS,):
+            connection.execute("ALTER TABLE selections ADD COLUMN action_logps TEXT")
+            connection.execute(f"PRAGMA user_version = {_FORMAT}")
     _check_format(connection, path, may_be_empty=False)
 
 

@@ -144,6 +144,42 @@ def replay(
         episodes.close()
 
 
+def can_replay(
+    config: EnvironmentConfig,
+    candidates: CandidateTable,
+    question_rows: np.ndarray,
+    actions_ET: np.ndarray,
+) -> np.ndarray:
+    """Which episodes these actions lead through, each allowed, and end with: bool (E,).
+
+    Args:
+        config: Names the environment.
+        candidates: The questions with their candidates.
+        question_rows: The question of each episode, shape (E,).
+        actions_ET: Its actions, -1 beyond its end.
+    """
+    fits = []
+    for start in range(0, len(question_rows), _AT_ONCE):
+        rows, actions = question_rows[start:][:_AT_ONCE], actions_ET[start:][:_AT_ONCE]
+        episodes = open_episodes(config, len(rows), candidates, Unrewarded())
+        try:
+            played_ET = play(episodes, Given(actions, strict=False), rows).actions_ET
+        finally:
+            episodes.close()
+        fits.append(are_equal(played_ET, actions))
+    return np.concatenate(fits)
+
+
+def are_equal(one_ET: np.ndarray, other_ET: np.ndarray) -> np.ndarray:
+    """Which episodes are the same, bool of shape (E,); the longest of each side may differ."""
+    longest = max(one_ET.shape[1], other_ET.shape[1])
+    one_ET, other_ET = (
+        np.pad(each_ET, ((0, 0), (0, longest - each_ET.shape[1])), constant_values=-1)
+        for each_ET in (one_ET, other_ET)
+    )
+    return (one_ET == other_ET).all(axis=1)
+
+
 def check_environment(config: EnvironmentConfig, candidates: CandidateTable | None = None) -> None:
     """Make the environment of one episode and close it, so that a mistake costs no training.
 
@@ -166,16 +202,24 @@ def check_environment(config: EnvironmentConfig, candidates: CandidateTable | No
 
 
 class Given:
-    """A policy whose actions are given, shape (E, T); what follows an episode's end is not read."""
+    """A policy whose actions are given, shape (E, T); what follows an episode's end is not read.
 
-    def __init__(self, actions_ET: np.ndarray) -> None:
-        self._actions_ET = actions_ET
+    Unless `strict` an action that is not allowed is replaced by one that is.
+    """
+
+    def __init__(self, actions_ET: np.ndarray, strict: bool = True) -> None:
+        self._actions_ET, self._strict = actions_ET, strict
 
     def act(self, observations: Columns, infos: Columns, turn: Turn) -> Actions:
         """The given action of this turn."""
         num_episodes, num_actions = self._actions_ET.shape
         none_E = np.full(num_episodes, -1)
         actions_E = self._actions_ET[:, turn.step] if turn.step < num_actions else none_E
+        if not self._strict:
+            mask_EA = observations["action_mask"].astype(bool)
+            inside_E = (actions_E >= 0) & (actions_E < mask_EA.shape[1])
+            fits_E = inside_E & mask_EA[np.arange(num_episodes), np.where(inside_E, actions_E, 0)]
+            actions_E = np.where(fits_E, actions_E, mask_EA.argmax(axis=1))
         return Actions(actions_E, np.zeros(num_episodes), np.zeros(num_episodes))
 
     def log_prob(self, trajectories: Trajectories) -> NoReturn:

@@ -110,5 +110,5 @@ def quickstart() -> RunConfig:
 
 
 def factbook_hops() -> RunConfig:
-    """quickstart with the questions and steps that it takes to learn the paths well."""
+    """The task of quickstart, with the questions and steps that it takes to learn it well."""
     return factbook_paths(num_train=400, num_test=400, num_epochs=4)

@@ -1,11 +1,13 @@
 """Reads a service's logged selections as training episodes.
 
 A policy is judged on the candidates that the one which served had, in their order. The log names
-them by id; their scores and vectors are computed anew by the configured retriever.
+them by id; their scores and vectors are computed anew by the configured retriever. What a path
+found beyond them follows from its actions, which are played again.
 
 What is left out, and counted: selections that nothing was left to chance in (propensity 1), which
 say nothing about any other selection; those with a candidate that the corpus lacks; and those with
-another number of candidates or picks than is configured, which are another task.
+another number of candidates or picks than is configured, or of another graph or store than there is
+now, so that their actions cannot be played: these are another task.
 
 Rewards outside `algorithm.reward_range` are clipped to it, and counted: inverse propensities
 multiply a reward by up to the inverse of its probability, so that a single extreme value would
@@ -28,6 +30,7 @@ import numpy as np
 
 from rlrag.config import RunConfig
 from rlrag.data.feedback import LoggedSelection, SelectionEvent, count_selections, read_feedback
+from rlrag.environment.rollout import can_replay
 from rlrag.errors import DataError
 from rlrag.pipeline import Library
 from rlrag.records import Question
@@ -122,13 +125,16 @@ def open_logged_data(config: RunConfig, library: Library, path: Path) -> LoggedD
             "feedback.explore_share above 0"
         )
     shape = (config.retrieval.num_candidates, config.environment.num_selected)
-    fitting = [r for r in drawn if _fits(r.event, shape, config.selector.may_stop)]
-    known = [
+    by_shape = [r for r in drawn if _fits(r.event, shape, config)]
+    found = [
         record
-        for record in fitting
+        for record in by_shape
         if all(library.corpus.row_of(id_) is not None for id_ in record.event.candidate_ids)
     ]
-    counts = (len(records) - len(drawn), len(fitting) - len(known), len(drawn) - len(fitting))
+    known = _playable(found, config, library)
+    num_unknown = len(by_shape) - len(found)
+    num_other_shape = len(drawn) - len(by_shape) + len(found) - len(known)
+    counts = (len(records) - len(drawn), num_unknown, num_other_shape)
     if not known:
         raise DataError(_nothing_left(path, drawn, shape, *counts))
     num_clipped = _num_outside(known, settings.reward_range, path)
@@ -211,20 +217,33 @@ def _part(
     )
     scores_UNC, question_vectors_UD = _describe(texts, rows_UN, library.retrievers)
     places_Q = np.array([number[key] for key in lists])
+    table = CandidateTable(
+        questions=tuple(Question(r.event.request_id, r.event.question, ()) for r in records),
+        corpus=library.corpus,
+        rows_QN=rows_UN[places_Q],
+        scores_QNC=scores_UNC[places_Q],
+        score_names=library.retrievers.score_names,
+        question_vectors_QD=question_vectors_UD[places_Q],
+        passage_vectors_PD=library.retrievers.passage_vectors,
+    )
     return LoggedPart(
-        candidates=CandidateTable(
-            questions=tuple(Question(r.event.request_id, r.event.question, ()) for r in records),
-            corpus=library.corpus,
-            rows_QN=rows_UN[places_Q],
-            scores_QNC=scores_UNC[places_Q],
-            score_names=library.retrievers.score_names,
-            question_vectors_QD=question_vectors_UD[places_Q],
-            passage_vectors_PD=library.retrievers.passage_vectors,
-        ),
+        candidates=library.with_sources(table),
         actions_QT=_padded([record.event.actions for record in records]),
         propensity_logp_Q=np.array([record.event.propensity_logp for record in records]),
         rewards_Q=np.clip([reward_of(record) for record in records], *reward_range),
     )
+
+
+def _playable(
+    records: list[LoggedSelection], config: RunConfig, library: Library
+) -> list[LoggedSelection]:
+    """Those whose actions the environment allows, where it looks further than the candidates."""
+    if not config.environment.looks_further or not records:
+        return records
+    part = _part(records, library, (-np.inf, np.inf))
+    rows = np.arange(len(records))
+    fits_Q = can_replay(config.environment, part.candidates, rows, part.actions_QT)
+    return [record for record, fits in zip(records, fits_Q, strict=True) if fits]
 
 
 def _describe(
@@ -241,9 +260,12 @@ def _describe(
     return np.concatenate(scores), np.concatenate(vectors)
 
 
-def _fits(event: SelectionEvent, shape: tuple[int, int], may_stop: bool) -> bool:
+def _fits(event: SelectionEvent, shape: tuple[int, int], config: RunConfig) -> bool:
     """Whether a policy for so many candidates and picks could have done the same."""
     num_candidates, num_selected = shape
+    if config.environment.looks_further:  # whose actions tell picks from searches when played
+        return len(event.candidate_ids) == num_candidates
+    may_stop = config.selector.may_stop
     stopped = event.actions[-1] == num_candidates
     num_picks = len(event.actions) - stopped
     right = num_picks < num_selected if stopped else num_picks == num_selected

@@ -27,7 +27,7 @@ import torch
 
 from rlrag.algorithms import off_policy
 from rlrag.config import DROConfig, RunConfig
-from rlrag.environment.rollout import play_greedy, replay
+from rlrag.environment.rollout import are_equal, play_greedy, replay
 from rlrag.errors import DataError
 from rlrag.files.directories import restore_weights
 from rlrag.pipeline import open_policy
@@ -149,7 +149,7 @@ class LoggedTrainer(Trainer):
         behaviour_Q = torch.from_numpy(part.propensity_logp_Q)
         rewards_Q = torch.from_numpy(part.rewards_Q)
         greedy = play_greedy(self._environment, self.policy, part.candidates)
-        matches_Q = _are_equal(greedy.actions_ET, part.actions_QT)
+        matches_Q = are_equal(greedy.actions_ET, part.actions_QT)
         certain_Q = torch.from_numpy(np.where(matches_Q, 0.0, -np.inf))
         metrics: Metrics = {}
         for name, logp_Q in (("", self._log_probs(part)), ("greedy_", certain_Q)):
@@ -222,16 +222,6 @@ class LoggedTrainer(Trainer):
         restore_weights(self.policy, files["policy"], "the policy of the checkpoint")
         if "optimizer" in files:
             self._optimiser.load(files["optimizer"])
-
-
-def _are_equal(one_QT: np.ndarray, other_QT: np.ndarray) -> np.ndarray:
-    """Which episodes are the same, bool of shape (Q,); the longest of each side may differ."""
-    longest = max(one_QT.shape[1], other_QT.shape[1])
-    one_QT, other_QT = (
-        np.pad(each_QT, ((0, 0), (0, longest - each_QT.shape[1])), constant_values=-1)
-        for each_QT in (one_QT, other_QT)
-    )
-    return (one_QT == other_QT).all(axis=1)
 
 
 def logged_schedule(config: RunConfig, num_selections: int) -> BatchSchedule:
