@@ -71,11 +71,16 @@ class Library:
         )
         return self.with_sources(found)
 
+    @property
+    def sources(self) -> Sources:
+        """What episodes look further in."""
+        return Sources(self.retrievers.primary, self.graph, self.retrievers.encoder)
+
     def with_sources(self, table: CandidateTable) -> CandidateTable:
         """A table of this library, with what its episodes look further in."""
         if not self.looks_further:
             return table
-        return replace(table, sources=Sources(self.retrievers.primary, self.graph))
+        return replace(table, sources=self.sources)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def test_a_search_adds_its_new_hits_in_their_order():
         [-0.3922, 0, 1.3728, -0.9806], abs=1e-4
     )
     assert column(observation, "best_score") == pytest.approx([1, -1, 1.3728, -0.9806], abs=1e-4)
-    assert column(observation, "reciprocal_rank") == [1.0, 0.5, 0.0, 0.0]
+    assert column(observation, "reciprocal_rank") == pytest.approx([1.0, 0.5, 1.0, 1 / 3])
     assert info["queries"] == (None, "Title 0", None)
     assert overall(observation, "queries") == 0.5
     np.testing.assert_array_equal(

@@ -142,7 +142,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
         (
             1,
             '{"kind": "passage", "id": "x", "title": "", "text": ""}',
-            "does not contain the passage 'p0'",
+            "does not contain the passage 'p1'",
         ),
     ],
 )

@@ -372,6 +372,10 @@ class RunConfig(Section):
         found: tuple[System, ...] = ("no_retrieval",)
         if self.algorithm.parts == ("retriever",):
             found = (*found, "bm25", *(("dense", "hybrid") if self.retrieval.encoder else ()))
+        elif self.environment.looks_further:
+            found = (*found, *orders, "retriever_order")
+            if self.environment.hops.edges:
+                found = (*found, "hop_text", "hop_title", "hop_both")
         else:
             found = (*found, "random_order", *orders, "retriever_order")
         if self.trains_retriever:
@@ -384,7 +388,7 @@ class RunConfig(Section):
                 found = (*found, "tuned_generator")
         if self.algorithm.parts != ("retriever",):
             found = (*found, "trained")
-        return (*found, "oracle")
+        return (*found, "gold_passages" if self.environment.looks_further else "oracle")
 
     @property
     def cache_path(self) -> Path:

@@ -243,6 +243,7 @@ class HopTask:
         num_first = len(first_rows)
         slots["query"][:num_first] = 0
         slots["rank"][:num_first] = np.arange(1, num_first + 1)
+        slots["rank"][num_first:] = np.arange(1, len(rows) - num_first + 1)
         scores = standardised(table.scores_QNC[question_row : question_row + 1, :num_first, 0])[0]
         slots["newest_score"][:num_first] = slots["best_score"][:num_first] = scores
         return opening

@@ -54,7 +54,8 @@ SLOT = np.dtype(
 `edges` are the largest weights from any pick, `newest_edges` those from the newest one. `turn` is
 the one in which it was found, 0 at the start. `query` is the number of the query that found it, 0
 for the question and -1 where a hop or a title did; `source` is the slot whose passage was hopped
-from or whose query it was, -1 without. `rank` is that in the question's own hits, from 1, or 0.
+from or whose query it was, -1 without. `rank` is the place in the list of what found it, from 1:
+among the hits of its query, the neighbours of its source, or the passages that the question names.
 Scores are those of the newest query and the best of all, -inf where no query found it.
 """
 
@@ -269,7 +270,7 @@ def add(
     for name in FOUND.names or ():
         fresh[name] = found_PM[name][p, m]
     turn_P = paths.num_turns_B[at_P]
-    fresh["turn"] = turn_P[p]
+    fresh["turn"], fresh["rank"] = turn_P[p], m + 1
     for name, values_P in shared_P.items():
         fresh[name] = values_P[p]
     paths.slots_BN[at_P[p], place_PM[p, m]] = fresh
@@ -318,18 +319,17 @@ def slot_features(paths: Paths, num_words_B: np.ndarray, max_turns: int) -> np.n
     slots_BN = paths.slots_BN
     is_filled_BN = filled(paths)
     left_BN = slots_BN["words"] & ~_covered(paths)[:, None]
-    rank_BN = slots_BN["rank"]
     num_edges = len(EDGE_KINDS)
     features_BNF = np.empty((*slots_BN.shape, len(SLOT_FEATURES)), dtype=np.float32)
     for place, column_BN in enumerate(
         (
             slots_BN["similarity"],
-            np.where(rank_BN > 0, 1.0 / np.maximum(rank_BN, 1), 0.0),
+            1.0 / np.maximum(slots_BN["rank"], 1),
             _finite(slots_BN["newest_score"]),
             _finite(slots_BN["best_score"]),
             slots_BN["named"],
             np.bitwise_count(left_BN) / np.maximum(num_words_B, 1)[:, None],
-            rank_BN > 0,
+            slots_BN["query"] == 0,
             slots_BN["turn"] / max_turns,
         )
     ):

@@ -14,8 +14,10 @@ evaluation is known. A passage stands there once, before the questions, and shor
 `PICKED_CHARS` where a system picked it or a question names it as gold, else to `FOUND_CHARS`.
 `retrieved` has every retriever's candidates in its order. `retriever` and `picked` are left out for
 a system that picks nothing; where no answer could be given, `error` says why in place of the answer
-and its measures. These are null where no question has golden answers. `type` is what the question's
-metadata calls so, `unanswerable` where there are no golden answers, else null.
+and its measures. These are null where no question has golden answers. A system that looks further
+has a `path`: `[{"action": "pick", "passage": "p9", "found": ["p4"]}, ..]`, an object a turn. `type`
+is what the question's metadata calls so, `unanswerable` where there are no golden answers, else
+null.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlrag.errors import CheckpointError, DataError
 from rlrag.files.text import whole_file
-from rlrag.records import Question
+from rlrag.records import Passage, PathTurn, Question
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
 
 if TYPE_CHECKING:  # it brings torch, which reading does without
@@ -42,13 +44,23 @@ _MEASURES = ("em", "f1", "contained")
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One turn of a path: an action, the passage or query that it is about, and what that found."""
+
+    action: str
+    passage: str | None
+    query: str | None
+    found: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SystemAnswer:
     """One system's answer to one question; `error` says why there is none.
 
     Its measures are None without an answer, and where no question has golden answers.
 
     `picked` and `retrieved` are passage ids, best first: what was shown and what it was chosen
-    from.
+    from. `path` is how a system that looks further came to its picks.
     """
 
     picked: tuple[str, ...]
@@ -58,6 +70,7 @@ class SystemAnswer:
     em: float | None
     f1: float | None
     contained: float | None
+    path: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,8 @@ class QuestionRecorder:
             _answer_record(answered, row, text, has_golden)
             for row, text in enumerate(answered.texts)
         ]
+        for passage in (p for picks in answered.selections for p in picks):
+            self._keep(passage)
         source, table = answered.retriever, answered.candidates
         if source is None or table is None or source in self._retrieved:
             return
@@ -130,7 +145,10 @@ class QuestionRecorder:
             passages = table.passages(row)
             found.append([passage.id for passage in passages])
             for passage in passages:
-                self._passages[passage.id] = (passage.title, shortened(passage.text, PICKED_CHARS))
+                self._keep(passage)
+
+    def _keep(self, passage: Passage) -> None:
+        self._passages[passage.id] = (passage.title, shortened(passage.text, PICKED_CHARS))
 
     def write(self, path: Path, evaluation: Mapping[str, Any]) -> None:
         """Write the file, which is whole at every moment.
@@ -184,6 +202,9 @@ def _answer_record(
     if answered.retriever is not None:
         record["retriever"] = answered.retriever
         record["picked"] = [passage.id for passage in answered.selections[row]]
+    path = answered.paths[row] if answered.paths else None
+    if path is not None:
+        record["path"] = [_turn_record(turn) for turn in path.turns()]
     if text is None:
         return record | {"error": str(answered.answers[row])}
     if not has_golden:
@@ -194,6 +215,12 @@ def _answer_record(
         for measure in (exact_match, token_f1, answer_contained)
     ]
     return record | {"answer": text, **dict(zip(_MEASURES, values, strict=True))}
+
+
+def _turn_record(turn: PathTurn) -> dict[str, Any]:
+    told = {"passage": turn.passage_id, "query": turn.query}
+    found = {"found": [found.passage_id for found in turn.found]} if turn.found else {}
+    return {"action": turn.action} | {k: v for k, v in told.items() if v is not None} | found
 
 
 def _type(question: Question) -> str | None:
@@ -285,6 +312,15 @@ def _answer(record: Mapping[str, Any]) -> SystemAnswer:
         retriever=None if retriever is None else _text(retriever),
         answer=_text(record["answer"]) if error is None else None,
         error=None if error is None else _text(error),
+        path=tuple(
+            Turn(
+                _text(turn["action"]),
+                None if turn.get("passage") is None else _text(turn["passage"]),
+                None if turn.get("query") is None else _text(turn["query"]),
+                _texts(turn.get("found", [])),
+            )
+            for turn in record.get("path", [])
+        ),
         **{
             name: None if error is not None or record[name] is None else _share(record[name])
             for name in _MEASURES

@@ -2,11 +2,12 @@
 
 A system is a way to choose passages: nothing, the retriever's first K in its order, the same K in
 reverse, its first alone, K at random, the trained policy's pick, or for each question the single
-candidate that turns out best (the oracle). `bm25`, `dense`, `hybrid`, `original_retriever` and
-`tuned_retriever` are the first K of that retriever; where a retriever was trained, `trained` picks
-from what it finds. All are answered by the generator as training found it, but `trained` and the
-systems named after a trained generator: `tuned_generator` (the retriever's order),
-`tuned_generator_first` and `tuned_generator_reversed`.
+candidate that turns out best (the oracle). Where episodes look further there are also three rules
+that hop (`rlrag.evaluation.hop_rules`), and `gold_passages`, those that the question names. `bm25`,
+`dense`, `hybrid`, `original_retriever` and `tuned_retriever` are the first K of that retriever;
+where a retriever was trained, `trained` picks from what it finds. All are answered by the generator
+as training found it, but `trained` and the systems named after a trained generator:
+`tuned_generator` (the retriever's order), `tuned_generator_first` and `tuned_generator_reversed`.
 
 A question that the generator could not answer under some system is left out of all, and named, so
 that the systems stay comparable.
@@ -16,6 +17,7 @@ Shape letters: Q questions, N candidates, K selected.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -35,9 +37,10 @@ from rlrag.evaluation.baselines import (
     contenders,
 )
 from rlrag.evaluation.choices import Choices
+from rlrag.evaluation.hop_rules import HOP_RULES, hop_selections
 from rlrag.evaluation.ranking import ndcg_at_k, recall_at_k
 from rlrag.evaluation.table import EvaluationTable, SystemMetrics, build_table
-from rlrag.records import Generation, Passage, Question
+from rlrag.records import EpisodePath, Generation, Passage, Question
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
@@ -54,7 +57,8 @@ class Answered:
     Selections are best first. An answer that could not be given is the error that says why.
     `candidates` is what was picked from, `retriever` the retriever that found it: `retriever` for
     that of the run; both are None where a system picks nothing. `rewards_Q` is NaN where there is
-    no answer, and None where rewards are not asked for.
+    no answer, and None where rewards are not asked for. `paths` tell how a policy that looks
+    further came to its selections.
     """
 
     questions: Sequence[Question]
@@ -63,6 +67,7 @@ class Answered:
     candidates: CandidateTable | None = None
     retriever: str | None = None
     rewards_Q: np.ndarray | None = None
+    paths: Sequence[EpisodePath | None] = ()
 
     @property
     def texts(self) -> list[str | None]:
@@ -140,11 +145,13 @@ def evaluate(
             answered = _oracle(table, answering, by_reward)
             found[name] = _measure(answered, 0)
         else:
-            shown = _selections(name, config, policy, table)
+            shown, paths = _selections(name, config, policy, table)
             if name == TRAINED and config.trains_selector:
                 choices = choices_of(shown, table, num_selected)
             answered = answered_with(answering, table.questions, shown, by_reward)
-            found[name] = _measure(answered, 0 if name == "no_retrieval" else num_selected)
+            answered = replace(answered, paths=paths)
+            depth = 0 if name == "no_retrieval" else num_selected
+            found[name] = _measure(answered, depth, config.environment.looks_further)
         if name != "no_retrieval":
             answered = replace(answered, candidates=table, retriever=retriever)
         keep(name, answered)
@@ -153,7 +160,7 @@ def evaluate(
             others = held_back.retrievers
             table = others[source]() if source in others else held_back.candidates
             judged = judged_by_reward(config, held_back.candidates)
-            shown = _selections(name, config, policy, table)
+            shown, _ = _selections(name, config, policy, table)
             tried = _measure(answered_with(answering, table.questions, shown, judged), 0)
             values = (tried.reward,) if judged else (tried.em, tried.f1)
             measured[name] = [values_Q for values_Q in values if values_Q is not None]
@@ -202,13 +209,24 @@ def choices_of(
 
 def _selections(
     name: str, config: RunConfig, policy: Policy, candidates: CandidateTable
-) -> Sequence[Sequence[Passage]]:
-    """The passages that a system shows for each question, in order."""
-    num_selected, rows = config.environment.num_selected, range(len(candidates))
+) -> tuple[Sequence[Sequence[Passage]], Sequence[EpisodePath | None]]:
+    """The passages that a system shows for each question, in order, and a policy's paths there."""
     if name in (TRAINED, "tuned_selector"):
-        return play_greedy(config.environment, policy, candidates).evidence
+        played = play_greedy(config.environment, policy, candidates)
+        return played.evidence, played.paths
+    return _fixed(name, config, candidates), ()
+
+
+def _fixed(name: str, config: RunConfig, candidates: CandidateTable) -> Sequence[Sequence[Passage]]:
+    """What a system that needs no policy shows."""
+    num_selected, rows = config.environment.num_selected, range(len(candidates))
     if name == "no_retrieval":
         return [()] * len(candidates)
+    if name in HOP_RULES:
+        edges = config.environment.hops.edges
+        return hop_selections(name, candidates, edges, num_selected)
+    if name == "gold_passages":
+        return [_gold(candidates, question)[:num_selected] for question in candidates.questions]
     if name in ("retriever_first", "tuned_generator_first"):
         num_selected = 1
     if name == "random_order":
@@ -220,6 +238,12 @@ def _selections(
         ]
     step = -1 if name in ("retriever_reversed", "tuned_generator_reversed") else 1
     return [candidates.passages(row)[:num_selected][::step] for row in rows]
+
+
+def _gold(candidates: CandidateTable, question: Question) -> list[Passage]:
+    """The passages that a question names as gold, of those that the corpus has."""
+    rows = [candidates.corpus.row_of(passage_id) for passage_id in question.gold_ids]
+    return [candidates.corpus[row] for row in rows if row is not None]
 
 
 def answered_with(
@@ -244,9 +268,14 @@ def answered_with(
     return Answered(questions, selections, answers, rewards_Q=rewards_Q)
 
 
-def _measure(answered: Answered, depth: int) -> SystemMetrics:
-    """Measures of one system, with those of a ranking to this depth; none at a depth of 0."""
+def _measure(answered: Answered, depth: int, looks_further: bool = False) -> SystemMetrics:
+    """Measures of one system, with those of a ranking to this depth; none at a depth of 0.
+
+    Where episodes look further, also what of the gold passages is shown, and at what cost.
+    """
     metrics = _answer_metrics(answered.questions, answered.texts)
+    if looks_further:
+        metrics |= _path_metrics(answered)
     if not depth:
         return SystemMetrics(**metrics, reward=answered.rewards_Q)
     ids = [[passage.id for passage in selection] for selection in answered.selections]
@@ -256,6 +285,34 @@ def _measure(answered: Answered, depth: int) -> SystemMetrics:
         ndcg=_ranking(ndcg_at_k, ids, answered.questions, depth),
         reward=answered.rewards_Q,
     )
+
+
+def _path_metrics(answered: Answered) -> dict[str, np.ndarray]:
+    """All gold passages or not (NaN without gold ids), picks, searches and tokens of answers."""
+    ids = [{passage.id for passage in selection} for selection in answered.selections]
+    searches = [
+        float(sum(turn.action == "search" for turn in path.turns()))
+        for path in answered.paths
+        if path is not None
+    ]
+    return {
+        "all_gold": np.array(
+            [
+                float(set(question.gold_ids) <= shown) if question.gold_ids else np.nan
+                for question, shown in zip(answered.questions, ids, strict=True)
+            ]
+        ),
+        "picks": np.array([len(selection) for selection in answered.selections], np.float64),
+        "searches": np.array(searches or [0.0] * len(ids)),
+        "tokens": np.array(list(map(_num_tokens, answered.answers))),
+    }
+
+
+def _num_tokens(answer: Generation | RlragError) -> float:
+    """Tokens of prompt and answer, NaN where there is none."""
+    if isinstance(answer, RlragError):
+        return math.nan
+    return float(answer.num_prompt_tokens + answer.num_tokens)
 
 
 def _ranking(

@@ -23,6 +23,8 @@ from rlrag.evaluation.significance import (
 )
 
 _RETRIEVERS = ("tuned_retriever", "original_retriever")
+PATH_MEASURES = ("all_gold", "picks", "searches", "tokens")
+"""Measures that runs have whose episodes look further."""
 
 Interval = tuple[float, float]
 
@@ -33,7 +35,9 @@ class SystemMetrics:
 
     `em`, `f1` and `accuracy` are None where no question has golden answers, `reward` where it is
     not asked for. `recall` and `ndcg` are measured at the table's K, with NaN for a question that
-    names no gold passages; None for a system that ranks nothing.
+    names no gold passages; None for a system that ranks nothing. Of runs that look further
+    `all_gold` says whether all gold passages were shown, and `picks`, `searches` and `tokens` count
+    passages shown, searches beside the question's own, and tokens of prompt and answer.
     """
 
     em: np.ndarray | None
@@ -42,6 +46,10 @@ class SystemMetrics:
     recall: np.ndarray | None = None
     ndcg: np.ndarray | None = None
     reward: np.ndarray | None = None
+    all_gold: np.ndarray | None = None
+    picks: np.ndarray | None = None
+    searches: np.ndarray | None = None
+    tokens: np.ndarray | None = None
 
     @property
     def num_questions(self) -> int:
@@ -75,6 +83,10 @@ class SystemSummary:
     em_ci95: Interval | None
     f1_ci95: Interval | None
     reward_ci95: Interval | None
+    all_gold: float | None = None
+    picks: float | None = None
+    searches: float | None = None
+    tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,11 @@ class EvaluationTable:
                         if summary.reward is not None
                         else {}
                     ),
+                    **{
+                        measure: value
+                        for measure in PATH_MEASURES
+                        if (value := getattr(summary, measure)) is not None
+                    },
                 }
                 for name, summary in self.systems.items()
             },
@@ -218,7 +235,9 @@ def name_pair(name: str, baselines: Sequence[Baseline] = ()) -> str:
 def render(table: EvaluationTable) -> Table:
     """The comparison as a rich table that fits 80 columns.
 
-    `acc.` is the contained-answer accuracy, `rec.` recall; 95 % intervals stand in brackets.
+    `acc.` is the contained-answer accuracy, `rec.` recall; 95 % intervals stand in brackets. Runs
+    that look further have in their place `all gold`, the share of questions with all gold passages,
+    and the mean `picks` and `searches`.
     """
     drawn = Table(
         title=f"{table.num_questions} questions, at most {table.num_selected} passages each",
@@ -240,7 +259,9 @@ def render(table: EvaluationTable) -> Table:
     drawn.add_column("system", no_wrap=True)
     for heading in ("EM (95 %)", "F1 (95 %)"):
         drawn.add_column(heading, justify="right", overflow="fold")
-    for metric in ("acc.", f"rec.@{table.num_selected}", f"nDCG@{table.num_selected}"):
+    has_paths = any(summary.picks is not None for summary in table.systems.values())
+    measures = ("acc.", f"rec.@{table.num_selected}", f"nDCG@{table.num_selected}")
+    for metric in ("all gold", "picks", "searches") if has_paths else measures:
         drawn.add_column(metric, justify="right", no_wrap=True)
     has_reward = any(summary.reward is not None for summary in table.systems.values())
     if has_reward:
@@ -250,7 +271,11 @@ def render(table: EvaluationTable) -> Table:
             Text(name, style="bold" if name in (TRAINED, _RETRIEVERS[0]) else ""),
             _with_interval(summary.em, summary.em_ci95),
             _with_interval(summary.f1, summary.f1_ci95),
-            *map(in_short, (summary.accuracy, summary.recall, summary.ndcg)),
+            *(
+                (in_short(summary.all_gold), *map(_any_scale, (summary.picks, summary.searches)))
+                if has_paths
+                else map(in_short, (summary.accuracy, summary.recall, summary.ndcg))
+            ),
             *([_any_scale(summary.reward)] if has_reward else []),
         )
     return drawn
@@ -282,6 +307,7 @@ def _summarize(name: str, metrics: SystemMetrics, num_resamples: int, seed: int)
         recall=_known_mean(metrics.recall),
         ndcg=_known_mean(metrics.ndcg),
         reward=_known_mean(metrics.reward),
+        **{measure: _known_mean(getattr(metrics, measure)) for measure in PATH_MEASURES},
     )
 
 

@@ -99,14 +99,14 @@ def factbook_paths(num_train: int, num_test: int, num_epochs: int) -> RunConfig:
         generator=GeneratorConfig(prompt=prompt.model_copy(update={"passage_order": "as_picked"})),
         algorithm=_DRO,
         training=TrainingConfig(
-            num_epochs=num_epochs, batch_size=20, learning_rate=1e-2, validate_every=10
+            num_epochs=num_epochs, batch_size=20, learning_rate=3e-2, validate_every=8
         ),
     )
 
 
 def quickstart() -> RunConfig:
     """Two-hop questions on the World Factbook; minutes on two cores, nothing to download."""
-    return named("quickstart", factbook_paths(num_train=240, num_test=200, num_epochs=3))
+    return named("quickstart", factbook_paths(num_train=160, num_test=200, num_epochs=3))
 
 
 def factbook_hops() -> RunConfig:

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlrag.data.corpus import Corpus
 from rlrag.records import Passage, Question
+from rlrag.retrieval.dense.encoder import Encoder
 from rlrag.retrieval.graph import PassageGraph
 from rlrag.retrieval.protocol import Retriever
 
@@ -51,11 +52,12 @@ class CandidateBatch:
 class Sources:
     """Where an episode looks for more than its question's candidates, over the same corpus.
 
-    `graph` is None where no edges are followed.
+    `graph` is None where no edges are followed, `encoder` where passages have no vectors.
     """
 
     retriever: Retriever
     graph: PassageGraph | None = None
+    encoder: Encoder | None = None
 
 
 @dataclass(frozen=True)

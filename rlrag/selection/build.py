@@ -71,6 +71,7 @@ def build_policy(
                 PairScorer(resolve_model(config.model, cache_dir), config.max_tokens)
                 if config.kind == "slot_texts"
                 else None,
+                config.prior_scale,
             )
         if config.kind == "listwise_lm":
             model_dir = resolve_model(config.model, cache_dir)

@@ -19,6 +19,7 @@ from rlrag.records import Columns, Trajectories
 from rlrag.selection.encoder_scorers import PairScorer
 from rlrag.selection.plackett_luce import action_logp
 from rlrag.selection.protocol import Actions, Draws, Turn
+from rlrag.selection.slot_features import SLOT_FEATURES
 
 _READ = ("slot_features", "filled", "order", "global", "action_mask")
 
@@ -29,8 +30,9 @@ class SlotPolicy(nn.Module):
     The logit of a slot is a function of its features and those of the episode, the same for every
     slot, so that permuting slots permutes logits. That of a search is one of the features of the
     pick that its query is written on and those of the episode, with an output for each writer; that
-    of the stop is a function of the episode's features alone. All output layers start at zero:
-    before training every allowed action is equally likely.
+    of the stop is a function of the episode's features alone. All output layers start at zero, so
+    that before training the logit of a slot is the prior's: each rank in the list of what found it,
+    hits of a query or neighbours of a pick, costs `prior_scale` nats.
 
     With a projection, a slot has q^T A^T B t more, the learned low-rank form of the vectors of
     question and passage. A starts small and random, B at zero. With a reader, it has what that
@@ -45,6 +47,7 @@ class SlotPolicy(nn.Module):
         projection_size: Rank of the form of the embeddings (P); 0 leaves them out.
         may_stop: Whether it stops while it could go on; without, only where nothing else is left.
         reader: A trained encoder of pairs of question and passage.
+        prior_scale: What a rank costs, in nats; 0 makes all allowed actions equally likely.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class SlotPolicy(nn.Module):
         projection_size: int = 0,
         may_stop: bool = True,
         reader: PairScorer | None = None,
+        prior_scale: float = 0.0,
     ) -> None:
         super().__init__()
         if projection_size and not vector_size:
@@ -67,6 +71,7 @@ class SlotPolicy(nn.Module):
         self.num_writers = num_writers
         self.may_stop = may_stop
         self.reader = reader
+        self.prior_scale = prior_scale
         self.slot = _scorer(num_slot_features + num_global_features, hidden_size, 1)
         self.search: nn.Module | None = None
         if num_writers:
@@ -104,6 +109,10 @@ class SlotPolicy(nn.Module):
         global_ENG = global_EG[:, None].expand(-1, num_slots, -1)
         both_ENX = torch.cat([features_ENF, global_ENG], dim=-1)
         slot_EN = self.slot(both_ENX).squeeze(-1)
+        if self.prior_scale:
+            nearness_EN = features_ENF[:, :, SLOT_FEATURES.index("reciprocal_rank")]
+            rank_EN = 1 / torch.where(nearness_EN > 0, nearness_EN, 1.0)
+            slot_EN = slot_EN - self.prior_scale * (rank_EN - 1)
         if self.project_question is not None:
             question_EP = self.project_question(self._tensor(observations["question_embedding"]))
             passage_ENP = self.project_passage(self._tensor(observations["slot_embeddings"]))

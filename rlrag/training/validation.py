@@ -15,7 +15,7 @@ from rlrag.errors import DataError, GenerationError, RlragError
 from rlrag.evaluation.choices import Choices
 from rlrag.evaluation.ranking import recall_at_k
 from rlrag.evaluation.systems import answered_with, choices_of
-from rlrag.records import Generation
+from rlrag.records import Generation, Trajectories
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.rewards.answer_match import answer_contained, exact_match, token_f1
 from rlrag.rewards.answering import AnsweringReward
@@ -48,7 +48,8 @@ def validate(
     Each worker answers a part of the questions; all return the mean over all of them. Repeated
     validations cost little, as unchanged selections are answered from the cache.
     """
-    evidence = play_greedy(environment, policy, candidates).evidence
+    played = play_greedy(environment, policy, candidates)
+    evidence = played.evidence
     mine = range(workers.rank, len(candidates), workers.size)
     questions = [candidates.questions[row] for row in mine]
     answered = answered_with(answering, questions, [evidence[row] for row in mine], by_reward)
@@ -75,7 +76,26 @@ def validate(
         **({"validation/em": em, "validation/f1": f1} if candidates.has_golden_answers else {}),
         **({"validation/reward": reward} if by_reward else {}),
         "validation/answer_words": words,
+        **(_describe_paths(played, candidates) if environment.looks_further else {}),
         **(describe_choices(choices) if choices else {}),
+    }
+
+
+def _describe_paths(played: Trajectories, candidates: CandidateTable) -> dict[str, float]:
+    """Mean picks and searches, and the share of questions with all gold passages, where known."""
+    picked = [{passage.id for passage in found} for found in played.evidence]
+    searches = [
+        sum(turn.action == "search" for turn in path.turns()) for path in played.paths if path
+    ]
+    gold = [
+        set(question.gold_ids) <= found
+        for question, found in zip(candidates.questions, picked, strict=True)
+        if question.gold_ids
+    ]
+    return {
+        "validation/picks": float(np.mean([len(found) for found in played.evidence])),
+        "validation/searches": float(np.mean(searches)) if searches else 0.0,
+        **({"validation/all_gold": float(np.mean(gold))} if gold else {}),
     }
 
 

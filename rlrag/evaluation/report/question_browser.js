@@ -164,6 +164,16 @@
 
   const goldMark = () => make("span", { class: "gold" }, "gold");
 
+  function pathView(path) {
+    if (!path.length) return null;
+    const turns = path.map(([action, passage, query, numFound]) => {
+      const about = passage === null ? query : passageName(passage);
+      const found = numFound ? ` (found ${numFound})` : "";
+      return make("li", { dir: "auto" }, `${action}${about ? `: ${about}` : ""}${found}`);
+    });
+    return make("details", {}, make("summary", {}, "path"), make("ol", { class: "picks" }, ...turns));
+  }
+
   function answerTable(question, gold) {
     const head = ["system", "answer", "EM", "F1", "contained", "picked, in order"];
     const compared = [controls.ours.value, controls.theirs.value];
@@ -178,7 +188,7 @@
         make("th", { scope: "row" }, run.systems[at]),
         make("td", { class: given.answer ? "answer" : "answer none", dir: "auto" }, answer),
         ...["em", "f1", "contained"].map((measure) => make("td", {}, number(given[measure]))),
-        make("td", {}, picks.length ? make("ol", { class: "picks" }, ...picks) : "–"),
+        make("td", {}, picks.length ? make("ol", { class: "picks" }, ...picks) : "–", pathView(given.path)),
       );
     });
     return make(

@@ -110,6 +110,11 @@ def _question(question: EvaluatedQuestion, of_id: Mapping[str, int]) -> dict[str
                 "f1": given.f1,
                 "contained": given.contained,
                 "picked": [of_id[passage_id] for passage_id in given.picked],
+                # The passages that a path found and nobody picked have no text here.
+                "path": [
+                    [turn.action, of_id.get(turn.passage or ""), turn.query, len(turn.found)]
+                    for turn in given.path
+                ],
             }
             for given in question.systems.values()
         ],
