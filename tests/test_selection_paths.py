@@ -276,6 +276,16 @@ def test_untrained_it_takes_every_allowed_action_equally(enumerated):
     assert not policy.logits(enumerated.observations[1]).any()
 
 
+def test_before_training_each_rank_costs_the_prior(enumerated):
+    """The first slots are ranks 1 and 2 of the question, the third is rank 1 of a hop or search."""
+    policy = SlotPolicy(F, G, 2, 5, prior_scale=0.5)
+    shown = enumerated.observations[1]
+    found = shown["filled"].astype(bool)[:, :3].all(axis=1)
+    assert found.any()
+    logits = policy.logits(shown)[torch.from_numpy(found), :3]
+    assert logits[0].tolist() == pytest.approx([0.0, -0.5, 0.0])
+
+
 @pytest.fixture(scope="module")
 def reading(tmp_path_factory):
     """A policy that reads texts, with an output that is not zero."""
@@ -289,6 +299,7 @@ def reading(tmp_path_factory):
         id=HOPS, num_selected=2, hops=HopSettings(writers=("title", "text"))
     )
     policy = build_policy(config, environment, 1, 2, Path(), 0).double()
+    policy.prior_scale = 0.0
     with torch.no_grad():
         policy.reader.out.weight.normal_(generator=torch.Generator().manual_seed(0))
     return policy
