@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hop_cases import Edges
 from printed_tables import printed
+from pydantic import ValidationError
 from stand_ins import ReadingGenerator, WordPrompts
 
 from rlrag.config import HOPS, EnvironmentConfig, EvaluationConfig, HopSettings, RunConfig
@@ -123,6 +124,11 @@ def test_runs_that_look_further_compare_with_rules_that_hop(config):
     )
     no_edges = config.environment.model_copy(update={"hops": HopSettings(edges=())})
     assert "hop_text" not in config.model_copy(update={"environment": no_edges}).systems
+
+
+def test_a_rule_that_hops_needs_a_graph():
+    with pytest.raises(ValidationError, match="asks for hop_text, which follows a passage graph"):
+        RunConfig(evaluation=EvaluationConfig(systems=("hop_text", "trained")))
 
 
 def evaluated(config: RunConfig, recorder: QuestionRecorder):

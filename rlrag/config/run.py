@@ -186,6 +186,12 @@ class RunConfig(Section):
                     f"evaluation.systems asks for {name}, but algorithm.name "
                     f"{self.algorithm.name!r} trains no retriever; leave it out"
                 )
+        for name in ("hop_text", "hop_title", "hop_both"):
+            if name in asked and not self.environment.looks_further:
+                raise ValueError(
+                    f"evaluation.systems asks for {name}, which follows a passage graph, but "
+                    f"environment.id {self.environment.id!r} has none; leave it out, or use {HOPS}"
+                )
         for name in ("dense", "hybrid"):
             if name in asked and self.retrieval.encoder is None:
                 raise ValueError(
