@@ -159,11 +159,15 @@ def _steps(config: RunConfig) -> list[str]:
         steps = training.num_epochs * trained // training.batch_size * dro.passes
         amount += f", {steps:,} steps"
     estep = "once a pass" if dro.refresh_every is None else f"every {dro.refresh_every} step(s)"
+    environment, num_candidates = config.environment, config.retrieval.num_candidates
+    drawn = f"selections of {environment.num_selected} from {num_candidates} candidates"
+    if environment.looks_further:
+        num_first = environment.hops.num_first or num_candidates
+        drawn = f"paths of at most {environment.num_selected} picks from {num_first} hits on"
     return [
         f"  data        {amount}, {training.num_epochs} passes, {training.batch_size} a step",
-        f"  E-step      {dro.num_samples} selections of {config.environment.num_selected} from "
-        f"{config.retrieval.num_candidates} candidates a question; renewed "
-        f"{estep}; {dro.passes} pass(es) over its samples",
+        f"  E-step      {dro.num_samples} {drawn} a question; renewed {estep}; "
+        f"{dro.passes} pass(es) over its samples",
         f"  rollouts    {training.num_epochs * dro.num_samples} a training question",
     ]
 
