@@ -49,8 +49,7 @@ def headings(config: RunConfig) -> list[str]:
         "generator": True,
         "M-step": "generator" in config.algorithm.parts,
         "learner": config.trains_retriever,
-        "M-step (selector)": "selector" in config.algorithm.parts
-        and config.selector.kind != "features",
+        "M-step (selector)": "selector" in config.algorithm.parts and config.selector.reads_texts,
         "placement": True,
         "nodes": config.training.launcher == "ray",
     }
