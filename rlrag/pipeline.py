@@ -30,7 +30,7 @@ from rlrag.generation.build import open_generator, resolve_config
 from rlrag.generation.cache import CachedGenerator
 from rlrag.generation.prompts import PromptBuilder, cut_warning
 from rlrag.generation.protocol import Generator, Sampling
-from rlrag.records import Passage, Question
+from rlrag.records import Passage, PathTurn, Question, Trajectories
 from rlrag.retrieval.build import OpenShards, RetrieverSet, open_retrievers
 from rlrag.retrieval.candidates import CandidateTable, Sources
 from rlrag.retrieval.graph import PassageGraph
@@ -92,14 +92,17 @@ class TrainingData:
     hashes: Mapping[str, str]
 
 
-def open_library(config: RunConfig, shipped: Path | None = None) -> Library:
+def open_library(
+    config: RunConfig, shipped: Path | None = None, corpus: Corpus | None = None
+) -> Library:
     """Read the corpus and build or load its indexes.
 
     Args:
         config: Names the corpus and says how it is searched.
         shipped: Indexes of a bundle, which are not built again.
+        corpus: That corpus, where it has been read.
     """
-    corpus, environment = corpus_of(config), config.environment
+    corpus, environment = corpus_of(config) if corpus is None else corpus, config.environment
     retrievers = retrievers_of(corpus, config.retrieval, config.cache_path, shipped)
     graph = None
     if environment.looks_further and environment.hops.edges and corpus:
@@ -288,12 +291,15 @@ class Answer:
         passages: The passages that were picked, in the order of the picks.
         logp: Sum of the log-probabilities of the answer's tokens under the generator, in nats; None
             where a server answers that does not give it.
+        path: What the episode did turn by turn, where the bundle looks further than the candidates;
+            else empty.
     """
 
     question: str
     text: str
     passages: tuple[Passage, ...]
     logp: float | None
+    path: tuple[PathTurn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,16 +444,18 @@ class Pipeline:
             return []
         with self._lock:
             candidates = self.candidates(questions)
-            picks = self.picks(candidates)
+            played = self._played(candidates)
             rewards = open_answering(self.config, self.generator.inner, self.prompts)
-            answers = rewards.answer(candidates.questions, picks)
+            answers = rewards.answer(candidates.questions, played.evidence)
         if warning := cut_warning(rewards.prompt_counts.shares()):
             logger.warning("%s", warning)
         return [
             found
             if isinstance(found, RlragError)
-            else Answer(question, found.text, passages, found.logp)
-            for question, passages, found in zip(questions, picks, answers, strict=True)
+            else Answer(question, found.text, passages, found.logp, path.turns() if path else ())
+            for question, passages, path, found in zip(
+                questions, played.evidence, played.paths, answers, strict=True
+            )
         ]
 
     def candidates(self, questions: Sequence[str]) -> CandidateTable:
@@ -460,8 +468,12 @@ class Pipeline:
 
     def picks(self, candidates: CandidateTable) -> Sequence[tuple[Passage, ...]]:
         """What the policy's most probable episodes end with, one row a question."""
+        return self._played(candidates).evidence
+
+    def _played(self, candidates: CandidateTable) -> Trajectories:
+        """The policy's most probable episodes, one a question."""
         with self._lock:
-            return play_greedy(self.config.environment, self.bundle.policy, candidates).evidence
+            return play_greedy(self.config.environment, self.bundle.policy, candidates)
 
 
 def load_pipeline(

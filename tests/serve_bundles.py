@@ -10,12 +10,15 @@ import torch
 
 from rlrag.bundle import save_bundle
 from rlrag.config import (
+    HOPS,
     DataConfig,
     EnvironmentConfig,
     GeneratorConfig,
+    HopSettings,
     PromptConfig,
     RetrievalConfig,
     RunConfig,
+    SelectorConfig,
     TrainingConfig,
 )
 from rlrag.pipeline import open_evaluation_data, open_library, open_policy
@@ -52,11 +55,32 @@ def bundle_config(files: Path, cache_dir: Path) -> RunConfig:
     )
 
 
+def hop_config(files: Path, cache_dir: Path) -> RunConfig:
+    """Two passages of a pool that starts with two and grows by hops and a query writer."""
+    config = bundle_config(files, cache_dir)
+    hops = HopSettings(
+        edges=("title_out", "title_in", "document"),
+        writers=("title",),
+        num_first=2,
+        num_revealed=2,
+        num_hits=2,
+        max_queries=1,
+    )
+    environment = EnvironmentConfig(id=HOPS, num_selected=NUM_SELECTED, hops=hops)
+    selector = SelectorConfig(kind="slots")
+    return config.model_copy(update={"environment": environment, "selector": selector})
+
+
 def make_bundle(
-    directory: Path, files: Path, cache_dir: Path, seed: int, retriever: Path | None = None
+    directory: Path,
+    files: Path,
+    cache_dir: Path,
+    seed: int,
+    retriever: Path | None = None,
+    config: RunConfig | None = None,
 ) -> Path:
     """A bundle whose policy was drawn from `seed`; `retriever` is the encoder that it tuned."""
-    config = bundle_config(files, cache_dir)
+    config = config or bundle_config(files, cache_dir)
     candidates = open_evaluation_data(config, open_library(config))[0]
     policy = open_policy(config, candidates)
     torch.manual_seed(seed)

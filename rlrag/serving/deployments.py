@@ -96,7 +96,7 @@ class SelectorReplica(_Replica):
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
         kept = settings.feedback
         explore_share = kept.explore_share if kept.path else 0.0
-        self._part = SelectorPart(explore_share, settings.allow_code)
+        self._part = SelectorPart(explore_share, settings.allow_code, settings.corpus)
         self._batched.set_max_batch_size(settings.selector.max_batch_size)  # type: ignore[attr-defined]
         self._batched.set_batch_wait_timeout_s(settings.selector.batch_wait_ms / 1000)  # type: ignore[attr-defined]
         self._random = random.SystemRandom()

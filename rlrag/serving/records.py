@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rlrag.records import Passage
+from rlrag.records import Passage, PathTurn
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +65,42 @@ class Retrieved:
     """The candidates of one question, in the retriever's order.
 
     `scores_NC` has the ranking score in its first column; both vector arrays have length 0 along D
-    where the bundle's retrieval has no encoder.
+    where the bundle's retrieval has no encoder. `filtered` says that filters chose among what was
+    found.
     """
 
     passages: tuple[Passage, ...]
     scores_NC: np.ndarray
     question_vector_D: np.ndarray
     passage_vectors_ND: np.ndarray
+    filtered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PickedPath:
+    """How an episode that looked further came to its pick.
+
+    `turns` is empty where the environment does not tell them; `writers` names the query writers
+    that they number. `action_logps` has the log-probability, in nats, with which each action was
+    drawn after those before it, exploration included. With `num_selected`, the most picks that were
+    allowed, the actions can be played again.
+    """
+
+    turns: tuple[PathTurn, ...]
+    writers: tuple[str, ...]
+    action_logps: tuple[float, ...]
+    num_selected: int
 
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """An ordered pick of candidates, the end of an episode.
+    """An ordered pick of passages, the end of an episode.
 
-    `probs` holds for each pick its probability under the policy, given the picks before it;
-    `actions` are all that the policy did, a stop included. `propensity_logp` is the
+    `positions` count the candidates and go on in `further`, what an episode that looks further
+    found beyond them. `probs` holds for each pick its probability under the policy, given what it
+    did before; `actions` are all that the policy did, a stop included. `propensity_logp` is the
     log-probability, in nats, with which this very episode was drawn, exploration included; 0 where
-    nothing was left to chance.
+    nothing was left to chance. `path` is None where episodes end with their candidates.
     """
 
     positions: tuple[int, ...]
@@ -89,6 +108,13 @@ class Picked:
     actions: tuple[int, ...]
     propensity_logp: float
     explored: bool
+    further: tuple[Passage, ...] = ()
+    path: PickedPath | None = None
+
+    def passages(self, candidates: tuple[Passage, ...]) -> tuple[Passage, ...]:
+        """The picked passages, in order, of these candidates."""
+        known = candidates + self.further
+        return tuple(known[position] for position in self.positions)
 
 
 @dataclass(frozen=True, slots=True)

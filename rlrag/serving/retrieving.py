@@ -1,7 +1,7 @@
 """Retrieval in the service: corpora and indexes of the loaded bundle versions.
 
-What two versions have in common, corpus, indexes and encoder, is opened once. Whether they have it
-in common is decided by content, since a path may hold something else by the time of the second.
+What two versions have in common, corpus, indexes and encoder, is opened once
+(`rlrag.serving.libraries`).
 
 Shape letters: N candidates, C retriever scores, D vector length.
 """
@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from rlrag.bundle_files import read_bundle
-from rlrag.config import RunConfig
 from rlrag.data.corpus import Corpus
-from rlrag.data.load import corpus_of, corpus_stamp
+from rlrag.data.load import corpus_stamp
 from rlrag.errors import DataError, OverloadedError, RequestError, RlragError
-from rlrag.models.directories import resolve_model, weights_hash
-from rlrag.pipeline import Library, retrievers_of
-from rlrag.retrieval.build import RetrieverSet
+from rlrag.pipeline import Library
 from rlrag.retrieval.candidates import CandidateTable
-from rlrag.retrieval.plugin import FewFoundError, PluginRetriever
-from rlrag.retrieval.role_directories import ROLES, role_directory
-from rlrag.retrieval.tables import retrieve
+from rlrag.retrieval.plugin import FewFoundError
+from rlrag.serving.libraries import OpenedLibrary, is_own, open_shared
 from rlrag.serving.records import Filters, Retrieved
 from rlrag.serving.versions.registry import check_version
 
@@ -36,11 +32,13 @@ _FIRST_DEPTH = 4  # times the candidates asked for, when filters leave some out
 
 @dataclass(frozen=True)
 class _Loaded:
-    key: str
-    library: Library
+    opened: OpenedLibrary
     num_candidates: int
-    corpus: str | None
-    corpus_stamp: str | None
+
+    @property
+    def library(self) -> Library:
+        """What is searched."""
+        return self.opened.library
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +87,10 @@ class RetrieverPart:
             files = read_bundle(directory)
             check_version(version, files.version, directory)
             files.check_code("retrieval.kind", self._allow_code)
-            config = files.searching_config
-            if self._corpus is not None:
-                data = config.data.model_copy(update={"corpus": self._corpus})
-                config = config.model_copy(update={"data": data})
-            stamp = corpus_stamp(config.data.corpus)
-            corpus = corpus_of(config)
-            key = _library_key(config, corpus)
-            library = next((v.library for v in self._loaded.values() if v.key == key), None)
-            if library is None:
-                retrievers = retrievers_of(
-                    corpus, config.retrieval, config.cache_path, files.index_dir
-                )
-                _warm_up(retrievers)
-                library = Library(corpus, retrievers, files.index_dir)
-            num_candidates = config.retrieval.num_candidates
-            loaded = _Loaded(key, library, num_candidates, config.data.corpus, stamp)
-            self._loaded = {**self._loaded, version: loaded}
+            others = [loaded.opened for loaded in self._loaded.values()]
+            opened = open_shared(files, self._corpus, others)
+            num_candidates = files.config.retrieval.num_candidates
+            self._loaded = {**self._loaded, version: _Loaded(opened, num_candidates)}
 
     def changed_corpus(self, version: str) -> str | None:
         """The corpus of a version, where its files have changed since they were read, or are gone.
@@ -115,11 +100,12 @@ class RetrieverPart:
         loaded = self._loaded.get(version)
         if loaded is None:
             return None
+        corpus = loaded.opened.config.data.corpus
         try:
-            changed = corpus_stamp(loaded.corpus) != loaded.corpus_stamp
+            changed = corpus_stamp(corpus) != loaded.opened.corpus_stamp
         except (DataError, OSError):
             changed = True
-        return loaded.corpus if changed else None
+        return corpus if changed else None
 
     def drop(self, version: str) -> None:
         """Forget a version; what no other one shares is freed."""
@@ -149,7 +135,10 @@ class RetrieverPart:
             elif ask.filters == _NO_FILTERS:
                 together.setdefault(wanted, []).append(place)
             else:
-                found[place] = _filtered(loaded.library, ask, wanted, self._max_filtered)
+                kept = _filtered(loaded.library, ask, wanted, self._max_filtered)
+                if isinstance(kept, Retrieved):
+                    kept = replace(kept, filtered=True)
+                found[place] = kept
         for wanted, places in together.items():
             texts = [asks[place].question for place in places]
             table = loaded.library.search(texts, wanted)
@@ -158,41 +147,9 @@ class RetrieverPart:
         return [found[place] for place in range(len(asks))]
 
 
-def _warm_up(retrievers: RetrieverSet) -> None:
-    """Load the encoders, which are otherwise loaded when they are first asked.
-
-    A retriever of somebody's own is not asked: it may find nothing for what nobody would ask.
-    """
-    if _is_own(retrievers):
-        retrievers.question_vectors(["warm up"])
-    else:
-        retrieve(["warm up"], retrievers, 1)
-
-
-def _is_own(retrievers: RetrieverSet) -> bool:
-    """Whether it may find what is in no corpus."""
-    return isinstance(retrievers.primary, PluginRetriever)
-
-
-def _library_key(config: RunConfig, corpus: Corpus) -> str:
-    """Equal for versions that search the same passages alike, with the same weights."""
-    retrieval = config.retrieval
-    names = [retrieval.encoder] if retrieval.encoder is not None else []
-    if retrieval.kind == "semi_parametric":
-        names.append(retrieval.vocabulary_encoder)
-    parameters = retrieval.model_dump_json(exclude={"encoder", "vocabulary_encoder"})
-    weights = [_encoder_weights(resolve_model(name, config.cache_path)) for name in names]
-    return repr((corpus.content_hash, parameters, weights))
-
-
-def _encoder_weights(model_dir: Path) -> tuple[str, ...]:
-    """Of the encoder of questions and that of passages."""
-    return tuple(weights_hash(role_directory(model_dir, role)) for role in ROLES)
-
-
 def _impossible(wanted: int, loaded: _Loaded) -> RequestError | None:
     most = loaded.num_candidates
-    if not _is_own(loaded.library.retrievers):
+    if not is_own(loaded.library.retrievers):
         most = min(most, len(loaded.library.corpus))
     if 1 <= wanted <= most:
         return None
@@ -245,7 +202,7 @@ def _searched_deeper(library: Library, ask: Ask, wanted: int, most: int) -> Retr
     """
     num_passages = max(len(library.corpus), wanted) if library.corpus else None
     most = min(most, num_passages or most)
-    depth = min(wanted if _is_own(library.retrievers) else _FIRST_DEPTH * wanted, most)
+    depth = min(wanted if is_own(library.retrievers) else _FIRST_DEPTH * wanted, most)
     kept: list[int] = []
     while True:
         try:

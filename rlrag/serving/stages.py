@@ -24,7 +24,10 @@ Retrieve = Callable[[str, Ask], Awaitable[tuple[Retrieved, bool]]]
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The candidates with their ranking scores, and what a version picked of them."""
+    """The candidates with their ranking scores, and what a version picked of them.
+
+    Where an episode looked further, some picks may be none of the candidates; see `Picked`.
+    """
 
     version: str
     candidates: tuple[Passage, ...]
@@ -34,7 +37,7 @@ class Chosen:
     @property
     def passages(self) -> tuple[Passage, ...]:
         """The picked passages, in order."""
-        return tuple(self.candidates[position] for position in self.picked.positions)
+        return self.picked.passages(self.candidates)
 
 
 @dataclass(frozen=True, slots=True)

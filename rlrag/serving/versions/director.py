@@ -187,7 +187,7 @@ class Director:
         question = golden.question
         retrieved = await self._pipeline.retrieve(version, question, None, Filters())
         picked = await self._pipeline.select(version, question, retrieved, None, False)
-        passages = tuple(retrieved.passages[position] for position in picked.positions)
+        passages = picked.passages(retrieved.passages)
         if tuple(passage.id for passage in passages) != golden.passage_ids:
             return False
         pieces = self._pipeline.generate(version, question, passages, Decoding())
