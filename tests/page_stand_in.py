@@ -96,6 +96,42 @@ OTHERS = [
     passage("basel-2", "Basel", "Basel lies where the Rhine turns north.", 8.25, 0.12),
 ]
 ANSWERS = {ACTIVE: ("Rotterdam.", PASSAGES), SHADOW: ("Near Rotterdam", OTHERS)}
+PATH = [
+    {
+        "action": "start",
+        "query": "Which port lies at the mouth of the Rhine?",
+        "found": [
+            {"id": "rhine-0", "title": "Rhine", "by": "query"},
+            {"id": "basel-2", "title": "Basel", "by": "title"},
+        ],
+        "num_left_out": 0,
+    },
+    {
+        "action": "pick",
+        "passage_id": "rhine-0",
+        "title": "Rhine",
+        "found": [
+            {
+                "id": "netherlands-3",
+                "title": "Netherlands",
+                "by": "hop",
+                "source": "rhine-0",
+                "edge": "title_out",
+            },
+        ],
+        "num_left_out": 2,
+    },
+    {
+        "action": "search",
+        "passage_id": "rhine-0",
+        "title": "Rhine",
+        "query": f"mouth of {HOSTILE}",
+        "writer": "title",
+        "found": [{"id": "markup-1", "title": "Marks & <b>tags</b>", "by": "query"}],
+        "num_left_out": 0,
+    },
+    {"action": "stop", "found": [], "num_left_out": 0},
+]
 TIMINGS = {
     ACTIVE: {"wait": 0.0, "retrieve": 8.4, "select": 3.1, "generate": 231.0, "total": 244.0},
     SHADOW: {"wait": 12.0, "retrieve": 9.0, "select": 3.3, "generate": 118.0, "total": 143.0},
@@ -112,6 +148,8 @@ class StandIn:
     """The stream ends after the first words."""
     hangs: bool = False
     """The stream stops after the first words, for longer than any test lasts."""
+    path: list[dict[str, Any]] | None = None
+    """Of the selector, whose second passage then has no score; None where it looks no further."""
     feedback: bool = True
     versions: tuple[str, ...] = (ACTIVE, SHADOW)
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -161,9 +199,15 @@ def event(name: str, data: object) -> str:
 
 async def stream_answer(stand_in: StandIn, body: dict[str, Any]) -> AsyncIterator[str]:
     whole = whole_answer(body)
+    if stand_in.path is not None:
+        whole["path"] = stand_in.path
+        first, second, *rest = whole["passages"]
+        whole["passages"] = [first, second | {"retriever_score": None}, *rest]
     yield ": a comment\r\n\r\n"
     head = {"request_id": REQUEST_ID, "bundle_version": whole["bundle_version"]}
     yield event("passages", {**head, "passages": whole["passages"]})
+    for turn in stand_in.path or ():
+        yield event("turn", turn)
     for at, text in enumerate(whole["answer"].partition("o")):
         yield event("token", {"text": text})
         await asyncio.sleep(0.01)

@@ -444,3 +444,40 @@ def test_a_damaged_record_is_named(tmp_path, change):
         connection.execute(change)
     with pytest.raises(DataError, match="request 'request-0' is damaged"):
         read_feedback(path)
+
+
+def test_a_path_comes_out_as_it_went_in_and_older_files_take_it(tmp_path):
+    """A file of the first form lacks the columns; its rows stay what they were."""
+    path = tmp_path / "log.sqlite"
+    store = FeedbackStore(path)
+    store.record_selection(event(0))
+    store.record_feedback("request-0", reward=1.0)
+    store.close()
+    with closing(sqlite3.connect(path)) as connection:
+        for name in feedback_file.LATER_COLUMNS:
+            connection.execute(f"ALTER TABLE selections DROP COLUMN {name}")
+    [old] = read_feedback(path)
+    assert (old.event.action_logps, old.event.num_selected) == (None, None)
+
+    logps = (-1.0, -0.5, -0.25)
+    walked = event(1, actions=(4, 17, 0), propensity_logp=-1.75, action_logps=logps, num_selected=2)
+    store = FeedbackStore(path)
+    store.record_selection(walked)
+    store.record_feedback("request-1", reward=0.5)
+    assert [record.event for record in read_feedback(path)] == [old.event, walked]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_selected": None}, "num_selected None"),
+        ({"action_logps": (-1.25,)}, "a log-probability for each action"),
+        ({"action_logps": (-1.0, -1.0)}, "which sum to it"),
+        ({"action_logps": (0.25, -1.5)}, "a log-probability for each action"),
+        ({"actions": (2, -1)}, "actions of its path"),
+    ],
+)
+def test_an_impossible_path_is_refused(tmp_path, changes, message):
+    fields = {"action_logps": (-1.0, -0.25), "num_selected": 2} | changes
+    with pytest.raises(DataError, match=message):
+        FeedbackStore(tmp_path / "log.sqlite").record_selection(event(**fields))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from page_stand_in import ACTIVE, HOSTILE, REQUEST_ID, SHADOW, problem
+from page_stand_in import ACTIVE, HOSTILE, PATH, REQUEST_ID, SHADOW, problem
 from page_visits import (
     NARROW,
     QUESTION,
@@ -67,6 +67,35 @@ def test_an_answer_comes_with_its_passages_and_probabilities(open_page):
     assert "−0.84" in facts
     assert page.locator(".cut").count() == 0
     assert not page.get_by_text("The service finds candidate passages").is_visible()
+
+
+def test_the_path_is_drawn_turn_by_turn(open_page):
+    visit = open_page()
+    page = visit.page
+    visit.ask()
+    visit.answered()
+    visit.expect(page.locator(".path")).to_be_hidden()
+    visit.stand_in.path = PATH
+    visit.ask()
+    visit.answered()
+    visit.expect(page.locator(".path")).to_be_visible()
+    assert page.locator(".turn-head").all_inner_texts() == [
+        "Question Which port lies at the mouth of the Rhine?",
+        "Pick Rhine",
+        f"Search mouth of {HOSTILE} (query writer title, on Rhine)",
+        "Stop",
+    ]
+    assert page.locator(".found .note").all_inner_texts() == [
+        "found by the query",
+        "named in the question",
+        "hop from Rhine: names its title",
+        "found by the query",
+    ]
+    assert page.locator(".was-picked .found-title").all_inner_texts() == ["Rhine"]
+    assert page.get_by_text("2 more found no room.").is_visible()
+    assert page.get_by_text("found on the path").count() == 1
+    assert page.title() != "taken"
+    assert contrast_failures(page) == []
 
 
 def test_the_answer_is_written_as_it_comes(open_page):

@@ -28,8 +28,8 @@ from rlrag.data.feedback_file import (
     close_for_good,
     explaining,
     identity,
-    knows_paths,
     make_private,
+    missing_columns,
     open_to_write,
     reading,
 )
@@ -52,7 +52,7 @@ rewards from -1 to 1."""
 
 _COLUMNS = (
     "request_id, time_s, version, question, candidate_ids, positions, propensity_logp, explored, "
-    "answer, answer_logp, action_logps"
+    "answer, answer_logp, action_logps, num_selected"
 )
 
 
@@ -66,9 +66,10 @@ class SelectionEvent:
     to chance. `answer_logp` is the answer's own, in nats, None where the generator does not give
     it. `time_s` counts from the Unix epoch.
 
-    Of a path `action_logps` are the parts of `propensity_logp`, one an action, and the actions are
-    those of its environment, which may pick what it found beyond the candidates; None for a
-    selection among them.
+    Where episodes look further than the candidates, `actions` are those of the environment, and
+    with `num_selected`, the most picks that were allowed, they can be played again. `action_logps`
+    then has the log-probability with which each action was drawn after those before it; they sum to
+    `propensity_logp`. Both are None else.
     """
 
     request_id: str
@@ -82,6 +83,7 @@ class SelectionEvent:
     answer: str
     answer_logp: float | None
     action_logps: tuple[float, ...] | None = None
+    num_selected: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,8 @@ class FeedbackStore:
             int(event.explored),
             event.answer,
             event.answer_logp,
-            None if event.action_logps is None else json.dumps([*map(float, event.action_logps)]),
+            None if event.action_logps is None else json.dumps(event.action_logps),
+            event.num_selected,
         )
         marks = ", ".join("?" * len(values))
         with self._connection() as connection:
@@ -279,14 +282,14 @@ def read_feedback(path: Path) -> list[LoggedSelection]:
     Raises:
         DataError: when the file is missing, damaged, of another format or holds something else.
     """
-    query = (
-        f"SELECT {', '.join(f's.{name}' for name in _COLUMNS.split(', '))}, f.reward, "
-        "f.golden_answers, f.thumbs FROM selections s JOIN feedback f ON f.number = "
-        "(SELECT MAX(number) FROM feedback WHERE request_id = s.request_id) ORDER BY s.number"
-    )
     with reading(path) as connection:
-        if not knows_paths(connection):
-            query = query.replace("s.action_logps", "NULL")
+        lacks = missing_columns(connection)
+        names = ["NULL" if name in lacks else f"s.{name}" for name in _COLUMNS.split(", ")]
+        query = (
+            f"SELECT {', '.join(names)}, f.reward, "
+            "f.golden_answers, f.thumbs FROM selections s JOIN feedback f ON f.number = "
+            "(SELECT MAX(number) FROM feedback WHERE request_id = s.request_id) ORDER BY s.number"
+        )
         return [_logged(row, path) for row in connection.execute(query)]
 
 
@@ -336,7 +339,7 @@ def _check_event(event: SelectionEvent) -> None:
     if event.action_logps is None:
         _check_picks(event, place)
     else:
-        _check_path(event, place)
+        _check_path(event, event.action_logps, place)
     if not math.isfinite(event.propensity_logp) or event.propensity_logp > _ROUNDING:
         raise DataError(
             f"{place} has propensity_logp {event.propensity_logp}; give the logarithm of a "
@@ -360,19 +363,17 @@ def _check_picks(event: SelectionEvent, place: str) -> None:
         )
 
 
-def _check_path(event: SelectionEvent, place: str) -> None:
-    logps = event.action_logps or ()
-    once = len(set(event.actions)) == len(event.actions) and all(a >= 0 for a in event.actions)
-    if not event.actions or not once or len(logps) != len(event.actions):
+def _check_path(event: SelectionEvent, logps: tuple[float, ...], place: str) -> None:
+    if not event.actions or min(event.actions) < 0 or (event.num_selected or 0) < 1:
         raise DataError(
-            f"{place} is a path with actions {event.actions} and {len(logps)} of their "
-            "log-propensities; give distinct actions from 0, and one for each"
+            f"{place} has actions {event.actions} and num_selected {event.num_selected}; give the "
+            "actions of its path, from 0, and the most picks that were allowed, from 1"
         )
-    close = math.isclose(sum(logps), event.propensity_logp, rel_tol=1e-4, abs_tol=1e-4)
-    if not close or any(logp > _ROUNDING for logp in logps):
+    fits = len(logps) == len(event.actions) and all(logp <= _ROUNDING for logp in logps)
+    if not fits or abs(sum(logps) - event.propensity_logp) > _ROUNDING * len(logps):
         raise DataError(
-            f"{place} has action_logps {logps}, but propensity_logp {event.propensity_logp}, "
-            "which is their sum; give logarithms of probabilities that add up to it"
+            f"{place} has {len(event.actions)} actions, action_logps {logps} and propensity_logp "
+            f"{event.propensity_logp}; give a log-probability for each action, which sum to it"
         )
 
 
@@ -400,7 +401,7 @@ def _logged(row: tuple, path: Path) -> LoggedSelection:
     request_id, *others = row
     try:
         time_s, version, question, ids, positions, propensity, explored, answer, logp = others[:9]
-        logps, reward, golden, thumbs = others[9:]
+        action_logps, num_selected, reward, golden, thumbs = others[9:]
         event = SelectionEvent(
             request_id,
             time_s,
@@ -412,7 +413,8 @@ def _logged(row: tuple, path: Path) -> LoggedSelection:
             bool(explored),
             answer,
             logp,
-            None if logps is None else _list_of(float, logps),
+            None if action_logps is None else _list_of(float, action_logps),
+            num_selected,
         )
         _check_event(event)
         golden_answers = None if golden is None else _list_of(str, golden)

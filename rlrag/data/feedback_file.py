@@ -1,7 +1,8 @@
 """Opens and checks the SQLite file of selections and feedback.
 
 The file says in its header that it is ours (`application_id`) and of which format (`user_version`),
-so that no other file is ever written to.
+so that no other file is ever written to. Columns that files of this format may lack are added when
+one is opened to write.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from rlrag.submitted_job import where_to_look
 
 logger = logging.getLogger(__name__)
 
-_FORMAT, _WITHOUT_PATHS = 2, 1
-"""The present format, and an earlier one that is read, and brought up to date to write to it."""
+_FORMAT = 1
 _APPLICATION = 0x726C7266  # "rlrf"
 _BUSY_TIMEOUT_S = 10.0
 _READ_VERSION_AT, _WITH_LOG = 18, b"\x02"
@@ -32,7 +32,7 @@ _SCHEMA = (
     "request_id TEXT NOT NULL UNIQUE, time_s REAL NOT NULL, version TEXT NOT NULL, "
     "question TEXT NOT NULL, candidate_ids TEXT NOT NULL, positions TEXT NOT NULL, "
     "propensity_logp REAL NOT NULL, explored INTEGER NOT NULL, answer TEXT NOT NULL, "
-    "answer_logp REAL, action_logps TEXT)",
+    "answer_logp REAL, action_logps TEXT, num_selected INTEGER)",
     "CREATE INDEX selections_by_time ON selections (time_s)",
     "CREATE TABLE feedback (number INTEGER PRIMARY KEY AUTOINCREMENT, "
     "request_id TEXT NOT NULL, time_s REAL NOT NULL, reward REAL, golden_answers TEXT, "
@@ -41,6 +41,9 @@ _SCHEMA = (
     f"PRAGMA application_id = {_APPLICATION}",
     f"PRAGMA user_version = {_FORMAT}",
 )
+
+LATER_COLUMNS = {"action_logps": "TEXT", "num_selected": "INTEGER"}
+"""Columns of `selections` with their types that an older file lacks; they are null in its rows."""
 
 
 class OpenFile(NamedTuple):
@@ -83,11 +86,6 @@ def open_to_write(path: Path) -> OpenFile:
         connection.close()
         raise
     return OpenFile(connection, identity(path))
-
-
-def knows_paths(connection: sqlite3.Connection) -> bool:
-    """Whether the file is of a format that keeps the propensity of each action."""
-    return bool(connection.execute("PRAGMA user_version").fetchone() == (_FORMAT,))
 
 
 def close_for_good(connection: sqlite3.Connection) -> None:
@@ -158,7 +156,7 @@ def _check_format(connection: sqlite3.Connection, path: Path, may_be_empty: bool
         return
     if application != _APPLICATION:
         raise DataError(f"{path} is a SQLite file but not a feedback log; give another file")
-    if version not in (_FORMAT, _WITHOUT_PATHS):
+    if version != _FORMAT:
         raise DataError(
             f"{path} is a feedback log of format {version}, and this version reads {_FORMAT}; "
             "use the version that wrote it, or start a new file"
@@ -166,16 +164,22 @@ def _check_format(connection: sqlite3.Connection, path: Path, may_be_empty: bool
 
 
 def _create_tables(connection: sqlite3.Connection, path: Path) -> None:
-    """Of processes that open a new file at once, the first creates the tables."""
+    """Of processes that open a file at once, the first creates the tables and columns it lacks."""
     connection.execute("BEGIN IMMEDIATE")
     with connection:
         if connection.execute("PRAGMA application_id").fetchone() == (0,):
             for statement in _SCHEMA:
                 connection.execute(statement)
-        elif connection.execute("PRAGMA user_version").fetchone() == (_WITHOUT_PATHS,):
-            connection.execute("ALTER TABLE selections ADD COLUMN action_logps TEXT")
-            connection.execute(f"PRAGMA user_version = {_FORMAT}")
+        for name in missing_columns(connection):
+            kind = LATER_COLUMNS[name]
+            connection.execute(f"ALTER TABLE selections ADD COLUMN {name} {kind}")
     _check_format(connection, path, may_be_empty=False)
+
+
+def missing_columns(connection: sqlite3.Connection) -> list[str]:
+    """Those of `LATER_COLUMNS` that the file lacks."""
+    known = {row[1] for row in connection.execute("PRAGMA table_info(selections)")}
+    return [name for name in LATER_COLUMNS if known and name not in known]
 
 
 def _way_out(message: str) -> str:

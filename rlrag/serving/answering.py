@@ -324,6 +324,7 @@ def _answered(
 def _event_of(ask: Ask, answered: Answered) -> SelectionEvent:
     computed = answered.computed
     picked = computed.chosen.picked
+    path = picked.path
     return SelectionEvent(
         request_id=answered.request_id,
         time_s=time.time(),
@@ -335,6 +336,8 @@ def _event_of(ask: Ask, answered: Answered) -> SelectionEvent:
         explored=picked.explored,
         answer=computed.text,
         answer_logp=computed.logp,
+        action_logps=None if path is None else path.action_logps,
+        num_selected=None if path is None else path.num_selected,
     )
 
 

@@ -28,6 +28,7 @@ from rlrag.serving.http.responses import (
     candidates_reply,
     event,
     json_response,
+    path_turns,
     picked_passages,
 )
 from rlrag.serving.http.schemas import (
@@ -203,7 +204,8 @@ def _event_of(record: RequestRecord, step: Chosen | str | Answered, explain: boo
         return event("answer", answer_reply(step, explain))
     passages = [passage.model_dump() for passage in picked_passages(step)]
     head = {"request_id": record.request_id, "bundle_version": step.version}
-    return event("passages", {**head, "passages": passages})
+    turns = [event("turn", turn) for turn in path_turns(step) or ()]
+    return event("passages", {**head, "passages": passages}) + b"".join(turns)
 
 
 def _ask(service: Service, body: AnswerOptions, question: str, assigned: str | None = None) -> Ask:

@@ -29,7 +29,13 @@ from rlrag.serving.http.openai_schemas import (
     Usage,
 )
 from rlrag.serving.http.problems import UnknownNameError, UnsupportedParameterError, problem_of
-from rlrag.serving.http.responses import EventStream, event, json_response, picked_passages
+from rlrag.serving.http.responses import (
+    EventStream,
+    event,
+    json_response,
+    path_turns,
+    picked_passages,
+)
 from rlrag.serving.http.traffic import RequestRecord, record_of
 from rlrag.serving.questions import Ask, decoding_of
 from rlrag.serving.service import Service, filters_of, note_outcome
@@ -180,13 +186,17 @@ def _usage(answered: Answered) -> Usage:
 
 
 def _stands_on(answered: Answered) -> dict[str, Any]:
-    """The picked passages, and what of them the prompt shows."""
+    """The picked passages, what of them the prompt shows, and the path to them if there is one."""
     computed = answered.computed
-    return {
+    shown: dict[str, Any] = {
         "citations": [passage.model_dump() for passage in picked_passages(computed.chosen)],
         "num_passages": computed.num_passages,
         "num_cut_tokens": computed.num_cut_tokens,
     }
+    turns = path_turns(computed.chosen)
+    if turns is not None:
+        shown["path"] = [turn.model_dump() for turn in turns]
+    return shown
 
 
 def _completion(answered: Answered, body: ChatRequest) -> ChatCompletion:

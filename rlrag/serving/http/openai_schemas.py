@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from rlrag.serving.http.replies import PickedPassage, Reply
+from rlrag.serving.http.replies import Absent, PathTurn, PickedPassage, Reply
 from rlrag.serving.http.schemas import EXAMPLE_QUESTION, Count, PassageFilter, whole
 
 PIPELINE_MODEL = "rlrag"
@@ -156,6 +156,8 @@ class AssistantMessage(Reply):
     """As in `/v1/answer`: how many of them the prompt shows."""
     num_cut_tokens: int
     """As in `/v1/answer`: tokens of theirs that the prompt had no room for."""
+    path: Absent[list[PathTurn]] = None
+    """As in `/v1/answer`: how the selector came to them, where it looked further."""
 
 
 class ChatChoice(Reply):

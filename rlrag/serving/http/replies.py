@@ -56,11 +56,45 @@ class FoundPassage(Reply):
     retriever_score: float
 
 
-class PickedPassage(FoundPassage):
-    """A candidate that the selector picked."""
+class PickedPassage(Reply):
+    """A passage that the selector picked."""
 
+    id: str
+    title: str
+    text: str
+    retriever_score: float | None
+    """Of the question's own search; null for a passage that was found on the path alone."""
     selection_prob: float
-    """Its probability under the selector, given the picks before it."""
+    """Its probability under the selector, given what it did before."""
+
+
+class PathPassage(Reply):
+    """A passage that a turn found."""
+
+    id: str
+    title: str
+    by: Literal["query", "hop", "title"]
+    """What found it: a query, a hop along an edge, or its title, which the question names."""
+    source: Absent[str] = None
+    """Id of the picked passage that the hop came from."""
+    edge: Absent[str] = None
+    """Kind of the edge that the hop followed, as `environment.hops.edges` names it."""
+
+
+class PathTurn(Reply):
+    """What the selector did in one turn, and what that found."""
+
+    action: Literal["start", "pick", "search", "stop", "invalid"]
+    """`start` is the question's own search; `invalid` an action that was not allowed."""
+    passage_id: Absent[str] = None
+    """The passage that was picked, or the pick that a search's query was written on."""
+    title: Absent[str] = None
+    query: Absent[str] = None
+    writer: Absent[str] = None
+    """Which query writer wrote the query."""
+    found: list[PathPassage]
+    num_left_out: int
+    """Passages that were found as well and had no room."""
 
 
 class Timings(Reply):
@@ -92,6 +126,9 @@ class Answer(Reply):
     """Tokens of the picked passages that the prompt had no room for."""
     passages: list[PickedPassage]
     """In the order picked."""
+    path: Absent[list[PathTurn]] = None
+    """How the selector came to the passages, turn by turn; only with a bundle whose episodes look
+    further than the candidates."""
     bundle_version: str
     timings_ms: Timings
     cached: bool

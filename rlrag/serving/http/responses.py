@@ -17,6 +17,8 @@ from rlrag.serving.http.replies import (
     Answer,
     Candidates,
     FoundPassage,
+    PathPassage,
+    PathTurn,
     PickedPassage,
     RetrieveTimings,
     Timings,
@@ -34,12 +36,48 @@ def json_response(reply: BaseModel, status: int = 200) -> Response:
 def picked_passages(chosen: Chosen) -> list[PickedPassage]:
     """The picked passages, in order."""
     picked = chosen.picked
+    scores = (*chosen.scores, *[None] * len(picked.further))
     return [
         PickedPassage(
-            **_passage(chosen.candidates[position], chosen.scores[position]),
+            id=passage.id,
+            title=passage.title,
+            text=passage.text,
+            retriever_score=scores[position],
             selection_prob=prob,
         )
-        for position, prob in zip(picked.positions, picked.probs, strict=True)
+        for passage, position, prob in zip(
+            chosen.passages, picked.positions, picked.probs, strict=True
+        )
+    ]
+
+
+def path_turns(chosen: Chosen) -> list[PathTurn] | None:
+    """The turns of the path to the picked passages; None where there is no path to tell."""
+    path = chosen.picked.path
+    if path is None or not path.turns:
+        return None
+    title_of = {p.id: p.title for p in chosen.candidates + chosen.picked.further}
+    passage_in = {found.slot: found.passage_id for turn in path.turns for found in turn.found}
+    return [
+        PathTurn(
+            action=turn.action,
+            passage_id=turn.passage_id,
+            title=None if turn.passage_id is None else title_of[turn.passage_id],
+            query=turn.query,
+            writer=None if turn.writer is None else path.writers[turn.writer],
+            found=[
+                PathPassage(
+                    id=found.passage_id,
+                    title=title_of[found.passage_id],
+                    by=found.by,
+                    source=None if found.source is None else passage_in[found.source],
+                    edge=found.edge,
+                )
+                for found in turn.found
+            ],
+            num_left_out=turn.num_left_out,
+        )
+        for turn in path.turns
     ]
 
 
@@ -60,6 +98,7 @@ def answer_reply(answered: Answered, explain: bool) -> Answer:
         num_passages=computed.num_passages,
         num_cut_tokens=computed.num_cut_tokens,
         passages=picked_passages(chosen),
+        path=path_turns(chosen),
         bundle_version=answered.version,
         timings_ms=Timings(**answered.timings_ms),
         cached=answered.cached,

@@ -65,7 +65,8 @@ class RetrieveOptions(Request):
     num_candidates: Count | None = None
     """Passages to retrieve (n); the bundle's number when unset."""
     filters: PassageFilter | None = None
-    """Which passages may be candidates."""
+    """Which passages may be candidates. An answer refuses them where the bundle looks further than
+    the candidates, which it could leave."""
     version: str | None = Field(default=None, min_length=1, max_length=100)
     """A bundle version in use; the service decides when unset."""
     timeout_s: float | None = Field(default=None, ge=0.1)
@@ -101,8 +102,9 @@ class AnswerRequest(AnswerOptions):
 
     question: QuestionText
     stream: bool = False
-    """Answer with server-sent events: `passages`, then one `token` for each piece of text, then
-    `answer` with the whole answer, or `error` with a problem."""
+    """Answer with server-sent events: `passages`, then one `turn` for each turn of the path where
+    there is one and one `token` for each piece of text, then `answer` with the whole answer, or
+    `error` with a problem."""
 
 
 class AnswersRequest(AnswerOptions):

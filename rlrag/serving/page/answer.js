@@ -4,6 +4,7 @@ import { Problem, ask } from "./api.js";
 import { count, fixed, make, rounded, table } from "./elements.js";
 import { feedbackView } from "./feedback.js";
 import { PassageList } from "./passages.js";
+import { PathView } from "./path.js";
 import { problemNotice } from "./problem.js";
 import { timingsView } from "./timings.js";
 
@@ -52,11 +53,13 @@ export class AnswerView {
   #others = make("div", {});
 
   #heading;
+  #path;
 
   /** `prefix` sets ids apart on the page; `heading` names the version where two are compared. */
   constructor(prefix, heading = null) {
     this.#heading = heading;
     this.passages = new PassageList(prefix);
+    this.#path = new PathView();
     this.element = make(
       "article",
       { class: "answer-view" },
@@ -67,6 +70,7 @@ export class AnswerView {
       this.#cut,
       this.#timings,
       this.passages.element,
+      this.#path.element,
       this.#others,
     );
   }
@@ -81,6 +85,7 @@ export class AnswerView {
             this.passages.show(passages);
             onpassages();
           },
+          turn: (turn) => this.#path.add(turn),
           token: (text) => this.#write(text),
           answer: (result) => this.#finish(result),
         },
@@ -121,6 +126,7 @@ export class AnswerView {
     this.#text.classList.toggle("unfinished", !result.answer);
     this.#text.setAttribute("aria-busy", "false");
     this.passages.show(result.passages);
+    this.#path.show(result.path);
     this.passages.markAnswer(result.answer);
     this.#facts.replaceChildren(requestFacts(result, this.#heading === null));
     this.#cut.replaceChildren(...[cutNote(result)].filter(Boolean));

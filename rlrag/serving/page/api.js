@@ -91,7 +91,8 @@ function readEvent(block) {
 }
 
 /**
- * Asks, and calls `on.passages(list)`, `on.token(text)` and `on.answer(whole)` as they arrive.
+ * Asks, and calls `on.passages(list)`, `on.turn(turn)`, `on.token(text)` and `on.answer(whole)` as
+ * they arrive.
  * Throws a Problem when the service reports one or breaks off; an AbortError when cancelled.
  */
 export async function ask(body, on, signal) {
@@ -106,6 +107,7 @@ export async function ask(body, on, signal) {
     for (const { event, data } of events.push(decoder.decode(value, { stream: true }))) {
       if (event === "error") throw new Problem(data);
       if (event === "passages") on.passages(data.passages);
+      if (event === "turn") on.turn(data);
       if (event === "token") on.token(data.text);
       if (event === "answer") {
         answered = true;

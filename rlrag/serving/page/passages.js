@@ -100,7 +100,7 @@ class PassageItem {
       "dl",
       { class: "facts" },
       make("div", { class: "prob" }, make("dt", {}, "Probability"), make("dd", {}, percent(prob), bar)),
-      make("div", {}, make("dt", {}, "Retriever score"), make("dd", {}, rounded(score, 4))),
+      make("div", {}, make("dt", {}, "Retriever score"), make("dd", {}, score === null ? "found on the path" : rounded(score, 4))),
       make("div", {}, make("dt", {}, "Passage"), make("dd", { class: "id" }, id)),
     );
   }
