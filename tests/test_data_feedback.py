@@ -346,56 +346,8 @@ def test_another_format_is_named(tmp_path):
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA user_version = 7")
     for use in (FeedbackStore, read_feedback):
-        with pytest.raises(DataError, match="format 7, and this version reads 2"):
+        with pytest.raises(DataError, match="format 7, and this version reads 1"):
             use(path)
-
-
-PATH = {"actions": (7, 9, 12), "propensity_logp": -1.5, "action_logps": (-0.5, -1.0, 0.0)}
-
-
-def test_a_path_keeps_the_propensity_of_each_action(tmp_path):
-    path = tmp_path / "log.sqlite"
-    store = FeedbackStore(path)
-    events = [event(0), event(1, **PATH)]
-    for each in events:
-        assert store.record_selection(each)
-        assert store.record_feedback(each.request_id, reward=0.5)
-    assert [record.event for record in read_feedback(path)] == events
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"actions": (7, 7, 12)}, r"actions \(7, 7, 12\) and 3 of their log-propensities"),
-        ({"action_logps": (-0.5, -1.0)}, "and 2 of their log-propensities"),
-        ({"action_logps": (-0.5, -1.0, -1.0)}, "which is their sum"),
-        ({"action_logps": (0.5, -2.0, 0.0)}, "which is their sum"),
-        ({"action_logps": None}, "give distinct candidate positions from 0"),
-    ],
-)
-def test_an_impossible_path_is_refused(tmp_path, changes, message):
-    store = FeedbackStore(tmp_path / "log.sqlite")
-    with pytest.raises(DataError, match=message):
-        store.record_selection(event(**PATH | changes))
-
-
-def test_a_log_of_the_first_format_is_read_and_gone_on_with(tmp_path):
-    path = tmp_path / "log.sqlite"
-    store = FeedbackStore(path)
-    store.record_selection(event(0))
-    store.record_feedback("request-0", reward=1.0)
-    store.close()
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("ALTER TABLE selections DROP COLUMN action_logps")
-        connection.execute("PRAGMA user_version = 1")
-    assert [record.event.request_id for record in read_feedback(path)] == ["request-0"]
-    later = FeedbackStore(path)
-    assert later.record_selection(event(1, **PATH))
-    assert later.record_feedback("request-1", reward=0.0)
-    assert [record.event.action_logps for record in read_feedback(path)] == [
-        None,
-        PATH["action_logps"],
-    ]
 
 
 def test_foreign_and_damaged_files_are_left_as_they_are(tmp_path):

@@ -262,10 +262,11 @@ def test_paths_are_played_again_from_their_actions(tmp_path):
             actions=tuple(played.actions_ET[row][played.acts_ET[row]].tolist()),
             propensity_logp=float(played.logp_E[row]),
             action_logps=tuple(played.logp_ET[row][played.acts_ET[row]].tolist()),
+            num_selected=2,
         )
         for row in rows.tolist()
     ]
-    unlike = {"propensity_logp": -1.0, "action_logps": (-0.5, -0.5)}
+    unlike = {"propensity_logp": -1.0, "action_logps": (-0.5, -0.5), "num_selected": 2}
     elsewhere = event(table, 9, 9, actions=(7, 0), **unlike)  # an empty slot
     longer = event(table, 10, 10, actions=(0, 1, 2), **unlike | {"action_logps": (-1.0, 0.0, 0.0)})
     log = write_log(tmp_path / "log.sqlite", [*events, elsewhere, longer])

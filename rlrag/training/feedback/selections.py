@@ -264,7 +264,7 @@ def _fits(event: SelectionEvent, shape: tuple[int, int], config: RunConfig) -> b
     """Whether a policy for so many candidates and picks could have done the same."""
     num_candidates, num_selected = shape
     if config.environment.looks_further:  # whose actions tell picks from searches when played
-        return len(event.candidate_ids) == num_candidates
+        return len(event.candidate_ids) == num_candidates and event.num_selected == num_selected
     may_stop = config.selector.may_stop
     stopped = event.actions[-1] == num_candidates
     num_picks = len(event.actions) - stopped
