@@ -28,6 +28,7 @@ from rlrag.retrieval.build import RetrieverSet, open_retrievers
 from rlrag.retrieval.candidates import CandidateTable
 from rlrag.retrieval.plugin import PluginRetriever
 from rlrag.serving import retrieving
+from rlrag.serving.libraries import OpenedLibrary
 from rlrag.serving.records import Filters
 from rlrag.serving.retrieving import Ask, RetrieverPart
 from rlrag.serving.selecting import Choice, SelectorPart
@@ -283,7 +284,8 @@ def test_filters_look_through_what_is_brought(few, filters, expected, module, tm
     config = own(f"{module}:Excerpts", num_candidates=3, options=(f"few={few}",))
     library = Library(NO_CORPUS, opened(config, NO_CORPUS, tmp_path))
     part = RetrieverPart(max_filtered=50)
-    part._loaded = {"v": retrieving._Loaded("", library, config.num_candidates, None, None)}
+    one = OpenedLibrary("", library, None, None)
+    part._loaded = {"v": retrieving._Loaded(one, config.num_candidates)}
     (found,) = part.retrieve("v", [Ask("who", filters=Filters(**filters))])
     if isinstance(expected, str):
         assert isinstance(found, RequestError)

@@ -12,11 +12,11 @@ import pytest
 from serve_bundles import NUM_CANDIDATES, make_bundle
 from tiny_models import save_tiny_encoder
 
+from rlrag import pipeline
 from rlrag.bundle import bundle_version
 from rlrag.errors import RequestError
 from rlrag.retrieval.build import RetrieverSet
 from rlrag.retrieval.protocol import Hits, best_rows
-from rlrag.serving import retrieving
 from rlrag.serving.records import Filters, Retrieved
 from rlrag.serving.retrieving import Ask, RetrieverPart
 
@@ -47,7 +47,7 @@ class Opened:
     def __init__(self, given: RetrieverSet | None = None) -> None:
         self.num_opened = 0
         self._given = given
-        self._open = retrieving.retrievers_of
+        self._open = pipeline.retrievers_of
 
     def __call__(self, *arguments: object) -> RetrieverSet:
         self.num_opened += 1
@@ -67,7 +67,7 @@ def bundle(openrag_files, cache_dir, tmp_path_factory) -> Path:
 @pytest.fixture
 def opened(monkeypatch) -> Opened:
     counter = Opened()
-    monkeypatch.setattr(retrieving, "retrievers_of", counter)
+    monkeypatch.setattr(pipeline, "retrievers_of", counter)
     return counter
 
 
@@ -92,7 +92,7 @@ def scored_part(monkeypatch, bundle: Path, max_filtered: int, *ranked: Scored) -
         passage_vectors=np.zeros((NUM_PASSAGES, 0), dtype=np.float32),
         manifest_hash="",
     )
-    monkeypatch.setattr(retrieving, "retrievers_of", Opened(retrievers))
+    monkeypatch.setattr(pipeline, "retrievers_of", Opened(retrievers))
     part = RetrieverPart(max_filtered=max_filtered)
     load(part, bundle)
     ranked[0].depths.clear()

@@ -29,7 +29,7 @@ class OpenedLibrary:
 
     key: str
     library: Library
-    config: RunConfig
+    corpus: str | None
     corpus_stamp: str | None
 
 
@@ -63,7 +63,7 @@ def open_shared(
     if library is None:
         library = open_library(config, files.index_dir, passages)
         _warm_up(library.retrievers)
-    return OpenedLibrary(key, library, config, stamp)
+    return OpenedLibrary(key, library, config.data.corpus, stamp)
 
 
 def is_own(retrievers: RetrieverSet) -> bool:

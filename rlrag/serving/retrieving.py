@@ -100,7 +100,7 @@ class RetrieverPart:
         loaded = self._loaded.get(version)
         if loaded is None:
             return None
-        corpus = loaded.opened.config.data.corpus
+        corpus = loaded.opened.corpus
         try:
             changed = corpus_stamp(corpus) != loaded.opened.corpus_stamp
         except (DataError, OSError):
