@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 from serve_bundles import NUM_CANDIDATES, make_bundle
 from tiny_models import save_tiny_encoder
 
-from rlrag import pipeline
 from rlrag.bundle import bundle_version
 from rlrag.errors import RequestError
+from rlrag.pipeline import Library
 from rlrag.retrieval.build import RetrieverSet
 from rlrag.retrieval.protocol import Hits, best_rows
+from rlrag.serving import libraries
 from rlrag.serving.records import Filters, Retrieved
 from rlrag.serving.retrieving import Ask, RetrieverPart
 
@@ -42,16 +44,17 @@ class Scored:
 
 
 class Opened:
-    """Opens retrievers as `retrievers_of` does, or gives those it has, and counts how often."""
+    """Opens libraries as `open_library` does, or with the retrievers it has, and counts them."""
 
     def __init__(self, given: RetrieverSet | None = None) -> None:
         self.num_opened = 0
         self._given = given
-        self._open = pipeline.retrievers_of
+        self._open = libraries.open_library
 
-    def __call__(self, *arguments: object) -> RetrieverSet:
+    def __call__(self, *arguments: object) -> Library:
         self.num_opened += 1
-        return self._given or self._open(*arguments)
+        library = self._open(*arguments)
+        return replace(library, retrievers=self._given) if self._given else library
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def bundle(openrag_files, cache_dir, tmp_path_factory) -> Path:
 @pytest.fixture
 def opened(monkeypatch) -> Opened:
     counter = Opened()
-    monkeypatch.setattr(pipeline, "retrievers_of", counter)
+    monkeypatch.setattr(libraries, "open_library", counter)
     return counter
 
 
@@ -92,7 +95,7 @@ def scored_part(monkeypatch, bundle: Path, max_filtered: int, *ranked: Scored) -
         passage_vectors=np.zeros((NUM_PASSAGES, 0), dtype=np.float32),
         manifest_hash="",
     )
-    monkeypatch.setattr(pipeline, "retrievers_of", Opened(retrievers))
+    monkeypatch.setattr(libraries, "open_library", Opened(retrievers))
     part = RetrieverPart(max_filtered=max_filtered)
     load(part, bundle)
     ranked[0].depths.clear()
