@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import hop_cases as cases
@@ -17,13 +18,14 @@ from hypothesis import strategies as st
 
 import envs  # noqa: F401  registers the environments
 from rlrag.config import EnvironmentConfig
+from rlrag.data.corpus import MemoryCorpus
 from rlrag.environment.document_hops import DocumentHopsEnv, DocumentHopsVectorEnv
 from rlrag.environment.document_selection import DocumentSelectionEnv
 from rlrag.environment.episodes import open_episodes
 from rlrag.environment.rollout import Unrewarded, play
 from rlrag.environment.vector import DocumentSelectionVectorEnv
 from rlrag.errors import ConfigError, EpisodeError, GenerationError, RetrievalError
-from rlrag.records import FoundPassage, PathTurn
+from rlrag.records import FoundPassage, Passage, PathTurn
 from rlrag.retrieval.protocol import Hits
 from rlrag.selection.protocol import Actions
 from rlrag.selection.slot_features import GLOBAL_FEATURES, SLOT_FEATURES
@@ -170,6 +172,34 @@ def test_a_full_pool_takes_nothing_in_and_keeps_all():
     path = env.step(1)[4] and env.step(int(env.action_space.n) - 1)[4]["path"].turns()
     assert [turn.num_left_out for turn in path] == [0, 1, 2, 0]
     assert shown(env) == ["p0", "p1", "p4"]
+
+
+def test_a_passage_that_was_brought_leads_nowhere():
+    """It stands behind the corpus that the graph was built over."""
+
+    class OfTheCorpus(Edges):
+        def neighbours(self, row):
+            if row >= cases.NUM_PASSAGES:
+                raise IndexError(row)
+            return super().neighbours(row)
+
+    plain = cases.make_table()
+    brought = Passage("b", "Brought", "Text of its own.")
+    rows = plain.rows_QN.copy()
+    rows[:, 0] = cases.NUM_PASSAGES
+    table = replace(
+        plain,
+        corpus=MemoryCorpus([*cases.PASSAGES, brought]),
+        rows_QN=rows,
+        brought_vectors_XD=np.ones((1, 2), dtype=np.float32),
+    )
+    env = make_env(candidates=table, edges=OfTheCorpus(ring().edges))
+    run(env, [0])
+    assert shown(env)[:2] == ["b", "p1"]
+    before = len(shown(env))
+    _, _, ended, _, info = env.step(1)
+    assert not ended
+    assert len(info["passages"]) > before  # the other one has edges
 
 
 # Searches

@@ -287,12 +287,15 @@ class HopTask:
         """The neighbours of a passage, those that a pick reveals first before the others.
 
         They stand by the weight of their strongest edge plus their similarity to the question, the
-        lower row first among equals. A passage without edges has none.
+        lower row first among equals. A passage without edges has none, and neither has one that the
+        retriever brought, which no graph knows.
 
         Raises:
             EpisodeError: when the graph gives something else than edges of this corpus.
         """
         assert self.edges is not None
+        if row >= len(self.candidates.passage_vectors_PD):
+            return np.zeros(0, dtype=FOUND)
         near = self.edges.neighbours(row)
         rows_M, kinds_M = np.asarray(near.rows), np.asarray(near.kinds)
         weights_M = np.asarray(near.weights)
