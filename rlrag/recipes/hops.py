@@ -74,13 +74,14 @@ def musique_hops() -> RunConfig:
     return title_hops("musique", 5, pick_cost=0.2)
 
 
-def factbook_paths(num_train: int, num_test: int, num_epochs: int) -> RunConfig:
+def factbook_paths(
+    num_train: int, num_validation: int, num_test: int, num_epochs: int
+) -> RunConfig:
     """What the recipes below share: a fact names the country, whose fields stand apart.
 
     A pick reveals the 16 passages of its document that are most similar to the question.
     """
     prompt = short_answers(question_mark=True)
-    num_validation = num_train // 8
     return RunConfig(
         recipe="factbook-hops",
         data=DataConfig(
@@ -106,9 +107,9 @@ def factbook_paths(num_train: int, num_test: int, num_epochs: int) -> RunConfig:
 
 def quickstart() -> RunConfig:
     """Two-hop questions on the World Factbook; minutes on two cores, nothing to download."""
-    return named("quickstart", factbook_paths(num_train=160, num_test=200, num_epochs=3))
+    return named("quickstart", factbook_paths(160, 60, 200, num_epochs=3))
 
 
 def factbook_hops() -> RunConfig:
     """The task of quickstart, with the questions and steps that it takes to learn it well."""
-    return factbook_paths(num_train=400, num_test=400, num_epochs=4)
+    return factbook_paths(400, 100, 400, num_epochs=4)
