@@ -39,17 +39,14 @@ def hop_selections(
     assert table.sources is not None
     first_Q = table.rows_QN[:, 0].tolist()
     near = [_neighbours(table.sources, row, edges) for row in first_Q]
-    likeness = np.zeros((len(near),), dtype=object)
-    for place, found in enumerate(near):
-        likeness[place] = np.zeros(len(found))
+    parts = []
     if rule in ("hop_text", "hop_both"):
-        likeness += _likeness(table, near, [])
+        parts.append(_by_text(table, near))
     if rule in ("hop_title", "hop_both"):
-        titles = sorted({row for rows in near for row in rows.tolist()})
-        likeness += _likeness(table, near, titles)
+        parts.append(_by_title(table, near))
     selections = []
-    for first, rows_M, values_M in zip(first_Q, near, likeness, strict=True):
-        best = np.lexsort((rows_M, -values_M))[: num_selected - 1]
+    for first, rows_M, *values in zip(first_Q, near, *parts, strict=True):
+        best = np.lexsort((rows_M, -np.sum(values, axis=0)))[: num_selected - 1]
         selections.append(tuple(table.corpus[int(row)] for row in (first, *rows_M[best])))
     return selections
 
@@ -63,32 +60,39 @@ def _neighbours(sources: Sources, row: int, edges: Sequence[str]) -> np.ndarray:
     return np.unique(rows_M[rows_M != row])
 
 
-def _likeness(
-    table: CandidateTable, near: Sequence[np.ndarray], titles: Sequence[int]
-) -> np.ndarray:
-    """How like each question its neighbours are, an array (M,) each; by titles of these rows."""
-    assert table.sources is not None
-    found = np.zeros(len(near), dtype=object)
-    encoder = table.sources.encoder
-    if encoder is None or not table.vector_size:
-        for place, rows_M in enumerate(near):
-            asked = content_words(table.questions[place].question)
-            texts = [table.corpus[int(row)] for row in rows_M]
-            words = [content_words(_title(p) if titles else p.contents) for p in texts]
-            found[place] = np.array([len(asked & w) / max(len(asked), 1) for w in words])
-        return found
-    if titles:
-        row_of = {row: place for place, row in enumerate(titles)}
-        vectors_UD = encoder.encode([_title(table.corpus[row]) for row in titles])
-    for place, rows_M in enumerate(near):
-        question_D = np.asarray(table.question_vectors_QD[place], dtype=np.float32)
-        if titles:
-            vectors_MD = vectors_UD[[row_of[row] for row in rows_M.tolist()]]
-        else:
-            vectors_MD = vectors_at(rows_M, table.passage_vectors_PD, table.brought_vectors_XD)
-        found[place] = vectors_MD @ question_D
-    return found
+def _by_text(table: CandidateTable, near: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """How like each question the texts of its neighbours are, (M,) each."""
+    if not table.vector_size:
+        return [
+            _shared_words(table, q, [table.corpus[int(row)].contents for row in rows_M])
+            for q, rows_M in enumerate(near)
+        ]
+    return [
+        vectors_at(rows_M, table.passage_vectors_PD, table.brought_vectors_XD) @ _vector(table, q)
+        for q, rows_M in enumerate(near)
+    ]
 
 
-def _title(passage: Passage) -> str:
-    return passage.title.rpartition(" - ")[2]
+def _by_title(table: CandidateTable, near: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The same of their titles."""
+    titles = [[table.corpus[int(row)].title.rpartition(" - ")[2] for row in rows] for rows in near]
+    encoder = table.sources.encoder if table.sources is not None else None
+    different = sorted({title for texts in titles for title in texts})
+    if encoder is None or not table.vector_size or not different:
+        return [_shared_words(table, q, texts) for q, texts in enumerate(titles)]
+    vectors_UD = encoder.encode(different)
+    place_of = {title: place for place, title in enumerate(different)}
+    return [
+        vectors_UD[[place_of[title] for title in texts]] @ _vector(table, q)
+        for q, texts in enumerate(titles)
+    ]
+
+
+def _vector(table: CandidateTable, question: int) -> np.ndarray:
+    return np.asarray(table.question_vectors_QD[question], dtype=np.float32)
+
+
+def _shared_words(table: CandidateTable, question: int, texts: Sequence[str]) -> np.ndarray:
+    """The share of a question's words that each text has."""
+    asked = content_words(table.questions[question].question)
+    return np.array([len(asked & content_words(text)) / max(len(asked), 1) for text in texts])
