@@ -25,7 +25,7 @@ nq: setup
 	$(BIN)/python -m jobs.train nq --run-dir runs/nq
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
