@@ -20,6 +20,7 @@ def own_cluster(num_cpus: int, object_store_memory: int = 2 * 10**8) -> Iterator
     import ray
 
     ray.init(
+        "local",
         num_cpus=max(2, num_cpus),
         include_dashboard=False,
         log_to_driver=False,

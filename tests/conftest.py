@@ -60,7 +60,9 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
     import ray
 
     cloudpickle.register_pickle_by_value(request.module)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8
+    )
     yield
     ray.shutdown()
 

@@ -106,7 +106,9 @@ def both() -> BothBackends:
     config = GeneratorConfig(
         dtype="float32", num_actors=1, prompt=PromptConfig(few_shot=(example,))
     )
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8
+    )
     opened, builder = open_generator(config, "ray", run.cache_path)
     local, _ = open_generator(config, "local", run.cache_path)
     prompts, answers = [], []

@@ -31,7 +31,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 def cluster():
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8
+    )
     yield
     ray.shutdown()
 

@@ -146,7 +146,7 @@ def test_a_log_becomes_a_bundle_that_is_compared_like_any_other(
     for there, here in (
         ("runs/served", tmp_path / "served"),
         ("feedback.sqlite", log),
-        ("runs/quickstart/bundle", run / "bundle"),
+        ("runs/factbook/bundle", run / "bundle"),
     ):
         command = command.replace(there, str(here))
     rest = flags_of(openrag_files, tmp_path)[1:]
