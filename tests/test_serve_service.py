@@ -62,7 +62,11 @@ def service(bundles, tmp_path_factory) -> Iterator[httpx.Client]:
         for name, value in PROXY_VARIABLES.items():
             patch.setenv(name, value)
         ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8
+            "local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=10**8,
         )
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
