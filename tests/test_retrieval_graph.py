@@ -347,7 +347,7 @@ def test_a_source_is_found_by_its_name_and_is_part_of_what_is_stored(module, tmp
         ("strange", RetrievalError, "brought an edge from 'elsewhere', which is none of the"),
         ("infinite", RetrievalError, "brought the weight inf from '0' to 'x'"),
         ("fails", RetrievalError, "failed with OSError: no such server"),
-        ("titled", ConfigError, "has the kind TITLE_OUT; edges that are brought are OWN or LINKED"),
+        ("titled", ConfigError, "has the kind TITLE_OUT; set it to OWN or LINKED"),
         ("Made", ConfigError, "is a type; name a function"),
         ("number", ConfigError, "is a int; name a function"),
         ("chian", ConfigError, "has no 'chian'; did you mean 'chain'?"),

@@ -338,7 +338,7 @@ def test_what_does_not_fit_is_named(enumerated):
     batch = open_episodes(
         hop_environment("Small", **small_parts()), 2, cases.make_table(), cases.OrderReward()
     )
-    with pytest.raises(ConfigError, match=r"dro\.replacement False"):
+    with pytest.raises(ConfigError, match=r"algorithm\.replacement False"):
         play(batch, small_policy(), np.array([0]), Draws([[0]], 2, replacement=False))
 
 

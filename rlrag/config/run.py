@@ -152,8 +152,8 @@ class RunConfig(Section):
             )
         if reads_slots and not self.dro.replacement:
             raise ValueError(
-                f"algorithm.replacement False draws whole selections before the first pick, but "
-                f"selector.kind {kind!r} sees what its actions find; set it to True"
+                "algorithm.replacement False draws whole selections at once, but selector.kind "
+                f"{kind!r} chooses each action by what the last one found; set it to True"
             )
         if kind == "slot_vectors" and self.retrieval.encoder is None:
             raise ValueError(

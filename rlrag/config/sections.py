@@ -321,8 +321,8 @@ class GeneratorConfig(Section):
     """The language model that answers, and the actors that run it."""
 
     model: str = BUILTIN_GENERATOR
-    """Built-in name, Hugging Face id or path of a causal language model; of its tokenizer alone,
-    which builds the prompts, where an endpoint or a generator of your own answers."""
+    """Causal language model: a built-in name, a Hugging Face id or a path. With an endpoint, or a
+    generator of your own, only its tokenizer is used, to build the prompts."""
     backend: Annotated[str, known_or_own("generator.backend", BACKENDS)] = "auto"
     """auto (vLLM under the ray launcher, transformers under the local one), vllm, transformers,
     endpoint (an OpenAI-compatible server, which is started and stopped by somebody else), or

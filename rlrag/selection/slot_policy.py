@@ -217,8 +217,8 @@ def _noise(draws: Draws, turn: Turn, num_actions: int) -> np.ndarray:
     """Gumbel noise of an action, (E, A): a question's seed determines that of all its episodes."""
     if not draws.replacement:
         raise ConfigError(
-            "dro.replacement False draws whole selections before the first pick, but this policy "
-            "sees what its actions find; set it to True"
+            "algorithm.replacement False draws whole selections at once, but this policy chooses "
+            "each action by what the last one found; set it to True"
         )
     if turn.step == 0:
         turn.notes["generators"] = [np.random.default_rng(seed) for seed in draws.seeds]

@@ -337,8 +337,7 @@ class _Source:
         self.kind = EdgeKind(getattr(found, "kind", EdgeKind.OWN))
         if self.kind not in (EdgeKind.OWN, EdgeKind.LINKED):
             raise ConfigError(
-                f"edge source {self.name!r} has the kind {self.kind.name}; edges that are brought "
-                "are OWN or LINKED"
+                f"edge source {self.name!r} has the kind {self.kind.name}; set it to OWN or LINKED"
             )
         self._find = found
 
